@@ -1,0 +1,66 @@
+PYTHON ?= python3
+PORT ?= 8000
+FIXTURES ?= ../shared/fixtures
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable
+
+.DELETE_ON_ERROR:
+.PHONY: help serve test check bench conformance test-image test-quickstart dashboard-up clean
+
+help:
+	@echo "make serve            serve the embedded model on 127.0.0.1:$(PORT)          (PORT=8000)"
+	@echo "make test             run the default tests"
+	@echo "make check            lint, types, import rules"
+	@echo "make bench            measure the engine and the HTTP server: bench-*.json"
+	@echo "make conformance      replay the original implementations' outputs        (FIXTURES=DIR)"
+	@echo "make test-image       build the container image and run it                (root on Debian)"
+	@echo "make test-quickstart  make serve in a fresh copy of the checkout, and ask it something"
+	@echo "make dashboard-up     server, Prometheus and Grafana with Docker Compose  (GRAFANA_PASSWORD=...)"
+	@echo "make clean            remove everything that make made"
+
+serve: .venv/.serve
+	$(BIN)/unmask serve --port $(PORT)
+
+test: .venv/.test
+	$(BIN)/python -m pytest
+
+check: .venv/.check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/shellcheck .ci/run
+
+bench: .venv/.serve
+	$(BIN)/unmask bench engine --json bench-engine.json
+	$(BIN)/unmask bench http --json bench-http.json
+
+conformance: .venv/.test
+	$(BIN)/python -m tests.conformance $(FIXTURES)
+
+test-image: .venv/.test
+	$(BIN)/python -m pytest -m image tests/deploy
+
+test-quickstart: .venv/.test
+	$(BIN)/python -m pytest -m quickstart tests/deploy
+
+dashboard-up:
+	docker compose -f deploy/compose.yaml up --build --detach --wait
+
+clean:
+	rm -rf .venv .image build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find samplers policies server tests -name __pycache__ -prune -exec rm -rf {} +
+
+# One stamp an installed set, so that pip runs again only when pyproject.toml changes.
+.venv/.made:
+	$(PYTHON) -m venv .venv
+	touch $@
+
+.venv/.serve: pyproject.toml .venv/.made
+	$(PIP) .
+	touch $@
+
+.venv/.test .venv/.check: .venv/.%: pyproject.toml .venv/.made
+	$(PIP) '.[$*]'
+	touch $@

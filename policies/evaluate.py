@@ -1,0 +1,181 @@
+"""Accuracy against tokens per forward: held-out problems, a sampler, a model handed over as callables."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from policies.oracle import Oracle
+from policies.specs import SamplerSpec
+from policies.statistics import wilson
+from policies.tasks import Problem, Task
+from samplers import Canvas, Layout, Sampler, get_sampler
+from samplers.denoising import Denoising, Predict, advance, ask
+
+FRONTIER = (
+    "random",
+    *(f"topk:k={k}" for k in (1, 2, 4, 8)),
+    *(f"threshold:threshold={t}" for t in (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)),
+    "topk:k=1000",
+    "oracle",
+)
+"""The samplers of the published table; a `k` of at least the generation's length commits everything at once."""
+
+
+class TrialError(ValueError):
+    """A trial that cannot be run: too few problems, or one that does not fit the model."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model under test: a forward pass, its text codec, its special tokens, its longest canvas."""
+
+    predict: Predict
+    encode: Callable[[str], list[int]]
+    decode: Callable[[list[int]], str]
+    mask_id: int
+    end_ids: frozenset[int]
+    max_length: int
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One measurement: `count` held-out problems of a task under a sampler. No `block_length` is full diffusion.
+
+    Raises ParameterError if the sampler's parameters do not fit the generation.
+    """
+
+    task: Task
+    sampler: SamplerSpec
+    block_length: int | None
+    gen_length: int
+    count: int
+    seed: int = 0
+    fill_after_end: bool = True
+
+    def __post_init__(self) -> None:
+        if self.sampler.name != Oracle.name:
+            layout = Layout(0, self.gen_length, min(self.block_length or self.gen_length, self.gen_length))
+            get_sampler(self.sampler.name).check(self.sampler.params, layout)
+
+    def settings(self) -> dict[str, Any]:
+        """What tells one measurement of a model from another, as its row has it."""
+        return {
+            "task": self.task.name,
+            "sampler": self.sampler.name,
+            "params": self.sampler.stated(),
+            "block_length": self.block_length,
+            "gen_length": self.gen_length,
+            "count": self.count,
+            "seed": self.seed,
+            "fill_after_end": self.fill_after_end,
+        }
+
+
+class Row(BaseModel):
+    """What a trial measured. Accuracy in 0..1 with Wilson 95 % bounds; `tpf` is sum of tokens / sum of forwards."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    task: str
+    sampler: str
+    params: dict[str, Any]
+    block_length: int | None
+    gen_length: int
+    count: int
+    seed: int
+    fill_after_end: bool
+    correct: int
+    accuracy: float
+    accuracy_low: float
+    accuracy_high: float
+    tokens: int
+    forwards: int
+    tpf: float
+    seconds: float
+
+    def settings(self) -> dict[str, Any]:
+        """See `Trial.settings`."""
+        return self.model_dump(include=set(_SETTINGS))
+
+
+_SETTINGS = ("task", "sampler", "params", "block_length", "gen_length", "count", "seed", "fill_after_end")
+
+
+def evaluate(subject: Subject, trial: Trial, batch: int, solved: Callable[[], None] = lambda: None) -> Row:
+    """Run a trial with at most `batch` canvases in a forward; `solved` is called after each problem, right or wrong.
+
+    Raises TrialError, or SamplerError if a generation cannot go on.
+    """
+    began = time.monotonic()
+    correct = tokens = forwards = 0
+    for problem, row in _finish(_start(subject, trial), subject.predict, batch):
+        correct += trial.task.check(problem, subject.decode(row.text_tokens()))
+        tokens += row.completion_tokens
+        forwards += row.forwards
+        solved()
+    low, high = wilson(correct, trial.count)
+    return Row(
+        **trial.settings(),
+        correct=correct,
+        accuracy=correct / trial.count,
+        accuracy_low=low,
+        accuracy_high=high,
+        tokens=tokens,
+        forwards=forwards,
+        tpf=tokens / forwards,
+        seconds=round(time.monotonic() - began, 3),
+    )
+
+
+def _start(subject: Subject, trial: Trial) -> Iterator[tuple[Problem, Denoising]]:
+    """The trial's generations, the shortest prompt first: canvases of one length share a forward without padding."""
+    try:
+        problems = trial.task.problems(trial.count, trial.seed, "heldout")
+    except ValueError as error:
+        raise TrialError(str(error)) from None
+    prompts = [subject.encode(problem.prompt) for problem in problems]
+    longest = max(map(len, prompts))
+    if longest + trial.gen_length > subject.max_length:
+        raise TrialError(
+            f"a prompt of task {trial.task.name} has {longest} tokens, which with a gen_length of {trial.gen_length} "
+            f"is more than the model's {subject.max_length}"
+        )
+    for i in sorted(range(trial.count), key=lambda i: len(prompts[i])):
+        canvas = Canvas.blank(prompts[i], trial.gen_length, subject.mask_id, trial.block_length)
+        spec, problem = trial.sampler, problems[i]
+        if spec.name == Oracle.name:
+            sampler: Sampler = Oracle.for_problem(trial.task, problem, canvas, subject.encode, subject.end_ids)
+        else:
+            sampler = get_sampler(spec.name)
+        yield (
+            problem,
+            Denoising(
+                canvas,
+                sampler,
+                spec.params,
+                seed=trial.seed + i,
+                end_ids=subject.end_ids,
+                fill_after_end=trial.fill_after_end,
+            ),
+        )
+
+
+def _finish(
+    rows: Iterator[tuple[Problem, Denoising]], predict: Predict, batch: int
+) -> Iterator[tuple[Problem, Denoising]]:
+    """Run generations to their end, as many in each forward as `batch` allows, and yield each when it is finished."""
+    running: list[tuple[Problem, Denoising]] = []
+    while True:
+        running += islice(rows, batch - len(running))
+        if not running:
+            return
+        query = ask([row for _, row in running])
+        for outcome in advance([row for _, row in running], query, predict(query)):
+            if outcome.error is not None:
+                raise outcome.error
+        yield from (pair for pair in running if pair[1].finished)
+        running = [pair for pair in running if not pair[1].finished]

@@ -1,0 +1,123 @@
+"""What one forward pass says about each candidate position."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+
+class Statistic(StrEnum):
+    """A number per candidate that a sampler can ask for. Token and confidence are always computed."""
+
+    ENTROPY = "entropy"
+    MARGIN = "margin"
+
+
+@dataclass(frozen=True)
+class TokenChoice:
+    """How a candidate's token is chosen from its distribution: greedily, or drawn at a temperature after filtering.
+
+    Attributes:
+        temperature: 0 takes the likeliest token.
+        top_p: draw from the smallest set of tokens whose probabilities reach this sum.
+        top_k: draw from this many likeliest tokens; 0 does not limit.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Statistics of one forward pass at all positions that were asked for, flattened over the batch's rows.
+
+    Attributes:
+        token: int64 [n], what would be committed; never the mask token.
+        confidence: float32 [n], probability of that token under the model's unmodified distribution.
+        extra: further statistics that were asked for, float32 [n] each: entropy in nats, margin as the difference of
+            the two largest probabilities.
+    """
+
+    token: Tensor
+    confidence: Tensor
+    extra: dict[Statistic, Tensor]
+
+
+def _likeliest(scores: Tensor) -> Tensor:
+    """Index of the largest score of each row, the lowest index among equals."""
+    if scores.device.type == "cpu":
+        return scores.argmax(dim=-1)  # takes the first of equals on the CPU; elsewhere this is not promised
+    index = torch.arange(scores.shape[-1], device=scores.device)
+    largest = scores.amax(dim=-1, keepdim=True)
+    return index.where(scores == largest, scores.shape[-1]).amin(dim=-1).clamp(max=scores.shape[-1] - 1)
+
+
+def draw_tokens(scores: Tensor, choices: Iterable[TokenChoice], uniform: Tensor) -> Tensor:
+    """Draw one token per row from softmax(scores / temperature), filtered by top-k, then top-p.
+
+    Args:
+        scores: float32 [n, vocab], -inf where a token is banned.
+        choices: one per row, temperature above 0.
+        uniform: float [n] in [0, 1), the row's own random number: one draw costs one number whatever the vocabulary.
+    """
+    choices = list(choices)
+
+    def column(values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=scores.dtype, device=scores.device)[:, None]
+
+    top_k = column([c.top_k if c.top_k > 0 else scores.shape[-1] for c in choices])
+    top_p = column([c.top_p for c in choices])
+    ordered, order = scores.sort(dim=-1, descending=True, stable=True)
+    p = (ordered / column([c.temperature for c in choices])).softmax(dim=-1, dtype=torch.float64)
+    rank = torch.arange(scores.shape[-1], device=scores.device)
+    p = p.masked_fill(rank >= top_k, 0.0)
+    before = p.cumsum(dim=-1) - p
+    p = p.masked_fill(before >= top_p * p.sum(dim=-1, keepdim=True), 0.0)
+    reach = p.cumsum(dim=-1)
+    target = uniform.to(reach)[:, None] * reach[:, -1:]
+    chosen = (reach <= target).sum(dim=-1, keepdim=True)
+    # A target that rounds up to the whole mass would point past the last possible token.
+    chosen = chosen.minimum((p > 0).sum(dim=-1, keepdim=True) - 1).clamp(min=0)
+    return order.gather(1, chosen)[:, 0]
+
+
+def summarise(
+    logits: Tensor,
+    mask_id: int,
+    statistics: frozenset[Statistic],
+    choices: list[TokenChoice] | None = None,
+    uniform: Tensor | None = None,
+) -> Prediction:
+    """Token, confidence and the wanted statistics of each row of logits.
+
+    Args:
+        logits: [n, vocab] of any float type; computed on in float32.
+        mask_id: the token that is never chosen. Its probability still counts in the confidences of the others.
+        statistics: what to compute beside token and confidence.
+        choices: one per row; None chooses greedily everywhere.
+        uniform: [n], needed where a choice has a temperature.
+    """
+    logits = logits.float()
+    logs = logits.log_softmax(dim=-1)
+    allowed = logits.clone()
+    allowed[:, mask_id] = -torch.inf
+    token = _likeliest(allowed)
+    if choices is not None:
+        drawn = [i for i, choice in enumerate(choices) if choice.temperature > 0]
+        if drawn:
+            if uniform is None:
+                raise ValueError("drawing tokens at a temperature needs random numbers")
+            rows = torch.tensor(drawn, device=logits.device)
+            token[rows] = draw_tokens(allowed[rows], [choices[i] for i in drawn], uniform[rows])
+    confidence = logs.gather(1, token[:, None])[:, 0].exp()
+    extra: dict[Statistic, Tensor] = {}
+    if Statistic.ENTROPY in statistics:
+        p = logs.exp()
+        extra[Statistic.ENTROPY] = -(p * logs.masked_fill(p == 0, 0.0)).sum(dim=-1)
+    if Statistic.MARGIN in statistics:
+        two = logs.topk(2, dim=-1).values.exp()
+        extra[Statistic.MARGIN] = two[:, 0] - two[:, 1]
+    return Prediction(token, confidence, extra)

@@ -1,0 +1,32 @@
+"""Random numbers that depend on nothing but a generation's own seed, step and position.
+
+A counter-based stream (SplitMix64, Steele et al., OOPSLA 2014): no state to keep, the same on every device, and a
+generation's numbers cannot change with who shares its batch.
+"""
+
+from torch import Tensor
+
+_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed integer
+_MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
+_MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
+TOKENS, POSITIONS = 1, 2
+"""Streams: numbers that choose tokens, numbers that choose positions."""
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift of int64."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = x + _GOLDEN
+    x = (x ^ _shift(x, 30)) * _MIX_1
+    x = (x ^ _shift(x, 27)) * _MIX_2
+    return x ^ _shift(x, 31)
+
+
+def uniform(seed: Tensor, step: Tensor, position: Tensor, stream: int) -> Tensor:
+    """Numbers in [0, 1), float64, for broadcastable int64 seeds, steps and positions."""
+    # The seed is mixed before the stream is added, or one seed's second stream would be the next seed's first.
+    x = _mix(_mix(_mix(_mix(seed) + stream) ^ step) ^ position)
+    return _shift(x, 11).double() * 2.0**-53

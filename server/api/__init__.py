@@ -1,0 +1,1 @@
+"""The HTTP face: OpenAI's routes and ours. It computes nothing; the engine does."""

@@ -1,0 +1,82 @@
+"""How the choices of a request become its answer: whole, or streamed."""
+
+import time
+import uuid
+from abc import abstractmethod
+from collections.abc import Sequence
+
+from fastapi import Request, Response
+from pydantic import BaseModel
+
+from server.api.choices import Choice, Piece, cancelling, follow
+from server.api.generation import Running
+from server.api.requests import GenerationBody
+from server.api.responses import ForwardPass, json_response
+from server.api.streaming import Chunks, EventStreamResponse
+from server.engine import RequestError
+
+
+class Answer(Chunks):
+    """An answer in the shape of one route.
+
+    Attributes:
+        id, created, model: the head of the answer and of every chunk.
+    """
+
+    prefix: str
+
+    def __init__(self, running: Running, body: GenerationBody, served_name: str) -> None:
+        self.id = f"{self.prefix}-{uuid.uuid4().hex}"
+        self.created = int(time.time())
+        self.model = body.model or served_name
+        self.running = running
+        self.body = body
+
+    @abstractmethod
+    def whole(self, pieces: Sequence[Piece]) -> BaseModel:
+        """The answer without a stream; one piece a choice."""
+
+    @abstractmethod
+    def usage_chunk(self) -> BaseModel:
+        """The chunk of a stream that has the usage."""
+
+    def passes(self, piece: Piece) -> list[ForwardPass] | None:
+        """The trajectory's part in a piece, None where it was not asked for."""
+        return piece.passes if self.body.return_trajectory else None
+
+    def last(self) -> Sequence[BaseModel]:
+        return [self.usage_chunk()] if self._tells_usage else []
+
+    @property
+    def _tells_usage(self) -> bool:
+        options = self.body.stream_options
+        return bool(options and options.include_usage)
+
+    async def respond(self, request: Request) -> Response:
+        """Run the choices to their end. Raises GenerationFailedError, ClientDisconnect."""
+        choices = self.running.choices
+        if self.body.stream:
+            return EventStreamResponse(choices, self, exclude=set() if self._tells_usage else {"usage"})
+        pieces: list[list[Piece]] = [[] for _ in choices]
+
+        async def collect(choice: Choice, piece: Piece) -> None:
+            pieces[choice.index].append(piece)
+
+        with cancelling(choices):
+            await follow(choices, request.receive, collect)
+        return json_response(self.whole([_join(each) for each in pieces]))
+
+
+def check_stream_options(body: GenerationBody) -> None:
+    """Refuse options of a stream where there is none."""
+    if body.stream_options is not None and not body.stream:
+        raise RequestError("stream_options", "stream_options is for streams only: set stream to true or leave it out")
+
+
+def _join(pieces: Sequence[Piece]) -> Piece:
+    return Piece(
+        text="".join(piece.text for piece in pieces),
+        tokens=[token for piece in pieces for token in piece.tokens],
+        passes=[each for piece in pieces for each in piece.passes],
+        finish=pieces[-1].finish,
+    )

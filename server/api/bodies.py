@@ -1,0 +1,81 @@
+"""From the bytes of a request to a validated body, or to an error that names the field."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, TypeVar
+
+import anyio.to_thread
+from fastapi import Request
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from server.api.errors import BadHeaderError
+from server.api.requests import UNSUPPORTED, UNSUPPORTED_IN_MESSAGE, Body, ChatBody, TokenizeBody
+from server.engine import RequestError
+
+LONG = 64 * 1024
+"""Bytes or characters from which on work on a text leaves the event loop."""
+SHOWN = 80
+"""Characters of a wrong value that its error repeats."""
+
+B = TypeVar("B", bound=Body)
+
+
+async def read_body(request: Request, cls: type[B]) -> B:
+    """The request's JSON body. Raises RequestError, BadHeaderError or, from the limit on bodies, BodyTooLargeError."""
+    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    # A web page of another site can send any other type without asking first.
+    if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
+        raise BadHeaderError(f"content-type is {kind!r}: send JSON as application/json")
+    data = await request.body()
+    if len(data) > LONG:
+        return await anyio.to_thread.run_sync(partial(parse_body, data, cls))
+    return parse_body(data, cls)
+
+
+def parse_body(data: bytes, cls: type[B]) -> B:
+    """The body in these bytes. Raises RequestError."""
+    try:
+        body = cls.model_validate_json(data)
+    except ValidationError as error:
+        raise request_error(error.errors(include_url=False, include_context=False)[0]) from None
+    refuse_unsupported(body.model_extra or {}, UNSUPPORTED[cls])
+    if isinstance(body, ChatBody | TokenizeBody):
+        for i, message in enumerate(body.messages or []):
+            refuse_unsupported(message.model_extra or {}, UNSUPPORTED_IN_MESSAGE, f"messages.{i}.")
+    return body
+
+
+def refuse_unsupported(given: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]], where: str = "") -> None:
+    """Raise RequestError for the first given field that asks for something which cannot be done."""
+    for name, value in given.items():
+        if value is not None and name in neutral and value not in neutral[name]:
+            field = f"{where}{name}"
+            raise RequestError(
+                field, f"{field} is not supported (got {show(value)}): leave it out", "unsupported_value"
+            )
+
+
+def request_error(error: ErrorDetails, where: tuple[str, ...] = ()) -> RequestError:
+    """What a validation error says, as an error that names the field, the value and the limit."""
+    if error["type"] == "json_invalid":
+        return RequestError("body", f"the request's body is not JSON: {error['msg']}", "invalid_json")
+    # Parts in brackets are the tags of unions, not names that a client knows.
+    path = [str(part) for part in (*where, *error["loc"]) if not str(part).startswith("(")]
+    field = ".".join(path) or "body"
+    message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    if error["type"] == "missing":
+        return RequestError(field, f"{field} is missing", "missing_required_parameter")
+    if error["type"] == "extra_forbidden":
+        return RequestError(field, f"{field} is not known (got {show(error['input'])})", "unknown_parameter")
+    return RequestError(field, f"{field}: {message} (got {show(error['input'])})")
+
+
+def show(value: Any) -> str:
+    """A value for a message: as much of it as fits."""
+    if isinstance(value, int) and value.bit_length() > SHOWN * 3:
+        return f"an integer of {value.bit_length()} bits"
+    if isinstance(value, list | dict):
+        return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
+    text = repr(value[: SHOWN + 1] if isinstance(value, str) else value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."

@@ -1,0 +1,126 @@
+"""`/v1/chat/completions`"""
+
+from collections.abc import Sequence
+from functools import partial
+
+from fastapi import FastAPI, Request, Response
+
+from server.api.answer import Answer, check_stream_options
+from server.api.bodies import read_body
+from server.api.choices import Choice, Piece, Token
+from server.api.generation import Job, Running, start
+from server.api.openapi import GENERATION_ERRORS, body_of, streamed
+from server.api.requests import ChatBody, Message
+from server.api.responses import (
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatDelta,
+    ChatLogprobs,
+    ChatMessage,
+    TokenLogprob,
+    Usage,
+    Used,
+)
+from server.api.serving import Serving
+from server.engine import FinishReason, RequestError
+from server.models.text import ChatTemplateError, TextCodec
+
+
+def add_routes(app: FastAPI, serving: Serving) -> None:
+    @app.post(
+        "/v1/chat/completions",
+        response_model=ChatCompletion,
+        responses=GENERATION_ERRORS | streamed(ChatChunk),
+        openapi_extra=body_of(ChatBody),
+        tags=["generation"],
+    )
+    async def chat_completions(request: Request) -> Response:
+        """Write the next message of a chat."""
+        body = await read_body(request, ChatBody)
+        check_stream_options(body)
+        running = await start(serving, body, 1, partial(read_job, serving), bool(body.logprobs))
+        return await ChatAnswer(running, body, serving).respond(request)
+
+
+def read_job(serving: Serving, body: ChatBody) -> Job:
+    """The chat as tokens. Raises RequestError."""
+    newer, older = body.max_completion_tokens, body.max_tokens
+    if newer is not None and older is not None and newer != older:
+        message = f"max_tokens says {older}, but max_completion_tokens says {newer}: send one of them"
+        raise RequestError("max_tokens", message, "conflicting_values")
+    field = "max_tokens" if newer is None else "max_completion_tokens"
+    prompt = encode_chat(serving.text, body.messages)
+    return Job([prompt], [], newer or older, prompt_field="messages", length_field=field)
+
+
+def encode_chat(text: TextCodec, messages: Sequence[Message]) -> list[int]:
+    """Messages as tokens. Raises RequestError."""
+    try:
+        return text.encode(text.chat_prompt([message.flat() for message in messages]))
+    except ChatTemplateError as error:
+        raise RequestError("messages", str(error)) from None
+
+
+class ChatAnswer(Answer):
+    """In the shape of OpenAI's chat completions."""
+
+    prefix = "chatcmpl"
+
+    def __init__(self, running: Running, body: ChatBody, serving: Serving) -> None:
+        super().__init__(running, body, serving.catalogue.name)
+        self._token = serving.text.token
+        self._wants_logprobs = bool(body.logprobs)
+
+    def first(self) -> Sequence[ChatChunk]:
+        begin = ChatDelta(role="assistant", content="")
+        return [self._chunk([ChatChunkChoice(index=choice.index, delta=begin)]) for choice in self.running.choices]
+
+    def chunk(self, choice: Choice, piece: Piece) -> ChatChunk:
+        part = ChatChunkChoice(
+            index=choice.index,
+            delta=ChatDelta(content=piece.text or None),
+            logprobs=self._logprobs(piece.tokens),
+            finish_reason=piece.finish,
+            trajectory=self.passes(piece),
+        )
+        return self._chunk([part], unmask=self.running.used if piece.finish else None)
+
+    def usage_chunk(self) -> ChatChunk:
+        return self._chunk([], usage=self.running.usage())
+
+    def whole(self, pieces: Sequence[Piece]) -> ChatCompletion:
+        choices = [
+            ChatChoice(
+                index=i,
+                message=ChatMessage(content=piece.text),
+                logprobs=self._logprobs(piece.tokens),
+                finish_reason=piece.finish or FinishReason.LENGTH,
+                trajectory=self.passes(piece),
+            )
+            for i, piece in enumerate(pieces)
+        ]
+        return ChatCompletion(
+            id=self.id,
+            created=self.created,
+            model=self.model,
+            choices=choices,
+            usage=self.running.usage(),
+            unmask=self.running.used,
+        )
+
+    def _chunk(
+        self, choices: list[ChatChunkChoice], usage: Usage | None = None, unmask: Used | None = None
+    ) -> ChatChunk:
+        return ChatChunk(
+            id=self.id, created=self.created, model=self.model, choices=choices, usage=usage, unmask=unmask
+        )
+
+    def _logprobs(self, tokens: Sequence[Token]) -> ChatLogprobs | None:
+        return ChatLogprobs(content=[self._logprob(token) for token in tokens]) if self._wants_logprobs else None
+
+    def _logprob(self, token: Token) -> TokenLogprob:
+        text = self._token(token.id)
+        # Part of a character has no text of its own.
+        return TokenLogprob(token=text, logprob=token.logprob, bytes=None if "\ufffd" in text else list(text.encode()))

@@ -1,0 +1,103 @@
+"""`/v1/completions`"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+from fastapi import FastAPI, Request, Response
+
+from server.api.answer import Answer, check_stream_options
+from server.api.bodies import read_body
+from server.api.choices import Choice, Piece
+from server.api.generation import Job, Running, check_ids, start
+from server.api.openapi import GENERATION_ERRORS, body_of, streamed
+from server.api.requests import CompletionBody
+from server.api.responses import Completion, CompletionChoice, CompletionLogprobs, Usage, Used
+from server.api.serving import Serving
+from server.engine import RequestError
+
+
+def add_routes(app: FastAPI, serving: Serving) -> None:
+    @app.post(
+        "/v1/completions",
+        response_model=Completion,
+        responses=GENERATION_ERRORS | streamed(Completion),
+        openapi_extra=body_of(CompletionBody),
+        tags=["generation"],
+    )
+    async def completions(request: Request) -> Response:
+        """Continue a prompt, or fill the gap between prompt and suffix."""
+        body = await read_body(request, CompletionBody)
+        check_stream_options(body)
+        if body.echo and body.logprobs is not None:
+            raise RequestError(
+                "logprobs", "logprobs of the prompt, which echo asks for, are not supported: leave it out"
+            )
+        wants_logprobs = body.logprobs is not None
+        running = await start(serving, body, len(body.prompts()), partial(read_job, serving), wants_logprobs)
+        return await CompletionAnswer(running, body, serving).respond(request)
+
+
+def read_job(serving: Serving, body: CompletionBody) -> Job:
+    """Prompts and suffix as tokens. Raises RequestError."""
+    text, given = serving.text, body.prompts()
+    prompts = [text.encode(prompt) if isinstance(prompt, str) else prompt for prompt in given]
+    for prompt in prompts:
+        check_ids("prompt", prompt, serving.engine.info.vocab_size)
+    echo = [p if isinstance(p, str) else text.decode(p, skip_special_tokens=False) for p in given if body.echo]
+    return Job(prompts, text.encode(body.suffix or ""), body.max_tokens, prompt_field="prompt", echo=echo)
+
+
+class CompletionAnswer(Answer):
+    """In the shape of OpenAI's completions; chunks look like the whole."""
+
+    prefix = "cmpl"
+
+    def __init__(self, running: Running, body: CompletionBody, serving: Serving) -> None:
+        super().__init__(running, body, serving.catalogue.name)
+        self._token = serving.text.token
+        self._wants_logprobs = body.logprobs is not None
+
+    def first(self) -> Sequence[Completion]:
+        if not self.running.job.echo:
+            return []
+        return [self._completion([self._choice(choice, Piece(self._echo(choice)))]) for choice in self.running.choices]
+
+    def chunk(self, choice: Choice, piece: Piece) -> Completion:
+        return self._completion([self._choice(choice, piece)], unmask=self.running.used if piece.finish else None)
+
+    def usage_chunk(self) -> Completion:
+        return self._completion([], usage=self.running.usage())
+
+    def whole(self, pieces: Sequence[Piece]) -> Completion:
+        choices = []
+        for choice, piece in zip(self.running.choices, pieces, strict=True):
+            choices.append(self._choice(choice, replace(piece, text=self._echo(choice) + piece.text)))
+        return self._completion(choices, usage=self.running.usage(), unmask=self.running.used)
+
+    def _echo(self, choice: Choice) -> str:
+        echo = self.running.job.echo
+        return echo[choice.prompt] if echo else ""
+
+    def _completion(
+        self, choices: list[CompletionChoice], usage: Usage | None = None, unmask: Used | None = None
+    ) -> Completion:
+        return Completion(
+            id=self.id, created=self.created, model=self.model, choices=choices, usage=usage, unmask=unmask
+        )
+
+    def _choice(self, choice: Choice, piece: Piece) -> CompletionChoice:
+        return CompletionChoice(
+            index=choice.index,
+            text=piece.text,
+            logprobs=self._logprobs(piece) if self._wants_logprobs else None,
+            finish_reason=piece.finish,
+            trajectory=self.passes(piece),
+        )
+
+    def _logprobs(self, piece: Piece) -> CompletionLogprobs:
+        return CompletionLogprobs(
+            tokens=[self._token(token.id) for token in piece.tokens],
+            token_logprobs=[token.logprob for token in piece.tokens],
+            text_offset=[token.offset for token in piece.tokens],
+        )

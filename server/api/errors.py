@@ -1,0 +1,126 @@
+"""Errors in OpenAI's shape: one table from exception to status, type and code."""
+
+from http import HTTPStatus
+
+from fastapi import FastAPI, Request, Response
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from server.engine import EngineError, FinishReason, NotServingError, QueueFullError, RequestError
+
+RETRY_SECONDS = 1
+"""What `Retry-After` says: a full queue moves on with every generation that ends."""
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong. `param` names the field to change, such as `sampler_params.threshold`."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorResponse(BaseModel):
+    """The body of every answer that is no success, and of the last event of a stream that failed."""
+
+    error: ErrorDetail
+
+
+class NotFoundError(RequestError):
+    """The thing that a field names is not there."""
+
+
+class BodyTooLargeError(Exception):
+    """The request's body is longer than the server reads."""
+
+
+class BadHeaderError(Exception):
+    """A header that makes no sense."""
+
+
+class UnauthorizedError(Exception):
+    """No API key, or one that is not known."""
+
+
+class GenerationFailedError(Exception):
+    """The engine could not finish a generation."""
+
+
+class GenerationTimeoutError(GenerationFailedError):
+    """A request's time was up before its generations were done."""
+
+
+class GenerationEndedError(GenerationFailedError):
+    """The server stopped before a generation was done."""
+
+
+INVALID, SERVER = "invalid_request_error", "server_error"
+
+# The first row that an exception is an instance of counts. Code None: the exception has its own.
+ERRORS: list[tuple[type[Exception], int, str, str | None]] = [
+    (NotFoundError, 404, INVALID, None),
+    (RequestError, 400, INVALID, None),
+    (BadHeaderError, 400, INVALID, "invalid_header"),
+    (UnauthorizedError, 401, INVALID, "invalid_api_key"),
+    (BodyTooLargeError, 413, INVALID, "request_too_large"),
+    (QueueFullError, 429, "rate_limit_error", "queue_full"),
+    (ClientDisconnect, 499, INVALID, "client_disconnected"),
+    (NotServingError, 503, "service_unavailable_error", "not_serving"),
+    (GenerationEndedError, 503, "service_unavailable_error", "not_serving"),
+    (GenerationTimeoutError, 504, "timeout_error", "timeout"),
+    (GenerationFailedError, 500, SERVER, "generation_failed"),
+    (EngineError, 500, SERVER, "engine_error"),
+    (Exception, 500, SERVER, "internal_error"),
+]
+HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}
+
+
+def describe(error: Exception) -> tuple[int, ErrorDetail]:
+    """Status and body of an exception. What is not meant for users says nothing about its inside."""
+    if isinstance(error, HTTPException):
+        status, kind = error.status_code, INVALID if error.status_code < 500 else SERVER
+        return status, ErrorDetail(message=error.detail, type=kind, code=HTTP_CODES.get(status, "http_error"))
+    kind, status, code = next((kind, status, code) for cls, status, kind, code in ERRORS if isinstance(error, cls))
+    message = "the server failed; its log says why" if code == "internal_error" else str(error)
+    if isinstance(error, RequestError):
+        return status, ErrorDetail(message=message, type=kind, param=error.field, code=error.code)
+    return status, ErrorDetail(message=message, type=kind, code=code)
+
+
+def error_response(error: Exception) -> Response:
+    """The whole answer for an exception."""
+    status, detail = describe(error)
+    headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
+    if status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE):
+        headers["retry-after"] = str(RETRY_SECONDS)
+    if status == HTTPStatus.UNAUTHORIZED:
+        headers["www-authenticate"] = "Bearer"
+    if status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
+        headers["connection"] = "close"  # the rest of the body is not worth reading
+    return Response(ErrorResponse(error=detail).model_dump_json(), status, headers, media_type="application/json")
+
+
+def failure(reason: FinishReason, message: str) -> GenerationFailedError:
+    """The exception for a generation that ended without being done."""
+    if reason is FinishReason.TIMEOUT:
+        return GenerationTimeoutError(message)
+    if reason is FinishReason.ABORT:
+        return GenerationEndedError(message or "the generation was ended because the server is stopping")
+    return GenerationFailedError(message)
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Answer every exception that the table names, and the framework's own, in our shape."""
+
+    async def answer(request: Request, error: Exception) -> Response:
+        if isinstance(error, HTTPException) and error.detail == HTTPStatus(error.status_code).phrase:
+            what = f"{error.detail}: {request.method} {request.scope['path'][:200]}"
+            error = HTTPException(error.status_code, what, error.headers)
+        return error_response(error)
+
+    app.add_exception_handler(HTTPException, answer)
+    for cls, *_ in ERRORS:
+        if cls is not Exception:  # that is what the outermost middleware answers, under the request's name
+            app.add_exception_handler(cls, answer)

@@ -1,0 +1,160 @@
+"""From a validated body to generations in the engine."""
+
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+import anyio.to_thread
+
+from samplers import TokenChoice
+from server.api.catalogue import Rule
+from server.api.choices import Choice
+from server.api.requests import DEFAULT_MAX_TOKENS, INT64, GenerationBody
+from server.api.responses import Usage, Used
+from server.api.serving import Serving
+from server.engine import GenerationRequest, RequestError
+from server.engine.stream import EventStream
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a body asks for.
+
+    Attributes:
+        prompts: token ids, one list a prompt.
+        suffix: token ids after the generation region.
+        max_tokens: None is the default.
+        prompt_field, length_field: what these are called in the body.
+        echo: texts to put before the choices of each prompt; none where that is not asked for.
+    """
+
+    prompts: Sequence[list[int]]
+    suffix: list[int]
+    max_tokens: int | None
+    prompt_field: str
+    length_field: str = "max_tokens"
+    echo: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Running:
+    """The generations of a request, and how they are made."""
+
+    job: Job
+    choices: list[Choice]
+    used: Used
+
+    def usage(self) -> Usage:
+        """What the engine counted, once all choices have ended."""
+        return Usage.of(
+            prompt=sum(len(prompt) + len(self.job.suffix) for prompt in self.job.prompts),
+            completion=sum(choice.completion_tokens for choice in self.choices),
+            forwards=sum(choice.forwards for choice in self.choices),
+        )
+
+
+B = TypeVar("B", bound=GenerationBody)
+
+
+async def start(serving: Serving, body: B, count: int, read: Callable[[B], Job], logprobs: bool) -> Running:
+    """Queue the generations of a body, all or none.
+
+    Args:
+        count: number of prompts in the body.
+        read: makes the prompts tokens; runs in another thread, since that can take long.
+
+    Raises RequestError, QueueFullError, NotServingError.
+    """
+    rule = serving.catalogue.choose(body)
+    number = body.n or 1
+    total = count * number
+    if total > serving.settings.max_queue:
+        raise RequestError(
+            "n" if count == 1 else "prompt",
+            f"{count} prompts with {number} choices each are {total} generations, more than the queue takes "
+            f"({serving.settings.max_queue}, --max-queue): send fewer at a time",
+        )
+    streams = [EventStream(serving.engine) for _ in range(total)]
+    job, used = await anyio.to_thread.run_sync(partial(_submit, serving, body, rule, read, streams))
+    choices = [
+        Choice(stream, serving.text, i, i // number, body.stop, logprobs, bool(body.return_trajectory))
+        for i, stream in enumerate(streams)
+    ]
+    return Running(job, choices, used)
+
+
+def _submit(
+    serving: Serving, body: B, rule: Rule, read: Callable[[B], Job], streams: list[EventStream]
+) -> tuple[Job, Used]:
+    job = read(body)
+    requests, used = _requests(serving, body, rule, job)
+    try:
+        generations = serving.engine.submit_all(requests, [stream.deliver for stream in streams])
+    except RequestError as error:
+        names = {"prompt": job.prompt_field, "max_tokens": job.length_field}
+        raise RequestError(names.get(error.field, error.field), str(error), error.code) from None
+    for stream, generation in zip(streams, generations, strict=True):
+        stream.generation = generation
+    return job, used
+
+
+def _requests(serving: Serving, body: GenerationBody, rule: Rule, job: Job) -> tuple[list[GenerationRequest], Used]:
+    info = serving.engine.info
+    sampler, params = rule
+    block_length = body.block_length if "block_length" in body.model_fields_set else info.block_length
+    ends = frozenset() if body.ignore_eos else info.end_ids
+    longest = max(len(prompt) for prompt in job.prompts) + len(job.suffix)
+    max_tokens = job.max_tokens or max(1, min(DEFAULT_MAX_TOKENS, info.max_length - longest))
+    choice = TokenChoice(body.temperature or 0.0, body.top_p or 1.0, body.top_k or 0)
+    seeds = _seeds(body.seed, len(job.prompts), body.n or 1)
+    fill_after_end = body.fill_after_end is not False
+    check_ids("stop_token_ids", body.stop_token_ids or [], info.vocab_size)
+    requests = [
+        GenerationRequest(
+            prompt=prompt,
+            max_tokens=max_tokens,
+            sampler=sampler.name,
+            params=params,
+            suffix=job.suffix,
+            block_length=block_length,
+            choice=choice,
+            seed=seeds[i * (body.n or 1) + j],
+            end_ids=ends | frozenset(body.stop_token_ids or []),
+            fill_after_end=fill_after_end,
+            timeout=serving.settings.request_timeout,
+            counts_prompt=j == 0,
+        )
+        for i, prompt in enumerate(job.prompts)
+        for j in range(body.n or 1)
+    ]
+    used = Used(
+        sampler=sampler.name,
+        sampler_params=params.model_dump(mode="json"),
+        block_length=block_length,
+        max_tokens=max_tokens,
+        fill_after_end=fill_after_end,
+        temperature=choice.temperature,
+        seeds=seeds,
+    )
+    return requests, used
+
+
+def check_ids(field: str, ids: Sequence[int], vocab_size: int) -> None:
+    """Raise RequestError if one of these is no token of the model."""
+    largest = max(ids, default=0)
+    if largest >= vocab_size:
+        raise RequestError(field, f"{field}: {largest} is not a token id, the model has {vocab_size} of them")
+
+
+def _seeds(seed: int | None, prompts: int, number: int) -> list[int]:
+    """A seed for each choice.
+
+    With a seed given, each prompt's choices start from it, so that a prompt's result does not depend on what else is
+    in the request. Without one no two choices share a stream.
+    """
+    if seed is None:
+        # 53 bits come back whole from every JSON parser.
+        return [secrets.randbits(53) for _ in range(prompts * number)]
+    return [(seed + j + INT64) % (2 * INT64) - INT64 for _ in range(prompts) for j in range(number)]

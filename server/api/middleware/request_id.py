@@ -1,0 +1,49 @@
+"""A name for each request, a log line when it ends, and an answer when it fails."""
+
+import re
+import time
+import uuid
+
+import structlog
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.api.errors import error_response
+
+log = structlog.get_logger(__name__)
+
+HEADER = "x-request-id"
+SANE = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
+
+
+class RequestId:
+    """The outermost middleware: what a client calls its request, if that is sane, else a name of our own."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get(HEADER, "")
+        name = given if SANE.fullmatch(given) else uuid.uuid4().hex
+        status = 0
+
+        async def send_named(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)[HEADER] = name
+            await send(message)
+
+        began = time.monotonic()
+        with structlog.contextvars.bound_contextvars(request_id=name):
+            try:
+                await self.app(scope, receive, send_named)
+            except Exception as error:
+                log.exception("request failed")
+                if not status:
+                    await error_response(error)(scope, receive, send_named)
+            seconds = round(time.monotonic() - began, 4)
+            log.info("request", method=scope["method"], path=scope["path"], status=status, seconds=seconds)

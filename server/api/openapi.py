@@ -1,0 +1,62 @@
+"""What OpenAPI says of routes that read their bodies and write their answers themselves."""
+
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from server.api.errors import ErrorResponse
+from server.api.requests import UNSUPPORTED
+
+Responses = dict[int | str, dict[str, Any]]
+SCHEMAS = "#/components/schemas/{model}"
+
+
+def _errors(*statuses: int) -> Responses:
+    what = {
+        400: "A field is wrong; `param` names it",
+        401: "No valid API key",
+        404: "There is no such thing",
+        413: "The body is too long",
+        429: "The queue is full; try again after `Retry-After` seconds",
+        500: "The server failed",
+        503: "The server is stopping, or its engine is not running",
+        504: "The request's time was up",
+    }
+    return {status: {"model": ErrorResponse, "description": what[status]} for status in statuses}
+
+
+ERRORS = _errors(401)
+LOOKUP_ERRORS = _errors(401, 404)
+BODY_ERRORS = _errors(400, 401, 404, 413)
+GENERATION_ERRORS = _errors(400, 401, 404, 413, 429, 500, 503, 504)
+UNAVAILABLE = _errors(503)
+
+
+def body_of(model: type[BaseModel]) -> dict[str, Any]:
+    """The request body of a route, for its `openapi_extra`."""
+    schema = {"$ref": SCHEMAS.format(model=model.__name__)}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def streamed(chunk: type[BaseModel]) -> Responses:
+    """The success of a route that can stream."""
+    what = f"Streams have events of `{chunk.__name__}`, then `data: [DONE]`"
+    return {200: {"description": what, "content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+
+
+def complete_openapi(app: FastAPI, needs_key: bool) -> None:
+    """Add the schemas of request bodies to the app's OpenAPI, and take out answers that are never given."""
+    _, bodies = models_json_schema([(model, "validation") for model in UNSUPPORTED], ref_template=SCHEMAS)
+    document = app.openapi()
+    schemas = document["components"]["schemas"]
+    schemas.update(bodies["$defs"])
+    for path in document["paths"].values():
+        for operation in path.values():
+            operation["responses"].pop("422", None)  # a path parameter is a string: nothing to validate
+    for unused in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(unused, None)
+    if needs_key:
+        document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        document["security"] = [{"key": []}]

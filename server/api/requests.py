@@ -1,0 +1,250 @@
+"""Request bodies: what is understood, in which range, and what is refused because it cannot be done."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    JsonValue,
+    StringConstraints,
+    Tag,
+)
+
+MAX_CHOICES = 16
+MAX_STOPS = 16
+DEFAULT_MAX_TOKENS = 128
+INT64 = 2**63
+
+# Tags of unions. Validation puts them into the location of an error, where `field_of` drops them.
+TEXT, TEXTS, IDS, ID_LISTS, PARTS = "(text)", "(texts)", "(ids)", "(id lists)", "(parts)"
+
+TokenId = Annotated[int, Field(ge=0, lt=INT64)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
+
+
+def _prompt_kind(value: Any) -> str:
+    if not isinstance(value, list):
+        return TEXT
+    first = value[0] if value else ""
+    return ID_LISTS if isinstance(first, list) else TEXTS if isinstance(first, str) else IDS
+
+
+def _content_kind(value: Any) -> str:
+    return PARTS if isinstance(value, list) else TEXT
+
+
+def _list_of_stops(value: Any) -> Any:
+    return [value] if isinstance(value, str) else [] if value is None else value
+
+
+def _zero_if_off(value: Any) -> Any:
+    """-1 is how some clients write "no limit"."""
+    return 0 if value == -1 and not isinstance(value, bool) else value
+
+
+Prompt = Annotated[
+    Annotated[str, Tag(TEXT)]
+    | Annotated[list[str], Field(min_length=1, fail_fast=True), Tag(TEXTS)]
+    | Annotated[TokenIds, Tag(IDS)]
+    | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True), Tag(ID_LISTS)],
+    Discriminator(_prompt_kind),
+]
+Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+StopList = Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)]
+Stops = Annotated[StopList, BeforeValidator(_list_of_stops, json_schema_input_type=Stop | StopList | None)]
+
+
+class Body(BaseModel):
+    """A request body. Unknown fields are let through; those that ask for what cannot be done are refused by name."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="allow", allow_inf_nan=False)
+
+
+class SamplerArguments(BaseModel):
+    """A choice of sampler in the place that vLLM's clients have for extra arguments."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
+
+    sampler: str | None = None
+    sampler_params: dict[str, JsonValue] | None = None
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
+
+    include_usage: bool | None = Field(None, description="Send one more chunk, with the usage and no choices.")
+
+
+class GenerationBody(Body):
+    """What completions and chats have in common."""
+
+    model: str | None = Field(
+        None, description="A model of `/v1/models`; `model:sampler` chooses the sampler too. Default: the served model."
+    )
+    max_tokens: Count | None = Field(
+        None,
+        description="Length of the generation region. "
+        f"Default: what the context has left, at most {DEFAULT_MAX_TOKENS}.",
+    )
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(
+        None, description="How tokens are drawn. Default: 0, each committed position takes its likeliest token."
+    )
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="Draw from the smallest set of tokens whose probabilities reach this."
+    )
+    top_k: Annotated[int, Field(ge=0, le=1_000_000), BeforeValidator(_zero_if_off)] | None = Field(
+        None, description="Draw from this many likeliest tokens; 0 or -1: all."
+    )
+    seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = Field(
+        None,
+        description="Random stream of each prompt's first choice, the next has seed + 1. Default: random.",
+    )
+    stop: Stops = Field([], description=f"Texts before which to stop, at most {MAX_STOPS}.")
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=64, fail_fast=True)] | None = Field(
+        None, description="Tokens that end the text, beside the model's own end-of-text."
+    )
+    ignore_eos: bool | None = Field(None, description="Do not let the model's own end-of-text end the text.")
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = Field(None, description="Choices per prompt.")
+    stream: bool | None = Field(None, description="Send text as soon as it can no longer change.")
+    stream_options: StreamOptions | None = None
+    sampler: str | None = Field(None, description="A sampler of `/v1/samplers`. Default: the server's.")
+    sampler_params: dict[str, JsonValue] | None = Field(None, description="Parameters of the sampler in force.")
+    vllm_xargs: SamplerArguments | None = Field(None, description="`sampler` and `sampler_params` may be here instead.")
+    block_length: Count | None = Field(
+        None,
+        description="Positions denoised together, blocks go left to right. "
+        "null: the whole region (full diffusion). Default: the model's own.",
+    )
+    fill_after_end: bool | None = Field(
+        None,
+        description="Settle all after a committed end-of-text at once, do not denoise padding. Default: true.",
+    )
+    return_trajectory: bool | None = Field(None, description="Add what each forward pass committed.")
+
+
+class CompletionBody(GenerationBody):
+    """`POST /v1/completions`"""
+
+    prompt: Prompt = Field(description="A text, token ids, or a list of either.")
+    suffix: str | None = Field(None, description="Text after the generation region (infilling).")
+    echo: bool | None = Field(None, description="Put the prompt before the text.")
+    logprobs: Annotated[int, Field(ge=0, le=0)] | None = Field(
+        None, description="0: the chosen token's log probability at the forward pass that committed it."
+    )
+
+    def prompts(self) -> list[str | list[int]]:
+        """Each prompt: a text or token ids. A list of numbers is one prompt."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        numbers = [item for item in self.prompt if isinstance(item, int)]
+        return [numbers] if numbers else [item for item in self.prompt if not isinstance(item, int)]
+
+
+class TextPart(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    """A turn of a chat."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="allow")
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[
+        Annotated[str, Tag(TEXT)] | Annotated[list[TextPart], Field(fail_fast=True), Tag(PARTS)],
+        Discriminator(_content_kind),
+    ]
+
+    def flat(self) -> dict[str, str]:
+        """Role and text, as chat templates know them: `developer` is what used to be `system`."""
+        role = "system" if self.role == "developer" else self.role
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": role, "content": text}
+
+
+Messages = Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+
+
+class ChatBody(GenerationBody):
+    """`POST /v1/chat/completions`"""
+
+    messages: Messages
+    max_completion_tokens: Count | None = Field(None, description="The newer name of max_tokens.")
+    logprobs: bool | None = Field(
+        None, description="The chosen tokens' log probabilities at the forward passes that committed them."
+    )
+    top_logprobs: Annotated[int, Field(ge=0, le=0)] | None = None
+
+
+class TokenizeBody(Body):
+    """`POST /tokenize`: a prompt or messages."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Messages | None = None
+
+
+class DetokenizeBody(Body):
+    """`POST /detokenize`"""
+
+    model: str | None = None
+    tokens: Annotated[list[TokenId], Field(fail_fast=True)]
+
+
+# What cannot be done, and the values that do not ask for it. Null never does.
+_NOTHING: tuple[Any, ...] = ([], {}, "", False)
+_SHARED: dict[str, tuple[Any, ...]] = {
+    "logit_bias": ({},),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+    "length_penalty": (1,),
+    "min_p": (0,),
+    "min_tokens": (0,),
+    "use_beam_search": (False,),
+    "response_format": ({"type": "text"},),
+    "prompt_logprobs": (),
+    "prompt_embeds": _NOTHING,
+    "truncate_prompt_tokens": (),
+    "include_stop_str_in_output": (False,),
+    "skip_special_tokens": (True,),
+    "logits_processors": _NOTHING,
+    "allowed_token_ids": _NOTHING,
+    "bad_words": _NOTHING,
+    "structured_outputs": _NOTHING,
+    "guided_json": _NOTHING,
+    "guided_regex": _NOTHING,
+    "guided_choice": _NOTHING,
+    "guided_grammar": _NOTHING,
+}
+UNSUPPORTED: dict[type[Body], dict[str, tuple[Any, ...]]] = {
+    CompletionBody: {**_SHARED, "best_of": (1,)},
+    ChatBody: {
+        **_SHARED,
+        "tools": _NOTHING,
+        "tool_choice": ("none", "auto"),
+        "functions": _NOTHING,
+        "function_call": ("none", "auto"),
+        "modalities": ([], ["text"]),
+        "audio": _NOTHING,
+        "prediction": _NOTHING,
+        "web_search_options": (),
+        "chat_template": _NOTHING,
+        "chat_template_kwargs": _NOTHING,
+        "documents": _NOTHING,
+        "add_generation_prompt": (True,),
+        "continue_final_message": (False,),
+        "suffix": _NOTHING,
+        "echo": (False,),
+    },
+    TokenizeBody: {"add_generation_prompt": (True,), "continue_final_message": (False,), "tools": _NOTHING},
+    DetokenizeBody: {},
+}
+UNSUPPORTED_IN_MESSAGE: dict[str, tuple[Any, ...]] = {"tool_calls": _NOTHING, "function_call": _NOTHING, "audio": ()}

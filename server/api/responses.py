@@ -1,0 +1,210 @@
+"""Response bodies, in OpenAI's shapes. What is ours: `unmask`, `trajectory`, and the details of `usage`."""
+
+from typing import Any, Literal
+
+from fastapi import Response
+from pydantic import BaseModel, Field
+
+from server.engine import FinishReason
+
+Finish = Literal[FinishReason.STOP, FinishReason.LENGTH]
+
+
+def _absent(value: object) -> bool:
+    """For fields that are left out where they have no value."""
+    return value is None
+
+
+class UsageDetails(BaseModel):
+    """What diffusion adds to a usage."""
+
+    forward_passes: int = Field(description="Forward passes, counted for every choice that took part.")
+    tokens_per_forward: float = Field(description="Completion tokens / forward passes.")
+
+
+class Usage(BaseModel):
+    """Prompt tokens count once however many choices there are; completion tokens include the end-of-text."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    completion_tokens_details: UsageDetails
+
+    @classmethod
+    def of(cls, prompt: int, completion: int, forwards: int) -> "Usage":
+        details = UsageDetails(forward_passes=forwards, tokens_per_forward=completion / forwards if forwards else 0.0)
+        return cls(
+            prompt_tokens=prompt,
+            completion_tokens=completion,
+            total_tokens=prompt + completion,
+            completion_tokens_details=details,
+        )
+
+
+class Used(BaseModel):
+    """How the answer was made, defaults filled in."""
+
+    sampler: str
+    sampler_params: dict[str, Any]
+    block_length: int | None = Field(description="null: full diffusion")
+    max_tokens: int
+    fill_after_end: bool
+    temperature: float
+    seeds: list[int] = Field(description="By choice: sent as `seed` with n = 1, it gives that choice again.")
+
+
+class ForwardPass(BaseModel):
+    """What one forward pass committed. Positions count from the start of the generation region."""
+
+    forward: int = Field(description="Number of the forward pass, from 1.")
+    positions: list[int]
+    tokens: list[int]
+    token_texts: list[str]
+    confidences: list[float]
+    filled: list[int] = Field(description="Positions after an end-of-text that were settled as padding.")
+
+
+class CompletionLogprobs(BaseModel):
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: None = None
+    text_offset: list[int]
+
+
+class CompletionChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: Finish | None = None
+    trajectory: list[ForwardPass] | None = Field(None, exclude_if=_absent)
+
+
+class Completion(BaseModel):
+    """The answer of `/v1/completions`, and each chunk of its stream."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+    unmask: Used | None = Field(None, exclude_if=_absent)
+
+
+class TokenLogprob(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int] | None
+    top_logprobs: list[Any] = []
+
+
+class ChatLogprobs(BaseModel):
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
+class ChatMessage(BaseModel):
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None = None
+    finish_reason: Finish
+    trajectory: list[ForwardPass] | None = Field(None, exclude_if=_absent)
+
+
+class ChatCompletion(BaseModel):
+    """The answer of `/v1/chat/completions`."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    unmask: Used
+
+
+class ChatDelta(BaseModel):
+    role: Literal["assistant"] | None = Field(None, exclude_if=_absent)
+    content: str | None = Field(None, exclude_if=_absent)
+
+
+class ChatChunkChoice(BaseModel):
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: Finish | None = None
+    trajectory: list[ForwardPass] | None = Field(None, exclude_if=_absent)
+
+
+class ChatChunk(BaseModel):
+    """A chunk of a streamed chat completion."""
+
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
+    unmask: Used | None = Field(None, exclude_if=_absent)
+
+
+class Model(BaseModel):
+    """A name that requests can use."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: Literal["unmask"] = "unmask"
+    root: str = Field(description="The model behind the name.")
+    parent: str | None = Field(description="The name without the sampler.")
+    max_model_len: int = Field(description="Longest canvas, prompt included, in tokens.")
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class SamplerCard(BaseModel):
+    """A sampler that requests can use."""
+
+    id: str
+    object: Literal["sampler"] = "sampler"
+    description: str
+    paper: str
+    available: bool
+    parameters: dict[str, Any] = Field(description="JSON schema of `sampler_params`.")
+
+
+class SamplerList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[SamplerCard]
+
+
+class Tokens(BaseModel):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+
+
+class Detokenized(BaseModel):
+    prompt: str
+
+
+class Health(BaseModel):
+    status: str
+
+
+class Version(BaseModel):
+    version: str
+
+
+def json_response(body: BaseModel) -> Response:
+    """A successful answer."""
+    return Response(body.model_dump_json(), media_type="application/json")

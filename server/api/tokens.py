@@ -1,0 +1,56 @@
+"""`/tokenize` and `/detokenize`, in vLLM's shapes."""
+
+from functools import partial
+
+import anyio.to_thread
+from fastapi import FastAPI, Request, Response
+
+from server.api.bodies import read_body
+from server.api.chat import encode_chat
+from server.api.generation import check_ids
+from server.api.openapi import BODY_ERRORS, body_of
+from server.api.requests import DetokenizeBody, TokenizeBody
+from server.api.responses import Detokenized, Tokens, json_response
+from server.api.serving import Serving
+from server.engine import RequestError
+
+
+def add_routes(app: FastAPI, serving: Serving) -> None:
+    info, text = serving.engine.info, serving.text
+
+    @app.post(
+        "/tokenize",
+        response_model=Tokens,
+        responses=BODY_ERRORS,
+        openapi_extra=body_of(TokenizeBody),
+        tags=["tokens"],
+    )
+    async def tokenize(request: Request) -> Response:
+        """The tokens of a prompt or a chat, as a completion would use them."""
+        body = await read_body(request, TokenizeBody)
+        serving.catalogue.check_model(body.model)
+        if (body.prompt is None) == (body.messages is None):
+            raise RequestError("prompt", "send either prompt or messages")
+        tokens = await anyio.to_thread.run_sync(partial(_encode, serving, body))
+        return json_response(Tokens(count=len(tokens), max_model_len=info.max_length, tokens=tokens))
+
+    @app.post(
+        "/detokenize",
+        response_model=Detokenized,
+        responses=BODY_ERRORS,
+        openapi_extra=body_of(DetokenizeBody),
+        tags=["tokens"],
+    )
+    async def detokenize(request: Request) -> Response:
+        """The text of tokens, special ones included."""
+        body = await read_body(request, DetokenizeBody)
+        serving.catalogue.check_model(body.model)
+        check_ids("tokens", body.tokens, info.vocab_size)
+        prompt = await anyio.to_thread.run_sync(partial(text.decode, body.tokens, skip_special_tokens=False))
+        return json_response(Detokenized(prompt=prompt))
+
+
+def _encode(serving: Serving, body: TokenizeBody) -> list[int]:
+    if body.messages is not None:
+        return encode_chat(serving.text, body.messages)
+    return serving.text.encode(body.prompt or "")

@@ -1,0 +1,50 @@
+"""The ASGI application: engine, tokenizer, metrics and settings in, routes out."""
+
+from fastapi import FastAPI
+
+from server.api import chat, completions, models, operations, samplers, tokens
+from server.api.catalogue import Catalogue, default_rule
+from server.api.errors import add_error_handlers
+from server.api.middleware.auth import ApiKeys
+from server.api.middleware.body_limit import BodyLimit
+from server.api.middleware.request_id import RequestId
+from server.api.openapi import complete_openapi
+from server.api.serving import Serving
+from server.engine import Engine
+from server.metrics import Metrics
+from server.models.text import TextCodec
+from server.settings import Settings
+from server.version import VERSION
+
+
+def create_app(engine: Engine, text: TextCodec, metrics: Metrics, settings: Settings) -> FastAPI:
+    """The server's face. The engine is started and stopped by whoever made it; the model goes by the metrics' name.
+
+    Raises RequestError for `sampler` or `sampler_params` if the settings' default sampler does not exist or fit.
+    """
+    catalogue = Catalogue(metrics.model_name, default_rule(settings))
+    serving = Serving(engine, text, metrics, settings, catalogue)
+    app = FastAPI(
+        title="Unmask",
+        summary="An OpenAI-style inference server for diffusion language models",
+        version=VERSION,
+        redoc_url=None,
+        swagger_ui_oauth2_redirect_url=None,
+        redirect_slashes=False,
+    )
+    add_error_handlers(app)
+    completions.add_routes(app, serving)
+    chat.add_routes(app, serving)
+    models.add_routes(app, serving)
+    samplers.add_routes(app)
+    tokens.add_routes(app, serving)
+    operations.add_routes(app, serving)
+    # The last one added is the first to see a request.
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    keys = [key.get_secret_value() for key in settings.api_key]
+    if keys:
+        open_paths = operations.OPEN | ({operations.METRICS} if settings.metrics_open else set())
+        app.add_middleware(ApiKeys, keys=keys, open_paths=open_paths)
+    app.add_middleware(RequestId)
+    complete_openapi(app, needs_key=bool(keys))
+    return app

@@ -1,0 +1,37 @@
+"""The command `unmask`. Exit status: 0 fine, 2 wrong use (the message names the flag), 1 anything else."""
+
+import sys
+
+import typer
+
+from server.commands import catalogue, evaluate, generate, serve, train
+from server.logging import configure_logging
+from server.packages import foreign_packages
+
+
+def create_cli() -> typer.Typer:
+    """All commands."""
+    cli = typer.Typer(
+        name="unmask",
+        help="An inference server for diffusion language models, with a sampler chosen per request.",
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+    )
+    for commands in (serve, generate, catalogue, evaluate, train):
+        commands.register(cli)
+    return cli
+
+
+def main() -> None:
+    """Run the command line."""
+    if foreign := foreign_packages():
+        names = ", ".join(foreign)
+        sys.exit(f"Error: not Unmask's own packages are imported, but {names}: install it in its own environment")
+    configure_logging()
+    create_cli()()
+
+
+if __name__ == "__main__":
+    main()

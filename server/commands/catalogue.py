@@ -1,0 +1,109 @@
+"""`unmask samplers` and `unmask tasks`: what there is to choose from."""
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from policies.tasks import Split, get_task, list_tasks
+from server.commands.options import results_console, wrong
+
+if TYPE_CHECKING:
+    from samplers import Sampler
+
+tasks_app = typer.Typer(help="Problems with checkable answers.", no_args_is_help=True)
+
+
+def register(app: typer.Typer) -> None:
+    app.command("samplers")(samplers)
+    app.add_typer(tasks_app, name="tasks")
+
+
+def samplers(
+    name: Annotated[str | None, typer.Argument(help="Show this one with all of its parameters.")] = None,
+) -> None:
+    """List the samplers, or show one with its parameters."""
+    from samplers import UnknownSamplerError, get_sampler, list_samplers
+
+    if name is None:
+        results_console().print(_overview(list_samplers()))
+        return
+    try:
+        results_console().print(_details(get_sampler(name)))
+    except UnknownSamplerError as error:
+        wrong("NAME", error)
+
+
+def _overview(found: "list[Sampler]") -> Table:
+    table = Table("sampler", "what it does", "parameters", "paper", title="samplers", show_lines=True)
+    for sampler in found:
+        stated = [f"{name} = {_default(field)}  ({_range(field)})" for name, field in _fields(sampler).items()]
+        table.add_row(sampler.name, Text(sampler.summary()), Text("\n".join(stated)), sampler.paper)
+    return table
+
+
+def _details(sampler: "Sampler") -> Group:
+    table = Table("parameter", "default", "values", "meaning")
+    for name, field in _fields(sampler).items():
+        table.add_row(name, _default(field), Text(_range(field)), Text(field.get("description", "")))
+    parameters = table if table.rows else Text("It has no parameters.")
+    return Group(
+        Text(sampler.name, style="bold"), Text(sampler.summary()), Text(sampler.paper, style="dim"), parameters
+    )
+
+
+def _fields(sampler: "Sampler") -> dict[str, dict[str, Any]]:
+    """JSON schema of each parameter; `null` as an alternative only says that it may be left out."""
+    fields: dict[str, dict[str, Any]] = {}
+    for name, field in sampler.schema().get("properties", {}).items():
+        given = [kind for kind in field.get("anyOf", []) if kind.get("type") != "null"]
+        fields[name] = {**field, **given[0]} if len(given) == 1 else field
+    return fields
+
+
+def _default(field: dict[str, Any]) -> str:
+    if "default" not in field:
+        return "required"
+    return "none" if field["default"] is None else json.dumps(field["default"])
+
+
+def _range(field: dict[str, Any]) -> str:
+    """The values that a parameter may have, in words."""
+    if "enum" in field:
+        return ", ".join(map(str, field["enum"]))
+    bounds = (("exclusiveMinimum", ">"), ("minimum", ">="), ("exclusiveMaximum", "<"), ("maximum", "<="))
+    limits = [f"{sign} {field[key]}" for key, sign in bounds if key in field]
+    return " ".join([field.get("type", "any"), ", ".join(limits)]).strip()
+
+
+@tasks_app.command("list")
+def tasks_list() -> None:
+    """List the tasks."""
+    table = Table("task", "generation length", "what it asks", title="tasks")
+    for task in list_tasks():
+        table.add_row(task.name, str(task.gen_length), Text(task.description))
+    results_console().print(table)
+
+
+@tasks_app.command("sample")
+def tasks_sample(
+    task: Annotated[str, typer.Option("--task", help="Name of a task (see `unmask tasks list`).")],
+    count: Annotated[int, typer.Option("--count", min=1, help="How many different problems.")] = 5,
+    seed: Annotated[int, typer.Option("--seed", help="The same seed gives the same problems.")] = 0,
+    split: Annotated[Split, typer.Option("--split", help="No problem is in both.")] = "heldout",
+) -> None:
+    """Write problems as JSON lines; `prompt` is exactly what goes to the model."""
+    try:
+        chosen = get_task(task)
+    except KeyError as error:
+        wrong("--task", error.args[0])
+    try:
+        problems = chosen.problems(count, seed, split)
+    except ValueError as error:
+        wrong("--count", error)
+    for problem in problems:
+        line = {"task": task, "prompt": problem.prompt, "answer": problem.answer, "reference": problem.reference}
+        typer.echo(json.dumps(line, ensure_ascii=False))

@@ -1,0 +1,173 @@
+"""`unmask evaluate`: accuracy against tokens per forward, as table, JSON, Markdown and picture."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from policies.tasks import get_task, list_tasks
+from server.commands.options import (
+    Device,
+    Dtype,
+    FillAfterEnd,
+    Model,
+    Threads,
+    check_parent,
+    fail,
+    open_model,
+    parse_block_length,
+    progress_console,
+    results_console,
+    use_threads,
+    wrong,
+)
+
+if TYPE_CHECKING:
+    from policies.evaluate import Subject, Trial
+    from server.evaluation.results import Results
+    from server.models.loading import LoadedModel
+
+
+def register(app: typer.Typer) -> None:
+    app.command("evaluate")(evaluate)
+
+
+def evaluate(
+    model: Model = None,
+    task: Annotated[list[str] | None, typer.Option("--task", help="Repeatable; without it all tasks.")] = None,
+    sampler: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--sampler",
+            help="Repeatable; name:param=value,param=value. A topk k of the generation's length commits everything at "
+            "once; oracle commits what is right. Without it the published table's.",
+            metavar="SPEC",
+        ),
+    ] = None,
+    block_length: Annotated[
+        list[str] | None,
+        typer.Option("--block-length", help="Repeatable; full or 0 (full diffusion) is the default.", metavar="N"),
+    ] = None,
+    gen_length: Annotated[
+        int | None, typer.Option("--gen-length", min=1, help="Generated positions; without it the task's own.")
+    ] = None,
+    count: Annotated[int, typer.Option("--count", min=1, help="Held-out problems of each task.")] = 100,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**31, help="Which problems, and random numbers.")] = 0,
+    fill_after_end: FillAfterEnd = True,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", help="Keep each row here once it is measured; rows already there are not redone."),
+    ] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Draw the frontier as a PNG.")] = None,
+    markdown_file: Annotated[Path | None, typer.Option("--markdown", help="Write the tables as Markdown.")] = None,
+    card: Annotated[
+        Path | None, typer.Option("--card", help="Put the Markdown into the model card of this model folder.")
+    ] = None,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Canvases in one forward.")] = 32,
+    threads: Threads = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Measure samplers on held-out problems. Plot, Markdown and card show every row that the --json file holds."""
+    for flag, path in (("--json", json_file), ("--plot", plot), ("--markdown", markdown_file)):
+        check_parent(flag, path)
+    trials = _trials(task, sampler, block_length, gen_length, count, seed, fill_after_end)
+    from server.evaluation.card import Card
+    from server.evaluation.report import markdown, table
+
+    try:
+        place = Card.read(card) if card is not None else None
+    except ValueError as error:
+        wrong("--card", error)
+    use_threads(threads)
+    loaded = open_model(model, device, dtype)
+    results = _open_results(json_file, model, loaded)
+    _measure(trials, _subject(loaded), results, json_file, batch)
+    asked = [row for trial in trials if (row := results.find(trial)) is not None]
+    results_console().print(table(asked))
+    if plot is not None:
+        from server.evaluation.plot import draw
+
+        draw(results.rows, results.model, plot)
+    if markdown_file is not None:
+        markdown_file.write_text(markdown(results.rows), encoding="utf-8")
+    if place is not None:
+        place.write(markdown(results.rows))
+
+
+def _trials(
+    tasks: list[str] | None,
+    samplers: list[str] | None,
+    block_lengths: list[str] | None,
+    gen_length: int | None,
+    count: int,
+    seed: int,
+    fill_after_end: bool,
+) -> "list[Trial]":
+    """Every combination once, in the order given; wrong use ends the command before any work."""
+    blocks = [parse_block_length(text) for text in block_lengths or ["full"]]
+    try:
+        chosen = [get_task(name) for name in tasks] if tasks else list_tasks()
+    except KeyError as error:
+        wrong("--task", error.args[0])
+    from policies.evaluate import FRONTIER, Trial
+    from policies.specs import SamplerSpec
+    from samplers import UnknownSamplerError
+
+    trials: list[Trial] = []
+    try:
+        specs = [SamplerSpec.parse(text) for text in samplers or FRONTIER]
+        for block in blocks:
+            for task in chosen:
+                for spec in specs:
+                    trial = Trial(task, spec, block, gen_length or task.gen_length, count, seed, fill_after_end)
+                    trials += [] if trial in trials else [trial]
+    except (UnknownSamplerError, ValueError) as error:
+        wrong("--sampler", error)
+    return trials
+
+
+def _subject(loaded: "LoadedModel") -> "Subject":
+    from policies.evaluate import Subject
+
+    info, text = loaded.backend.info, loaded.text
+    return Subject(loaded.backend.predict, text.encode, text.decode, info.mask_id, info.end_ids, info.max_length)
+
+
+def _open_results(path: Path | None, model: str | None, loaded: "LoadedModel") -> "Results":
+    from server.evaluation.results import Results, ResultsError, model_digest, open_results
+    from server.models.loading import find_model
+
+    digest = model_digest(find_model(model)[1])
+    try:
+        return open_results(path, Results(model=loaded.name, digest=digest, dtype=loaded.backend.info.dtype))
+    except ResultsError as error:
+        fail(error)
+
+
+def _measure(trials: "list[Trial]", subject: "Subject", results: "Results", path: Path | None, batch: int) -> None:
+    """Run the trials that have no row yet, each row kept as soon as it is there."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from policies.evaluate import TrialError, evaluate
+    from policies.specs import sampler_label
+    from samplers import SamplerError
+    from server.evaluation.results import save_results
+
+    missing = [trial for trial in trials if results.find(trial) is None]
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=progress_console()) as bar:
+        task = bar.add_task("", total=sum(trial.count for trial in missing))
+        for trial in missing:
+            block = "full" if trial.block_length is None else f"block {trial.block_length}"
+            what = f"{trial.task.name}, {block}, {sampler_label(trial.sampler.name, trial.sampler.stated())}"
+            bar.update(task, description=what)
+            try:
+                row = evaluate(subject, trial, batch, lambda: bar.advance(task))
+            except TrialError as error:
+                wrong("--count/--gen-length", error)
+            except SamplerError as error:
+                fail(f"{what}: {error}")
+            results.rows.append(row)
+            if path is not None:
+                save_results(path, results)

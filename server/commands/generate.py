@@ -1,0 +1,151 @@
+"""`unmask generate`: one completion in the terminal."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from server.commands.options import (
+    Device,
+    Dtype,
+    FillAfterEnd,
+    Model,
+    Threads,
+    fail,
+    open_model,
+    parse_block_length,
+    progress_console,
+    use_threads,
+    wrong,
+)
+
+if TYPE_CHECKING:
+    from policies.specs import SamplerSpec
+    from samplers.denoising import Denoising, Outcome, Predict
+    from server.models.text import TextCodec
+
+
+def register(app: typer.Typer) -> None:
+    app.command("generate")(generate)
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
+    model: Model = None,
+    sampler: Annotated[str, typer.Option("--sampler", help="See `unmask samplers`.")] = "threshold",
+    sampler_params: Annotated[
+        str, typer.Option("--sampler-params", help="The sampler's parameters.", metavar="JSON")
+    ] = "{}",
+    block_length: Annotated[
+        str | None,
+        typer.Option("--block-length", help="Positions denoised together; full or 0: all. Default: the model's own."),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Length of the generation region.")] = 64,
+    temperature: Annotated[float, typer.Option("--temperature", min=0, help="0 takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option("--top-p", min=0, max=1, help="Draw from the likeliest of this mass.")] = 1.0,
+    top_k: Annotated[int, typer.Option("--top-k", min=0, help="Draw from this many likeliest; 0: all.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="The generation's random stream.")] = 0,
+    fill_after_end: FillAfterEnd = True,
+    chat: Annotated[bool, typer.Option("--chat", help="Send the prompt as a user's message.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Show the canvas settle, on standard error.")] = False,
+    pause: Annotated[float, typer.Option("--pause", min=0, help="Seconds between two pictures of --watch.")] = 0.1,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+) -> None:
+    """Complete a prompt: the text on standard output, what it took on standard error."""
+    block = parse_block_length(block_length) if block_length is not None else None
+    spec = _spec(sampler, sampler_params)
+    if top_p == 0:
+        wrong("--top-p", "must be above 0")
+    from samplers import Canvas, ParameterError, TokenChoice, get_sampler
+    from samplers.denoising import Denoising
+
+    use_threads(threads)
+    loaded = open_model(model, device, dtype)
+    info, text = loaded.backend.info, loaded.text
+    ids = text.encode(_prompt_text(prompt, chat, text))
+    if len(ids) + max_tokens > info.max_length:
+        wrong("--max-tokens", f"{max_tokens} and a prompt of {len(ids)} tokens exceed the model's {info.max_length}")
+    canvas = Canvas.blank(ids, max_tokens, info.mask_id, block if block_length is not None else info.block_length)
+    choice = TokenChoice(temperature, top_p, top_k)
+    try:
+        row = Denoising(canvas, get_sampler(spec.name), spec.params, choice, seed, info.end_ids, fill_after_end)
+    except ParameterError as error:
+        wrong("--sampler-params", error)
+    if watch and sys.stderr.isatty():
+        seconds = _watch(row, loaded.backend.predict, text.token, pause)
+    else:
+        seconds = sum(took for _, took in steps(row, loaded.backend.predict))
+    typer.echo(text.decode(row.text_tokens()))
+    typer.echo(
+        f"{row.completion_tokens} tokens, {row.forwards} forwards, "
+        f"{row.completion_tokens / row.forwards:.2f} tokens per forward, {seconds:.2f} s",
+        err=True,
+    )
+
+
+def steps(row: "Denoising", predict: "Predict") -> "Iterator[tuple[Outcome, float]]":
+    """Denoise a generation to its end; what each forward did, and the seconds it took."""
+    from samplers.denoising import advance, ask
+
+    while not row.finished:
+        began = time.monotonic()
+        query = ask([row])
+        (outcome,) = advance([row], query, predict(query))
+        if outcome.error is not None:
+            fail(outcome.error)
+        yield outcome, time.monotonic() - began
+
+
+def _watch(row: "Denoising", predict: "Predict", token: Callable[[int], str], pause: float) -> float:
+    """Denoise in a live view; seconds spent on the steps alone."""
+    from rich.live import Live
+
+    from server.commands.watch import CanvasView
+
+    view, seconds = CanvasView(row, token), 0.0
+    with Live(view, console=progress_console(), auto_refresh=False) as live:
+        for outcome, took in steps(row, predict):
+            seconds += took
+            view.show(outcome)
+            live.refresh()
+            time.sleep(pause)
+    return seconds
+
+
+def _spec(sampler: str, params: str) -> "SamplerSpec":
+    """The chosen sampler with validated parameters, or a word on which flag is wrong."""
+    from policies.specs import SamplerSpec
+    from samplers import UnknownSamplerError, get_sampler
+
+    try:
+        get_sampler(sampler)
+    except UnknownSamplerError as error:
+        wrong("--sampler", error)
+    try:
+        values = json.loads(params)
+        if not isinstance(values, dict):
+            raise ValueError(f"{params} is not a JSON object")
+        return SamplerSpec.create(sampler, values)
+    except json.JSONDecodeError as error:
+        wrong("--sampler-params", f"not JSON: {error}")
+    except ValueError as error:
+        wrong("--sampler-params", error)
+
+
+def _prompt_text(prompt: str, chat: bool, text: "TextCodec") -> str:
+    """What goes to the model: the prompt, or the chat template's rendering of it."""
+    from server.models.text import ChatTemplateError
+
+    # The newline that a shell's echo adds is no part of a prompt.
+    content = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
+    if not chat:
+        return content
+    try:
+        return text.chat_prompt([{"role": "user", "content": content}])
+    except ChatTemplateError as error:
+        fail(error)

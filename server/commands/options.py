@@ -1,0 +1,82 @@
+"""What several commands share: options, and how they fail."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from server.models.loading import LoadedModel
+
+Model = Annotated[
+    str | None,
+    typer.Option("--model", help="Folder or Hugging Face hub id; without it the embedded model.", metavar="DIR_OR_ID"),
+]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:N, or auto: a GPU if there is one.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16 or auto.")]
+FillAfterEnd = Annotated[
+    bool,
+    typer.Option(
+        "--fill-after-end/--no-fill-after-end",
+        help="Settle everything after a committed end-of-text at once, or denoise that padding like text.",
+    ),
+]
+Threads = Annotated[
+    int | None, typer.Option("--threads", min=1, help="Processor threads; without it as many as torch likes.")
+]
+
+
+def fail(message: object) -> NoReturn:
+    """End the command with exit status 1 and one line on stderr."""
+    typer.echo(f"Error: {message}", err=True)
+    raise typer.Exit(1)
+
+
+def wrong(flag: str, message: object) -> NoReturn:
+    """End the command with exit status 2: wrong use of a flag."""
+    raise typer.BadParameter(str(message), param_hint=f"'{flag}'")
+
+
+def parse_block_length(text: str) -> int | None:
+    """A number of positions; `full` or 0 is full diffusion, which is None."""
+    if text in ("full", "0"):
+        return None
+    if not text.isdecimal():
+        wrong("--block-length", f"{text!r} is neither a number of positions nor 'full'")
+    return int(text)
+
+
+def check_parent(flag: str, path: Path | None) -> None:
+    """Refuse a file in a folder that is not there before hours of work go into it."""
+    if path is not None and not path.absolute().parent.is_dir():
+        wrong(flag, f"{path.absolute().parent} is not a folder")
+
+
+def open_model(model: str | None, device: str, dtype: str) -> "LoadedModel":
+    """Load a model, or end the command with the reason."""
+    from server.models.loading import ModelError, load_model
+
+    try:
+        return load_model(model, device=device, dtype=dtype)
+    except ModelError as error:
+        fail(error)
+
+
+def use_threads(threads: int | None) -> None:
+    """Let torch use this many processor threads."""
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def results_console() -> Console:
+    """Standard output for tables; wide where no terminal says how wide it is, so that nothing is cut."""
+    return Console() if sys.stdout.isatty() else Console(width=140)
+
+
+def progress_console() -> Console:
+    """Standard error for progress bars and live views."""
+    return Console(stderr=True)

@@ -1,0 +1,130 @@
+"""`unmask serve`, `unmask health` and `unmask version`."""
+
+import inspect
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import typer
+
+from server.commands.options import fail, wrong
+from server.settings import PREFIX, Settings, WrongSettingError, flag, load_settings
+
+
+def register(app: typer.Typer) -> None:
+    _take_settings_as_flags()
+    app.command("serve")(serve)
+    app.command("health")(health)
+    app.command("version")(show_version)
+
+
+def serve(**flags: Any) -> None:
+    """Serve a model over HTTP.
+
+    Each flag is also an environment variable (--max-batch: UNMASK_MAX_BATCH) and a key of the TOML file (max_batch).
+    Flags count more than the environment, and that more than the file.
+    """
+    config: Path | None = flags.pop("config")
+    settings = _settings({name: value for name, value in flags.items() if value not in (None, [])}, config)
+
+    from server.api.catalogue import default_rule
+    from server.app import create_app
+    from server.engine import Engine, RequestError
+    from server.lifecycle import listen
+    from server.lifecycle import serve as serve_app
+    from server.logging import configure_logging
+    from server.metrics import Metrics
+    from server.models.loading import ModelError, load_model
+
+    configure_logging(settings.log_format)
+    try:
+        default_rule(settings)
+    except RequestError as error:
+        wrong(flag(error.field.partition(".")[0]), error)
+    try:
+        bound = listen(settings.host, settings.port)
+    except OSError as error:
+        place = f"{settings.host} port {settings.port}"
+        fail(f"cannot listen on {place}: {error.strerror}; choose another --host or --port")
+    try:
+        loaded = load_model(
+            settings.model, settings.engine, settings.device, settings.dtype, max_model_len=settings.max_model_len
+        )
+    except ModelError as error:
+        fail(error)
+    metrics = Metrics(settings.served_name or loaded.name)
+    engine = Engine(loaded.backend, metrics, settings.max_batch, settings.max_queue)
+    app = create_app(engine, loaded.text, metrics, settings)
+    engine.start()
+    if not serve_app(app, engine, bound, settings.drain_timeout):
+        raise typer.Exit(1)
+
+
+def health(
+    url: Annotated[
+        str | None, typer.Option("--url", help="Address of the server. Default: where serve listens.")
+    ] = None,
+) -> None:
+    """Ask a running server whether it is alive; exit status 1 if not."""
+    if url is None:
+        settings = _settings({}, None)
+        everywhere = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+        host = everywhere.get(settings.host, settings.host)
+        url = f"http://{f'[{host}]' if ':' in host else host}:{settings.port}"
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with direct.open(f"{url.rstrip('/')}/health", timeout=4):
+            typer.echo("ok")
+    except (OSError, ValueError) as error:  # ValueError: not an address
+        fail(f"{url}: {error}")
+
+
+def show_version() -> None:
+    """Show the versions of what computes, and where it would."""
+    import torch
+
+    device = f"cuda ({torch.cuda.get_device_name()})" if torch.cuda.is_available() else "cpu"
+    typer.echo(f"unmask {version('unmask')}")
+    typer.echo(f"torch {torch.__version__}")
+    typer.echo(f"device {device}")
+    try:
+        typer.echo(f"vllm {version('vllm')}")
+    except PackageNotFoundError:
+        return
+
+
+def _settings(flags: dict[str, Any], config: Path | None) -> Settings:
+    try:
+        return load_settings(flags, config)
+    except WrongSettingError as error:
+        wrong(error.where, error)
+
+
+def _take_settings_as_flags() -> None:
+    """Give `serve` a parameter for each field of the settings, which keep names, defaults and help in one place."""
+    config = typer.Option("--config", help="TOML file with settings.", envvar=f"{PREFIX}CONFIG", metavar="FILE")
+    parameters = {"config": Annotated[Path | None, config]} | dict(_flags())
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    signature = [inspect.Parameter(name, keyword, default=None, annotation=a) for name, a in parameters.items()]
+    serve.__dict__["__signature__"] = inspect.Signature(signature)
+    serve.__annotations__ = parameters
+
+
+def _flags() -> Iterator[tuple[str, Any]]:
+    """Name and annotation of each flag. Values stay text: the settings parse them, as they do the environment's."""
+    for name, field in Settings.model_fields.items():
+        kind = field.annotation
+        help = field.description or ""
+        if isinstance(field.default, str | int | float) and not isinstance(field.default, bool):
+            help += f" [default: {field.default}]"
+        if kind is bool:
+            yield name, Annotated[bool | None, typer.Option(f"{flag(name)}/--no-{flag(name)[2:]}", help=help)]
+            continue
+        choices = "|".join(get_args(kind)) if get_origin(kind) is Literal else None
+        metavar = choices or (field.examples[0] if field.examples else "TEXT" if kind is str else "N")
+        option = typer.Option(flag(name), help=help, metavar=metavar)
+        values: Any = list[str] | None if name == "api_key" else str | None
+        yield name, Annotated[values, option]

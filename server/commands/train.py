@@ -1,0 +1,73 @@
+"""`unmask train-model`: train a small masked-diffusion model from a recipe."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from server.commands.options import fail, progress_console, use_threads, wrong
+
+if TYPE_CHECKING:
+    from server.training.trainer import Trainer
+
+
+def register(app: typer.Typer) -> None:
+    app.command("train-model")(train_model)
+
+
+def train_model(
+    recipe: Annotated[Path, typer.Argument(help="The run, as a TOML file.", metavar="RECIPE.toml")],
+    out: Annotated[Path, typer.Option("--out", help="Where checkpoint, log and the finished model go.")],
+    threads: Annotated[int, typer.Option("--threads", min=1, help="Processor threads.")] = 1,
+) -> None:
+    """Train a model and write it as a Hugging Face folder. Run it again to go on from the last checkpoint."""
+    from safetensors import SafetensorError
+
+    from server.training.export import export
+    from server.training.recipe import load_recipe
+    from server.training.trainer import Trainer
+
+    try:
+        parsed = load_recipe(recipe)
+    except ValueError as error:
+        wrong("RECIPE.toml", error)
+    use_threads(threads)
+    console = progress_console()
+    try:
+        trainer = Trainer(parsed, out)
+        if trainer.resume():
+            console.print(f"going on from step {trainer.step}")
+        with _stopping_on_signals(trainer):
+            trainer.run(console)
+    except (OSError, ValueError, FloatingPointError, SafetensorError) as error:
+        fail(error)
+    if trainer.progress < 1:
+        console.print(f"stopped at step {trainer.step}; run the same command to go on")
+        return
+    export(trainer, recipe.read_text(encoding="utf-8"), threads, out)
+    typer.echo(str(out))
+
+
+@contextmanager
+def _stopping_on_signals(trainer: "Trainer") -> Iterator[None]:
+    """Let SIGINT and SIGTERM end the run after its current step; a second one ends the process at once."""
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        trainer.stopping = True
+        restore()
+
+    for number in previous:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        restore()

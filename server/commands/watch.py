@@ -1,0 +1,63 @@
+"""A canvas that settles before one's eyes."""
+
+from collections.abc import Callable
+
+from rich.panel import Panel
+from rich.text import Text
+
+from samplers.denoising import Denoising, Outcome
+
+# Unsure to sure, in hues that colour-blind readers tell apart (Okabe and Ito).
+SHADES = ("#D55E00", "#E69F00", "#CC79A7", "#56B4E9", "#009E73")
+MASK, END = " ░░", " ∎"
+
+
+def shade(confidence: float) -> str:
+    """Colour of a committed token, in steps of a fifth."""
+    return SHADES[min(int(confidence * len(SHADES)), len(SHADES) - 1)]
+
+
+def printable(token: str) -> str:
+    """A token's text without what would steer a terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in token)
+
+
+class CanvasView:
+    """The generation region of one generation: tokens coloured by confidence, the newest reversed, masks dim.
+
+    Args:
+        row: the generation; read at each rendering.
+        token: the text of one token.
+    """
+
+    def __init__(self, row: Denoising, token: Callable[[int], str]) -> None:
+        self._row = row
+        self._token = token
+        self._confidence: dict[int, float] = {}
+        self._newest: set[int] = set()
+
+    def show(self, outcome: Outcome) -> None:
+        """Take in what one step did."""
+        self._confidence |= dict(zip(outcome.positions, outcome.confidences, strict=True))
+        self._newest = set(outcome.positions)
+
+    def text(self) -> Text:
+        """The region as styled text; settled padding after the end is left out."""
+        text = Text()
+        masked, tokens = self._row.canvas.masked.tolist(), self._row.canvas.generated.tolist()
+        for position, (hidden, token) in enumerate(zip(masked, tokens, strict=True)):
+            if hidden:
+                text.append(MASK, style="dim")
+            elif position == self._row.end:
+                text.append(END, style="bold")
+            elif self._row.end is None or position < self._row.end:
+                newest = " bold reverse" if position in self._newest else ""
+                text.append(printable(self._token(token)), style=shade(self._confidence[position]) + newest)
+        return text
+
+    def __rich__(self) -> Panel:
+        row = self._row
+        left = int(row.canvas.masked.sum())
+        title = f"forward {row.forwards} | {left} masked | {row.completion_tokens} tokens settled"
+        legend = Text.assemble("confidence 0 ", *((" ", f"on {colour}") for colour in SHADES), " 1")
+        return Panel(self.text(), title=title, title_align="left", subtitle=legend, subtitle_align="right")

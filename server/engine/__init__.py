@@ -1,0 +1,31 @@
+"""The engine: queue, scheduler and the loop that drives a backend. It knows no HTTP."""
+
+from server.engine.backend import Backend, ModelInfo
+from server.engine.engine import Engine, Generation
+from server.engine.request import (
+    Committed,
+    EngineError,
+    Event,
+    Finished,
+    FinishReason,
+    GenerationRequest,
+    NotServingError,
+    QueueFullError,
+    RequestError,
+)
+
+__all__ = [
+    "Backend",
+    "Committed",
+    "Engine",
+    "EngineError",
+    "Event",
+    "FinishReason",
+    "Finished",
+    "Generation",
+    "GenerationRequest",
+    "ModelInfo",
+    "NotServingError",
+    "QueueFullError",
+    "RequestError",
+]

@@ -1,0 +1,44 @@
+"""The seam between the denoising loop and where the model runs."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from samplers.denoising import Query
+from samplers.prediction import Prediction
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What the engine must know of a model.
+
+    Attributes:
+        architecture: class name in the checkpoint's `architectures`.
+        max_length: longest canvas, in tokens.
+        vocab_size: rows of the head.
+        mask_id, end_ids: special tokens.
+        block_length: the family's default; None is full diffusion.
+        device, dtype: where and how it computes.
+        parameters: number of weights.
+    """
+
+    architecture: str
+    max_length: int
+    vocab_size: int
+    mask_id: int
+    end_ids: frozenset[int]
+    block_length: int | None
+    device: str
+    dtype: str
+    parameters: int
+
+
+class Backend(Protocol):
+    """Runs the model. Called from the engine's thread only."""
+
+    info: ModelInfo
+
+    def predict(self, query: Query) -> Prediction:
+        """One forward pass over the query's canvases; statistics on the CPU for the positions it names."""
+
+    def close(self) -> None:
+        """Give back what it holds."""

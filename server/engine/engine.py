@@ -1,0 +1,302 @@
+"""The engine: a bounded queue, its own thread, and one forward a turn for whatever is running."""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import structlog
+
+from samplers import Canvas, ParameterError, Prediction, get_sampler
+from samplers.denoising import Denoising, Outcome, Query, advance, ask
+from server.engine.backend import Backend
+from server.engine.request import (
+    Committed,
+    Event,
+    Finished,
+    FinishReason,
+    GenerationRequest,
+    NotServingError,
+    QueueFullError,
+    RequestError,
+)
+from server.metrics import Metrics
+
+log = structlog.get_logger(__name__)
+
+Deliver = Callable[[Event], None]
+
+
+@dataclass(eq=False)
+class Generation:
+    """A request on its way through the engine. Its events go to `deliver`, on the engine's thread."""
+
+    request: GenerationRequest
+    deliver: Deliver
+    row: Denoising
+    submitted: float = field(default_factory=time.monotonic)
+    first_token: float | None = None
+    cancelled: FinishReason | None = None
+    counted: int = 0
+
+    @property
+    def deadline(self) -> float:
+        timeout = self.request.timeout
+        return self.submitted + timeout if timeout is not None else float("inf")
+
+
+class Engine:
+    """Runs generations through a backend.
+
+    Every turn: retire what was cancelled or is out of time, admit waiting generations into free rows, one forward for
+    all of them, let each sampler commit, deliver events, retire what is finished.
+
+    Args:
+        backend: where the model runs; closed by `stop`.
+        metrics: where counts go.
+        max_batch: rows of one forward.
+        max_queue: generations that may wait.
+    """
+
+    def __init__(self, backend: Backend, metrics: Metrics, max_batch: int = 16, max_queue: int = 256) -> None:
+        self.backend = backend
+        self.info = backend.info
+        self.max_batch = max_batch
+        self.max_queue = max_queue
+        self._metrics = metrics
+        self._waiting: deque[Generation] = deque()
+        self._running: list[Generation] = []
+        self._change = threading.Condition()
+        self._draining = False
+        self._stopping = False
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Start the engine's thread."""
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine's thread is doing its work."""
+        return self._thread.is_alive() and self._failure is None
+
+    @property
+    def accepting(self) -> bool:
+        """Whether new generations are taken."""
+        return self.alive and not self._draining
+
+    def check(self, request: GenerationRequest) -> Denoising:
+        """The request as a row of the loop. Raises RequestError if it does not fit model or sampler."""
+        given = len(request.prompt) + len(request.suffix)
+        if request.max_tokens < 1:
+            raise RequestError("max_tokens", f"max_tokens must be at least 1, got {request.max_tokens}")
+        if given + request.max_tokens > self.info.max_length:
+            raise RequestError(
+                "prompt" if given >= self.info.max_length else "max_tokens",
+                f"the model's context is {self.info.max_length} tokens, but the prompt has {given} and max_tokens is "
+                f"{request.max_tokens}: shorten the prompt or lower max_tokens",
+                "context_length_exceeded",
+            )
+        canvas = Canvas.blank(
+            request.prompt, request.max_tokens, self.info.mask_id, request.block_length, request.suffix
+        )
+        try:
+            return Denoising(
+                canvas,
+                get_sampler(request.sampler),
+                request.params,
+                request.choice,
+                request.seed,
+                request.end_ids,
+                request.fill_after_end,
+            )
+        except ParameterError as error:
+            raise RequestError(f"sampler_params.{error.field}", str(error)) from None
+
+    def submit(self, request: GenerationRequest, deliver: Deliver) -> Generation:
+        """Queue a generation. `deliver` gets its events on the engine's thread and must not block.
+
+        Raises RequestError, QueueFullError or NotServingError; then nothing was queued.
+        """
+        return self.submit_all([request], [deliver])[0]
+
+    def submit_all(self, requests: list[GenerationRequest], delivers: list[Deliver]) -> list[Generation]:
+        """Queue several generations, all or none (see `submit`)."""
+        generations = [
+            Generation(request, deliver, self.check(request))
+            for request, deliver in zip(requests, delivers, strict=True)
+        ]
+        with self._change:
+            if not self.accepting:
+                raise NotServingError("the server is shutting down" if self.alive else "the engine is not running")
+            if len(self._waiting) + len(generations) > self.max_queue:
+                raise QueueFullError(f"{len(self._waiting)} generations are waiting, the limit is {self.max_queue}")
+            self._waiting.extend(generations)
+            self._gauge()
+            self._change.notify_all()
+        for request in requests:
+            if request.counts_prompt:
+                self._metrics.prompt_tokens(len(request.prompt) + len(request.suffix))
+        return generations
+
+    def cancel(self, generation: Generation, reason: FinishReason = FinishReason.ABORT) -> None:
+        """End a generation within one step; its `Finished` event says so. Has no effect on one that has ended."""
+        with self._change:
+            if generation.cancelled is None:
+                generation.cancelled = reason
+            self._change.notify_all()
+
+    def drain(self) -> None:
+        """Take no new generations; those queued and running go on."""
+        with self._change:
+            self._draining = True
+            self._change.notify_all()
+
+    def wait_idle(self, timeout: float | None = None) -> bool:
+        """Wait until nothing is queued or running; whether that happened in time."""
+        with self._change:
+            return self._change.wait_for(lambda: not (self._waiting or self._running) or not self.alive, timeout)
+
+    def stop(self) -> None:
+        """End everything that is queued or running, stop the thread, close the backend."""
+        with self._change:
+            self._draining = self._stopping = True
+            self._change.notify_all()
+        if self._thread.is_alive():
+            self._thread.join()
+        self.backend.close()
+
+    def _gauge(self) -> None:
+        self._metrics.queue(running=len(self._running), waiting=len(self._waiting))
+
+    def _run(self) -> None:
+        try:
+            while self._next_batch():
+                self._turn()
+        except BaseException as error:
+            log.exception("engine died")
+            self._failure = error
+        finally:
+            with self._change:
+                left = [*self._running, *self._waiting]
+                self._running, self._waiting = [], deque()
+                reason = FinishReason.ERROR if self._failure else FinishReason.ABORT
+                for generation in left:
+                    self._finish(generation, reason, "the engine has stopped")
+                self._gauge()
+                self._change.notify_all()
+
+    def _next_batch(self) -> bool:
+        """Retire, admit, and wait until there is something to run. False when it is time to stop."""
+        with self._change:
+            while True:
+                if self._stopping:
+                    return False
+                self._retire_ended()
+                while self._waiting and len(self._running) < self.max_batch:
+                    generation = self._waiting.popleft()
+                    self._metrics.queue_time(time.monotonic() - generation.submitted)
+                    self._running.append(generation)
+                self._gauge()
+                if self._running:
+                    return True
+                self._change.notify_all()
+                self._change.wait()
+
+    def _retire_ended(self) -> None:
+        """Take out what was cancelled or is past its deadline, queued or running."""
+        now = time.monotonic()
+        for queue in (self._running, self._waiting):
+            for generation in list(queue):
+                reason = generation.cancelled or (FinishReason.TIMEOUT if now > generation.deadline else None)
+                if reason is not None:
+                    queue.remove(generation)
+                    message = "the request's time is up" if reason is FinishReason.TIMEOUT else ""
+                    self._finish(generation, reason, message)
+
+    def _turn(self) -> None:
+        """One step of everything that runs."""
+        began = time.monotonic()
+        running = list(self._running)
+        model_seconds = sampler_seconds = 0.0
+        for generations, query, result, seconds in self._predict(running):
+            model_seconds += seconds
+            if isinstance(result, Exception):
+                log.error("forward pass failed", error=repr(result))
+                for generation in generations:
+                    self._remove(generation, FinishReason.ERROR, f"the forward pass failed: {type(result).__name__}")
+                continue
+            mark = time.monotonic()
+            outcomes = advance([generation.row for generation in generations], query, result)
+            sampler_seconds += time.monotonic() - mark
+            for generation, outcome in zip(generations, outcomes, strict=True):
+                self._deliver(generation, outcome)
+        with self._change:
+            self._gauge()
+            self._change.notify_all()
+        total = time.monotonic() - began
+        self._metrics.step(len(running), model_seconds, sampler_seconds, total - model_seconds - sampler_seconds)
+
+    def _predict(
+        self, generations: list[Generation]
+    ) -> list[tuple[list[Generation], Query, Prediction | Exception, float]]:
+        """One forward for all. If it fails, halves are tried on their own, so that one row cannot fail the others."""
+        query = ask([generation.row for generation in generations])
+        began = time.monotonic()
+        try:
+            prediction = self.backend.predict(query)
+        except Exception as error:
+            seconds = time.monotonic() - began
+            if len(generations) == 1:
+                return [(generations, query, error, seconds)]
+            middle = len(generations) // 2
+            return self._predict(generations[:middle]) + self._predict(generations[middle:])
+        self._metrics.model_forward()
+        return [(generations, query, prediction, time.monotonic() - began)]
+
+    def _deliver(self, generation: Generation, outcome: Outcome) -> None:
+        """Tell what a step did to one generation, and retire it if that was its last."""
+        if outcome.error is not None:
+            log.error("generation failed", error=str(outcome.error), sampler=generation.request.sampler)
+            self._remove(generation, FinishReason.ERROR, str(outcome.error))
+            return
+        row, sampler = generation.row, generation.request.sampler
+        known = row.text_tokens()
+        before = generation.counted
+        generation.counted = row.completion_tokens
+        if generation.counted and generation.first_token is None:
+            generation.first_token = time.monotonic()
+            self._metrics.first_token(generation.first_token - generation.submitted)
+        self._metrics.committed(sampler, len(outcome.positions), generation.counted - before)
+        generation.deliver(
+            Committed(
+                row.forwards,
+                outcome.positions,
+                outcome.tokens,
+                outcome.confidences,
+                outcome.filled,
+                generation.counted,
+                known[before:],
+            )
+        )
+        if row.finished:
+            self._remove(generation, FinishReason.LENGTH if row.end is None else FinishReason.STOP)
+
+    def _remove(self, generation: Generation, reason: FinishReason, message: str = "") -> None:
+        with self._change:
+            self._running.remove(generation)
+            self._finish(generation, reason, message)
+
+    def _finish(self, generation: Generation, reason: FinishReason, message: str = "") -> None:
+        row = generation.row
+        self._metrics.finished(
+            generation.request.sampler,
+            reason,
+            tokens=row.completion_tokens,
+            forwards=row.forwards,
+            seconds=time.monotonic() - generation.submitted,
+            decode_seconds=time.monotonic() - (generation.first_token or time.monotonic()),
+        )
+        generation.deliver(Finished(reason, row.completion_tokens, row.forwards, message))

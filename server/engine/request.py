@@ -1,0 +1,100 @@
+"""What goes into the engine and what comes out of it: plain data, no tensors, no HTTP."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from samplers import SamplerParams, TokenChoice
+
+
+class FinishReason(StrEnum):
+    """Why a generation ended. Also the closed set of a metric's label."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    TIMEOUT = "timeout"
+    ERROR = "error"
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One generation, validated.
+
+    Attributes:
+        prompt, suffix: token ids before and after the generation region.
+        max_tokens: length of the generation region.
+        sampler, params: the unmasking rule.
+        block_length: positions denoised together; None is full diffusion.
+        choice, seed: how tokens are chosen, and the generation's random stream.
+        end_ids: tokens that end the text; empty: denoise the whole region.
+        fill_after_end: settle everything after an end-of-text at once.
+        timeout: seconds from submission after which it is ended; None: never.
+        counts_prompt: False where another generation of the same request has the same prompt.
+    """
+
+    prompt: list[int]
+    max_tokens: int
+    sampler: str
+    params: SamplerParams
+    suffix: list[int] = field(default_factory=list)
+    block_length: int | None = None
+    choice: TokenChoice = field(default_factory=TokenChoice)
+    seed: int = 0
+    end_ids: frozenset[int] = frozenset()
+    fill_after_end: bool = True
+    timeout: float | None = None
+    counts_prompt: bool = True
+
+
+@dataclass(frozen=True)
+class Committed:
+    """One forward pass: what it committed, relative to the generation region.
+
+    Attributes:
+        forward: number of this generation's forward pass, from 1.
+        filled: positions after the end-of-text that became padding.
+        settled: length of the prefix that can no longer change, end-of-text included, padding not.
+        text_tokens: the settled tokens that became known with this pass, end-of-text not included.
+    """
+
+    forward: int
+    positions: list[int]
+    tokens: list[int]
+    confidences: list[float]
+    filled: list[int]
+    settled: int
+    text_tokens: list[int]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The end. `completion_tokens` counts up to and including the first end-of-text."""
+
+    reason: FinishReason
+    completion_tokens: int
+    forwards: int
+    message: str = ""
+
+
+Event = Committed | Finished
+
+
+class EngineError(Exception):
+    """The engine refuses a request or cannot serve it."""
+
+
+class RequestError(EngineError):
+    """A request that cannot be served as it is. `field` names what to change, `code` the kind of error."""
+
+    def __init__(self, field: str, message: str, code: str = "invalid_value") -> None:
+        super().__init__(message)
+        self.field = field
+        self.code = code
+
+
+class QueueFullError(EngineError):
+    """The waiting queue is full: try again later."""
+
+
+class NotServingError(EngineError):
+    """The engine is draining, stopped or dead."""

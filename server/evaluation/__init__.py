@@ -1,0 +1,1 @@
+"""Keeping, showing and publishing what `policies.evaluate` measures."""

@@ -1,0 +1,69 @@
+"""The file that keeps measurements: one model, one row a trial, each row written as soon as it is measured."""
+
+import hashlib
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from policies.evaluate import Row, Trial
+
+
+class Results(BaseModel):
+    """All rows measured on one model. `digest` is of the model's files, `dtype` what it computed in."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    model: str
+    digest: str
+    dtype: str
+    rows: list[Row] = []
+
+    def find(self, trial: Trial) -> Row | None:
+        """The row of this trial, if it was measured."""
+        settings = trial.settings()
+        return next((row for row in self.rows if row.settings() == settings), None)
+
+
+class ResultsError(Exception):
+    """A results file that these rows cannot go into. One line that says why and what to do."""
+
+
+def open_results(path: Path | None, fresh: Results) -> Results:
+    """What `path` holds, to be added to, or `fresh` where there is no such file yet.
+
+    Raises ResultsError if the file is none of ours or measures another model.
+    """
+    if path is None or not path.exists():
+        return fresh
+    try:
+        found = Results.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise ResultsError(f"{path}: {error.strerror}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "whole file"
+        raise ResultsError(f"{path}: not a file of unmask evaluate: {where}: {first['msg']}") from None
+    if found.digest != fresh.digest:
+        raise ResultsError(f"{path}: measures other model files ({found.model}); choose another --json or delete it")
+    if found.dtype != fresh.dtype:
+        raise ResultsError(f"{path}: measured in {found.dtype}, not {fresh.dtype}; choose another --json or --dtype")
+    return found
+
+
+def save_results(path: Path, results: Results) -> None:
+    """Write all rows; a kill at any point leaves the old file or the new one. Raises OSError."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(results.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def model_digest(folder: Path) -> str:
+    """SHA-256 of the files of a model folder that decide what it predicts."""
+    digest = hashlib.sha256()
+    names = ("config.json", "generation_config.json", "tokenizer.json")
+    for path in [*(folder / name for name in names), *sorted(folder.glob("model*.safetensors"))]:
+        if path.exists():
+            digest.update(f"{path.name}\0".encode())
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()

@@ -1,0 +1,107 @@
+"""Prometheus metrics, recorded where the event happens. The one place that names them."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
+
+disable_created_metrics()  # type: ignore[no-untyped-call]
+
+# vLLM's buckets where the meaning is shared.
+E2E = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0)
+FIRST_TOKEN = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0),
+    *(20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
+)
+PER_TOKEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
+COUNTS = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0, 64.0, 128.0, 256.0)
+PER_FORWARD = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 64.0, 128.0)
+STEP = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+
+
+class Metrics:
+    """All metrics of one served model, in a registry of its own."""
+
+    def __init__(self, model_name: str) -> None:
+        self.registry = CollectorRegistry()
+        self.model_name = self._model = model_name
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"dllm_{name}", text, ["model_name", *labels], registry=self.registry)
+
+        def gauge(name: str, text: str) -> Gauge:
+            return Gauge(f"dllm_{name}", text, ["model_name"], registry=self.registry)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+            return Histogram(f"dllm_{name}", text, ["model_name", *labels], registry=self.registry, buckets=buckets)
+
+        self._running = gauge("requests_running", "Generations in the batch.")
+        self._waiting = gauge("requests_waiting", "Generations waiting for a free row.")
+        self._requests = counter("requests", "Generations that ended.", "sampler", "finish_reason")
+        self._prompt_tokens = counter("prompt_tokens", "Prompt tokens of accepted requests.")
+        self._tokens = counter(
+            "generation_tokens", "Tokens generated up to and including the first end-of-text.", "sampler"
+        )
+        self._forwards = counter(
+            "forward_passes", "Forward passes, counted for every generation that took part.", "sampler"
+        )
+        self._model_forwards = counter("model_forwards", "Batched forward passes of the model.")
+        self._per_forward = histogram(
+            "tokens_per_forward", "Generated tokens per forward pass of a finished generation.", PER_FORWARD, "sampler"
+        )
+        self._per_step = histogram(
+            "committed_tokens_per_step", "Positions that one generation committed in one forward.", COUNTS, "sampler"
+        )
+        self._rows = histogram("batch_rows", "Generations that shared a step.", COUNTS)
+        self._step = histogram("step_seconds", "Time of a step by part.", STEP, "part")
+        self._e2e = histogram("e2e_request_latency_seconds", "From submission to the end of a generation.", E2E)
+        self._first = histogram(
+            "time_to_first_token_seconds", "From submission to the first settled token.", FIRST_TOKEN
+        )
+        self._per_token = histogram(
+            "time_per_output_token_seconds", "Time per settled token after the first.", PER_TOKEN
+        )
+        self._queue = histogram("request_queue_time_seconds", "From submission to admission into the batch.", E2E)
+        for metric in (self._running, self._waiting, self._prompt_tokens, self._model_forwards):
+            metric.labels(model_name)
+
+    def queue(self, running: int, waiting: int) -> None:
+        """How many generations run and wait now."""
+        self._running.labels(self._model).set(running)
+        self._waiting.labels(self._model).set(waiting)
+
+    def prompt_tokens(self, count: int) -> None:
+        """A request was accepted."""
+        self._prompt_tokens.labels(self._model).inc(count)
+
+    def queue_time(self, seconds: float) -> None:
+        """A generation was admitted."""
+        self._queue.labels(self._model).observe(seconds)
+
+    def model_forward(self) -> None:
+        """The model ran once, for however many rows."""
+        self._model_forwards.labels(self._model).inc()
+
+    def committed(self, sampler: str, positions: int, tokens: int) -> None:
+        """A generation took part in a forward, committed `positions`, and `tokens` more are settled text."""
+        self._forwards.labels(self._model, sampler).inc()
+        self._per_step.labels(self._model, sampler).observe(positions)
+        self._tokens.labels(self._model, sampler).inc(tokens)
+
+    def first_token(self, seconds: float) -> None:
+        """The first token of a generation is settled."""
+        self._first.labels(self._model).observe(seconds)
+
+    def step(self, rows: int, model: float, sampler: float, rest: float) -> None:
+        """A step of `rows` generations took this many seconds, by part."""
+        self._rows.labels(self._model).observe(rows)
+        for part, seconds in (("model", model), ("sampler", sampler), ("rest", rest)):
+            self._step.labels(self._model, part).observe(seconds)
+
+    def finished(
+        self, sampler: str, reason: str, tokens: int, forwards: int, seconds: float, decode_seconds: float
+    ) -> None:
+        """A generation ended."""
+        self._requests.labels(self._model, sampler, reason).inc()
+        self._e2e.labels(self._model).observe(seconds)
+        if reason in ("stop", "length"):
+            self._per_forward.labels(self._model, sampler).observe(tokens / max(1, forwards))
+            if tokens > 1:
+                self._per_token.labels(self._model).observe(decode_seconds / (tokens - 1))

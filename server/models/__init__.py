@@ -1,0 +1,1 @@
+"""Diffusion language models: one file an architecture, and the loading of checkpoints."""

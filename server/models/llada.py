@@ -1,0 +1,200 @@
+"""LLaDA-8B and LLaDA-1.5 (ML-GSAI `modeling_llada.py`): Llama blocks without the causal mask.
+
+Module names are the checkpoint's own tensor names, so a state dict needs no renaming.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+
+from server.models.layers import RMSNorm, attention, rope_tables, rotate
+
+
+class LLaDAConfig(BaseModel):
+    """The keys of a LLaDA `config.json` that matter here; variants that are not built are refused by name."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    d_model: int = Field(gt=0)
+    n_layers: int = Field(gt=0)
+    n_heads: int = Field(gt=0)
+    n_kv_heads: int | None = None
+    mlp_hidden_size: int | None = None
+    mlp_ratio: int = 4
+    vocab_size: int = Field(gt=0)
+    embedding_size: int | None = None
+    max_sequence_length: int = Field(gt=0)
+    rope_theta: float = 10000.0
+    rope_full_precision: bool = True
+    rms_norm_eps: float = 1e-5
+    weight_tying: bool = False
+    mask_token_id: int
+    eos_token_id: int | tuple[int, ...]
+    pad_token_id: int | None = None
+
+    layer_norm_type: str = "rms"
+    activation_type: str = "silu"
+    block_type: str = "llama"
+    block_group_size: int = 1
+    rope: bool = True
+    alibi: bool = False
+    attention_layer_norm: bool = False
+    input_emb_norm: bool = False
+    scale_logits: bool = False
+    include_bias: bool = False
+    include_qkv_bias: bool | None = False
+    clip_qkv: float | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _published_defaults(cls, data: Any) -> Any:
+        # The published 8B configurations name no mask token; the code of the family hard-codes 126336.
+        if isinstance(data, dict) and data.get("mask_token_id") is None:
+            return {**data, "mask_token_id": 126336}
+        return data
+
+    @model_validator(mode="after")
+    def _refuse_variants(self) -> "LLaDAConfig":
+        built = {
+            "layer_norm_type": "rms",
+            "activation_type": "silu",
+            "block_type": "llama",
+            "block_group_size": 1,
+            "rope": True,
+            "alibi": False,
+            "attention_layer_norm": False,
+            "input_emb_norm": False,
+            "scale_logits": False,
+            "include_bias": False,
+            "clip_qkv": None,
+        }
+        for key, value in built.items():
+            if getattr(self, key) != value:
+                raise ValueError(
+                    f"{key} = {getattr(self, key)!r} is a LLaDA variant that is not built (only {value!r} is)"
+                )
+        if self.include_qkv_bias:
+            raise ValueError("include_qkv_bias = True is a LLaDA variant that is not built")
+        if self.n_kv_heads not in (None, self.n_heads):
+            raise ValueError(f"n_kv_heads = {self.n_kv_heads} (grouped queries) is a LLaDA variant that is not built")
+        if self.d_model % self.n_heads or (self.d_model // self.n_heads) % 2:
+            raise ValueError(f"d_model = {self.d_model} does not divide into {self.n_heads} heads of even size")
+        if not 0 <= self.mask_token_id < self.rows:
+            raise ValueError(f"mask_token_id = {self.mask_token_id} is outside the vocabulary of {self.rows}")
+        for end in self.end_ids:
+            if not 0 <= end < self.rows:
+                raise ValueError(f"eos_token_id = {end} is outside the vocabulary of {self.rows}")
+        return self
+
+    @property
+    def rows(self) -> int:
+        """Rows of the embedding and of the head."""
+        return self.embedding_size or self.vocab_size
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Tokens that end a text."""
+        return frozenset((self.eos_token_id,) if isinstance(self.eos_token_id, int) else self.eos_token_id)
+
+    @property
+    def mlp_width(self) -> int:
+        return self.mlp_hidden_size or self.mlp_ratio * self.d_model
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.n_heads
+
+
+class Block(nn.Module):
+    def __init__(self, config: LLaDAConfig) -> None:
+        super().__init__()
+        width, mlp = config.d_model, config.mlp_width
+        self.n_heads = config.n_heads
+        self.attn_norm = RMSNorm(width, config.rms_norm_eps)
+        self.ff_norm = RMSNorm(width, config.rms_norm_eps)
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.k_proj = nn.Linear(width, width, bias=False)
+        self.v_proj = nn.Linear(width, width, bias=False)
+        self.attn_out = nn.Linear(width, width, bias=False)
+        self.ff_proj = nn.Linear(width, mlp, bias=False)
+        self.up_proj = nn.Linear(width, mlp, bias=False)
+        self.ff_out = nn.Linear(mlp, width, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor | None) -> Tensor:
+        batch, length, width = x.shape
+        h = self.attn_norm(x)
+        q, k, v = (
+            proj(h).view(batch, length, self.n_heads, -1).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        mixed = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, bias)
+        x = x + self.attn_out(mixed.transpose(1, 2).reshape(batch, length, width))
+        h = self.ff_norm(x)
+        out: Tensor = x + self.ff_out(F.silu(self.ff_proj(h)) * self.up_proj(h))
+        return out
+
+
+class Transformer(nn.Module):
+    def __init__(self, config: LLaDAConfig) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(config.rows, config.d_model)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.ln_f = RMSNorm(config.d_model, config.rms_norm_eps)
+        if not config.weight_tying:
+            self.ff_out = nn.Linear(config.d_model, config.rows, bias=False)
+
+
+class LLaDA(nn.Module):
+    """The network. `hidden` runs the blocks, `head` turns any selection of its rows into logits."""
+
+    Config = LLaDAConfig
+
+    def __init__(self, config: LLaDAConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = nn.ModuleDict({"transformer": Transformer(config)})
+        self._tables: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def transformer(self) -> Transformer:
+        transformer = self.model["transformer"]
+        assert isinstance(transformer, Transformer)
+        return transformer
+
+    def _rotation(self, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        device = self.transformer.wte.weight.device
+        if self._tables is None or self._tables[0].shape[0] < length or self._tables[0].device != device:
+            reach = max(length, min(self.config.max_sequence_length, 4096))
+            self._tables = rope_tables(reach, self.config.head_dim, self.config.rope_theta, device)
+        cos, sin = self._tables[0][:length], self._tables[1][:length]
+        return (cos, sin) if self.config.rope_full_precision else (cos.to(dtype), sin.to(dtype))
+
+    def hidden(self, tokens: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Normed last hidden states [batch, length, d_model].
+
+        Args:
+            tokens: ids [batch, length]; positions are 0..length-1 of each row, padding included.
+            valid: bool [batch, length], False where a position is padding that nobody attends to.
+        """
+        x = self.transformer.wte(tokens)
+        cos, sin = self._rotation(tokens.shape[1], x.dtype)
+        bias = None
+        if valid is not None:
+            bias = torch.zeros(valid.shape, dtype=x.dtype, device=x.device)
+            bias = bias.masked_fill(~valid, torch.finfo(x.dtype).min)[:, None, None, :]
+        for block in self.transformer.blocks:
+            x = block(x, cos, sin, bias)
+        out: Tensor = self.transformer.ln_f(x)
+        return out
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits [..., rows] of normed hidden states [..., d_model]."""
+        weight = self.transformer.wte.weight if self.config.weight_tying else self.transformer.ff_out.weight
+        logits: Tensor = F.linear(hidden, weight)
+        return logits
+
+    def forward(self, tokens: Tensor, valid: Tensor | None = None) -> Tensor:
+        return self.head(self.hidden(tokens, valid))

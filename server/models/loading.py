@@ -1,0 +1,189 @@
+"""From a folder or a hub id to a model that is ready to run."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from server.engine.backend import Backend, ModelInfo
+from server.engine.torch_backend import TorchBackend
+from server.models.files import ModelError, read_json, read_optional_json
+from server.models.llada import LLaDA
+from server.models.registry import Family, find_family
+from server.models.text import TextCodec
+from server.models.weights import SkipInit, load_weights
+
+__all__ = ["LoadedModel", "ModelError", "find_model", "load_model", "load_network"]
+
+EMBEDDED_NAME = "unmask-tiny"
+ENGINES = ("torch",)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model under the name it goes by, and its tokenizer."""
+
+    name: str
+    backend: Backend
+    text: TextCodec
+
+
+def load_model(
+    model: str | None,
+    engine: str = "torch",
+    device: str = "auto",
+    dtype: str = "auto",
+    max_model_len: int | None = None,
+) -> LoadedModel:
+    """Load a model for inference. Raises ModelError, one line, for whatever is wrong with it.
+
+    Args:
+        model: a folder, or a Hugging Face hub id (`HF_HUB_OFFLINE` is honoured); None is the embedded model.
+        engine: what runs it.
+        device: "cpu", "cuda", "cuda:N", or "auto": a GPU if there is one.
+        dtype: "float32", "bfloat16", "float16", or "auto": bfloat16 where the device computes in it, else float32.
+        max_model_len: a limit on the canvas below the model's own.
+    """
+    if engine not in ENGINES:
+        raise ModelError(f"unknown engine {engine!r}; choose from {', '.join(ENGINES)}")
+    name, folder = find_model(model)
+    place = choose_device(device)
+    kind = choose_dtype(dtype, place)
+    text = TextCodec.load(folder)
+    architecture, family, network = load_network(folder, place, kind)
+    config = network.config
+    if text.vocab_size > config.rows:
+        raise ModelError(
+            f"{folder / 'tokenizer.json'}: has token ids up to {text.vocab_size - 1}, but the model's vocabulary ends "
+            f"at {config.rows - 1}"
+        )
+    info = ModelInfo(
+        architecture=architecture,
+        max_length=min(config.max_sequence_length, max_model_len or config.max_sequence_length),
+        vocab_size=config.rows,
+        mask_id=config.mask_token_id,
+        end_ids=_end_ids(folder, network, family, text),
+        block_length=family.block_length,
+        device=str(place),
+        dtype=str(kind).removeprefix("torch."),
+        parameters=sum(p.numel() for p in network.parameters()),
+    )
+    return LoadedModel(name, TorchBackend(network, info), text)
+
+
+def load_network(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[str, Family, LLaDA]:
+    """Architecture, family and the network itself, from `config.json` and the weights. Raises ModelError."""
+    path = folder / "config.json"
+    config = read_json(path)
+    try:
+        architecture, family = find_family(config)
+        parsed = family.network.Config.model_validate(config)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        raise ModelError(
+            f"{path}: {f'{field}: ' if field else ''}{first['msg'].removeprefix('Value error, ')}"
+        ) from None
+    except ValueError as error:
+        raise ModelError(f"{path}: {error}") from None
+    with torch.device("meta"), SkipInit():
+        network = family.network(parsed)
+    load_weights(network, folder, device, dtype)
+    return architecture, family, network
+
+
+def choose_device(device: str) -> torch.device:
+    """The device of that name. Raises ModelError if there is no such device here."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        raise ModelError(f"unknown device {device!r}; choose auto, cpu, cuda or cuda:N") from None
+    if place.type not in ("cpu", "cuda"):
+        raise ModelError(f"device {device!r} is not supported; choose auto, cpu, cuda or cuda:N")
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise ModelError(f"device {device!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
+    return place
+
+
+def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """The number type of that name. Raises ModelError."""
+    if dtype == "auto":
+        # A processor without bfloat16 units emulates them some thirty times slower than float32.
+        return torch.bfloat16 if device.type == "cuda" or _cpu_has_bfloat16() else torch.float32
+    if dtype not in DTYPES:
+        raise ModelError(f"unknown dtype {dtype!r}; choose from auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def _cpu_has_bfloat16() -> bool:
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def find_model(model: str | None) -> tuple[str, Path]:
+    """Name and folder of a model, downloaded where it is a hub id that is not in the cache. Raises ModelError."""
+    if model is None:
+        folder = Path(str(files("server.models"))) / "embedded"
+        if not folder.is_dir():
+            raise ModelError(f"{folder}: the embedded model is not there; name another one with --model")
+        return EMBEDDED_NAME, folder
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder.resolve().name, folder
+    if folder.exists():
+        raise ModelError(
+            f"{folder}: not a folder; a model is a folder with config.json, tokenizer.json and safetensors"
+        )
+    if model.startswith(("/", ".", "~")) or model.count("/") > 1 or "\\" in model:
+        raise ModelError(f"{folder}: no such folder")
+    return model, _download(model)
+
+
+def _download(name: str) -> Path:
+    """The folder of a model of the hub, downloaded unless it is in the cache."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        # Never code, never pickles, and no second copies in sub-folders.
+        return Path(
+            snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.jinja"], ignore_patterns=["*/*"])
+        )
+    except HFValidationError:
+        raise ModelError(f"{name}: neither a folder nor the id of a model on the Hugging Face hub") from None
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled):
+        raise ModelError(
+            f"{name}: no such folder, and the Hugging Face hub cannot be asked (offline) for what is not in its cache"
+        ) from None
+    except (HfHubHTTPError, OSError) as error:
+        why = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelError(f"{name}: no such folder, and the Hugging Face hub says: {why[0]}") from None
+
+
+def _end_ids(folder: Path, network: LLaDA, family: Family, text: TextCodec) -> frozenset[int]:
+    """Tokens that end a text, by both configuration files and by name. Raises ModelError if one is no token."""
+    path = folder / "generation_config.json"
+    ends = set(network.config.end_ids) | set(_ids(path, read_optional_json(path).get("eos_token_id")))
+    ends |= {found for token in family.end_tokens if (found := text.token_id(token)) is not None}
+    outside = [end for end in ends if not 0 <= end < network.config.rows]
+    if outside:
+        raise ModelError(f"{path}: eos_token_id {outside[0]} is outside the vocabulary of {network.config.rows}")
+    if network.config.mask_token_id in ends:
+        raise ModelError(f"{folder / 'config.json'}: token {network.config.mask_token_id} is both mask and end-of-text")
+    return frozenset(ends)
+
+
+def _ids(path: Path, value: Any) -> Iterable[int]:
+    if value is None:
+        return []
+    ids = value if isinstance(value, list) else [value]
+    if not all(isinstance(id, int) for id in ids):
+        raise ModelError(f"{path}: eos_token_id is neither a number nor a list of numbers")
+    return ids

@@ -1,0 +1,101 @@
+"""A checkpoint's tensors: safetensors files only, every tensor checked before any is used."""
+
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from server.models.files import ModelError, read_json
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+class SkipInit(TorchFunctionMode):
+    """Within this, modules are built without drawing their first weights.
+
+    The meta device has nothing to draw into, yet trying loads torch's compiler, which takes as long as torch itself.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+def load_weights(network: nn.Module, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
+    """Give a network that was built on the meta device its weights, in place, ready for inference.
+
+    Files are mapped and tensors copied one by one, so memory holds the weights once, and a file that is overwritten
+    later does not change a model that runs. Raises ModelError.
+    """
+    wanted = {name: tensor.shape for name, tensor in network.state_dict().items()}
+    with ExitStack() as stack:
+        source: dict[str, tuple[Path, Any]] = {}
+        for path in _files(folder):
+            file = stack.enter_context(_open(path))
+            for name in file.keys():  # noqa: SIM118 (not a mapping)
+                if name in source:
+                    raise ModelError(f"{path}: tensor {name} is in {source[name][0].name} too")
+                source[name] = path, file
+        _check_names(folder, wanted.keys(), source.keys())
+        for name, shape in wanted.items():
+            path, file = source[name]
+            _check_tensor(path, name, file.get_slice(name), shape)
+        tensors = {}
+        for name, (_, file) in source.items():
+            tensors[name] = file.get_tensor(name).to(device=device, dtype=dtype, copy=True)
+    network.load_state_dict(tensors, assign=True)
+    network.requires_grad_(False).eval()
+
+
+def _files(folder: Path) -> list[Path]:
+    index = folder / INDEX
+    if index.exists():
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not shards:
+            raise ModelError(f"{index}: has no weight_map")
+        names = sorted({str(name) for name in shards.values()})
+        for name in names:
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise ModelError(f"{index}: {name!r} is not the name of a safetensors file in the same folder")
+        return [folder / name for name in names]
+    single = folder / SINGLE
+    if single.exists():
+        return [single]
+    others = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    hint = f"; {others[0]} is not read, only safetensors are" if others else ""
+    raise ModelError(f"{single}: no such file{hint}")
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except FileNotFoundError:
+        raise ModelError(f"{path}: no such file") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ModelError(f"{path}: not a whole safetensors file: {error}") from None
+
+
+def _check_names(folder: Path, wanted: Iterable[str], found: Iterable[str]) -> None:
+    missing, unexpected = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
+    for what, names in (("missing", missing), ("unexpected", unexpected)):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ModelError(f"{folder}: the weights do not fit config.json: tensor {names[0]}{more} {what}")
+
+
+def _check_tensor(path: Path, name: str, tensor: Any, shape: torch.Size) -> None:
+    found = tuple(tensor.get_shape())
+    if found != tuple(shape):
+        raise ModelError(f"{path}: tensor {name} has shape {list(found)}, but config.json says {list(shape)}")
+    if tensor.get_dtype() not in FLOATS:
+        raise ModelError(
+            f"{path}: tensor {name} is {tensor.get_dtype()}, which is not supported ({', '.join(FLOATS)} are)"
+        )

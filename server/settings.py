@@ -1,0 +1,134 @@
+"""The server's settings: flags over environment over file."""
+
+import json
+import os
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+PREFIX = "UNMASK_"
+
+
+def _json_object(value: Any) -> Any:
+    """Flags and the environment hold JSON as text; a file holds a table."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise ValueError(f"not JSON: {error}") from None
+
+
+def _split(value: Any) -> Any:
+    """The environment holds several keys as one text, with commas between them."""
+    return value.split(",") if isinstance(value, str) else value
+
+
+Key = Annotated[SecretStr, Field(min_length=1)]
+
+
+class Settings(BaseSettings):
+    """How to serve. Each field is a flag of `unmask serve`, an `UNMASK_...` variable and a key of a `--config` file."""
+
+    model_config = SettingsConfigDict(
+        frozen=True, extra="forbid", env_prefix=PREFIX, env_ignore_empty=True, allow_inf_nan=False
+    )
+
+    model: str | None = Field(
+        None, description="Folder or Hugging Face hub id; without it the embedded model.", examples=["DIR_OR_ID"]
+    )
+    served_name: str | None = Field(
+        None, min_length=1, max_length=200, description="Name of the model in the API.", examples=["NAME"]
+    )
+    engine: Literal["torch"] = Field("torch", description="What runs the model.")
+    device: str = Field("auto", description="cpu, cuda, cuda:N, or auto: a GPU if there is one.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="Number type of the weights.")
+    cache: Literal["none"] = Field("none", description="What is kept between steps: nothing, every step is exact.")
+    max_model_len: int | None = Field(None, ge=2, description="Longest canvas, prompt included, in tokens.")
+    max_batch: int = Field(16, ge=1, le=65536, description="Generations that share a forward pass.")
+    max_queue: int = Field(256, ge=1, le=1_000_000, description="Generations that may wait; more are answered 429.")
+    sampler: str = Field("threshold", description="Sampler of requests that name none.", examples=["NAME"])
+    sampler_params: Annotated[dict[str, Any], NoDecode, BeforeValidator(_json_object)] = Field(
+        {}, description="Its parameters, where a request gives neither sampler nor parameters.", examples=["JSON"]
+    )
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0: any that is free.")
+    api_key: Annotated[tuple[Key, ...], NoDecode, BeforeValidator(_split)] = Field(
+        (), description="A key that clients may use (repeatable); without any, everybody may.", examples=["KEY"]
+    )
+    metrics_open: bool = Field(False, description="Serve /metrics without a key.")
+    max_body_bytes: int = Field(4 * 1024 * 1024, ge=1, description="Longest request body; longer ones get 413.")
+    request_timeout: float | None = Field(
+        None, gt=0, description="Seconds after which a request is ended and answered 504; without it, never."
+    )
+    drain_timeout: float = Field(
+        60.0, ge=0, description="Seconds that running requests get to finish when the server is asked to stop."
+    )
+    log_format: Literal["text", "json"] = Field("text", description="Form of the log lines on standard error.")
+
+
+class WrongSettingError(ValueError):
+    """A setting that cannot be used. `where` is how the user gave it: a flag, a variable or a key of a file."""
+
+    def __init__(self, where: str, message: str) -> None:
+        super().__init__(message)
+        self.where = where
+
+
+def flag(name: str) -> str:
+    """The flag of a field."""
+    return f"--{name.replace('_', '-')}"
+
+
+def load_settings(flags: dict[str, Any], config: Path | None = None) -> Settings:
+    """Settings from the flags that were given, the environment and a TOML file. Raises WrongSettingError."""
+    from_file = _read(config) if config is not None else {}
+
+    class Sourced(Settings):
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            return init_settings, env_settings, InitSettingsSource(settings_cls, init_kwargs=from_file)
+
+    try:
+        return Sourced(**flags)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        message = first["msg"].removeprefix("Value error, ")
+        if name == "api_key":
+            raise WrongSettingError(_where(name, flags, config), message) from None
+        given = json.dumps(first["input"], default=str)
+        raise WrongSettingError(_where(name, flags, config), f"{message} (got {given})") from None
+
+
+def _where(name: str, flags: dict[str, Any], config: Path | None) -> str:
+    """What gave the field its value: the first of flag, environment and file that names it."""
+    if name in flags:
+        return flag(name)
+    variable = f"{PREFIX}{name.upper()}"
+    return variable if variable in map(str.upper, os.environ) else f"{name} in {config}"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise WrongSettingError("--config", f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise WrongSettingError("--config", f"{path}: not a TOML file: {error}") from None

@@ -1,0 +1,132 @@
+"""Training rows: what is on the canvas, what is masked, and how much each masked token counts."""
+
+import random
+from dataclasses import dataclass
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from policies.tasks import get_task, split_of
+from policies.tasks.chain import Chain, Piece, equation
+from server.training.recipe import MicroBatch, Recipe
+from server.training.tokenizer import END, MASK, special_id
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Clean `tokens`, what is `masked`, and the loss `weight` of each masked token; all [rows, length]."""
+
+    tokens: Tensor
+    masked: Tensor
+    weight: Tensor
+
+
+class CanvasMaker:
+    """Draws micro-batches. Everything follows from (seed, step, micro-batch): a resumed run sees the same rows."""
+
+    def __init__(self, recipe: Recipe, tokenizer: Tokenizer) -> None:
+        self.recipe = recipe
+        self.tokenizer = tokenizer
+        self.mask_id = special_id(tokenizer, MASK)
+        self.end_id = special_id(tokenizer, END)
+
+    def draw(self, batch: MicroBatch, step: int) -> Rows:
+        name = f"{self.recipe.seed}/{step}/{batch.name}"
+        rng = random.Random(name)
+        generator = torch.Generator().manual_seed(rng.getrandbits(63))
+        if batch.kind == "equations":
+            return self._equations(batch, rng)
+        if batch.kind == "links":
+            return self._links(batch, rng)
+        tokens, response = self._problems(batch, rng)
+        masked, weight = self._corrupt(tokens, response, generator)
+        return Rows(tokens, masked, weight)
+
+    def _fits(self, batch: MicroBatch, prompt: list[int], response: list[int]) -> bool:
+        return batch.longer_than < len(prompt) + len(response) < batch.length
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer.encode(text).ids
+        return ids
+
+    def _problems(self, batch: MicroBatch, rng: random.Random) -> tuple[Tensor, Tensor]:
+        """Task problems padded with end-of-text, and where their responses are."""
+        rows: list[tuple[list[int], list[int]]] = []
+        for name, count in batch.rows.items():
+            task, wanted = get_task(name), len(rows) + count
+            while len(rows) < wanted:
+                problem = task.draw(rng, "train")
+                row = self._encode(problem.prompt), self._encode(problem.reference)
+                if self._fits(batch, *row):
+                    rows.append(row)
+        return self._lay_out(rows, batch.length)
+
+    def _lay_out(self, rows: list[tuple[list[int], list[int]]], length: int) -> tuple[Tensor, Tensor]:
+        tokens = torch.full((len(rows), length), self.end_id)
+        for i, (prompt, response) in enumerate(rows):
+            tokens[i, : len(prompt) + len(response)] = torch.tensor(prompt + response)
+        starts = torch.tensor([[len(prompt)] for prompt, _ in rows])
+        return tokens, torch.arange(length) >= starts
+
+    def _corrupt(self, tokens: Tensor, response: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Masks at levels t ~ U(0, 1), spread evenly over the batch, and 1/t weights (LLaDA, arXiv 2502.09992, eq. 5).
+
+        A share of the rows looks like a semi-autoregressive state: all before a block known, all after it masked and
+        not scored.
+        """
+        rows, _ = response.shape
+        t = (torch.rand(1, generator=g) + torch.randperm(rows, generator=g) / rows) % 1
+        position = response.cumsum(1) - 1
+        lengths = torch.tensor(self.recipe.block_lengths)
+        block_length = lengths[torch.randint(len(lengths), (rows,), generator=g)][:, None]
+        block = position // block_length
+        used = position.masked_fill(~response | (tokens == self.end_id), 0).amax(1, keepdim=True) // block_length + 1
+        active = (torch.rand(rows, 1, generator=g) * used).long()
+        semi = torch.rand(rows, 1, generator=g) < self.recipe.block_share
+        scored = response & (~semi | (block == active))
+        later = semi & response & (block > active)
+        noise = (torch.rand(tokens.shape, generator=g) < t[:, None]) & scored
+        padding = (tokens == self.end_id) & (tokens.roll(1, 1) == self.end_id)
+        worth = torch.ones(tokens.shape).masked_fill(padding, self.recipe.padding_weight)
+        weight = noise * worth
+        if self.recipe.loss_weight == "mean":
+            scale = weight.sum(1, keepdim=True)
+        else:
+            scale = t[:, None] * (scored * worth).sum(1, keepdim=True)
+        return noise | later, weight / scale.clamp(min=0.1)
+
+    def _equations(self, batch: MicroBatch, rng: random.Random) -> Rows:
+        (count,) = batch.rows.values()
+        size = len(equation(random.Random(0)))
+        drills = [[piece for _ in range(batch.length // size) for piece in equation(rng)] for _ in range(count)]
+        tokens = torch.tensor([self._ids(pieces) for pieces in drills])
+        masked = torch.tensor([[value is not None for _, value in pieces] for pieces in drills])
+        return Rows(tokens, masked, masked / masked.sum(1, keepdim=True))
+
+    def _links(self, batch: MicroBatch, rng: random.Random) -> Rows:
+        (count,) = batch.rows.values()
+        chain = Chain()
+        rows: list[tuple[list[int], list[int]]] = []
+        hidden: list[list[int]] = []
+        while len(rows) < count:
+            problem, pieces = chain.sample_worked(rng)
+            row = self._encode(problem.prompt), self._ids(pieces)
+            if split_of(problem.key) != "train" or not self._fits(batch, *row):
+                continue
+            values = {value for _, value in pieces if value is not None}
+            chosen = {value for value in values if rng.random() < 0.6} or values
+            rows.append(row)
+            hidden.append([len(row[0]) + i for i, (_, value) in enumerate(pieces) if value in chosen])
+        tokens, _ = self._lay_out(rows, batch.length)
+        masked = torch.zeros(tokens.shape, dtype=torch.bool)
+        for i, positions in enumerate(hidden):
+            masked[i, positions] = True
+        return Rows(tokens, masked, masked / masked.sum(1, keepdim=True))
+
+    def _ids(self, pieces: list[Piece]) -> list[int]:
+        return [self._piece_id(text) for text, _ in pieces]
+
+    def _piece_id(self, text: str) -> int:
+        (found,) = self._encode(text)
+        return found

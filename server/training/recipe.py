@@ -1,0 +1,104 @@
+"""What a training run is: a TOML file, validated."""
+
+import tomllib
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from policies.tasks import get_task
+
+Phases = tuple[tuple[float, int], ...]
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelShape(Part):
+    d_model: int = Field(gt=0)
+    n_layers: int = Field(gt=0)
+    n_heads: int = Field(gt=0)
+    mlp_hidden_size: int = Field(gt=0)
+    max_sequence_length: int = Field(gt=0)
+    rope_theta: float = Field(10000.0, gt=0)
+
+
+class OptimizerSettings(Part):
+    """`muon` orthogonalises the blocks' matrices and leaves the rest to AdamW; `adamw` does all."""
+
+    name: Literal["muon", "adamw"] = "muon"
+    learning_rate: float = Field(gt=0)
+    weight_decay: float = Field(0.05, ge=0)
+    warmup_steps: int = Field(100, ge=1)
+    decay_share: float = Field(0.6, gt=0, le=1, description="last share of the run over which the rate falls to zero")
+    clip: float = Field(1.0, gt=0)
+
+
+class MicroBatch(Part):
+    """Some rows of one step. A step's gradient is the sum over the micro-batches that take part in it.
+
+    `kind`: `masked` rows are task problems with a random part of the response masked; `links` are chain problems of
+    which only intermediate results, with every copy that would give them away, are masked; `equations` are rows of
+    unrelated sums of which only the results are masked.
+    """
+
+    name: str
+    kind: Literal["masked", "links", "equations"] = "masked"
+    rows: dict[str, int] = Field(min_length=1, description="problems per task; equations: one entry, any name")
+    length: int = Field(gt=0, description="tokens of the canvas; problems that do not fit are drawn again")
+    longer_than: int = Field(0, ge=0, description="draw problems of more tokens than this only")
+    every: Phases = Field(((0.0, 1),), description="[progress from which, take part in every n-th step]; 0: never")
+
+    @field_validator("every")
+    @classmethod
+    def _starts_at_zero(cls, value: Phases) -> Phases:
+        if not value or value[0][0] != 0.0 or list(value) != sorted(value):
+            raise ValueError("phases must be in order and begin at progress 0.0")
+        return value
+
+    def takes_part(self, step: int, progress: float) -> bool:
+        every = [n for start, n in self.every if start <= progress][-1]
+        return every > 0 and step % every == 0
+
+
+class Recipe(Part):
+    """A whole run. `max_minutes` ends it, with the rate at zero, even if the steps are not done."""
+
+    seed: int = 0
+    steps: int = Field(gt=0)
+    max_minutes: float | None = Field(None, gt=0)
+    save_every: int = Field(100, gt=0)
+    block_share: float = Field(0.3, ge=0, le=1, description="share of rows that look semi-autoregressive")
+    block_lengths: tuple[int, ...] = (8, 16, 32)
+    padding_weight: float = Field(0.1, ge=0, le=1, description="weight of padding after the first end-of-text")
+    loss_weight: Literal["mean", "inverse_t"] = Field(
+        "mean", description="divide a row's loss by its masked tokens, or by t times its length: equal in expectation"
+    )
+    model: ModelShape
+    optimizer: OptimizerSettings
+    micro_batch: tuple[MicroBatch, ...] = Field(min_length=1)
+
+    @field_validator("micro_batch")
+    @classmethod
+    def _known_tasks(cls, value: tuple[MicroBatch, ...]) -> tuple[MicroBatch, ...]:
+        for batch in value:
+            for task in batch.rows if batch.kind == "masked" else ():
+                try:
+                    get_task(task)
+                except KeyError as error:
+                    raise ValueError(str(error.args[0])) from None
+        return value
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a recipe. Raises ValueError with one line that names the file and the field."""
+    try:
+        return Recipe.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a TOML file: {error}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None

@@ -1,0 +1,205 @@
+"""Train a small masked-diffusion model from a recipe; resumable, and the same rows after a resume."""
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from policies.tasks import list_tasks
+from server.models.llada import LLaDA, LLaDAConfig
+from server.training.canvases import CanvasMaker, Rows
+from server.training.muon import Muon
+from server.training.recipe import Recipe
+from server.training.tokenizer import END, MASK, build_tokenizer, number_ids, special_id
+
+NUMBER_PERIODS = (400.0, 200.0, 100.0, 50.0, 25.0, 20.0, 10.0, 5.0, 4.0, 2.5, 2.0)
+
+
+def task_tokenizer() -> Tokenizer:
+    """The tokenizer of the embedded tasks."""
+    texts = [text for task in list_tasks() for p in task.problems(500, 0, "train") for text in (p.prompt, p.reference)]
+    return build_tokenizer(texts)
+
+
+def model_config(recipe: Recipe, tokenizer: Tokenizer) -> LLaDAConfig:
+    end = special_id(tokenizer, END)
+    return LLaDAConfig(
+        **recipe.model.model_dump(),
+        n_kv_heads=recipe.model.n_heads,
+        vocab_size=tokenizer.get_vocab_size(),
+        embedding_size=tokenizer.get_vocab_size(),
+        mask_token_id=special_id(tokenizer, MASK),
+        eos_token_id=end,
+        pad_token_id=end,
+    )
+
+
+@torch.no_grad()
+def initialise(model: LLaDA, numbers: list[list[int]]) -> None:
+    """Scaled normal weights; the tokens of 0 ... 99 start as waves of several periods, the head as the embedding.
+
+    Otherwise every sum is a fact of its own, to be learned by heart. Only the starting point differs: all of it trains.
+    """
+    net = model.transformer
+    for name, p in net.blocks.named_parameters():
+        if p.dim() == 2:
+            residual = name.endswith(("attn_out.weight", "ff_out.weight"))
+            torch.nn.init.normal_(p, std=p.shape[1] ** -0.5 * (0.3 if residual else 0.6))
+    torch.nn.init.normal_(net.wte.weight, std=0.5)
+    angle = 2 * math.pi * torch.arange(100)[:, None] / torch.tensor(NUMBER_PERIODS)
+    waves = torch.cat([angle.cos(), angle.sin()], dim=1)
+    mix = torch.linalg.qr(torch.randn(model.config.d_model, waves.shape[1]))[0].T
+    start = waves @ mix
+    for ids in numbers:
+        net.wte.weight[ids] = 0.5 * start / start.pow(2).mean().sqrt()
+    net.ff_out.weight.copy_(net.wte.weight * 0.08)
+
+
+def make_optimizers(model: LLaDA, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    settings = recipe.optimizer
+    matrices = [p for p in model.transformer.blocks.parameters() if p.dim() == 2]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in chosen]
+    adam: dict[str, Any] = {"lr": settings.learning_rate, "betas": (0.9, 0.98), "weight_decay": 0.0}
+    if settings.name == "muon":
+        muon = Muon(matrices, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        return [muon, torch.optim.AdamW(others, **adam)]
+    groups: list[dict[str, Any]] = [
+        {"params": matrices, "weight_decay": settings.weight_decay},
+        {"params": others},
+    ]
+    return [torch.optim.AdamW(groups, **adam)]
+
+
+@dataclass
+class Trainer:
+    """One run. `seconds` counts training time over all sessions, so that a resumed run keeps its schedule.
+
+    Set `stopping` and `run` ends after the current step.
+    """
+
+    recipe: Recipe
+    out: Path
+    step: int = 0
+    seconds: float = 0.0
+    stopping: bool = False
+
+    def __post_init__(self) -> None:
+        torch.manual_seed(self.recipe.seed)
+        self.tokenizer = task_tokenizer()
+        self.model = LLaDA(model_config(self.recipe, self.tokenizer))
+        initialise(self.model, number_ids(self.tokenizer))
+        self.optimizers = make_optimizers(self.model, self.recipe)
+        self.canvases = CanvasMaker(self.recipe, self.tokenizer)
+        self.out.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.out / "checkpoint.safetensors"
+
+    @property
+    def progress(self) -> float:
+        """Share of the run that is done, by steps or by minutes, whichever is further."""
+        limit = self.recipe.max_minutes
+        timed = self.seconds / 60 / limit if limit else 0.0
+        return min(1.0, max(self.step / self.recipe.steps, timed))
+
+    def rate(self) -> float:
+        settings = self.recipe.optimizer
+        warm = (self.step + 1) / settings.warmup_steps
+        return settings.learning_rate * max(0.0, min(1.0, warm, (1 - self.progress) / settings.decay_share))
+
+    def loss(self, rows: Rows) -> Tensor:
+        """Weighted cross-entropy of the masked tokens, per row."""
+        hidden = self.model.hidden(rows.tokens.masked_fill(rows.masked, self.canvases.mask_id))
+        at = rows.weight > 0
+        losses = F.cross_entropy(self.model.head(hidden[at]), rows.tokens[at], reduction="none")
+        return (losses * rows.weight[at]).sum() / len(rows.tokens)
+
+    def train_step(self) -> dict[str, float]:
+        """One gradient over the micro-batches that take part; their losses."""
+        losses: dict[str, float] = {}
+        rate, progress = self.rate(), self.progress
+        for offset, batch in enumerate(self.recipe.micro_batch):
+            if not batch.takes_part(self.step + offset, progress):
+                continue
+            loss = self.loss(self.canvases.draw(batch, self.step))
+            loss.backward()  # type: ignore[no-untyped-call]
+            losses[batch.name] = loss.item()
+        if not all(map(math.isfinite, losses.values())):
+            raise FloatingPointError(f"the loss is not finite at step {self.step}: {losses}; lower the learning rate")
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.optimizer.clip)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return losses
+
+    def save(self) -> None:
+        """Write the run's state; a kill at any point leaves the old file or the new one."""
+        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        for i, optimizer in enumerate(self.optimizers):
+            for index, state in optimizer.state_dict()["state"].items():
+                tensors |= {f"optimizer.{i}.{index}.{key}": value for key, value in state.items()}
+        metadata = {"step": str(self.step), "seconds": str(self.seconds), "recipe": self.recipe.model_dump_json()}
+        temporary = self.checkpoint.with_suffix(".partial")
+        save_file({name: value.contiguous() for name, value in tensors.items()}, temporary, metadata)
+        temporary.replace(self.checkpoint)
+
+    def resume(self) -> bool:
+        """Continue from the checkpoint in `out`, if there is one. Raises ValueError if it is of another recipe."""
+        if not self.checkpoint.exists():
+            return False
+        with safe_open(self.checkpoint, "pt") as file:
+            metadata = file.metadata()
+        if json.loads(metadata["recipe"]) != json.loads(self.recipe.model_dump_json()):
+            raise ValueError(f"{self.checkpoint} belongs to another recipe; choose another --out or delete it")
+        tensors = load_file(self.checkpoint)
+        self.model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+        for i, optimizer in enumerate(self.optimizers):
+            saved = optimizer.state_dict()
+            states: dict[int, dict[str, Tensor]] = {}
+            for name, value in tensors.items():
+                if name.startswith(f"optimizer.{i}."):
+                    _, _, index, key = name.split(".")
+                    states.setdefault(int(index), {})[key] = value
+            optimizer.load_state_dict({"state": states, "param_groups": saved["param_groups"]})
+        self.step, self.seconds = int(metadata["step"]), float(metadata["seconds"])
+        return True
+
+    def run(self, console: Console) -> None:
+        """Train to the end, with a progress bar on `console` and a line a step in `log.jsonl`."""
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=console) as bar, (self.out / "log.jsonl").open("a", buffering=1) as log:
+            task = bar.add_task("training", total=self.recipe.steps, completed=self.step)
+            while self.progress < 1 and not self.stopping:
+                began = time.monotonic()
+                rate = self.rate()
+                losses = self.train_step()
+                self.seconds += time.monotonic() - began
+                line = {"step": self.step, "seconds": round(self.seconds, 1), "rate": rate, **losses}
+                log.write(json.dumps(line) + "\n")
+                shown = " ".join(f"{name} {value:.2f}" for name, value in losses.items())
+                bar.update(task, completed=self.step, description=shown)
+                if self.step % self.recipe.save_every == 0:
+                    self.save()
+        self.save()

@@ -1,0 +1,104 @@
+"""/v1/chat/completions through the openai client."""
+
+from typing import Any
+
+import pytest
+
+from tests.api.serving import NAME, Running, error_of, serving
+from tests.tiny import write_tiny_model
+
+MESSAGES: list[Any] = [
+    {"role": "system", "content": "Be short."},
+    {"role": "user", "content": [{"type": "text", "text": "How many "}, {"type": "text", "text": "apples?"}]},
+]
+RENDERED = "system: Be short.\nuser: How many apples?\nassistant:"
+
+
+@pytest.fixture(scope="module")
+def whole(server: Running) -> Any:
+    with server.client() as client:
+        return client.chat.completions.create(model=NAME, messages=MESSAGES, max_completion_tokens=20, logprobs=True)
+
+
+def test_the_answer_is_the_completion_of_the_rendered_chat(server: Running, whole: Any) -> None:
+    (choice,) = whole.choices
+    assert whole.object == "chat.completion" and whole.id.startswith("chatcmpl-")
+    assert choice.message.role == "assistant" and choice.finish_reason == "length"
+    plain = server.complete(prompt=RENDERED, max_tokens=20)
+    assert choice.message.content == plain["choices"][0]["text"]
+    assert whole.usage.to_dict() == plain["usage"]
+
+
+def test_logprobs_have_the_tokens_bytes(whole: Any) -> None:
+    content = whole.choices[0].logprobs.content
+    assert len(content) == 20
+    for token in content:
+        assert token.logprob <= 0 and token.top_logprobs == []
+        assert token.bytes is None or bytes(token.bytes).decode() == token.token
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_the_stream(server: Running, whole: Any, number: int) -> None:
+    with server.client() as client:
+        chunks = list(
+            client.chat.completions.create(
+                model=NAME,
+                messages=MESSAGES,
+                max_tokens=20,
+                n=number,
+                logprobs=True,
+                stream=True,
+                stream_options={"include_usage": True},
+            )
+        )
+    *parts, last = chunks
+    assert {chunk.object for chunk in chunks} == {"chat.completion.chunk"}
+    assert last.choices == [] and last.usage is not None
+    assert last.usage.completion_tokens == 20 * number
+    assert last.usage.prompt_tokens == whole.usage.prompt_tokens
+    for index in range(number):
+        mine = [chunk.choices[0] for chunk in parts if chunk.choices[0].index == index]
+        assert mine[0].delta.role == "assistant" and mine[0].delta.content == ""
+        assert all(choice.delta.role is None for choice in mine[1:])
+        assert "".join(choice.delta.content or "" for choice in mine) == whole.choices[0].message.content
+        assert [choice.finish_reason for choice in mine] == [None] * (len(mine) - 1) + ["length"]
+        tokens = [token for choice in mine if choice.logprobs for token in choice.logprobs.content or []]
+        assert tokens == whole.choices[0].logprobs.content
+
+
+@pytest.mark.asyncio
+async def test_the_async_client_streams(server: Running, whole: Any) -> None:
+    async with server.async_client() as client:
+        stream = await client.chat.completions.create(model=NAME, messages=MESSAGES, max_tokens=20, stream=True)
+        texts = [chunk.choices[0].delta.content or "" async for chunk in stream]
+    assert "".join(texts) == whole.choices[0].message.content
+
+
+def test_developers_are_what_system_used_to_be(server: Running, whole: Any) -> None:
+    messages = [{"role": "developer", "content": "Be short."}, MESSAGES[1]]
+    answer = server.post("/v1/chat/completions", {"messages": messages, "max_tokens": 20}).json()
+    assert answer["choices"][0]["message"]["content"] == whole.choices[0].message.content
+
+
+def test_two_names_for_the_length_must_agree(server: Running) -> None:
+    body = {"messages": MESSAGES, "max_tokens": 3, "max_completion_tokens": 4}
+    assert error_of(server.post("/v1/chat/completions", body), 400)["param"] == "max_tokens"
+    agreed = server.post("/v1/chat/completions", body | {"max_tokens": 4})
+    assert agreed.json()["usage"]["completion_tokens"] == 4
+
+
+def test_an_error_names_the_fields_of_a_chat(server: Running) -> None:
+    long = [{"role": "user", "content": "apples " * 300}]
+    error = error_of(server.post("/v1/chat/completions", {"messages": long}), 400)
+    assert (error["param"], error["code"]) == ("messages", "context_length_exceeded")
+    body = {"messages": MESSAGES, "max_completion_tokens": 250}
+    error = error_of(server.post("/v1/chat/completions", body), 400)
+    assert (error["param"], error["code"]) == ("max_completion_tokens", "context_length_exceeded")
+
+
+def test_a_model_without_chat_template_says_so(tmp_path_factory: pytest.TempPathFactory) -> None:
+    model = write_tiny_model(tmp_path_factory.mktemp("models") / "plain", chat_template=None)
+    with serving(model) as plain:
+        error = error_of(plain.post("/v1/chat/completions", {"messages": MESSAGES}), 400)
+    assert error["param"] == "messages"
+    assert "no chat template" in error["message"]

@@ -1,0 +1,123 @@
+"""Three ways to choose a sampler, and what there is to choose from."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from samplers import list_samplers
+from tests.api.serving import NAME, PROMPT, Running, error_of, serving
+
+PARAMS: dict[str, dict[str, Any]] = {"random": {"k": 2}, "topk": {"steps": 4}, "threshold": {"threshold": 0.3}}
+
+
+@pytest.mark.parametrize("name", PARAMS)
+@pytest.mark.parametrize("stream", [False, True])
+def test_every_way_gives_the_same(server: Running, name: str, stream: bool) -> None:
+    ways: list[tuple[str, dict[str, Any]]] = [
+        (NAME, {"sampler": name, "sampler_params": PARAMS[name]}),
+        (NAME, {"vllm_xargs": {"sampler": name, "sampler_params": PARAMS[name]}}),
+        (f"{NAME}:{name}", {"sampler_params": PARAMS[name]}),
+        (f"{NAME}:{name}", {"sampler": name, "vllm_xargs": {"sampler_params": PARAMS[name]}}),
+    ]
+    texts = set()
+    with server.client() as client:
+        for model, fields in ways:
+            answer: Any = client.completions.create(
+                model=model, prompt=PROMPT, max_tokens=16, seed=3, stream=stream, extra_body=fields
+            )
+            chunks = list(answer) if stream else [answer]
+            assert chunks[-1].unmask["sampler"] == name
+            assert PARAMS[name].items() <= chunks[-1].unmask["sampler_params"].items()
+            assert {chunk.model for chunk in chunks} == {model}
+            texts.add("".join(chunk.choices[0].text for chunk in chunks))
+    assert len(texts) == 1
+
+
+def test_samplers_differ(server: Running) -> None:
+    texts = {server.complete(sampler=name, sampler_params=PARAMS[name], seed=3)["choices"][0]["text"] for name in PARAMS}
+    assert len(texts) == len(PARAMS)
+
+
+def test_the_servers_default_and_its_parameters(tiny_model: Path) -> None:
+    with serving(tiny_model, sampler="topk", sampler_params={"k": 4}) as running:
+        assert running.complete()["unmask"]["sampler_params"]["k"] == 4
+        assert running.complete(sampler_params={"k": 2})["unmask"]["sampler_params"]["k"] == 2
+        assert running.complete(sampler="topk")["unmask"]["sampler_params"]["k"] is None
+        assert running.complete(sampler_params={})["unmask"]["sampler_params"]["k"] is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "said"),
+    [
+        ({"sampler": "nope"}, "sampler", "topk"),
+        ({"model": f"{NAME}:nope"}, "model", "topk"),
+        ({"vllm_xargs": {"sampler": "nope"}}, "vllm_xargs.sampler", "topk"),
+        ({"model": f"{NAME}:topk", "sampler": "random"}, "sampler", "'topk'"),
+        ({"sampler": "topk", "vllm_xargs": {"sampler": "random"}}, "vllm_xargs.sampler", "'topk'"),
+        (
+            {"sampler_params": {"k": 1}, "vllm_xargs": {"sampler_params": {"k": 2}}},
+            "vllm_xargs.sampler_params",
+            "sampler_params",
+        ),
+        ({"sampler_params": {"k": 0}}, "sampler_params.k", "greater than or equal to 1"),
+        ({"sampler_params": {"k": "2"}}, "sampler_params.k", "'2'"),
+        ({"sampler_params": {"k": True}}, "sampler_params.k", "integer"),
+        ({"sampler_params": {"k": 10**300}}, "sampler_params.k", "1000000"),
+        ({"sampler_params": {"k": 1, "steps": 2}}, "sampler_params", "not both"),
+        ({"sampler_params": {"threshold": 0.5}}, "sampler_params.threshold", "topk has no parameter"),
+        ({"sampler_params": {"steps": 2}, "block_length": 4}, "sampler_params.steps", "4 blocks"),
+        ({"sampler": "threshold", "sampler_params": {"threshold": 1.5}}, "sampler_params.threshold", "1.5"),
+        ({"sampler": "threshold", "sampler_params": {"threshold": 0}}, "sampler_params.threshold", "greater than 0"),
+        ({"vllm_xargs": {"sampler_params": {"k": 0}}}, "vllm_xargs.sampler_params.k", "1"),
+        ({"sampler_params": [1]}, "sampler_params", "object"),
+        ({"sampler": ["topk"]}, "sampler", "string"),
+    ],
+)
+def test_wrong_choices_name_the_field(server: Running, fields: dict[str, Any], param: str, said: str) -> None:
+    error = error_of(server.post("/v1/completions", {"prompt": PROMPT, "max_tokens": 16} | fields), 400)
+    assert error["param"] == param
+    assert said in error["message"]
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_numbers_that_are_none_are_refused(server: Running, number: str) -> None:
+    body = f'{{"prompt": "a", "sampler": "threshold", "sampler_params": {{"threshold": {number}}}}}'
+    answer = server.http.post("/v1/completions", content=body, headers={"content-type": "application/json"})
+    assert error_of(answer, 400)["param"] == "sampler_params.threshold"
+
+
+def test_models_are_listed_with_every_sampler(server: Running) -> None:
+    names = [NAME, *(f"{NAME}:{sampler.name}" for sampler in list_samplers())]
+    with server.client() as client:
+        models = list(client.models.list())
+        assert [model.id for model in models] == names
+        for model in models:
+            assert client.models.retrieve(model.id) == model
+            assert model.to_dict()["max_model_len"] == 256
+            assert model.to_dict()["root"] == NAME
+
+
+@pytest.mark.parametrize("name", ["other", f"{NAME}:nope", "../secret", "a%00b", f"{NAME}/"])
+def test_other_models_are_not_found(server: Running, name: str) -> None:
+    error = error_of(server.get(f"/v1/models/{name}"), 404)
+    assert error["code"] in ("model_not_found", "not_found")
+
+
+def test_completions_of_an_unknown_model_are_not_found(server: Running) -> None:
+    for path, rest in (("/v1/completions", {"prompt": "a"}), ("/tokenize", {"prompt": "a"})):
+        error = error_of(server.post(path, {"model": "gpt-4", **rest}), 404)
+        assert (error["param"], error["code"]) == ("model", "model_not_found")
+
+
+def test_samplers_are_listed_with_their_schema(server: Running) -> None:
+    listed = server.get("/v1/samplers").json()
+    assert listed["object"] == "list"
+    assert [card["id"] for card in listed["data"]] == [sampler.name for sampler in list_samplers()]
+    for card, sampler in zip(listed["data"], list_samplers(), strict=True):
+        assert card == server.get(f"/v1/samplers/{card['id']}").json()
+        assert card["object"] == "sampler" and card["available"] is True
+        assert card["description"] == sampler.summary()
+        assert card["paper"] == sampler.paper
+        assert card["parameters"] == sampler.schema()
+    assert error_of(server.get("/v1/samplers/nope"), 404)["param"] == "sampler"

@@ -1,0 +1,134 @@
+"""Families that `generate` like LLaDA: a checkpoint, forwards, and token cases."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from samplers import Canvas, get_sampler
+from samplers.denoising import Denoising, Predict
+from server.engine.backend import ModelInfo
+from server.engine.torch_backend import TorchBackend, pad
+from server.models.loading import ModelError, load_network
+from tests.conformance.originals import Original, stream_of
+from tests.conformance.replay import compare_states, replay
+from tests.conformance.report import Difference, NotBuilt
+
+TOLERANCE = 1e-4
+FORWARDS = ("single", "batch", "batch_left_padded")
+PARAMETERS = {
+    *("steps", "gen_length", "block_length", "temperature", "mask_id", "remasking", "cfg_scale", "threshold"),
+    *("logits_eos_inf", "confidence_eos_eot_inf"),
+}
+
+Check = Callable[[], None]
+
+
+class Family:
+    """One folder: `checkpoint/`, `cases.json`, `forward.safetensors`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.cases: dict[str, Any] = json.loads((folder / "cases.json").read_text())
+        self._folder = folder
+        self._backend: TorchBackend | None = None
+
+    def checks(self) -> Iterator[tuple[str, Check]]:
+        """Name and check of every case."""
+        tensors = load_file(self._folder / "forward.safetensors")
+        for name in dict.fromkeys(name.partition(".")[0] for name in tensors):
+            yield f"forward.{name}", lambda name=name: self._forward(name, tensors)  # type: ignore[misc]
+        for case in self.cases["cases"]:
+            yield case["name"], lambda case=case: self._generate(case)  # type: ignore[misc]
+
+    def backend(self) -> TorchBackend:
+        """Our model of the checkpoint. Raises NotBuilt if its architecture is not built."""
+        if self._backend is None:
+            device = torch.device("cpu")
+            try:
+                architecture, _, network = load_network(self._folder / "checkpoint", device, torch.float32)
+            except ModelError as error:
+                raise NotBuilt(str(error).rpartition("config.json: ")[2]) from None
+            config = network.config
+            info = ModelInfo(
+                architecture=architecture,
+                max_length=config.max_sequence_length,
+                vocab_size=config.rows,
+                mask_id=config.mask_token_id,
+                end_ids=config.end_ids,
+                block_length=None,
+                device="cpu",
+                dtype="float32",
+                parameters=sum(p.numel() for p in network.parameters()),
+            )
+            self._backend = TorchBackend(network, info)
+        return self._backend
+
+    def _forward(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Logits at all positions that are not padding."""
+        if name not in FORWARDS:
+            raise NotBuilt(f"forward passes with a cache ({name})")
+        network = self.backend().network
+        tokens, mask = tensors[f"{name}.input_ids"], tensors.get(f"{name}.attention_mask")
+        valid = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
+        logits = network(tokens, None if mask is None else valid)
+        apart = (logits - tensors[f"{name}.logits"])[valid].abs().max().item()
+        if not apart <= TOLERANCE:
+            raise Difference(f"logits are up to {apart:.2e} apart, {TOLERANCE:.0e} is allowed")
+
+    def _generate(self, case: dict[str, Any]) -> None:
+        """Tokens after every forward, and the number of forwards."""
+        backend = self.backend()
+        function, params = case["function"], case["params"]
+        if function != "generate":
+            raise NotBuilt(function.removeprefix("generate_with_").replace("_", " "))
+        if unknown := set(params) - PARAMETERS:
+            raise NotBuilt(f"sampler with {', '.join(sorted(unknown))}")
+        if "threshold" in params:
+            name, chosen = "threshold", {"threshold": params["threshold"]}
+        else:
+            name, chosen = "topk", {"steps": params["steps"]}
+        sampler = get_sampler(name)
+        # Our canvases have no padding: what the original pads at the left is cut off, here and from its record.
+        cuts = [row.index(1) for row in case["attention_mask"] or [[1]] * len(case["prompt"])]
+        rows = [
+            Denoising(
+                Canvas.blank(prompt[cut:], params["gen_length"], params["mask_id"], params["block_length"]),
+                sampler,
+                sampler.Params(**chosen),
+                fill_after_end=False,
+            )
+            for prompt, cut in zip(case["prompt"], cuts, strict=True)
+        ]
+        recording = replay(rows, self._predict(case, backend))
+        for i, (states, cut) in enumerate(zip(recording.states, cuts, strict=True)):
+            compare_states(states, [canvas[i][cut:] for canvas in case["trajectory"]], i)
+            compare_states(states[-1:], [case["output"][i][cut:]], i)
+        forwards = recording.lockstep_forwards()
+        for key in ("model_calls", "nfe"):
+            if case[key] is not None and forwards != case[key]:
+                raise Difference(f"{forwards} forwards, the original's {key} is {case[key]}")
+
+    def _predict(self, case: dict[str, Any], backend: TorchBackend) -> Predict:
+        """What serves requests where that is enough, else the same model behind the original's quirks."""
+        params = case["params"]
+        quirks = ("cfg_scale", "logits_eos_inf", "confidence_eos_eot_inf")
+        if case["manual_seed"] is None and not any(params.get(name) for name in quirks):
+            return backend.predict
+
+        def logits(canvases: list[Canvas]) -> Tensor:
+            found: Tensor = backend.network(*pad(canvases))
+            return found
+
+        return Original(
+            logits,
+            params["mask_id"],
+            self.cases["eos_id"],
+            self.cases["eot_id"],
+            params,
+            stream_of(case["manual_seed"]),
+            torch.float64 if case["name"].endswith("2026-01") else torch.float32,
+        )

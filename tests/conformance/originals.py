@@ -1,0 +1,91 @@
+"""What the originals do between logits and selection that no user of ours would want: their quirks, kept here.
+
+LLaDA's `generate.py` and Fast-dLLM's: random numbers from one global stream of the shape of all logits, confidences
+replaced by random numbers, special tokens forced out of tokens or confidences, and guidance by a masked prompt.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from samplers.canvas import Canvas
+from samplers.denoising import Query
+from samplers.prediction import Prediction, summarise
+
+Logits = Callable[[list[Canvas]], Tensor]
+"""Canvases to logits [rows, length, vocab]."""
+
+
+def gumbel(logits: Tensor, temperature: float, stream: torch.Generator | None) -> Tensor:
+    """`add_gumbel_noise`: float64, in the exponential domain, one number per entry of all logits."""
+    if temperature == 0:
+        return logits
+    noise = torch.rand(logits.shape, dtype=torch.float64, generator=stream)
+    return logits.double().exp() / (-noise.log()) ** temperature
+
+
+def without_ban(logits: Tensor) -> Prediction:
+    """Our token and confidence, with a token that does not exist in the mask token's place.
+
+    The originals let the mask token win; ours never do.
+    """
+    extended = torch.cat([logits, logits.new_full((len(logits), 1), -torch.inf)], dim=-1)
+    return summarise(extended, logits.shape[-1], frozenset())
+
+
+def stream_of(seed: int | None) -> torch.Generator | None:
+    """The stream that `torch.manual_seed(seed)` starts."""
+    return None if seed is None else torch.Generator().manual_seed(seed)
+
+
+@dataclass
+class Original:
+    """A `predict` for our loop that chooses tokens and confidences as these originals do.
+
+    Attributes:
+        logits: our model.
+        mask_id, eos_id, eot_id: special tokens.
+        params: the original's keyword arguments.
+        stream: its random numbers; None where it needs none.
+        draw_type: of the numbers that stand in for confidences when positions are chosen at random.
+    """
+
+    logits: Logits
+    mask_id: int
+    eos_id: int
+    eot_id: int
+    params: dict[str, Any]
+    stream: torch.Generator | None = None
+    draw_type: torch.dtype = field(default=torch.float32)
+
+    def __call__(self, query: Query) -> Prediction:
+        everywhere = self._guided(query.canvases)
+        if self.params.get("logits_eos_inf"):
+            everywhere[:, :, self.eos_id] = -torch.inf
+        temperature = self.params.get("temperature", 0.0)
+        at = query.row, query.position
+        token = gumbel(everywhere, temperature, self.stream)[at].argmax(dim=-1)
+        if self.params.get("confidence_eos_eot_inf"):
+            # Without noise the original's noised logits are the logits, so end-of-text goes out of both.
+            everywhere[:, :, [self.eot_id] if temperature else [self.eos_id, self.eot_id]] = -torch.inf
+        confidence = everywhere[at].softmax(dim=-1).gather(1, token[:, None])[:, 0]
+        if self.params.get("remasking") == "random":
+            draw = torch.rand(everywhere.shape[:2], dtype=self.draw_type, generator=self.stream)
+            confidence = draw[at]
+        return Prediction(token, confidence, {})
+
+    def _guided(self, canvases: list[Canvas]) -> Tensor:
+        scale = self.params.get("cfg_scale", 0.0)
+        conditional = self.logits(canvases)
+        if not scale:
+            return conditional
+        unconditional = self.logits([self._prompt_free(canvas) for canvas in canvases])
+        return unconditional + (scale + 1) * (conditional - unconditional)
+
+    def _prompt_free(self, canvas: Canvas) -> Canvas:
+        tokens = canvas.tokens.clone()
+        tokens[: canvas.layout.prompt_length] = self.mask_id
+        return Canvas(canvas.layout, tokens, canvas.masked)

@@ -1,0 +1,57 @@
+"""Our denoising loop, run from an original's prompts, against the original's record of its own."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from samplers.denoising import Denoising, Predict, Query, denoise
+from samplers.prediction import Prediction
+from tests.conformance.report import Difference
+
+Tokens = list[int]
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Per row: the canvas after each forward that it took part in, and the block each of them worked on."""
+
+    states: list[list[Tokens]]
+    blocks: list[list[int]]
+
+    def lockstep_forwards(self) -> int:
+        """Forwards of a loop that moves to the next block only when all rows have finished theirs.
+
+        The originals do. Our rows do not wait for each other, so ours can be fewer.
+        """
+        last = max(max(row) for row in self.blocks)
+        return sum(max(row.count(block) for row in self.blocks) for block in range(last + 1))
+
+
+def replay(rows: Sequence[Denoising], predict: Predict) -> Recording:
+    """Run the loop to the end of all rows, and write down what it did."""
+    recording = Recording([[] for _ in rows], [[] for _ in rows])
+    index = {id(row.canvas): i for i, row in enumerate(rows)}
+
+    def watched(query: Query) -> Prediction:
+        for canvas in query.canvases:
+            i = index[id(canvas)]
+            recording.states[i].append(canvas.tokens.tolist())
+            recording.blocks[i].append(rows[i].block)
+        return predict(query)
+
+    denoise(rows, watched)
+    for states, row in zip(recording.states, rows, strict=True):
+        states.append(row.canvas.tokens.tolist())
+        del states[0]  # the canvas before the first forward
+    return recording
+
+
+def compare_states(ours: list[Tokens], originals: list[Tokens], row: int) -> None:
+    """Every state of a row against the original's, in which a row that waits for others repeats its state."""
+    expected = [state for state, _ in groupby(originals)]
+    for number, (got, want) in enumerate(zip(ours, expected, strict=False), start=1):
+        for position, (a, b) in enumerate(zip(got, want, strict=True)):
+            if a != b:
+                raise Difference(f"row {row}, forward {number}, position {position}: token {a}, the original has {b}")
+    if len(ours) != len(expected):
+        raise Difference(f"row {row}: {len(ours)} forwards, the original needs {len(expected)}")

@@ -1,0 +1,61 @@
+"""All cases of a fixtures folder, one after the other."""
+
+import json
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.conformance.generation import Family
+from tests.conformance.report import Difference, NotBuilt, Result, Status
+from tests.conformance.sampler_only import SamplerOnly
+
+FAMILIES: dict[str, type[Family] | type[SamplerOnly]] = {
+    "llada": Family,
+    "llada_moe": Family,
+    "sampler_only": SamplerOnly,
+}
+KNOWN_DIFFERENCES = Path(__file__).with_name("known_differences.toml")
+
+
+def find_families(folder: Path) -> list[Path]:
+    """The family folders under `folder`, or itself if it is one. Raises FileNotFoundError if there is none."""
+    if (folder / "cases.json").is_file():
+        return [folder.resolve()]
+    found = sorted(path.parent.resolve() for path in folder.glob("*/cases.json"))
+    if not found:
+        raise FileNotFoundError(f"{folder}: no cases.json in it or in a folder of it")
+    return found
+
+
+def run(folder: Path, engine: str = "torch", known: Path = KNOWN_DIFFERENCES) -> Iterator[Result]:
+    """Replay every case of every family."""
+    reasons: dict[str, str] = tomllib.loads(known.read_text())
+    for family in find_families(folder):
+        for case, detail in _outcomes(family, engine):
+            name = f"{family.name}/{case}"
+            if name not in reasons:
+                yield Result(family.name, case, Status.FAIL if detail else Status.PASS, detail)
+            elif detail:
+                yield Result(family.name, case, Status.KNOWN, reasons[name])
+            else:
+                yield Result(family.name, case, Status.FAIL, "listed as a known difference, but does not differ")
+
+
+def _outcomes(folder: Path, engine: str) -> Iterator[tuple[str, str]]:
+    """Each case of a family and what differs; an empty text if nothing does."""
+    if engine != "torch" or folder.name not in FAMILIES:
+        missing = f"the {engine} engine" if engine != "torch" else f"the {folder.name} family"
+        for case in json.loads((folder / "cases.json").read_text())["cases"]:
+            yield case["name"], f"not built yet: {missing}"
+        return
+    for case, check in FAMILIES[folder.name](folder).checks():
+        try:
+            check()
+        except Difference as difference:
+            yield case, str(difference)
+        except NotBuilt as missing:
+            yield case, f"not built yet: {missing}"
+        except Exception as error:
+            yield case, f"{type(error).__name__}: {error}"
+        else:
+            yield case, ""

@@ -1,0 +1,125 @@
+"""The fixtures replay: exactly the cases that this project's samplers and models can do pass."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.conformance.__main__ import main
+from tests.conformance.report import Result, Status, totals
+from tests.conformance.runner import find_families, run
+
+FIXTURES = Path(os.environ.get("UNMASK_FIXTURES", Path(__file__).parents[3] / "shared" / "fixtures"))
+needs_fixtures = pytest.mark.skipif(not FIXTURES.is_dir(), reason=f"no fixtures at {FIXTURES} (UNMASK_FIXTURES)")
+
+GENERATE = (
+    *("low_conf_one_block", "low_conf_semi_ar_2_per_step", "low_conf_uneven_steps"),
+    *("gumbel_low_conf", "gumbel_high_temp", "random_remask_greedy", "random_remask_gumbel"),
+    *("cfg", "cfg_gumbel", "batch_same_length", "batch_left_padded", "batch_left_padded_cfg"),
+    *("logits_eos_inf", "confidence_eos_eot_inf", "confidence_eos_eot_inf_gumbel", "both_eos_flags"),
+    *(
+        f"fast_nocache_{what}_{version}"
+        for version in ("2025-06", "2026-01")
+        for what in ("steps", "threshold_mid", "threshold_0.9", "gumbel_threshold", "random_steps")
+    ),
+    "fast_nocache_batch2_threshold_2026-01",
+)
+SELECTIONS = (
+    *("num_transfer_tokens_table", "sdar_num_transfer_tokens_table"),
+    *(f"llada_add_gumbel_noise_t{t}" for t in ("0.0", "0.3", "0.7", "1.0", "1.5")),
+    *(
+        f"fast_{version}_get_transfer_index_{case}"
+        for version in ("2025-06", "2026-01")
+        for case in (*range(1, 11), "ties_k2", "ties_k4", "ties_thr0.2", "ties_thr0.9999")
+    ),
+    *(f"dllm_rl_get_transfer_index_{n}" for n in (1, 2, 3, 10, 11, 12)),
+    *(f"sglang_LowConfidence_{case}" for case in ("1_b1", "2_b3", "3_b1", "4_b3")),
+)
+PASSING = {
+    "llada": {*GENERATE, *(f"forward.{name}" for name in ("single", "batch", "batch_left_padded"))},
+    "sampler_only": set(SELECTIONS),
+}
+
+
+@pytest.fixture(scope="module")
+def results() -> list[Result]:
+    return list(run(FIXTURES))
+
+
+@needs_fixtures
+@pytest.mark.parametrize("family", PASSING)
+def test_what_is_built_passes(results: list[Result], family: str) -> None:
+    failed = {r.case: r.detail for r in results if r.family == family and r.status is not Status.PASS}
+    assert {case: detail for case, detail in failed.items() if case in PASSING[family]} == {}
+    assert PASSING[family] == {r.case for r in results if r.family == family} - set(failed)
+
+
+@needs_fixtures
+def test_everything_else_fails_because_it_is_not_built(results: list[Result]) -> None:
+    others = [r for r in results if r.case not in PASSING.get(r.family, ())]
+    assert others
+    assert [r.line() for r in others if not r.detail.startswith("not built yet: ")] == []
+    assert {r.family for r in results} == {path.name for path in find_families(FIXTURES)}
+
+
+@needs_fixtures
+def test_at_most_three_percent_are_known_differences(results: list[Result]) -> None:
+    assert sum(r.status is Status.KNOWN for r in results) <= 0.03 * len(results)
+
+
+@needs_fixtures
+def test_a_family_folder_alone_and_the_exit_status(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main([str(FIXTURES / "llada_moe"), "--json", str(tmp_path / "out.json")]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].startswith("0 passed, ") and lines[-1].endswith(" failed, 0 known")
+    assert all(line.startswith("FAIL llada_moe/") for line in lines[:-1])
+    assert (tmp_path / "out.json").read_text().count('"FAIL"') == len(lines) - 1
+
+
+@needs_fixtures
+def test_known_differences_are_told_apart(tmp_path: Path) -> None:
+    known = tmp_path / "known.toml"
+    known.write_text('"llada/fast_dual_steps_2026-01" = "why"\n"llada/low_conf_one_block" = "wrongly listed"\n')
+    results = {r.case: r for r in run(FIXTURES / "llada", known=known)}
+    assert results["fast_dual_steps_2026-01"].line() == "KNOWN llada/fast_dual_steps_2026-01: why"
+    assert results["low_conf_one_block"].status is Status.FAIL
+
+
+@needs_fixtures
+def test_a_wrong_record_is_noticed(tmp_path: Path) -> None:
+    """Guards the guard: change a token, a middle state or a count of the record, and the case must fail."""
+    import json
+
+    folder = tmp_path / "llada"
+    folder.mkdir()
+    (folder / "checkpoint").symlink_to(FIXTURES / "llada" / "checkpoint")
+    (folder / "forward.safetensors").symlink_to(FIXTURES / "llada" / "forward.safetensors")
+    cases = json.loads((FIXTURES / "llada" / "cases.json").read_text())
+    (plain,) = (case for case in cases["cases"] if case["name"] == "low_conf_one_block")
+    changed = []
+    for name in ("state", "output", "count"):
+        case = json.loads(json.dumps(plain)) | {"name": name}
+        if name == "state":
+            case["trajectory"][3][0][-1] += 1
+        elif name == "output":
+            case["output"][0][-1] += 1
+        else:
+            case["model_calls"] += 1
+        changed.append(case)
+    (folder / "cases.json").write_text(json.dumps(cases | {"cases": [plain, *changed]}))
+    results = {r.case: r.status for r in run(folder)}
+    assert [results[name] for name in ("low_conf_one_block", "state", "output", "count")] == [
+        *(Status.PASS, Status.FAIL, Status.FAIL, Status.FAIL)
+    ]
+
+
+def test_nothing_to_replay_is_wrong_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main([str(tmp_path / "nowhere")])
+    assert exit_info.value.code == 2
+    assert "no cases.json" in capsys.readouterr().err
+
+
+def test_the_last_line_counts() -> None:
+    results = [Result("f", str(i), s) for i, s in enumerate([Status.PASS, Status.FAIL, Status.PASS, Status.KNOWN])]
+    assert totals(results) == "2 passed, 1 failed, 1 known"

@@ -1,0 +1,442 @@
+"""The engine: any mixture of generations in one forward, and no failure that spreads."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from samplers import Canvas, Sampler, SamplerParams, Selection, Step, TokenChoice, get_sampler, registry
+from samplers.denoising import Query
+from server.engine import (
+    Backend,
+    Engine,
+    FinishReason,
+    GenerationRequest,
+    NotServingError,
+    QueueFullError,
+    RequestError,
+)
+from server.metrics import Metrics
+from tests.engine.backends import CheapBackend, Gate, Listener
+from tests.samplers.models import MASK, random_logits
+
+Serve = Callable[..., Engine]
+
+
+@pytest.fixture
+def serve() -> Iterator[Serve]:
+    """Starts engines, and stops them at the end."""
+    engines: list[Engine] = []
+
+    def started(backend: Backend, **options: Any) -> Engine:
+        engine = Engine(backend, Metrics("test"), **options)
+        engines.append(engine)
+        engine.start()
+        return engine
+
+    yield started
+    for engine in engines:
+        before = getattr(engine.backend, "_before", None)
+        if isinstance(before, Gate):
+            before.open()
+        engine.stop()
+
+
+def request(number: int, sampler: str | None = None, **changes: Any) -> GenerationRequest:
+    """The n-th of a row of requests that differ in everything; its prompt begins with `number` + 1."""
+    name = sampler or ("topk", "threshold", "random")[number % 3]
+    rule = get_sampler(name)
+    params = {"threshold": 0.3} if name == "threshold" else {"k": 1 + number % 2}
+    fields: dict[str, Any] = {
+        "prompt": [number + 1, *[2] * (number % 4)],
+        "max_tokens": 6 + number,
+        "sampler": name,
+        "params": rule.Params(**params),
+        "block_length": (None, 4, 3)[number % 3],
+        "choice": TokenChoice(0.0 if number % 2 else 0.8),
+        "seed": number,
+    }
+    return GenerationRequest(**(fields | changes))
+
+
+def run(engine: Engine, requests: list[GenerationRequest]) -> list[Listener]:
+    """Submit all at once and wait for all."""
+    listeners = [Listener() for _ in requests]
+    engine.submit_all(requests, list(listeners))
+    for listener in listeners:
+        listener.finish()
+    return listeners
+
+
+def tokens_alone(number: int) -> list[int]:
+    """What the n-th request gives on an engine of its own."""
+    engine = Engine(CheapBackend(), Metrics("test"))
+    engine.start()
+    try:
+        (listener,) = run(engine, [request(number)])
+    finally:
+        engine.stop()
+    return listener.tokens(request(number).max_tokens)
+
+
+def value(engine: Engine, name: str, **labels: str) -> float:
+    found = engine._metrics.registry.get_sample_value(name, {"model_name": "test", **labels})
+    assert found is not None
+    return found
+
+
+def test_a_batch_of_eight_equals_eight_batches_of_one(serve: Serve) -> None:
+    backend = CheapBackend()
+    listeners = run(serve(backend), [request(i) for i in range(8)])
+    assert max(len(batch) for batch in backend.batches) == 8, "one forward for all of them"
+    for i, listener in enumerate(listeners):
+        assert listener.finish().reason is FinishReason.LENGTH
+        assert listener.tokens(6 + i) == tokens_alone(i)
+
+
+def test_arrivals_in_mid_run_change_nothing(serve: Serve) -> None:
+    gate = Gate()
+    backend = CheapBackend(before=gate)
+    engine = serve(backend)
+    listeners = []
+    for i in range(5):
+        listeners.append(Listener())
+        engine.submit(request(i), listeners[-1])
+        gate.step()
+    gate.open()
+    for i, listener in enumerate(listeners):
+        listener.finish()
+        assert listener.tokens(6 + i) == tokens_alone(i)
+    assert [len(batch) for batch in backend.batches[:5]] == [1, 2, 3, 4, 5], "admitted at every step"
+
+
+def test_events_tell_the_whole_story(serve: Serve) -> None:
+    (listener,) = run(serve(CheapBackend()), [request(1, "topk", params=get_sampler("topk").Params(k=3), max_tokens=9)])
+    end = listener.finish()
+    assert [event.forward for event in listener.commits] == [1, 2, 3] and end.forwards == 3
+    assert [len(event.positions) for event in listener.commits] == [3, 3, 3]
+    assert all(0 < c <= 1 for event in listener.commits for c in event.confidences)
+    assert listener.text() == listener.tokens(9), "without end-of-text the text is the region"
+    assert end.completion_tokens == 9 == listener.commits[-1].settled
+
+
+def test_end_of_text_is_not_part_of_the_text(serve: Serve) -> None:
+    def logits(canvas: Canvas) -> Tensor:
+        out = random_logits(canvas)
+        out[:, 7] = -100.0
+        out[5, 7] = 100.0
+        return out
+
+    (listener,) = run(serve(CheapBackend(logits)), [request(0, "topk", max_tokens=20, end_ids=frozenset({7}))])
+    end = listener.finish()
+    assert (end.reason, end.completion_tokens) == (FinishReason.STOP, 5)
+    assert len(listener.text()) == 4 and 7 not in listener.text()
+    filled = [p for event in listener.commits for p in event.filled]
+    assert filled == list(range(5, 20))
+    assert end.forwards == 5
+
+
+def test_more_requests_than_rows_wait_their_turn(serve: Serve) -> None:
+    backend = CheapBackend()
+    listeners = run(serve(backend, max_batch=3), [request(i) for i in range(8)])
+    assert max(len(batch) for batch in backend.batches) == 3
+    for i, listener in enumerate(listeners):
+        assert listener.tokens(6 + i) == tokens_alone(i)
+
+
+def test_a_request_cancelled_in_the_queue_never_reaches_the_model(serve: Serve) -> None:
+    gate = Gate()
+    backend = CheapBackend(before=gate)
+    engine = serve(backend, max_batch=1)
+    first, second, third = Listener(), Listener(), Listener()
+    engine.submit(request(0), first)
+    gate.wait()
+    queued = engine.submit(request(1), second)
+    engine.submit(request(2), third)
+    engine.cancel(queued)
+    gate.release()
+    gate.wait()
+    assert second.finish().reason is FinishReason.ABORT and second.commits == []
+    assert not first.ended
+    gate.open()
+    first.finish()
+    assert third.finish().reason is FinishReason.LENGTH
+    assert backend.prompts_seen() == {1, 3}
+
+
+def test_a_cancelled_row_is_free_within_one_step(serve: Serve) -> None:
+    gate = Gate()
+    backend = CheapBackend(before=gate)
+    engine = serve(backend, max_batch=1)
+    first, second = Listener(), Listener()
+    running = engine.submit(request(0, max_tokens=40), first)
+    engine.submit(request(1), second)
+    gate.step(2)
+    gate.wait()
+    engine.cancel(running)
+    gate.release()
+    gate.wait()
+    assert first.finish().reason is FinishReason.ABORT
+    assert [batch[0][0] for batch in backend.batches] == [1, 1, 1, 2]
+    assert first.finish().forwards == 3
+    gate.open()
+    assert second.finish().reason is FinishReason.LENGTH
+
+
+def test_cancelling_what_has_ended_does_nothing(serve: Serve) -> None:
+    engine = serve(CheapBackend())
+    listener = Listener()
+    generation = engine.submit(request(0), listener)
+    listener.finish()
+    engine.cancel(generation)
+    run(engine, [request(1)])
+    assert listener.finish().reason is FinishReason.LENGTH
+
+
+def test_broken_logits_in_one_row_of_eight(serve: Serve) -> None:
+    def logits(canvas: Canvas) -> Tensor:
+        out = random_logits(canvas)
+        if canvas.tokens[0] == 4:
+            out[-1] = torch.nan
+        return out
+
+    listeners = run(serve(CheapBackend(logits)), [request(i, block_length=None) for i in range(8)])
+    check_one_failed(listeners, 3, "the model's output is not finite")
+
+
+def check_one_failed(listeners: list[Listener], failed: int, message: str) -> None:
+    """Exactly one of a batch failed; the others gave what they give on a clean run."""
+    clean_engine = Engine(CheapBackend(), Metrics("test"))
+    clean_engine.start()
+    clean = run(clean_engine, [request(i, block_length=None) for i in range(len(listeners))])
+    clean_engine.stop()
+    for i, (listener, expected) in enumerate(zip(listeners, clean, strict=True)):
+        end = listener.finish()
+        if i == failed:
+            assert end.reason is FinishReason.ERROR and message in end.message
+        else:
+            assert end.reason is FinishReason.LENGTH
+            assert listener.tokens(6 + i) == expected.tokens(6 + i)
+
+
+class Raises(Sampler):
+    """Fails for one of its rows."""
+
+    name = "raises"
+    Params = SamplerParams
+
+    def select(self, step: Step) -> Selection:
+        if bool((step.seed == 3).any()):
+            raise ZeroDivisionError("by design")
+        topk = get_sampler("topk")
+        return topk.select(replace(step, params=[topk.Params()] * len(step.params)))
+
+
+def test_a_raising_sampler_in_one_row_of_eight(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry._registry(), "raises", Raises())
+    requests = [request(i, "raises", params=SamplerParams(), block_length=None) for i in range(8)]
+    listeners = run(serve(CheapBackend()), requests)
+    clean = run(
+        serve(CheapBackend()),
+        [request(i, "topk", params=get_sampler("topk").Params(), block_length=None) for i in range(8)],
+    )
+    for i, (listener, expected) in enumerate(zip(listeners, clean, strict=True)):
+        end = listener.finish()
+        if i == 3:
+            assert end.reason is FinishReason.ERROR and "raises failed: ZeroDivisionError" in end.message
+        else:
+            assert listener.tokens(6 + i) == expected.tokens(6 + i)
+
+
+def test_a_forward_that_fails_for_one_row(serve: Serve) -> None:
+    def before(query: Query) -> None:
+        if any(canvas.tokens[0] == 6 for canvas in query.canvases):
+            raise RuntimeError("device-side assert")
+
+    engine = serve(CheapBackend(before=before))
+    listeners = run(engine, [request(i, block_length=None) for i in range(8)])
+    check_one_failed(listeners, 5, "the forward pass failed: RuntimeError")
+    (after,) = run(engine, [request(9)])
+    assert after.finish().reason is FinishReason.LENGTH
+
+
+def test_a_batch_too_large_for_memory_is_split(serve: Serve) -> None:
+    def before(query: Query) -> None:
+        if len(query.canvases) > 3:
+            raise torch.OutOfMemoryError("out of memory")
+
+    listeners = run(serve(CheapBackend(before=before)), [request(i) for i in range(8)])
+    for i, listener in enumerate(listeners):
+        assert listener.finish().reason is FinishReason.LENGTH
+        assert listener.tokens(6 + i) == tokens_alone(i)
+
+
+def test_a_full_queue_refuses_and_takes_none_of_several(serve: Serve) -> None:
+    gate = Gate()
+    engine = serve(CheapBackend(before=gate), max_batch=1, max_queue=2)
+    running = Listener()
+    engine.submit(request(0), running)
+    gate.wait()
+    queued = Listener()
+    engine.submit(request(1), queued)
+    with pytest.raises(QueueFullError, match="1 generations are waiting, the limit is 2"):
+        engine.submit_all([request(2), request(3)], [Listener(), Listener()])
+    assert value(engine, "dllm_requests_waiting") == 1, "all or none"
+    last = Listener()
+    engine.submit(request(2), last)
+    with pytest.raises(QueueFullError):
+        engine.submit(request(3), Listener())
+    gate.open()
+    assert {listener.finish().reason for listener in (running, queued, last)} == {FinishReason.LENGTH}
+
+
+def test_draining_finishes_what_there_is_and_takes_no_more(serve: Serve) -> None:
+    gate = Gate()
+    engine = serve(CheapBackend(before=gate), max_batch=1)
+    listeners = [Listener(), Listener()]
+    for i, listener in enumerate(listeners):
+        engine.submit(request(i), listener)
+    gate.wait()
+    engine.drain()
+    assert engine.alive and not engine.accepting
+    with pytest.raises(NotServingError, match="shutting down"):
+        engine.submit(request(2), Listener())
+    assert not engine.wait_idle(timeout=0.01)
+    gate.open()
+    assert engine.wait_idle(timeout=30)
+    assert [listener.finish().reason for listener in listeners] == [FinishReason.LENGTH] * 2
+
+
+def test_stopping_ends_what_runs_and_waits_and_closes_the_backend() -> None:
+    gate = Gate()
+    backend = CheapBackend(before=gate)
+    engine = Engine(backend, Metrics("test"), max_batch=1)
+    engine.start()
+    listeners = [Listener(), Listener()]
+    for i, listener in enumerate(listeners):
+        engine.submit(request(i), listener)
+    gate.wait()
+    stopping = threading.Thread(target=engine.stop)
+    stopping.start()
+    while not engine._stopping:
+        time.sleep(0.001)
+    gate.release()
+    stopping.join(timeout=30)
+    assert not stopping.is_alive() and backend.closed and not engine.alive
+    assert [listener.finish().reason for listener in listeners] == [FinishReason.ABORT] * 2
+    with pytest.raises(NotServingError):
+        engine.submit(request(2), Listener())
+
+
+def test_a_deadline_ends_running_and_waiting_requests(serve: Serve) -> None:
+    gate = Gate()
+    engine = serve(CheapBackend(before=gate), max_batch=1)
+    running, waiting, patient = Listener(), Listener(), Listener()
+    late = [engine.submit(request(0, timeout=60), running), engine.submit(request(1, timeout=60), waiting)]
+    engine.submit(request(2, timeout=60), patient)
+    gate.step()
+    gate.wait()
+    for generation in late:
+        generation.submitted -= 61
+    gate.release()
+    gate.wait()
+    for listener in (running, waiting):
+        end = listener.finish()
+        assert (end.reason, end.message) == (FinishReason.TIMEOUT, "the request's time is up")
+    assert running.finish().forwards == 2, "at most one step late"
+    assert waiting.commits == []
+    gate.open()
+    assert patient.finish().reason is FinishReason.LENGTH
+
+
+class Fatal(BaseException):
+    """What no handler of ordinary errors catches."""
+
+
+def test_a_dead_engine_says_so_to_everyone(serve: Serve) -> None:
+    def before(query: Query) -> None:
+        gate(query)
+        raise Fatal
+
+    gate = Gate()
+    engine = serve(CheapBackend(before=before), max_batch=1)
+    listeners = [Listener(), Listener()]
+    for i, listener in enumerate(listeners):
+        engine.submit(request(i), listener)
+    assert engine.alive
+    gate.open()
+    for listener in listeners:
+        end = listener.finish()
+        assert (end.reason, end.message) == (FinishReason.ERROR, "the engine has stopped")
+    assert engine.wait_idle(timeout=30)
+    assert not engine.alive and not engine.accepting
+    with pytest.raises(NotServingError, match="not running"):
+        engine.submit(request(2), Listener())
+    assert value(engine, "dllm_requests_running") == value(engine, "dllm_requests_waiting") == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "message"),
+    [
+        ({"max_tokens": 0}, "max_tokens", "at least 1"),
+        ({"max_tokens": 64}, "max_tokens", "context is 64 tokens, but the prompt has 1"),
+        ({"prompt": [1] * 64}, "prompt", "the prompt has 64"),
+        ({"prompt": [1] * 40, "suffix": [1] * 24}, "prompt", "shorten the prompt"),
+        ({"max_tokens": 8, "block_length": 2}, "sampler_params.steps", "4 blocks"),
+    ],
+)
+def test_requests_that_do_not_fit_are_refused(serve: Serve, changes: dict[str, Any], field: str, message: str) -> None:
+    engine = serve(CheapBackend())
+    params = get_sampler("topk").Params(steps=2)
+    with pytest.raises(RequestError, match=message) as caught:
+        engine.submit(request(0, "topk", params=params, **changes), Listener())
+    assert caught.value.field == field
+    assert value(engine, "dllm_prompt_tokens_total") == 0
+
+
+def test_a_canvas_as_long_as_the_context_fits(serve: Serve) -> None:
+    (listener,) = run(serve(CheapBackend()), [request(0, max_tokens=63, params=get_sampler("topk").Params(k=8))])
+    assert listener.finish().completion_tokens == 63
+
+
+def test_metrics_add_up_with_what_was_delivered(serve: Serve) -> None:
+    backend = CheapBackend()
+    engine = serve(backend)
+    requests = [request(i) for i in range(9)]
+    listeners = run(engine, requests)
+    engine.stop()
+    ends = [listener.finish() for listener in listeners]
+    assert value(engine, "dllm_prompt_tokens_total") == sum(len(r.prompt) for r in requests)
+    assert value(engine, "dllm_model_forwards_total") == len(backend.batches)
+    for name in ("topk", "threshold", "random"):
+        mine = [(r, end) for r, end in zip(requests, ends, strict=True) if r.sampler == name]
+        assert value(engine, "dllm_requests_total", sampler=name, finish_reason="length") == len(mine)
+        tokens, forwards = (
+            sum(values) for values in zip(*((e.completion_tokens, e.forwards) for _, e in mine), strict=True)
+        )
+        assert value(engine, "dllm_generation_tokens_total", sampler=name) == tokens
+        assert value(engine, "dllm_forward_passes_total", sampler=name) == forwards
+        assert value(engine, "dllm_tokens_per_forward_count", sampler=name) == len(mine)
+    assert value(engine, "dllm_batch_rows_sum") == sum(len(batch) for batch in backend.batches)
+    assert value(engine, "dllm_requests_running") == value(engine, "dllm_requests_waiting") == 0
+
+
+def test_only_one_of_several_choices_counts_the_prompt(serve: Serve) -> None:
+    engine = serve(CheapBackend())
+    run(engine, [request(3, counts_prompt=i == 0, seed=i) for i in range(3)])
+    assert value(engine, "dllm_prompt_tokens_total") == len(request(3).prompt)
+
+
+def test_the_mask_token_never_comes_out(serve: Serve) -> None:
+    def logits(canvas: Canvas) -> Tensor:
+        out = random_logits(canvas)
+        out[:, MASK] += 20
+        return out
+
+    for listener in run(serve(CheapBackend(logits)), [request(i) for i in range(6)]):
+        assert MASK not in [token for event in listener.commits for token in event.tokens]

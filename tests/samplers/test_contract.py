@@ -1,0 +1,165 @@
+"""What holds for every registered sampler, whatever its rule."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from samplers import Canvas, Sampler, SamplerParams, TokenChoice, list_samplers
+from samplers.denoising import Denoising, _step, advance, ask, denoise
+from tests.samplers.models import MASK, VOCAB, predictor, random_logits
+
+counts = st.integers(1, 20)
+scheduled = st.one_of(
+    st.just({}),
+    st.fixed_dictionaries({"k": counts}),
+    st.fixed_dictionaries({"steps": st.integers(16, 40)}),  # at least one for each block there may be
+)
+PARAMETERS: dict[str, st.SearchStrategy[dict[str, Any]]] = {
+    "random": scheduled,
+    "topk": scheduled,
+    "threshold": st.fixed_dictionaries({}, optional={"threshold": st.floats(0.01, 1.0)}),
+}
+"""How to draw the parameters of each sampler. A new sampler is not tested before it stands here."""
+
+SAMPLERS = list_samplers()
+each_sampler = pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda s: s.name)
+
+
+@dataclass(frozen=True)
+class Start:
+    """All that a generation begins with."""
+
+    prompt: list[int]
+    gen_length: int
+    block_length: int
+    suffix: list[int]
+    given: list[bool]
+    params: SamplerParams
+    choice: TokenChoice
+    seed: int
+    end_ids: frozenset[int]
+    fill_after_end: bool
+
+    def row(self, sampler: Sampler) -> Denoising:
+        canvas = Canvas.blank(self.prompt, self.gen_length, MASK, self.block_length, self.suffix)
+        given = torch.tensor(self.given[: self.gen_length])
+        canvas.masked[given] = False
+        canvas.generated[given] = 5
+        return Denoising(canvas, sampler, self.params, self.choice, self.seed, self.end_ids, self.fill_after_end)
+
+
+def starts(sampler: Sampler) -> st.SearchStrategy[Start]:
+    tokens = st.integers(0, VOCAB - 1)
+    return st.builds(
+        Start,
+        prompt=st.lists(tokens, max_size=5),
+        gen_length=st.integers(1, 16),
+        block_length=st.integers(1, 20),
+        suffix=st.lists(tokens, max_size=3),
+        # The first position is masked in each, so that there is something to do.
+        given=st.lists(st.booleans(), min_size=15, max_size=15).map(lambda rest: [False, *rest]),
+        params=PARAMETERS[sampler.name].map(lambda values: sampler.Params(**values)),
+        choice=st.sampled_from([TokenChoice(), TokenChoice(0.7), TokenChoice(1.3, top_p=0.8, top_k=4)]),
+        seed=st.integers(0, 2**63 - 1),
+        end_ids=st.sampled_from([frozenset[int](), frozenset({7}), frozenset({3, 7})]),
+        fill_after_end=st.booleans(),
+    )
+
+
+@each_sampler
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_each_step_keeps_the_contract(sampler: Sampler, data: st.DataObject) -> None:
+    """Only candidates change, at least one each step, never to a mask, and it ends within its budget."""
+    rows = [start.row(sampler) for start in data.draw(st.lists(starts(sampler), min_size=1, max_size=4))]
+    predict = predictor()
+    budget = [int(row.canvas.masked.sum()) for row in rows]
+    while running := [row for row in rows if not row.finished]:
+        before = [row.canvas.tokens.clone() for row in running]
+        candidates = [set(row.candidates().tolist()) for row in running]
+        query = ask(running)
+        for row, old, allowed, outcome in zip(
+            running, before, candidates, advance(running, query, predict(query)), strict=True
+        ):
+            assert outcome.error is None
+            assert outcome.positions and set(outcome.positions) <= allowed
+            assert MASK not in outcome.tokens
+            assert len(outcome.positions) == len(outcome.tokens) == len(outcome.confidences)
+            start = row.canvas.layout.prompt_length
+            changed = {int(p) - start for p in (row.canvas.tokens != old).nonzero()[:, 0]}
+            assert changed <= set(outcome.positions) | set(outcome.filled)
+            assert not row.canvas.masked[outcome.positions + outcome.filled].any()
+    assert all(row.forwards <= most for row, most in zip(rows, budget, strict=True))
+
+
+@each_sampler
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_the_same_alone_and_in_a_batch_of_eight(sampler: Sampler, data: st.DataObject) -> None:
+    """Same seed, same result, whoever shares the batch."""
+    begin = data.draw(st.lists(starts(sampler), min_size=8, max_size=8))
+    together = [start.row(sampler) for start in begin]
+    denoise(together, predictor())
+    for start, row in zip(begin, together, strict=True):
+        alone = start.row(sampler)
+        denoise([alone], predictor())
+        assert alone.canvas.tokens.equal(row.canvas.tokens)
+        assert (alone.forwards, alone.end) == (row.forwards, row.end)
+
+
+@each_sampler
+@settings(max_examples=20, deadline=None)
+@given(data=st.data())
+def test_select_changes_nothing_and_repeats_itself(sampler: Sampler, data: st.DataObject) -> None:
+    rows = [start.row(sampler) for start in data.draw(st.lists(starts(sampler), min_size=1, max_size=4))]
+    query = ask(rows)
+    step = _step(rows, list(range(len(rows))), query, predictor()(query))
+
+    def tensors() -> list[Tensor]:
+        return [*(v for v in vars(step).values() if isinstance(v, Tensor)), *step.extra.values()]
+
+    before = [tensor.clone() for tensor in tensors()]
+    first = sampler.select(step).commit
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(before, tensors(), strict=True))
+    assert sampler.select(step).commit.equal(first)
+
+
+@each_sampler
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_a_row_of_broken_logits_is_refused_and_harms_no_other(sampler: Sampler, poison: float) -> None:
+    def row(number: int) -> Denoising:
+        return Denoising(Canvas.blank([number + 1], 8, MASK), sampler, sampler.Params(), TokenChoice(0.5), seed=number)
+
+    def logits(canvas: Canvas) -> Tensor:
+        out = random_logits(canvas)
+        if canvas.tokens[0] == 4:
+            out[3, 5] = poison
+        return out
+
+    clean, rows = [row(i) for i in range(8)], [row(i) for i in range(8)]
+    denoise(clean, predictor())
+    running = list(rows)
+    while running:
+        query = ask(running)
+        outcomes = advance(running, query, predictor(logits)(query))
+        failed = [row for row, outcome in zip(running, outcomes, strict=True) if outcome.error is not None]
+        assert failed in ([], [rows[3]])
+        running = [row for row in running if row not in failed and not row.finished]
+    assert rows[3].forwards == 0 and rows[3].canvas.masked.all(), "a refused row is left as it was"
+    for i in set(range(8)) - {3}:
+        assert rows[i].canvas.tokens.equal(clean[i].canvas.tokens)
+
+
+@each_sampler
+def test_it_describes_itself(sampler: Sampler) -> None:
+    assert sampler.name in PARAMETERS
+    assert sampler.summary().endswith(".")
+    assert sampler.paper.startswith("https://")
+    properties = sampler.schema().get("properties", {})
+    assert all("description" in entry and "default" in entry for entry in properties.values())
+    assert sampler.schema()["additionalProperties"] is False
