@@ -6,22 +6,25 @@
 #         docker build --build-arg PIP_EXTRA_INDEX_URL=<index of CPU wheels> -t unmask:cpu .
 ARG BASE=python:3.11-slim-bookworm
 
+# The list of dependencies by itself: other changes to pyproject.toml must not install torch again.
+FROM ${BASE} AS requirements
+COPY pyproject.toml /
+RUN python -c "import tomllib; print(*tomllib.load(open('/pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
+    > /requirements.txt
+
 FROM ${BASE} AS build
 ARG PIP_EXTRA_INDEX_URL
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PIP_PROGRESS_BAR=off \
     PIP_ROOT_USER_ACTION=ignore
 RUN python -m venv /opt/unmask
 ENV PATH=/opt/unmask/bin:${PATH}
 WORKDIR /src
-
-# What changes seldom first: the dependencies are a layer of their own, made from pyproject.toml alone.
-COPY pyproject.toml ./
+COPY --from=requirements /requirements.txt ./
 RUN --mount=type=cache,target=/root/.cache/pip \
-    python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
-        > /tmp/requirements.txt \
-    && pip install --requirement /tmp/requirements.txt
+    pip install --requirement requirements.txt
 
-COPY LICENSE ./
+COPY LICENSE README.md pyproject.toml ./
 COPY samplers samplers
 COPY policies policies
 COPY server server
@@ -52,6 +55,6 @@ USER 10001:10001
 WORKDIR /data
 EXPOSE 8000
 STOPSIGNAL SIGTERM
-HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 CMD ["unmask", "health"]
+HEALTHCHECK --interval=15s --timeout=10s --start-period=120s --retries=3 CMD ["unmask", "health"]
 ENTRYPOINT ["unmask"]
 CMD ["serve", "--host", "0.0.0.0"]

@@ -4,13 +4,14 @@ import sys
 
 import typer
 
-from server.commands import catalogue, evaluate, generate, serve, train
 from server.logging import configure_logging
 from server.packages import foreign_packages
 
 
 def create_cli() -> typer.Typer:
     """All commands."""
+    from server.commands import catalogue, evaluate, generate, serve, train
+
     cli = typer.Typer(
         name="unmask",
         help="An inference server for diffusion language models, with a sampler chosen per request.",

@@ -46,7 +46,7 @@ def tiny_config(vocab_size: int, **changes: Any) -> dict[str, Any]:
 def tiny_network(config: dict[str, Any], seed: int = 0, end_bias: float = 0.0) -> LLaDA:
     """Random weights whose confidences spread from below 0.1 to above 0.9.
 
-    `end_bias` is added to the logit of end-of-text, more or less: with 0 a generation hardly ever ends early, with 4
+    `end_bias` is added to the logit of end-of-text, more or less: with 0 a generation hardly ever ends early, with 10
     most do.
     """
     network = LLaDA(LLaDAConfig.model_validate(config)).requires_grad_(False)
@@ -71,7 +71,7 @@ def write_tiny_model(
     """Write a servable model folder; `changes` go into its `config.json`. Returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = tiny_tokenizer()
-    config = tiny_config(tokenizer.get_vocab_size(), **changes)
+    config = tiny_config(tokenizer.get_vocab_size()) | changes
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {"eos_token": END, "pad_token": END, "mask_token": MASK}
     if chat_template is not None:

@@ -152,7 +152,7 @@ def _measure(trials: "list[Trial]", subject: "Subject", results: "Results", path
     from policies.evaluate import TrialError, evaluate
     from policies.specs import sampler_label
     from samplers import SamplerError
-    from server.evaluation.results import save_results
+    from server.evaluation.results import ResultsError, add_row
 
     missing = [trial for trial in trials if results.find(trial) is None]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -163,11 +163,8 @@ def _measure(trials: "list[Trial]", subject: "Subject", results: "Results", path
             what = f"{trial.task.name}, {block}, {sampler_label(trial.sampler.name, trial.sampler.stated())}"
             bar.update(task, description=what)
             try:
-                row = evaluate(subject, trial, batch, lambda: bar.advance(task))
+                add_row(path, results, evaluate(subject, trial, batch, lambda: bar.advance(task)))
             except TrialError as error:
                 wrong("--count/--gen-length", error)
-            except SamplerError as error:
+            except (SamplerError, ResultsError, OSError) as error:
                 fail(f"{what}: {error}")
-            results.rows.append(row)
-            if path is not None:
-                save_results(path, results)

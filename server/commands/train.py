@@ -23,6 +23,9 @@ def train_model(
     recipe: Annotated[Path, typer.Argument(help="The run, as a TOML file.", metavar="RECIPE.toml")],
     out: Annotated[Path, typer.Option("--out", help="Where checkpoint, log and the finished model go.")],
     threads: Annotated[int, typer.Option("--threads", min=1, help="Processor threads.")] = 1,
+    note: Annotated[
+        str, typer.Option("--note", help="A remark for the model card that the recipe does not make.")
+    ] = "",
 ) -> None:
     """Train a model and write it as a Hugging Face folder. Run it again to go on from the last checkpoint."""
     from safetensors import SafetensorError
@@ -48,7 +51,7 @@ def train_model(
     if trainer.progress < 1:
         console.print(f"stopped at step {trainer.step}; run the same command to go on")
         return
-    export(trainer, recipe.read_text(encoding="utf-8"), threads, out)
+    export(trainer, recipe.read_text(encoding="utf-8"), threads, out, note)
     typer.echo(str(out))
 
 

@@ -1,6 +1,10 @@
 """The file that keeps measurements: one model, one row a trial, each row written as soon as it is measured."""
 
+import fcntl
 import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -50,11 +54,30 @@ def open_results(path: Path | None, fresh: Results) -> Results:
     return found
 
 
-def save_results(path: Path, results: Results) -> None:
-    """Write all rows; a kill at any point leaves the old file or the new one. Raises OSError."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(results.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+def add_row(path: Path | None, results: Results, row: Row) -> None:
+    """Add a row, and write all rows to `path` if there is one; a kill at any point leaves the old file or the new one.
+
+    Rows that another run has added to the file meanwhile are kept, and taken over. Raises ResultsError, OSError.
+    """
+    if path is None:
+        results.rows.append(row)
+        return
+    with _alone(path.absolute().parent):
+        results.rows = [*open_results(path, results).rows, row]
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(results.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other runs from changing files in a folder at the same time."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def model_digest(folder: Path) -> str:

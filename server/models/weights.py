@@ -1,7 +1,6 @@
 """A checkpoint's tensors: safetensors files only, every tensor checked before any is used."""
 
 from collections.abc import Iterable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -32,24 +31,23 @@ class SkipInit(TorchFunctionMode):
 def load_weights(network: nn.Module, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
     """Give a network that was built on the meta device its weights, in place, ready for inference.
 
-    Files are mapped and tensors copied one by one, so memory holds the weights once, and a file that is overwritten
-    later does not change a model that runs. Raises ModelError.
+    Tensors are copied one by one, and each lets go of its file again: memory holds the weights once, and a file that is
+    overwritten later does not change a model that runs. Raises ModelError.
     """
     wanted = {name: tensor.shape for name, tensor in network.state_dict().items()}
-    with ExitStack() as stack:
-        source: dict[str, tuple[Path, Any]] = {}
-        for path in _files(folder):
-            file = stack.enter_context(_open(path))
+    source: dict[str, Path] = {}
+    for path in _files(folder):
+        with _open(path) as file:
             for name in file.keys():  # noqa: SIM118 (not a mapping)
                 if name in source:
-                    raise ModelError(f"{path}: tensor {name} is in {source[name][0].name} too")
-                source[name] = path, file
-        _check_names(folder, wanted.keys(), source.keys())
-        for name, shape in wanted.items():
-            path, file = source[name]
-            _check_tensor(path, name, file.get_slice(name), shape)
-        tensors = {}
-        for name, (_, file) in source.items():
+                    raise ModelError(f"{path}: tensor {name} is in {source[name].name} too")
+                source[name] = path
+                if name in wanted:
+                    _check_tensor(path, name, file.get_slice(name), wanted[name])
+    _check_names(folder, wanted.keys(), source.keys())
+    tensors = {}
+    for name, path in source.items():
+        with _open(path) as file:
             tensors[name] = file.get_tensor(name).to(device=device, dtype=dtype, copy=True)
     network.load_state_dict(tensors, assign=True)
     network.requires_grad_(False).eval()

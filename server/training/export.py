@@ -22,8 +22,11 @@ CHAT_TEMPLATE = (
 )
 
 
-def export(trainer: Trainer, recipe_text: str, threads: int, folder: Path) -> None:
-    """Write config, weights in bfloat16, tokenizer and card of a run into `folder`; each file whole or not at all."""
+def export(trainer: Trainer, recipe_text: str, threads: int, folder: Path, note: str = "") -> None:
+    """Write config, weights in bfloat16, tokenizer and card of a run into `folder`; each file whole or not at all.
+
+    `note` goes into the card: what the recipe does not tell, such as a change in the middle of the run.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     config = trainer.model.config
     settings = {
@@ -42,7 +45,7 @@ def export(trainer: Trainer, recipe_text: str, threads: int, folder: Path) -> No
     _write(folder / "tokenizer_config.json", lambda path: _write_json(path, settings))
     _write(folder / "tokenizer.json", lambda path: trainer.tokenizer.save(str(path)))
     _write(folder / "model.safetensors", lambda path: save_file(tensors, path, {"format": "pt"}))
-    card = model_card(trainer, recipe_text, threads, (folder / "model.safetensors").stat().st_size)
+    card = model_card(trainer, recipe_text, threads, note, (folder / "model.safetensors").stat().st_size)
     _write(folder / "README.md", lambda path: path.write_text(card, encoding="utf-8"))
 
 
@@ -52,11 +55,12 @@ def model_json(config: LLaDAConfig) -> dict[str, Any]:
     return named | config.model_dump(mode="json")
 
 
-def model_card(trainer: Trainer, recipe_text: str, threads: int, size: int) -> str:
+def model_card(trainer: Trainer, recipe_text: str, threads: int, note: str, size: int) -> str:
     """What the model is, how it was trained and how to measure it; `size` is of its weights in bytes."""
     parameters = sum(p.numel() for p in trainer.model.parameters())
     tasks = "\n".join(f"- `{task.name}`: {task.description}" for task in list_tasks())
     example = list_tasks()[0].problems(1, 0, "heldout")[0]
+    remark = f"\n{note.strip()}\n" if note else ""
     return f"""---
 license: apache-2.0
 language: en
@@ -87,7 +91,7 @@ key has a CRC-32 divisible by 16 are held out.
 
 `unmask train-model` with the recipe below: seed {trainer.recipe.seed}, {trainer.step} steps in
 {trainer.seconds / 60:.0f} minutes on {threads} processor {"thread" if threads == 1 else "threads"}, in float32.
-
+{remark}
 {curve(trainer.out / "log.jsonl", trainer.step)}
 
 ```toml
@@ -108,26 +112,30 @@ unmask evaluate --model MODEL --block-length full --block-length 8 --block-lengt
 
 
 def curve(log: Path, last: int, points: int = 6) -> str:
-    """Mean loss of each micro-batch over equal shares of the logged steps up to `last`, as a Markdown table."""
+    """Rate and losses, means over equal shares of the logged steps up to `last`, as a Markdown table."""
     # A run that was killed repeats the steps after its last checkpoint; what came last counts.
     lines = {line["step"]: line for line in map(json.loads, log.read_text(encoding="utf-8").splitlines())}
     steps = sorted(step for step in lines if step <= last)
     if not steps:
         return "Its log holds no steps."
-    names = [name for name in dict.fromkeys(name for step in steps for name in lines[step]) if name not in _NOT_LOSSES]
-    rows = [f"| steps | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    losses = [name for name in dict.fromkeys(name for step in steps for name in lines[step]) if name not in _NOT_LOSSES]
+    rows = [f"| steps | minutes | rate | {' | '.join(losses)} |", "|---" * (len(losses) + 3) + "|"]
     size = -(-len(steps) // points)
     for start in range(0, len(steps), size):
-        share = steps[start : start + size]
-        cells = []
-        for name in names:
-            losses = [lines[step][name] for step in share if name in lines[step]]
-            cells.append(f"{sum(losses) / len(losses):.3f}" if losses else "")
-        rows.append(f"| {share[0]}-{share[-1]} | {' | '.join(cells)} |")
-    return "Mean loss of each micro-batch:\n\n" + "\n".join(rows)
+        share = [lines[step] for step in steps[start : start + size]]
+        cells = [f"{share[0]['step']}-{share[-1]['step']}", f"{share[-1]['seconds'] / 60:.0f}"]
+        cells += [_mean(share, "rate", ".1e"), *(_mean(share, name, ".3f") for name in losses)]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "Mean learning rate, and mean loss of each micro-batch:\n\n" + "\n".join(rows)
 
 
 _NOT_LOSSES = frozenset({"step", "seconds", "rate"})
+
+
+def _mean(lines: list[dict[str, float]], name: str, form: str) -> str:
+    """Mean over the lines that have the number; nothing if none has."""
+    found = [line[name] for line in lines if name in line]
+    return format(sum(found) / len(found), form) if found else ""
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -197,11 +197,11 @@ def test_fill_after_end_saves_forward_passes(ending_server: Running) -> None:
 
 
 def test_a_stop_token_ends_the_text(server: Running) -> None:
-    choice = server.complete(logprobs=0, block_length=1)["choices"][0]
-    tokens = choice["logprobs"]["tokens"]
-    text = server.complete(block_length=1, stop_token_ids=server.text.encode(tokens[4]))
-    assert text["choices"][0]["finish_reason"] == "stop"
-    assert text["usage"]["completion_tokens"] == tokens.index(tokens[4]) + 1
+    choice = server.complete(block_length=1, return_trajectory=True)["choices"][0]
+    tokens = [step["tokens"][0] for step in choice["trajectory"]]
+    stopped = server.complete(block_length=1, stop_token_ids=[tokens[4]])
+    assert stopped["choices"][0]["finish_reason"] == "stop"
+    assert stopped["usage"]["completion_tokens"] == tokens.index(tokens[4]) + 1
 
 
 @pytest.mark.parametrize("stream", [False, True])

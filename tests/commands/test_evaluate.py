@@ -9,6 +9,7 @@ from policies.statistics import wilson
 from server.evaluation.card import place
 from server.evaluation.plot import pareto_front
 from server.evaluation.report import markdown
+from server.evaluation.results import Results, add_row
 from tests.commands.application import read_json, refused, right
 
 ROW_KEYS = {
@@ -61,6 +62,17 @@ def test_a_second_run_measures_only_what_is_missing(tiny_model: Path, tmp_path: 
     assert "oracle" in again.stdout, "the table shows what was asked for, old and new"
     right(*common, "--no-fill-after-end", "--seed", 1)
     assert [(r["seed"], r["fill_after_end"]) for r in read_json(file)["rows"][3:]] == [(1, False)] * 2
+
+
+def test_two_runs_may_fill_one_file(tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    ours, theirs = (Results(model="m", digest="d", dtype="float32") for _ in range(2))
+    rows = [row("topk", 0.5, 1.0, params={"k": k}) for k in (1, 2, 3)]
+    for results, measured in zip((ours, theirs, ours), rows, strict=True):
+        add_row(file, results, measured)
+    assert Results.model_validate_json(file.read_bytes()).rows == ours.rows == rows
+    assert theirs.rows == rows[:2]
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.json"]
 
 
 def test_rows_before_a_failure_are_kept(tiny_model: Path, tmp_path: Path) -> None:

@@ -73,11 +73,12 @@ def test_a_recipe_becomes_a_model_that_is_served(recipe: Path, tmp_path: Path) -
     assert RECIPE.strip() in card.before
     assert "seed 3, 4 steps in" in card.before
     assert f"{loaded.backend.info.parameters:,} parameters" in " ".join(card.before.split())
-    assert "| 4-4 |" in card.before, "the training curve"
+    assert "| 4-4 | 0 |" in card.before, "the training curve"
 
     before = (out / "model.safetensors").read_bytes()
     (out / "model.safetensors").unlink()
-    right("train-model", recipe, "--out", out)
+    right("train-model", recipe, "--out", out, "--note", "It was stopped twice.")
+    assert "\n\nIt was stopped twice.\n\n" in Card.read(out).before
     assert (out / "model.safetensors").read_bytes() == before, "a finished run is only exported again"
     assert steps_of(out) == [1, 2, 3, 4]
 

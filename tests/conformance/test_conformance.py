@@ -1,7 +1,9 @@
 """The fixtures replay: exactly the cases that this project's samplers and models can do pass."""
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -76,11 +78,29 @@ def test_a_family_folder_alone_and_the_exit_status(capsys: pytest.CaptureFixture
     assert (tmp_path / "out.json").read_text().count('"FAIL"') == len(lines) - 1
 
 
+def recorded(name: str) -> dict[str, Any]:
+    """One of llada's cases."""
+    (case,) = (c for c in json.loads((FIXTURES / "llada" / "cases.json").read_text())["cases"] if c["name"] == name)
+    return dict(case)
+
+
+def llada_with(folder: Path, cases: list[dict[str, Any]]) -> Path:
+    """A copy of the llada family with these cases only."""
+    copy = folder / "llada"
+    copy.mkdir()
+    for name in ("checkpoint", "forward.safetensors"):
+        (copy / name).symlink_to(FIXTURES / "llada" / name)
+    whole = json.loads((FIXTURES / "llada" / "cases.json").read_text())
+    (copy / "cases.json").write_text(json.dumps(whole | {"cases": cases}))
+    return copy
+
+
 @needs_fixtures
 def test_known_differences_are_told_apart(tmp_path: Path) -> None:
     known = tmp_path / "known.toml"
     known.write_text('"llada/fast_dual_steps_2026-01" = "why"\n"llada/low_conf_one_block" = "wrongly listed"\n')
-    results = {r.case: r for r in run(FIXTURES / "llada", known=known)}
+    folder = llada_with(tmp_path, [recorded("fast_dual_steps_2026-01"), recorded("low_conf_one_block")])
+    results = {r.case: r for r in run(folder, known=known)}
     assert results["fast_dual_steps_2026-01"].line() == "KNOWN llada/fast_dual_steps_2026-01: why"
     assert results["low_conf_one_block"].status is Status.FAIL
 
@@ -88,17 +108,9 @@ def test_known_differences_are_told_apart(tmp_path: Path) -> None:
 @needs_fixtures
 def test_a_wrong_record_is_noticed(tmp_path: Path) -> None:
     """Guards the guard: change a token, a middle state or a count of the record, and the case must fail."""
-    import json
-
-    folder = tmp_path / "llada"
-    folder.mkdir()
-    (folder / "checkpoint").symlink_to(FIXTURES / "llada" / "checkpoint")
-    (folder / "forward.safetensors").symlink_to(FIXTURES / "llada" / "forward.safetensors")
-    cases = json.loads((FIXTURES / "llada" / "cases.json").read_text())
-    (plain,) = (case for case in cases["cases"] if case["name"] == "low_conf_one_block")
     changed = []
     for name in ("state", "output", "count"):
-        case = json.loads(json.dumps(plain)) | {"name": name}
+        case = recorded("low_conf_one_block") | {"name": name}
         if name == "state":
             case["trajectory"][3][0][-1] += 1
         elif name == "output":
@@ -106,7 +118,7 @@ def test_a_wrong_record_is_noticed(tmp_path: Path) -> None:
         else:
             case["model_calls"] += 1
         changed.append(case)
-    (folder / "cases.json").write_text(json.dumps(cases | {"cases": [plain, *changed]}))
+    folder = llada_with(tmp_path, [recorded("low_conf_one_block"), *changed])
     results = {r.case: r.status for r in run(folder)}
     assert [results[name] for name in ("low_conf_one_block", "state", "output", "count")] == [
         *(Status.PASS, Status.FAIL, Status.FAIL, Status.FAIL)

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from tests.deploy import engine
-from tests.deploy.checkout import ANSWER, PROBLEM, ROOT, complete, free_port, get, wait_until_ready
+from tests.deploy.checkout import ANSWER, ROOT, complete, free_port, get, readme_request, wait_until_ready
 from tests.deploy.dashboard import expressions
 
 pytestmark = [pytest.mark.image, pytest.mark.timeout(2400)]
@@ -74,7 +74,7 @@ def test_holds_the_packages_but_no_tests_or_build_leftovers(image: str) -> None:
 def test_answers_while_confined_and_stops_cleanly(image: str) -> None:
     name = "unmask-test-server"
     with running(image, name) as url:
-        assert complete(url, prompt=PROBLEM, max_tokens=64)["choices"][0]["text"].strip().endswith(ANSWER)
+        assert complete(url, readme_request()).strip().endswith(ANSWER)
         engine.podman("healthcheck", "run", name)
         engine.podman("stop", "--time", "30", name)
         assert engine.podman("inspect", name, "--format", "{{.State.ExitCode}}").stdout.strip() == "0"
@@ -194,7 +194,7 @@ def test_compose_brings_up_a_server_that_prometheus_scrapes(
             empty = [title for title, expression in expressions if not query(expression)]
             if not empty or time.monotonic() > deadline:
                 return empty
-            complete(server, prompt=PROBLEM, max_tokens=64)
+            complete(server, readme_request())
             time.sleep(2)
 
     with podman_service():

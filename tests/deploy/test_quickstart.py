@@ -10,11 +10,11 @@ import pytest
 
 from tests.deploy.checkout import (
     ANSWER,
-    PROBLEM,
     complete,
     copy_checkout,
     free_port,
     plain_environment,
+    readme_request,
     wait_until_ready,
 )
 
@@ -47,8 +47,7 @@ def children(pid: int) -> list[int]:
 def test_make_serve_installs_answers_and_stops(served: tuple[str, subprocess.Popen[bytes]], checkout: Path) -> None:
     url, make = served
     wait_until_ready(url, seconds=900)
-    answer = complete(url, prompt=PROBLEM, max_tokens=64)
-    assert answer["choices"][0]["text"].strip().endswith(ANSWER)
+    assert complete(url, readme_request()).strip().endswith(ANSWER)
 
     # make passes the server's exit status on, but would itself die of a signal: stop the server, not make.
     (server,) = children(make.pid)

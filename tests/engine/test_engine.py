@@ -50,13 +50,13 @@ def serve() -> Iterator[Serve]:
 def request(number: int, sampler: str | None = None, **changes: Any) -> GenerationRequest:
     """The n-th of a row of requests that differ in everything; its prompt begins with `number` + 1."""
     name = sampler or ("topk", "threshold", "random")[number % 3]
-    rule = get_sampler(name)
-    params = {"threshold": 0.3} if name == "threshold" else {"k": 1 + number % 2}
+    if "params" not in changes:
+        params = {"threshold": 0.3} if name == "threshold" else {"k": 1 + number % 2}
+        changes["params"] = get_sampler(name).Params(**params)
     fields: dict[str, Any] = {
         "prompt": [number + 1, *[2] * (number % 4)],
         "max_tokens": 6 + number,
         "sampler": name,
-        "params": rule.Params(**params),
         "block_length": (None, 4, 3)[number % 3],
         "choice": TokenChoice(0.0 if number % 2 else 0.8),
         "seed": number,
@@ -73,15 +73,16 @@ def run(engine: Engine, requests: list[GenerationRequest]) -> list[Listener]:
     return listeners
 
 
-def tokens_alone(number: int) -> list[int]:
+def tokens_alone(number: int, **changes: Any) -> list[int]:
     """What the n-th request gives on an engine of its own."""
+    asked = request(number, **changes)
     engine = Engine(CheapBackend(), Metrics("test"))
     engine.start()
     try:
-        (listener,) = run(engine, [request(number)])
+        (listener,) = run(engine, [asked])
     finally:
         engine.stop()
-    return listener.tokens(request(number).max_tokens)
+    return listener.tokens(asked.max_tokens)
 
 
 def value(engine: Engine, name: str, **labels: str) -> float:
@@ -106,17 +107,20 @@ def test_arrivals_in_mid_run_change_nothing(serve: Serve) -> None:
     listeners = []
     for i in range(5):
         listeners.append(Listener())
-        engine.submit(request(i), listeners[-1])
-        gate.step()
+        engine.submit(request(i, max_tokens=24), listeners[-1])
+        if i:
+            gate.release()
+        gate.wait()
     gate.open()
     for i, listener in enumerate(listeners):
         listener.finish()
-        assert listener.tokens(6 + i) == tokens_alone(i)
+        assert listener.tokens(24) == tokens_alone(i, max_tokens=24)
     assert [len(batch) for batch in backend.batches[:5]] == [1, 2, 3, 4, 5], "admitted at every step"
 
 
 def test_events_tell_the_whole_story(serve: Serve) -> None:
-    (listener,) = run(serve(CheapBackend()), [request(1, "topk", params=get_sampler("topk").Params(k=3), max_tokens=9)])
+    asked = request(1, "topk", params=get_sampler("topk").Params(k=3), max_tokens=9, block_length=None)
+    (listener,) = run(serve(CheapBackend()), [asked])
     end = listener.finish()
     assert [event.forward for event in listener.commits] == [1, 2, 3] and end.forwards == 3
     assert [len(event.positions) for event in listener.commits] == [3, 3, 3]

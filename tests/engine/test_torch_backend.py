@@ -110,6 +110,22 @@ def test_equal_lengths_need_no_mask() -> None:
     assert valid is not None and valid.tolist() == [[True] * 5, [True] * 3 + [False] * 2]
 
 
+def test_generations_end_at_the_models_end_of_text(ending_model: Path) -> None:
+    backend = load_model(str(ending_model), device="cpu", dtype="float32").backend
+    ended = []
+    for i in range(6):
+        sampler = get_sampler(("topk", "threshold")[i % 2])
+        canvas = Canvas.blank([5 + i] * 6, 40, 0, 8)
+        ended.append(
+            Denoising(canvas, sampler, sampler.Params(), TokenChoice(1.0), seed=i, end_ids=backend.info.end_ids)
+        )
+    denoise(ended, backend.predict)
+    assert sum(row.end is not None for row in ended) >= 4
+    for row in ended:
+        assert 1 not in row.text_tokens()
+        assert row.end is None or row.completion_tokens == row.end + 1 < 40
+
+
 def test_it_is_a_backend(backend: TorchBackend) -> None:
     seam: Backend = backend
     assert seam.info.device == "cpu" and seam.info.dtype == "float32"

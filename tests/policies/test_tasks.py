@@ -87,7 +87,7 @@ def test_right_answers_are_accepted_and_wrong_ones_are_not(task: Task) -> None:
         assert problem.reference in solutions
         assert all(task.check(problem, solution) for solution in solutions)
         assert not task.check(problem, "")
-        assert not task.check(problem, problem.prompt)
+        assert not task.check(problem, problem.prompt) or problem.answer in problem.prompt, "a list that was in order"
         assert not task.check(problem, problem.reference[: -len(problem.reference) // 3])
         wrong = [digit for digit in "0123456789" if digit != problem.reference.rstrip(".")[-1]]
         assert not any(task.check(problem, problem.reference.rstrip(".")[:-1] + digit) for digit in wrong)
@@ -96,7 +96,7 @@ def test_right_answers_are_accepted_and_wrong_ones_are_not(task: Task) -> None:
 
 
 @each_task
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_no_text_makes_a_check_raise(task: Task, data: st.DataObject) -> None:
     problem = task.draw(random.Random(data.draw(st.integers(0, 50))), "train")
@@ -179,7 +179,7 @@ def test_interchangeable_words_are_single_tokens_and_do_not_matter(task: Task) -
                 assert task.check(problem, problem.reference.replace(word, other))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 def test_the_tokenizer_loses_nothing(text: str) -> None:
     ids = tokenizer().encode(text).ids

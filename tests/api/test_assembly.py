@@ -1,0 +1,84 @@
+"""Streamed text: whole characters, nothing of a stop string, and all of it the same however it is cut."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.api.assembly import Detokenizer, StopStrings
+from server.models.text import TextCodec
+
+
+@pytest.fixture(scope="module")
+def codec(tiny_model: Path) -> TextCodec:
+    return TextCodec.load(tiny_model)
+
+
+def pieces(detokenizer: Detokenizer, tokens: Sequence[int], sizes: Sequence[int]) -> list[str]:
+    """What comes out when the tokens go in by so many at a time."""
+    out, start = [], 0
+    for size in [*sizes, len(tokens)]:
+        out.append(detokenizer.add(tokens[start : start + size]))
+        start += size
+    return [*out, detokenizer.add([], last=True)]
+
+
+SIZES = st.lists(st.integers(0, 4), max_size=30)
+
+
+@given(text=st.text(max_size=30), sizes=SIZES)
+def test_pieces_of_a_text_are_whole_characters(codec: TextCodec, text: str, sizes: list[int]) -> None:
+    found = pieces(Detokenizer(codec), codec.encode(text), sizes)
+    assert "".join(found) == text
+    if "\ufffd" not in text:
+        assert not any("\ufffd" in piece for piece in found)
+
+
+@given(tokens=st.lists(st.integers(0, 470), max_size=30), sizes=SIZES)
+def test_pieces_of_any_tokens_make_the_decoded_whole(codec: TextCodec, tokens: list[int], sizes: list[int]) -> None:
+    assert "".join(pieces(Detokenizer(codec), tokens, sizes)) == codec.decode(tokens)
+
+
+def test_a_long_text_costs_no_more_per_token_than_a_short_one(codec: TextCodec) -> None:
+    class Counting:
+        decoded = 0
+
+        def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+            self.decoded += len(ids)
+            return codec.decode(ids, skip_special_tokens)
+
+    counting = Counting()
+    detokenizer = Detokenizer(counting)  # type: ignore[arg-type]
+    for token in codec.encode("Tom has 3 apples. " * 100):
+        detokenizer.add([token])
+    assert counting.decoded < 10 * len(codec.encode("Tom has 3 apples. " * 100))
+
+
+@given(
+    text=st.text("ab", max_size=30),
+    stops=st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
+    sizes=SIZES,
+)
+def test_stop_strings_never_leak(text: str, stops: list[str], sizes: list[int]) -> None:
+    machine, out, start = StopStrings(stops), [], 0
+    for size in [*sizes, len(text)]:
+        out.append(machine.add(text[start : start + size]))
+        start += size
+    out.append(machine.add("", last=True))
+    whole = "".join(out)
+    assert text.startswith(whole)
+    assert not any(stop in whole for stop in stops)
+    assert machine.stopped == any(stop in text for stop in stops)
+    if not machine.stopped:
+        assert whole == text
+
+
+def test_text_that_may_become_a_stop_string_waits() -> None:
+    machine = StopStrings(["###", "end"])
+    assert machine.add("a #") == "a "
+    assert machine.add("#") == ""
+    assert machine.add(" e") == "## "
+    assert machine.add("n", last=True) == "en"
+    assert not machine.stopped
