@@ -12,7 +12,7 @@ COPY pyproject.toml /
 RUN python -c "import tomllib; print(*tomllib.load(open('/pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
     > /requirements.txt
 
-FROM ${BASE} AS build
+FROM ${BASE} AS dependencies
 ARG PIP_EXTRA_INDEX_URL
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_PROGRESS_BAR=off \
@@ -24,14 +24,27 @@ COPY --from=requirements /requirements.txt ./
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip install --requirement requirements.txt
 
+FROM dependencies AS project
 COPY LICENSE README.md pyproject.toml ./
 COPY samplers samplers
 COPY policies policies
 COPY server server
-RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install --no-deps .
+RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheel .
 
 FROM ${BASE}
+RUN groupadd --gid 10001 unmask \
+    && useradd --uid 10001 --gid unmask --no-create-home --home-dir /data --shell /usr/sbin/nologin unmask \
+    && install --directory --owner=unmask --group=unmask /data
+COPY --from=dependencies /opt/unmask /opt/unmask
+# The root file system may be read-only: what is downloaded goes to /data, what is scratch to /tmp.
+ENV PATH=/opt/unmask/bin:${PATH} \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1 \
+    HF_HOME=/data/huggingface \
+    MPLCONFIGDIR=/tmp/matplotlib
+RUN --mount=type=bind,from=project,source=/wheel,target=/wheel \
+    pip install --no-cache-dir --no-deps --no-index --compile /wheel/*.whl
+
 ARG VERSION=0.1.0
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="unmask" \
@@ -40,17 +53,6 @@ LABEL org.opencontainers.image.title="unmask" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"
 
-RUN groupadd --gid 10001 unmask \
-    && useradd --uid 10001 --gid unmask --no-create-home --home-dir /data --shell /usr/sbin/nologin unmask \
-    && install --directory --owner=unmask --group=unmask /data
-COPY --from=build /opt/unmask /opt/unmask
-
-# The root file system may be read-only: what is downloaded goes to /data, what is scratch to /tmp.
-ENV PATH=/opt/unmask/bin:${PATH} \
-    PYTHONDONTWRITEBYTECODE=1 \
-    PYTHONUNBUFFERED=1 \
-    HF_HOME=/data/huggingface \
-    MPLCONFIGDIR=/tmp/matplotlib
 USER 10001:10001
 WORKDIR /data
 EXPOSE 8000

@@ -74,9 +74,9 @@ class Choice:
         self._trajectory = trajectory
         self._logs: dict[int, float] = {}  # by position
         self._tokens: list[Token] = []  # whose text has not been told yet
-        self._decoded = 0  # characters, and tokens, that went through the detokenizer
-        self._positions = 0
-        self._told = 0  # characters
+        self._positions = 0  # tokens that went into the detokenizer
+        self._decoded = 0  # characters that came out of it
+        self._told = 0  # characters that were told
 
     def cancel(self) -> None:
         """End the generation, if it has not ended."""

@@ -7,7 +7,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from server.engine import EngineError, FinishReason, NotServingError, QueueFullError, RequestError
+from server.engine import FinishReason, NotServingError, QueueFullError, RequestError
 
 RETRY_SECONDS = 1
 """What `Retry-After` says: a full queue moves on with every generation that ends."""
@@ -71,7 +71,6 @@ ERRORS: list[tuple[type[Exception], int, str, str | None]] = [
     (GenerationEndedError, 503, "service_unavailable_error", "not_serving"),
     (GenerationTimeoutError, 504, "timeout_error", "timeout"),
     (GenerationFailedError, 500, SERVER, "generation_failed"),
-    (EngineError, 500, SERVER, "engine_error"),
     (Exception, 500, SERVER, "internal_error"),
 ]
 HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}

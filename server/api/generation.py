@@ -105,35 +105,36 @@ def _requests(serving: Serving, body: GenerationBody, rule: Rule, job: Job) -> t
     sampler, params = rule
     block_length = body.block_length if "block_length" in body.model_fields_set else info.block_length
     ends = frozenset() if body.ignore_eos else info.end_ids
-    longest = max(len(prompt) for prompt in job.prompts) + len(job.suffix)
-    max_tokens = job.max_tokens or max(1, min(DEFAULT_MAX_TOKENS, info.max_length - longest))
+    number = body.n or 1
+    left = [info.max_length - len(prompt) - len(job.suffix) for prompt in job.prompts]
+    lengths = [job.max_tokens or max(1, min(DEFAULT_MAX_TOKENS, each)) for each in left]
     choice = TokenChoice(body.temperature or 0.0, body.top_p or 1.0, body.top_k or 0)
-    seeds = _seeds(body.seed, len(job.prompts), body.n or 1)
+    seeds = _seeds(body.seed, len(job.prompts), number)
     fill_after_end = body.fill_after_end is not False
     check_ids("stop_token_ids", body.stop_token_ids or [], info.vocab_size)
     requests = [
         GenerationRequest(
             prompt=prompt,
-            max_tokens=max_tokens,
+            max_tokens=lengths[i],
             sampler=sampler.name,
             params=params,
             suffix=job.suffix,
             block_length=block_length,
             choice=choice,
-            seed=seeds[i * (body.n or 1) + j],
+            seed=seeds[i * number + j],
             end_ids=ends | frozenset(body.stop_token_ids or []),
             fill_after_end=fill_after_end,
             timeout=serving.settings.request_timeout,
             counts_prompt=j == 0,
         )
         for i, prompt in enumerate(job.prompts)
-        for j in range(body.n or 1)
+        for j in range(number)
     ]
     used = Used(
         sampler=sampler.name,
         sampler_params=params.model_dump(mode="json"),
         block_length=block_length,
-        max_tokens=max_tokens,
+        max_tokens=[request.max_tokens for request in requests],
         fill_after_end=fill_after_end,
         temperature=choice.temperature,
         seeds=seeds,

@@ -1,6 +1,6 @@
 """Request bodies: what is understood, in which range, and what is refused because it cannot be done."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import (
     BaseModel,
@@ -140,8 +140,9 @@ class CompletionBody(GenerationBody):
         """Each prompt: a text or token ids. A list of numbers is one prompt."""
         if isinstance(self.prompt, str):
             return [self.prompt]
-        numbers = [item for item in self.prompt if isinstance(item, int)]
-        return [numbers] if numbers else [item for item in self.prompt if not isinstance(item, int)]
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return cast(list[str | list[int]], self.prompt)
 
 
 class TextPart(BaseModel):

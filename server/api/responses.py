@@ -47,7 +47,7 @@ class Used(BaseModel):
     sampler: str
     sampler_params: dict[str, Any]
     block_length: int | None = Field(description="null: full diffusion")
-    max_tokens: int
+    max_tokens: list[int] = Field(description="By choice: length of the generation region.")
     fill_after_end: bool
     temperature: float
     seeds: list[int] = Field(description="By choice: sent as `seed` with n = 1, it gives that choice again.")

@@ -1,6 +1,6 @@
 """Server-sent events."""
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import structlog
@@ -15,7 +15,7 @@ from server.api.errors import ErrorResponse, GenerationFailedError, describe
 log = structlog.get_logger(__name__)
 
 
-class Chunks:
+class Chunks(ABC):
     """What a stream says."""
 
     @abstractmethod

@@ -1,6 +1,7 @@
 """`unmask serve`, `unmask health` and `unmask version`."""
 
 import inspect
+import socket
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -31,13 +32,9 @@ def serve(**flags: Any) -> None:
     settings = _settings({name: value for name, value in flags.items() if value not in (None, [])}, config)
 
     from server.api.catalogue import default_rule
-    from server.app import create_app
-    from server.engine import Engine, RequestError
+    from server.engine import RequestError
     from server.lifecycle import listen
-    from server.lifecycle import serve as serve_app
     from server.logging import configure_logging
-    from server.metrics import Metrics
-    from server.models.loading import ModelError, load_model
 
     configure_logging(settings.log_format)
     try:
@@ -49,6 +46,19 @@ def serve(**flags: Any) -> None:
     except OSError as error:
         place = f"{settings.host} port {settings.port}"
         fail(f"cannot listen on {place}: {error.strerror}; choose another --host or --port")
+    with bound:
+        if not _load_and_serve(settings, bound):
+            raise typer.Exit(1)
+
+
+def _load_and_serve(settings: Settings, bound: socket.socket) -> bool:
+    """Serve until a signal says to stop; whether everything that ran then could finish."""
+    from server.app import create_app
+    from server.engine import Engine
+    from server.lifecycle import serve as serve_app
+    from server.metrics import Metrics
+    from server.models.loading import ModelError, load_model
+
     try:
         loaded = load_model(
             settings.model, settings.engine, settings.device, settings.dtype, max_model_len=settings.max_model_len
@@ -59,8 +69,7 @@ def serve(**flags: Any) -> None:
     engine = Engine(loaded.backend, metrics, settings.max_batch, settings.max_queue)
     app = create_app(engine, loaded.text, metrics, settings)
     engine.start()
-    if not serve_app(app, engine, bound, settings.drain_timeout):
-        raise typer.Exit(1)
+    return serve_app(app, engine, bound, settings.drain_timeout)
 
 
 def health(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from fastapi import FastAPI
 from openai import AsyncOpenAI, OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -39,7 +40,7 @@ class Gate:
         self.info = backend.info
         self.forwards = 0
         self.seen: list[list[int]] = []
-        self.failure: Exception | None = None
+        self.failure: BaseException | None = None
         self._backend = backend
         self._open = threading.Event()
         self._open.set()
@@ -73,14 +74,14 @@ class Running:
     engine: Engine
     gate: Gate
     text: TextCodec
-    server: DrainingServer
+    app: FastAPI
     http: httpx.Client
 
-    def client(self, **options: Any) -> OpenAI:
-        return OpenAI(base_url=f"{self.url}/v1", **{"api_key": "any", "max_retries": 0} | options)
+    def client(self, key: str = "any") -> OpenAI:
+        return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0)
 
-    def async_client(self, **options: Any) -> AsyncOpenAI:
-        return AsyncOpenAI(base_url=f"{self.url}/v1", **{"api_key": "any", "max_retries": 0} | options)
+    def async_client(self) -> AsyncOpenAI:
+        return AsyncOpenAI(base_url=f"{self.url}/v1", api_key="any", max_retries=0)
 
     def get(self, path: str, **options: Any) -> httpx.Response:
         return self.http.get(path, **options)
@@ -118,7 +119,8 @@ def serving(model: Path, **settings: Any) -> Iterator[Running]:
     metrics = Metrics(chosen.served_name or NAME)
     engine = Engine(gate, metrics, chosen.max_batch, chosen.max_queue)
     bound = listen("127.0.0.1", 0)
-    server = DrainingServer(create_app(engine, loaded.text, metrics, chosen), engine, chosen.drain_timeout)
+    app = create_app(engine, loaded.text, metrics, chosen)
+    server = DrainingServer(app, engine, chosen.drain_timeout)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, name="server")
     engine.start()
     thread.start()
@@ -126,7 +128,7 @@ def serving(model: Path, **settings: Any) -> Iterator[Running]:
     url = f"http://127.0.0.1:{bound.getsockname()[1]}"
     try:
         with httpx.Client(base_url=url, timeout=60, trust_env=False) as http:
-            yield Running(url, engine, gate, loaded.text, server, http)
+            yield Running(url, engine, gate, loaded.text, app, http)
     finally:
         server.should_exit = server.force_exit = True
         thread.join()

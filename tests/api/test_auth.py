@@ -24,7 +24,7 @@ def bearer(key: str) -> dict[str, bytes]:
 
 
 def test_every_route_but_the_open_ones_needs_a_key(guarded: Running) -> None:
-    routes = [route for route in guarded.server.config.app.routes if isinstance(route, Route)]
+    routes = [route for route in guarded.app.routes if isinstance(route, Route)]
     assert len(routes) >= 13
     for route in routes:
         path = route.path.replace("{model:path}", "tiny").replace("{sampler:path}", "topk")
@@ -64,9 +64,9 @@ def test_nothing_else_opens(guarded: Running, value: str) -> None:
 
 
 def test_the_client_tells_a_wrong_key(guarded: Running) -> None:
-    with guarded.client(api_key="wrong") as client, pytest.raises(AuthenticationError):
+    with guarded.client("wrong") as client, pytest.raises(AuthenticationError):
         client.models.list()
-    with guarded.client(api_key=KEYS[0]) as client:
+    with guarded.client(KEYS[0]) as client:
         assert client.models.list().data
 
 

@@ -35,7 +35,9 @@ def test_every_way_gives_the_same(server: Running, name: str, stream: bool) -> N
 
 
 def test_samplers_differ(server: Running) -> None:
-    texts = {server.complete(sampler=name, sampler_params=PARAMS[name], seed=3)["choices"][0]["text"] for name in PARAMS}
+    texts = {
+        server.complete(sampler=name, sampler_params=PARAMS[name], seed=3)["choices"][0]["text"] for name in PARAMS
+    }
     assert len(texts) == len(PARAMS)
 
 

@@ -134,7 +134,8 @@ def test_a_draining_server_finishes_what_runs_and_takes_nothing_new(tiny_model: 
 async def test_a_reader_that_does_not_read_slows_nobody(server: Running) -> None:
     body = json.dumps({"prompt": PROMPT, "max_tokens": 16, "stream": True, "block_length": 1}).encode()
     incoming: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-    reads, sent = asyncio.Event(), []
+    sent: list[Message] = []
+    reads = asyncio.Event()
 
     async def receive() -> Message:
         if not incoming:
@@ -146,7 +147,7 @@ async def test_a_reader_that_does_not_read_slows_nobody(server: Running) -> None
         await reads.wait()
 
     scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
-    asking = asyncio.create_task(server.server.config.app({**scope, "http_version": "1.1"}, receive, send))
+    asking = asyncio.create_task(server.app(scope, receive, send))
     while server.engine._running or server.engine._waiting or not sent:
         await asyncio.sleep(0.01)
     assert len(sent) == 1, "all of it was generated although nothing but the head was taken"

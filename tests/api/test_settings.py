@@ -11,7 +11,9 @@ from server.settings import Settings, WrongSettingError, flag, load_settings
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
     path = tmp_path / "unmask.toml"
-    path.write_text('port = 1\nmax_batch = 2\nsampler_params = { k = 3 }\napi_key = ["a", "b,c"]\nmetrics_open = true\n')
+    path.write_text(
+        'port = 1\nmax_batch = 2\nsampler_params = { k = 3 }\napi_key = ["a", "b,c"]\nmetrics_open = true\n'
+    )
     return path
 
 

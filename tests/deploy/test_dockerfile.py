@@ -22,7 +22,7 @@ def test_hadolint_has_nothing_to_say() -> None:
 
 
 def test_the_base_can_be_chosen_and_nothing_is_downloaded_outside_package_installers() -> None:
-    assert {base.split()[0] for base in arguments("FROM")} == {"${BASE}"}
+    assert {base.split()[0] for base in arguments("FROM")} == {"${BASE}", "dependencies"}
     assert arguments("ARG")[0] == "BASE=python:3.11-slim-bookworm"
     assert not arguments("ADD")
 

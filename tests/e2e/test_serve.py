@@ -1,15 +1,12 @@
 """`unmask serve` from start to end, as a process."""
 
 import json
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
-
-import pytest
 
 from server.version import VERSION
 from tests.e2e.processes import ROOT, Process, served, unmask
@@ -72,48 +69,18 @@ def test_settings_come_from_file_environment_and_flags(tiny_model: Path, tmp_pat
         assert answer["model"] == "from-environment"
         assert answer["unmask"]["sampler"] == "topk"
         assert process.post(max_tokens=64).status_code == 400
-        health = unmask("health", "--url", process.url)
-        assert (health.returncode, health.stdout) == (0, "ok\n")
         port = process.url.rpartition(":")[2]
-        assert unmask("health", UNMASK_PORT=port).returncode == 0
-        taken = unmask("serve", "--model", str(tiny_model), "--port", port)
-    assert (taken.returncode, taken.stdout) == (1, "")
-    assert taken.stderr.count("\n") == 1 and f"port {port}" in taken.stderr
-    assert unmask("health", UNMASK_PORT=port).returncode == 1
+        health = unmask("health", UNMASK_PORT=port)
+        assert (health.returncode, health.stdout) == (0, "ok\n")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["--no-such-flag"], "--no-such-flag"),
-        (["--max-batch", "0"], "--max-batch"),
-        (["--engine", "vllm"], "--engine"),
-        (["--sampler", "nope"], "--sampler"),
-        (["--sampler", "topk", "--sampler-params", '{"k": 0}'], "--sampler-params"),
-        (["--config", "/nowhere.toml"], "--config"),
-    ],
-)
-def test_wrong_use_names_the_flag(arguments: list[str], said: str) -> None:
-    done = unmask("serve", *arguments)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert said in done.stderr and "Traceback" not in done.stderr
-
-
-@pytest.mark.parametrize("broken", ["no folder", "no model", "truncated", "no tokenizer"])
-def test_a_model_that_is_none_is_one_clear_line(tiny_model: Path, tmp_path: Path, broken: str) -> None:
-    model = tmp_path / "model"
-    if broken == "no model":
-        model.mkdir()
-    elif broken != "no folder":
-        shutil.copytree(tiny_model, model)
-    if broken == "truncated":
-        weights = model / "model.safetensors"
-        weights.write_bytes(weights.read_bytes()[:-1000])
-    if broken == "no tokenizer":
-        (model / "tokenizer.json").unlink()
-    done = unmask("serve", "--model", str(model), "--port", "0")
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.count("\n") == 1 and str(model) in done.stderr
+def test_the_command_ends_with_2_or_1(tmp_path: Path) -> None:
+    wrong = unmask("serve", "--no-such-flag")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert "--no-such-flag" in wrong.stderr and "Traceback" not in wrong.stderr
+    failed = unmask("serve", "--model", str(tmp_path), "--port", "0")
+    assert (failed.returncode, failed.stdout) == (1, "")
+    assert failed.stderr.count("\n") == 1 and str(tmp_path) in failed.stderr
 
 
 def test_version() -> None:

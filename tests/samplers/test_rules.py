@@ -76,6 +76,8 @@ def test_equal_confidences_go_to_the_lower_position() -> None:
     score = torch.tensor([[0.0, 0.0, 0.0, 0.0]])
     candidate = torch.tensor([[False, True, True, True]])
     assert best(score, candidate, torch.tensor([[2]])).tolist() == [[False, True, True, False]]
+    wide = best(torch.zeros(1, 3000), torch.ones(1, 3000, dtype=torch.bool), torch.tensor([[1200]]))
+    assert wide[0].nonzero()[:, 0].tolist() == list(range(1200))
 
 
 def test_what_is_no_candidate_is_never_chosen_however_sure() -> None:
