@@ -49,7 +49,7 @@ dashboard-up:
 	docker compose -f deploy/compose.yaml up --build --detach --wait
 
 clean:
-	grep --only-matching '$(CURDIR)/\.image/[^ ]*' /proc/mounts | sort --reverse | xargs --no-run-if-empty umount
+	awk '$$2 ~ "^$(CURDIR)/.image/" {print $$2}' /proc/mounts | sort --reverse | xargs --no-run-if-empty umount
 	rm -rf .venv .image build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find samplers policies server tests -name __pycache__ -prune -exec rm -rf {} +
 

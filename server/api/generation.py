@@ -108,7 +108,7 @@ def _requests(serving: Serving, body: GenerationBody, rule: Rule, job: Job) -> t
     number = body.n or 1
     left = [info.max_length - len(prompt) - len(job.suffix) for prompt in job.prompts]
     lengths = [job.max_tokens or max(1, min(DEFAULT_MAX_TOKENS, each)) for each in left]
-    choice = TokenChoice(body.temperature or 0.0, body.top_p or 1.0, body.top_k or 0)
+    choice = TokenChoice(body.temperature or 0.0, body.top_p or 1.0, max(0, body.top_k or 0))
     seeds = _seeds(body.seed, len(job.prompts), number)
     fill_after_end = body.fill_after_end is not False
     check_ids("stop_token_ids", body.stop_token_ids or [], info.vocab_size)

@@ -42,8 +42,9 @@ def body_of(model: type[BaseModel]) -> dict[str, Any]:
 
 def streamed(chunk: type[BaseModel]) -> Responses:
     """The success of a route that can stream."""
-    what = f"Streams have events of `{chunk.__name__}`, then `data: [DONE]`"
-    return {200: {"description": what, "content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+    what = f"Whole, or as events whose data is a `{chunk.__name__}` each, then `[DONE]`"
+    event = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+    return {200: {"description": what, "content": {"text/event-stream": {"schema": event}}}}
 
 
 def complete_openapi(app: FastAPI, needs_key: bool) -> None:

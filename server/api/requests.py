@@ -41,11 +41,6 @@ def _list_of_stops(value: Any) -> Any:
     return [value] if isinstance(value, str) else [] if value is None else value
 
 
-def _zero_if_off(value: Any) -> Any:
-    """-1 is how some clients write "no limit"."""
-    return 0 if value == -1 and not isinstance(value, bool) else value
-
-
 Prompt = Annotated[
     Annotated[str, Tag(TEXT)]
     | Annotated[list[str], Field(min_length=1, fail_fast=True), Tag(TEXTS)]
@@ -96,7 +91,7 @@ class GenerationBody(Body):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(
         None, description="Draw from the smallest set of tokens whose probabilities reach this."
     )
-    top_k: Annotated[int, Field(ge=0, le=1_000_000), BeforeValidator(_zero_if_off)] | None = Field(
+    top_k: Annotated[int, Field(ge=-1, le=1_000_000)] | None = Field(
         None, description="Draw from this many likeliest tokens; 0 or -1: all."
     )
     seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = Field(

@@ -9,10 +9,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
+import structlog
 import typer
 
 from server.commands.options import fail, wrong
 from server.settings import PREFIX, Settings, WrongSettingError, flag, load_settings
+
+log = structlog.get_logger(__name__)
 
 
 def register(app: typer.Typer) -> None:
@@ -65,6 +68,8 @@ def _load_and_serve(settings: Settings, bound: socket.socket) -> bool:
         )
     except ModelError as error:
         fail(error)
+    if not settings.api_key and settings.host not in ("127.0.0.1", "::1", "localhost"):
+        log.warning("whoever reaches this address may use the model; --api-key limits that", host=settings.host)
     metrics = Metrics(settings.served_name or loaded.name)
     engine = Engine(loaded.backend, metrics, settings.max_batch, settings.max_queue)
     app = create_app(engine, loaded.text, metrics, settings)

@@ -2,9 +2,11 @@
 
 import asyncio
 import json
+import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +130,17 @@ def test_a_draining_server_finishes_what_runs_and_takes_nothing_new(tiny_model: 
                 assert error_of(answer, 503)["code"] == "not_serving"
                 assert answer.headers["retry-after"]
         assert len(inside.result()["choices"]) == 1
+
+
+def test_connections_that_do_not_get_on_hold_up_nobody(server: Running) -> None:
+    address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
+    with ExitStack() as stack:
+        for i in range(200):
+            connection = stack.enter_context(socket.create_connection(address))
+            connection.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n" + b"content-length: 9\r\n\r\n{" * (i % 2)
+            )
+        assert server.complete(max_tokens=2)["usage"]["completion_tokens"] == 2
 
 
 @pytest.mark.asyncio
