@@ -45,7 +45,7 @@ class Layout:
         return min(self.block_length, self.gen_length - block * self.block_length)
 
 
-@dataclass
+@dataclass(eq=False)
 class Canvas:
     """Tokens of one generation and what is still masked.
 

@@ -18,7 +18,7 @@ from samplers.randomness import TOKENS, uniform
 GREEDY = TokenChoice()
 
 
-@dataclass
+@dataclass(eq=False)
 class Denoising:
     """One generation on its way from all masks to text.
 
