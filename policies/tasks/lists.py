@@ -1,6 +1,7 @@
 """Lists of numbers: to sort, to reverse, to add up as they go."""
 
 import random
+from abc import abstractmethod
 from itertools import accumulate
 
 from policies.tasks.base import Problem, Task
@@ -21,8 +22,9 @@ class ListTask(Task):
     def numbers(self, rng: random.Random, count: int) -> list[int]:
         return rng.sample(range(100), count)
 
+    @abstractmethod
     def solve(self, numbers: list[int]) -> list[int]:
-        raise NotImplementedError
+        """The numbers of the answer."""
 
     def sample(self, rng: random.Random) -> Problem:
         numbers = self.numbers(rng, rng.randint(*self.size))

@@ -15,7 +15,7 @@ from server.api.requests import DEFAULT_MAX_TOKENS, INT64, GenerationBody
 from server.api.responses import Usage, Used
 from server.api.serving import Serving
 from server.engine import GenerationRequest, RequestError
-from server.engine.stream import EventStream
+from server.engine.stream import EventStream, submit_to
 
 
 @dataclass(frozen=True)
@@ -91,12 +91,10 @@ def _submit(
     job = read(body)
     requests, used = _requests(serving, body, rule, job)
     try:
-        generations = serving.engine.submit_all(requests, [stream.deliver for stream in streams])
+        submit_to(streams, serving.engine, requests)
     except RequestError as error:
         names = {"prompt": job.prompt_field, "max_tokens": job.length_field}
         raise RequestError(names.get(error.field, error.field), str(error), error.code) from None
-    for stream, generation in zip(streams, generations, strict=True):
-        stream.generation = generation
     return job, used
 
 

@@ -48,10 +48,11 @@ class EventStream:
             self._engine.cancel(self.generation, reason)
 
 
-def open_streams(engine: Engine, requests: list[GenerationRequest]) -> list[EventStream]:
-    """Submit generations, all or none, and listen to them (errors as in `Engine.submit`)."""
-    streams = [EventStream(engine) for _ in requests]
+def submit_to(streams: list[EventStream], engine: Engine, requests: list[GenerationRequest]) -> None:
+    """Submit generations, all or none, each to its stream (errors as in `Engine.submit`).
+
+    Streams belong to their event loop's thread; this may be called from any, since checking requests can take long.
+    """
     generations = engine.submit_all(requests, [stream.deliver for stream in streams])
     for stream, generation in zip(streams, generations, strict=True):
         stream.generation = generation
-    return streams

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from server.engine import Committed, Engine, Finished, FinishReason, QueueFullError
-from server.engine.stream import open_streams
+from server.engine import Committed, Engine, Finished, FinishReason, GenerationRequest, QueueFullError
+from server.engine.stream import EventStream, submit_to
 from server.metrics import Metrics
 from tests.engine.backends import CheapBackend, Gate
 from tests.engine.test_engine import request, tokens_alone
@@ -24,6 +24,12 @@ def engine(gate: Gate) -> Iterator[Engine]:
     yield engine
     gate.open()
     engine.stop()
+
+
+def open_streams(engine: Engine, requests: list[GenerationRequest]) -> list[EventStream]:
+    streams = [EventStream(engine) for _ in requests]
+    submit_to(streams, engine, requests)
+    return streams
 
 
 @pytest.mark.asyncio
