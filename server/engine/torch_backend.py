@@ -14,7 +14,7 @@ LOGIT_ELEMENTS = 1 << 26
 
 
 class TorchBackend:
-    """Full forward each step; head and statistics for candidate positions only."""
+    """Full forward each step; the last block's output, head and statistics for candidate positions only."""
 
     def __init__(self, network: LLaDA, info: ModelInfo) -> None:
         self.network = network.eval()
@@ -24,17 +24,19 @@ class TorchBackend:
     @torch.inference_mode()
     def predict(self, query: Query) -> Prediction:
         tokens, valid = pad(query.canvases)
+        wanted, place = gather(query.row, query.position, len(query.canvases))
         hidden = self.network.hidden(
             tokens.to(self.device, non_blocking=True),
             None if valid is None else valid.to(self.device, non_blocking=True),
+            wanted.to(self.device, non_blocking=True),
         )
-        row, position = query.row.to(self.device), query.position.to(self.device)
+        row, place = query.row.to(self.device), place.to(self.device)
         uniform = None if query.uniform is None else query.uniform.to(self.device)
         size = max(1, LOGIT_ELEMENTS // self.info.vocab_size)
         parts = []
         for start in range(0, len(row), size):
             part = slice(start, start + size)
-            logits = self.network.head(hidden[row[part], position[part]])
+            logits = self.network.head(hidden[row[part], place[part]])
             parts.append(
                 summarise(
                     logits,
@@ -64,3 +66,15 @@ def pad(canvases: list[Canvas]) -> tuple[Tensor, Tensor | None]:
     for i, canvas in enumerate(canvases):
         tokens[i, : lengths[i]] = canvas.tokens
     return tokens, torch.arange(longest) < torch.tensor(lengths)[:, None]
+
+
+def gather(row: Tensor, position: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Candidates as a grid: positions [rows, most candidates of a row], and where in its row's line each one stands.
+
+    Lines of rows with fewer candidates are filled up with position 0. `row` ascends.
+    """
+    counts = torch.bincount(row, minlength=rows)
+    place = torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]
+    grid = torch.zeros(rows, int(counts.max()), dtype=torch.int64)
+    grid[row, place] = position
+    return grid, place

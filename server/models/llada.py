@@ -123,18 +123,30 @@ class Block(nn.Module):
         self.up_proj = nn.Linear(width, mlp, bias=False)
         self.ff_out = nn.Linear(mlp, width, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor | None) -> Tensor:
-        batch, length, width = x.shape
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor | None, wanted: Tensor | None = None
+    ) -> Tensor:
+        """States after this block, [batch, length, width], or of the `wanted` positions only, [batch, n, width].
+
+        Args:
+            wanted: positions [batch, n]; what nobody asks for is read by attention, but neither asks nor is computed on.
+        """
         h = self.attn_norm(x)
-        q, k, v = (
-            proj(h).view(batch, length, self.n_heads, -1).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        mixed = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, bias)
-        x = x + self.attn_out(mixed.transpose(1, 2).reshape(batch, length, width))
+        k, v = self._heads(self.k_proj(h)), self._heads(self.v_proj(h))
+        k = rotate(k, cos, sin)
+        if wanted is not None:
+            across = wanted[:, :, None].expand(-1, -1, x.shape[-1])
+            x, h = x.gather(1, across), h.gather(1, across)
+            cos, sin = cos[wanted][:, None], sin[wanted][:, None]
+        q = rotate(self._heads(self.q_proj(h)), cos, sin)
+        x = x + self.attn_out(attention(q, k, v, bias).transpose(1, 2).reshape(x.shape))
         h = self.ff_norm(x)
         out: Tensor = x + self.ff_out(F.silu(self.ff_proj(h)) * self.up_proj(h))
         return out
+
+    def _heads(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        return x.view(batch, length, self.n_heads, -1).transpose(1, 2)
 
 
 class Transformer(nn.Module):
@@ -172,12 +184,13 @@ class LLaDA(nn.Module):
         cos, sin = self._tables[0][:length], self._tables[1][:length]
         return (cos, sin) if self.config.rope_full_precision else (cos.to(dtype), sin.to(dtype))
 
-    def hidden(self, tokens: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Normed last hidden states [batch, length, d_model].
+    def hidden(self, tokens: Tensor, valid: Tensor | None = None, wanted: Tensor | None = None) -> Tensor:
+        """Normed last hidden states [batch, length, d_model], or [batch, n, d_model] of the `wanted` positions.
 
         Args:
             tokens: ids [batch, length]; positions are 0..length-1 of each row, padding included.
             valid: bool [batch, length], False where a position is padding that nobody attends to.
+            wanted: positions [batch, n], in any order and repeated where a row wants fewer.
         """
         x = self.transformer.wte(tokens)
         cos, sin = self._rotation(tokens.shape[1], x.dtype)
@@ -185,8 +198,10 @@ class LLaDA(nn.Module):
         if valid is not None:
             bias = torch.zeros(valid.shape, dtype=x.dtype, device=x.device)
             bias = bias.masked_fill(~valid, torch.finfo(x.dtype).min)[:, None, None, :]
-        for block in self.transformer.blocks:
+        *blocks, last = self.transformer.blocks
+        for block in blocks:
             x = block(x, cos, sin, bias)
+        x = last(x, cos, sin, bias, wanted)
         out: Tensor = self.transformer.ln_f(x)
         return out
 

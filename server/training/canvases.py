@@ -40,7 +40,10 @@ class CanvasMaker:
         if batch.kind == "links":
             return self._links(batch, rng)
         tokens, response = self._problems(batch, rng)
-        masked, weight = self._corrupt(tokens, response, generator)
+        if batch.kind == "frontier":
+            masked, weight = self._frontier(tokens, response, self._free_words(batch), generator)
+        else:
+            masked, weight = self._corrupt(tokens, response, generator)
         return Rows(tokens, masked, weight)
 
     def _fits(self, batch: MicroBatch, prompt: list[int], response: list[int]) -> bool:
@@ -87,7 +90,7 @@ class CanvasMaker:
         scored = response & (~semi | (block == active))
         later = semi & response & (block > active)
         noise = (torch.rand(tokens.shape, generator=g) < t[:, None]) & scored
-        padding = (tokens == self.end_id) & (tokens.roll(1, 1) == self.end_id)
+        padding = self._padding(tokens)
         worth = torch.ones(tokens.shape).masked_fill(padding, self.recipe.padding_weight)
         weight = noise * worth
         if self.recipe.loss_weight == "mean":
@@ -95,6 +98,37 @@ class CanvasMaker:
         else:
             scale = t[:, None] * (scored * worth).sum(1, keepdim=True)
         return noise | later, weight / scale.clamp(min=0.1)
+
+    def _frontier(
+        self, tokens: Tensor, response: Tensor, free: Tensor, g: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """States like those of confident decoding: the chance of a mask rises with the position, within a random width.
+
+        Uniform masks hardly ever show them. Which positions are masked follows from positions and from which words
+        are free, never from the value of a masked token, so that the cross-entropy keeps its minimum.
+        """
+        rows, _ = response.shape
+        position = response.cumsum(1) - 1
+        used = (response & ~self._padding(tokens)).sum(1, keepdim=True)
+        edge = torch.rand(rows, 1, generator=g) * used
+        width = 2.0 ** (torch.rand(rows, 1, generator=g) * 5)
+        chance = torch.sigmoid((position - edge) / width)
+        open_words = torch.isin(tokens, free) * torch.rand(rows, 1, generator=g)
+        masked = (torch.rand(tokens.shape, generator=g) < torch.maximum(chance, open_words)) & response
+        padding = self._padding(tokens) & response
+        end = (response & (position == used - 1) & masked).any(1, keepdim=True)
+        masked = torch.where(padding, end, masked)
+        weight = masked * torch.ones(tokens.shape).masked_fill(padding, self.recipe.padding_weight)
+        return masked, weight / weight.sum(1, keepdim=True).clamp(min=0.1)
+
+    def _padding(self, tokens: Tensor) -> Tensor:
+        """Where end-of-text follows end-of-text."""
+        return (tokens == self.end_id) & (tokens.roll(1, 1) == self.end_id)
+
+    def _free_words(self, batch: MicroBatch) -> Tensor:
+        """Ids of the words that stand for one another in the batch's tasks."""
+        words = [word for name in batch.rows for group in get_task(name).interchangeable() for word in group]
+        return torch.tensor([self._piece_id(word) for word in words], dtype=torch.long)
 
     def _equations(self, batch: MicroBatch, rng: random.Random) -> Rows:
         (count,) = batch.rows.values()

@@ -32,6 +32,7 @@ class OptimizerSettings(Part):
     weight_decay: float = Field(0.05, ge=0)
     warmup_steps: int = Field(100, ge=1)
     decay_share: float = Field(0.6, gt=0, le=1, description="last share of the run over which the rate falls to zero")
+    decay_power: float = Field(1.0, gt=0, description="1 is a straight line, above 1 falls fast at first")
     clip: float = Field(1.0, gt=0)
 
 
@@ -40,11 +41,12 @@ class MicroBatch(Part):
 
     `kind`: `masked` rows are task problems with a random part of the response masked; `links` are chain problems of
     which only intermediate results, with every copy that would give them away, are masked; `equations` are rows of
-    unrelated sums of which only the results are masked.
+    unrelated sums of which only the results are masked; `frontier` rows look as confident decoding leaves them: known
+    up to a ragged edge, free words open before it, and nothing known behind the end of the text until the end is.
     """
 
     name: str
-    kind: Literal["masked", "links", "equations"] = "masked"
+    kind: Literal["masked", "links", "equations", "frontier"] = "masked"
     rows: dict[str, int] = Field(min_length=1, description="problems per task; equations: one entry, any name")
     length: int = Field(gt=0, description="tokens of the canvas; problems that do not fit are drawn again")
     longer_than: int = Field(0, ge=0, description="draw problems of more tokens than this only")
@@ -83,7 +85,7 @@ class Recipe(Part):
     @classmethod
     def _known_tasks(cls, value: tuple[MicroBatch, ...]) -> tuple[MicroBatch, ...]:
         for batch in value:
-            for task in batch.rows if batch.kind == "masked" else ():
+            for task in batch.rows if batch.kind in ("masked", "frontier") else ():
                 try:
                     get_task(task)
                 except KeyError as error:

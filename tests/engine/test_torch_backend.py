@@ -10,7 +10,7 @@ from samplers import Canvas, Statistic, TokenChoice, get_sampler
 from samplers.denoising import Denoising, ask, denoise
 from samplers.prediction import summarise
 from server.engine import Backend, torch_backend
-from server.engine.torch_backend import TorchBackend, pad
+from server.engine.torch_backend import TorchBackend, gather, pad
 from server.models.loading import load_model
 
 
@@ -101,6 +101,27 @@ def test_predictions_are_those_of_the_whole_forward(backend: TorchBackend) -> No
     expected = summarise(logits, backend.info.mask_id, frozenset())
     assert found.token.equal(expected.token)
     assert torch.allclose(found.confidence, expected.confidence, atol=1e-6)
+
+
+def test_candidates_as_a_grid() -> None:
+    wanted, place = gather(torch.tensor([0, 0, 2, 2, 2]), torch.tensor([3, 5, 1, 2, 7]), 4)
+    assert wanted.tolist() == [[3, 5, 0], [0, 0, 0], [1, 2, 7], [0, 0, 0]]
+    assert place.tolist() == [0, 1, 0, 1, 2]
+
+
+def test_the_last_block_works_on_candidates_only(backend: TorchBackend) -> None:
+    asked = rows(4)
+    query = ask(asked)
+    most = max(len(row.candidates()) for row in asked)
+    longest = max(row.canvas.layout.length for row in asked)
+    shapes: list[torch.Size] = []
+    blocks = backend.network.transformer.blocks
+    hooks = [block.ff_out.register_forward_hook(lambda _, __, out: shapes.append(out.shape)) for block in blocks]
+    backend.predict(query)
+    for hook in hooks:
+        hook.remove()
+    assert [shape[1] for shape in shapes] == [longest] * (len(blocks) - 1) + [most]
+    assert most < longest
 
 
 def test_equal_lengths_need_no_mask() -> None:

@@ -117,6 +117,18 @@ def test_head_of_selected_rows_is_the_forward_there(network: LLaDA) -> None:
     assert torch.allclose(network.head(network.hidden(ids)[row, position]), network(ids)[row, position], atol=1e-6)
 
 
+def test_states_of_wanted_positions_are_those_of_the_whole_forward(network: LLaDA) -> None:
+    """In any order, repeated, and with padding that nobody reads."""
+    ids, valid = tokens(3, 15), torch.ones(3, 15, dtype=torch.bool)
+    valid[2, 9:] = False
+    wanted = torch.tensor([[4, 0, 14, 4], [14, 13, 12, 11], [8, 0, 0, 0]])
+    for mask in (None, valid):
+        whole = network.hidden(ids, mask)
+        found = network.hidden(ids, mask, wanted)
+        assert found.shape == (3, 4, network.config.d_model)
+        assert torch.allclose(found, torch.stack([row[at] for row, at in zip(whole, wanted, strict=True)]), atol=1e-5)
+
+
 def test_rotation_tables_grow_with_the_canvas() -> None:
     network = tiny_network(tiny_config(VOCABULARY, max_sequence_length=16))
     ids = tokens(1, 48)

@@ -164,6 +164,15 @@ def test_the_time_limit_ends_a_run(recipe: Recipe, tmp_path: Path) -> None:
     assert trainer.step == 0 and trainer.rate() == 0
 
 
+def test_the_rate_rises_and_falls(tmp_path: Path, recipe: Recipe) -> None:
+    settings = recipe.optimizer.model_copy(update={"warmup_steps": 2, "decay_share": 0.5, "decay_power": 2.0})
+    trainer = Trainer(recipe.model_copy(update={"optimizer": settings, "steps": 8, "max_minutes": None}), tmp_path)
+    rates = []
+    for trainer.step in range(9):
+        rates.append(trainer.rate() / settings.learning_rate)
+    assert rates == pytest.approx([0.5, 1, 1, 1, 1, 0.5625, 0.25, 0.0625, 0])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -224,6 +233,31 @@ def test_every_masking_level_occurs(recipe: Recipe, one_tokenizer: object) -> No
     shares = torch.cat([maker.draw(batch, step).masked.float().mean(dim=1) for step in range(10)])
     largest = shares.max()
     assert torch.histc(shares, 5, 0, float(largest)).min() > 8
+
+
+def test_frontier_rows_are_known_up_to_a_ragged_edge(recipe: Recipe, one_tokenizer: object) -> None:
+    """Masks grow with the position, free words are open before the edge, and padding is known if the end is."""
+    maker = CanvasMaker(recipe, one_tokenizer)  # type: ignore[arg-type]
+    batch = MicroBatch(name="frontier", kind="frontier", rows={"chain": 16}, length=112)
+    first, last, free_words, others = [], [], [], []
+    for step in range(20):
+        rows = maker.draw(batch, step)
+        assert (rows.weight[~rows.masked] == 0).all()
+        assert torch.allclose(rows.weight.sum(dim=1)[rows.masked.any(dim=1)], torch.tensor(1.0), atol=1e-5)
+        for line, masked in zip(rows.tokens, rows.masked, strict=True):
+            ids = line.tolist()
+            end = ids.index(maker.end_id)
+            assert (masked[end:] == masked[end]).all()
+            start = ids.index(maker.tokenizer.token_to_id("?")) + 1
+            assert not masked[:start].any()
+            half = start + (end - start) // 2
+            first.append(masked[start:half].float().mean())
+            last.append(masked[half:end].float().mean())
+            links = [i for i in range(start, end) if maker.tokenizer.id_to_token(ids[i])[1:] in ("Then", "Next", "Now")]
+            free_words.append(masked[links].float().mean())
+            others.append(masked[[i + 1 for i in links]].float().mean())
+    assert torch.stack(first).mean() + 0.2 < torch.stack(last).mean()
+    assert torch.stack(others).nanmean() + 0.1 < torch.stack(free_words).nanmean()
 
 
 def test_links_hide_every_copy_of_a_value(recipe: Recipe, one_tokenizer: object) -> None:
