@@ -11,9 +11,11 @@ from pydantic import BaseModel, ConfigDict
 from policies.oracle import Oracle
 from policies.specs import SamplerSpec
 from policies.statistics import wilson
+from policies.subject import Subject
 from policies.tasks import Problem, Task
 from samplers import Canvas, Layout, Sampler, get_sampler
 from samplers.denoising import Denoising, Predict, advance, ask
+from samplers.policy import Policy
 
 FRONTIER = (
     "random",
@@ -27,18 +29,6 @@ FRONTIER = (
 
 class TrialError(ValueError):
     """A trial that cannot be run: too few problems, or one that does not fit the model."""
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A model under test: a forward pass, its text codec, its special tokens, its longest canvas."""
-
-    predict: Predict
-    encode: Callable[[str], list[int]]
-    decode: Callable[[list[int]], str]
-    mask_id: int
-    end_ids: frozenset[int]
-    max_length: int
 
 
 @dataclass(frozen=True)
@@ -57,7 +47,7 @@ class Trial:
     fill_after_end: bool = True
 
     def __post_init__(self) -> None:
-        if self.sampler.name != Oracle.name:
+        if self.sampler.name not in (Oracle.name, Policy.name):
             layout = Layout(0, self.gen_length, min(self.block_length or self.gen_length, self.gen_length))
             get_sampler(self.sampler.name).check(self.sampler.params, layout)
 
@@ -105,14 +95,29 @@ class Row(BaseModel):
 _SETTINGS = ("task", "sampler", "params", "block_length", "gen_length", "count", "seed", "fill_after_end")
 
 
-def evaluate(subject: Subject, trial: Trial, batch: int, solved: Callable[[], None] = lambda: None) -> Row:
-    """Run a trial with at most `batch` canvases in a forward; `solved` is called after each problem, right or wrong.
+def registered(spec: SamplerSpec) -> Sampler:
+    """The sampler of that name."""
+    return get_sampler(spec.name)
 
-    Raises TrialError, or SamplerError if a generation cannot go on.
+
+def evaluate(
+    subject: Subject,
+    trial: Trial,
+    batch: int,
+    solved: Callable[[], None] = lambda: None,
+    choose: Callable[[SamplerSpec], Sampler] = registered,
+) -> Row:
+    """Run a trial with at most `batch` canvases in a forward.
+
+    Args:
+        solved: called after each problem, right or wrong.
+        choose: finds the sampler; policies are known to a store of them only.
+
+    Raises TrialError, SamplerError if a generation cannot go on, and what `choose` raises.
     """
     began = time.monotonic()
     correct = tokens = forwards = 0
-    for problem, row in _finish(_start(subject, trial), subject.predict, batch):
+    for problem, row in _finish(_start(subject, trial, choose), subject.predict, batch):
         correct += trial.task.check(problem, subject.decode(row.text_tokens()))
         tokens += row.completion_tokens
         forwards += row.forwards
@@ -131,7 +136,9 @@ def evaluate(subject: Subject, trial: Trial, batch: int, solved: Callable[[], No
     )
 
 
-def _start(subject: Subject, trial: Trial) -> Iterator[tuple[Problem, Denoising]]:
+def _start(
+    subject: Subject, trial: Trial, choose: Callable[[SamplerSpec], Sampler]
+) -> Iterator[tuple[Problem, Denoising]]:
     """The trial's generations, the shortest prompt first: canvases of one length share a forward without padding."""
     try:
         problems = trial.task.problems(trial.count, trial.seed, "heldout")
@@ -150,7 +157,7 @@ def _start(subject: Subject, trial: Trial) -> Iterator[tuple[Problem, Denoising]
         if spec.name == Oracle.name:
             sampler: Sampler = Oracle.for_problem(trial.task, problem, canvas, subject.encode, subject.end_ids)
         else:
-            sampler = get_sampler(spec.name)
+            sampler = choose(spec)
         yield (
             problem,
             Denoising(

@@ -41,17 +41,20 @@ class Step:
 
     Attributes:
         candidate: masked positions of the active block; nothing else may be committed.
-        token: what would be committed.
-        confidence: its probability; -inf where not a candidate.
-        extra: further statistics that the sampler asked for; undefined where not a candidate.
+        masked: masked positions of any block.
+        token: what would be committed; at a committed position what the model would put there now.
+        confidence: its probability; -inf where the sampler asked for nothing (see `Sampler.region`).
+        extra: further statistics that the sampler asked for; undefined where it asked for nothing.
         params: each row's own parameters.
         layouts: each row's canvas.
         seed, forward: [rows, 1], the row's seed and the number of forwards it took part in before this one.
         block, block_step, block_masks: [rows, 1], the active block, forwards already spent on it, and how many masks
             it had when it became active.
+        top: float32 [rows, width, n], the largest probabilities, if the sampler asked for any.
     """
 
     candidate: Tensor
+    masked: Tensor
     token: Tensor
     confidence: Tensor
     extra: dict[Statistic, Tensor]
@@ -62,6 +65,7 @@ class Step:
     block: Tensor
     block_step: Tensor
     block_masks: Tensor
+    top: Tensor | None = None
 
     def param(self, name: str) -> Tensor:
         """A parameter of every row, [rows, 1]."""
@@ -76,9 +80,14 @@ class Step:
 
 @dataclass(frozen=True)
 class Selection:
-    """What to do: `commit` is bool [rows, width], a subset of the candidates."""
+    """What to do: `commit` is bool [rows, width], a subset of the candidates.
+
+    A row that commits nothing gets its surest candidate, unless the sampler says that it `waits`: then the forward is
+    spent and the row stays as it is. Only training environments, which bound the forwards, may run such a sampler.
+    """
 
     commit: Tensor
+    waits: bool = False
 
 
 def best(score: Tensor, candidate: Tensor, count: Tensor) -> Tensor:
@@ -89,12 +98,26 @@ def best(score: Tensor, candidate: Tensor, count: Tensor) -> Tensor:
     return candidate & (rank < count)
 
 
+def prefix(passes: Tensor, order: Tensor) -> Tensor:
+    """Positions, bool [rows, width], of the leading run of passes in an order, both [rows, width]."""
+    leading = passes.int().cumprod(dim=1).bool()
+    return torch.zeros_like(leading).scatter(1, order, leading)
+
+
 class Sampler(ABC):
-    """A stateless unmasking rule. Where it commits no candidate of a row, the loop commits the surest."""
+    """A stateless unmasking rule. Where it commits no candidate of a row, the loop commits the surest.
+
+    Attributes:
+        statistics: numbers that it wants beside token and confidence.
+        top: how many of the largest probabilities it wants.
+        region: whether it wants them for every position of the generation region, or for candidates only.
+    """
 
     name: ClassVar[str]
     paper: ClassVar[str] = ""
-    statistics: ClassVar[frozenset[Statistic]] = frozenset()
+    statistics: frozenset[Statistic] = frozenset()
+    top: int = 0
+    region: bool = False
     Params: ClassVar[type[SamplerParams]] = SamplerParams
 
     @abstractmethod

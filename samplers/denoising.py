@@ -113,6 +113,7 @@ class Query:
         row, position: int64 [n], the positions asked for: index into `canvases` and place on that canvas.
         statistics: wanted beside token and confidence.
         choices, uniform: how to choose each position's token, and a random number for it; None where all are greedy.
+        top: how many of the largest probabilities are wanted.
     """
 
     canvases: list[Canvas]
@@ -121,6 +122,7 @@ class Query:
     statistics: frozenset[Statistic]
     choices: list[TokenChoice] | None = None
     uniform: Tensor | None = None
+    top: int = 0
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ Predict = Callable[[Query], Prediction]
 
 def ask(rows: Sequence[Denoising]) -> Query:
     """The query of the next step of all these generations, none of them finished."""
-    found = [row.candidates() for row in rows]
+    found = [torch.arange(row.canvas.layout.gen_length) if row.sampler.region else row.candidates() for row in rows]
     index = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor([len(c) for c in found]))
     starts = torch.tensor([row.canvas.layout.prompt_length for row in rows])
     relative = torch.cat(found)
@@ -150,7 +152,8 @@ def ask(rows: Sequence[Denoising]) -> Query:
         forwards = torch.tensor([row.forwards for row in rows])[index]
         numbers = uniform(seeds, forwards, relative, TOKENS)
     wanted = frozenset[Statistic]().union(*(row.sampler.statistics for row in rows))
-    return Query([row.canvas for row in rows], index, relative + starts[index], wanted, choices, numbers)
+    top = max(row.sampler.top for row in rows)
+    return Query([row.canvas for row in rows], index, relative + starts[index], wanted, choices, numbers, top)
 
 
 def advance(rows: Sequence[Denoising], query: Query, prediction: Prediction) -> list[Outcome]:
@@ -186,15 +189,23 @@ def _step(rows: list[Denoising], members: list[int], query: Query, prediction: P
     column = query.position[mine] - starts[line]
 
     def grid(values: Tensor, empty: float) -> Tensor:
-        out = torch.full((len(rows), width), empty, dtype=values.dtype)
+        out = torch.full((len(rows), width, *values.shape[1:]), empty, dtype=values.dtype)
         out[line, column] = values[mine]
         return out
+
+    candidate = torch.zeros(len(rows), width, dtype=torch.bool)
+    masked = torch.zeros(len(rows), width, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        candidate[i, row.candidates()] = True
+        masked[i, : row.canvas.layout.gen_length] = row.canvas.masked
+    top = rows[0].sampler.top
 
     def counter(values: list[int]) -> Tensor:
         return torch.tensor(values)[:, None]
 
     return Step(
-        candidate=grid(torch.ones_like(query.row, dtype=torch.bool), False),
+        candidate=candidate,
+        masked=masked,
         token=grid(prediction.token, -1),
         confidence=grid(prediction.confidence, -torch.inf),
         extra={name: grid(values, torch.nan) for name, values in prediction.extra.items()},
@@ -205,6 +216,7 @@ def _step(rows: list[Denoising], members: list[int], query: Query, prediction: P
         block=counter([row.block for row in rows]),
         block_step=counter([row.block_step for row in rows]),
         block_masks=counter([row.block_masks for row in rows]),
+        top=None if prediction.top is None or not top else grid(prediction.top[:, :top], torch.nan),
     )
 
 
@@ -233,6 +245,8 @@ def _checked(sampler: Sampler, step: Step) -> Tensor:
         raise SamplerError("a selection must be bool and of the candidates' shape")
     if bool((commit & ~step.candidate).any()):
         raise SamplerError("a position that is no candidate was selected")
+    if selection.waits:
+        return commit
     none = ~commit.any(dim=1, keepdim=True)
     return commit | (best(step.confidence, step.candidate, torch.ones_like(step.forward)) & none)
 

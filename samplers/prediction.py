@@ -39,11 +39,13 @@ class Prediction:
         confidence: float32 [n], probability of that token under the model's unmodified distribution.
         extra: further statistics that were asked for, float32 [n] each: entropy in nats, margin as the difference of
             the two largest probabilities.
+        top: the largest probabilities, descending, float32 [n, as many as were asked for]; None where none were.
     """
 
     token: Tensor
     confidence: Tensor
     extra: dict[Statistic, Tensor]
+    top: Tensor | None = None
 
 
 def _likeliest(scores: Tensor) -> Tensor:
@@ -90,6 +92,7 @@ def summarise(
     statistics: frozenset[Statistic],
     choices: list[TokenChoice] | None = None,
     uniform: Tensor | None = None,
+    top: int = 0,
 ) -> Prediction:
     """Token, confidence and the wanted statistics of each row of logits.
 
@@ -99,6 +102,7 @@ def summarise(
         statistics: what to compute beside token and confidence.
         choices: one per row; None chooses greedily everywhere.
         uniform: [n], needed where a choice has a temperature.
+        top: how many of the largest probabilities to give; a vocabulary of fewer tokens is filled up with zeros.
     """
     logits = logits.float()
     logs = logits.log_softmax(dim=-1)
@@ -120,4 +124,8 @@ def summarise(
     if Statistic.MARGIN in statistics:
         two = logs.topk(2, dim=-1).values.exp()
         extra[Statistic.MARGIN] = two[:, 0] - two[:, 1]
-    return Prediction(token, confidence, extra)
+    largest = None
+    if top:
+        largest = logs.topk(min(top, logs.shape[-1]), dim=-1).values.exp()
+        largest = torch.nn.functional.pad(largest, (0, top - largest.shape[-1]))
+    return Prediction(token, confidence, extra, largest)

@@ -4,11 +4,15 @@ from functools import cache
 from importlib.metadata import entry_points
 
 from samplers.base import Sampler
+from samplers.entropy_bound import EntropyBound
+from samplers.factor import Factor
+from samplers.margin import Margin
+from samplers.policy import Policy
 from samplers.random import Random
 from samplers.threshold import Threshold
 from samplers.topk import TopK
 
-_OURS: tuple[type[Sampler], ...] = (Random, TopK, Threshold)
+_OURS: tuple[type[Sampler], ...] = (Random, TopK, Threshold, Factor, Margin, EntropyBound, Policy)
 
 
 class UnknownSamplerError(KeyError):

@@ -2,7 +2,7 @@
 
 from fastapi import FastAPI
 
-from server.api import chat, completions, models, operations, samplers, tokens
+from server.api import chat, completions, models, operations, policies, samplers, tokens
 from server.api.catalogue import Catalogue, default_rule
 from server.api.errors import add_error_handlers
 from server.api.middleware.auth import ApiKeys
@@ -22,7 +22,7 @@ def create_app(engine: Engine, text: TextCodec, metrics: Metrics, settings: Sett
 
     Raises RequestError for `sampler` or `sampler_params` if the settings' default sampler does not exist or fit.
     """
-    catalogue = Catalogue(metrics.model_name, default_rule(settings))
+    catalogue = Catalogue(metrics.model_name, default_rule(settings), engine.policies)
     serving = Serving(engine, text, metrics, settings, catalogue)
     app = FastAPI(
         title="Unmask",
@@ -36,13 +36,16 @@ def create_app(engine: Engine, text: TextCodec, metrics: Metrics, settings: Sett
     completions.add_routes(app, serving)
     chat.add_routes(app, serving)
     models.add_routes(app, serving)
-    samplers.add_routes(app)
+    samplers.add_routes(app, serving)
+    policies.add_routes(app, serving)
     tokens.add_routes(app, serving)
     operations.add_routes(app, serving)
     # The last one added is the first to see a request.
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     keys = [key.get_secret_value() for key in settings.api_key]
     if keys:
+        if settings.admin_key is not None:
+            keys.append(settings.admin_key.get_secret_value())
         open_paths = operations.OPEN | ({operations.METRICS} if settings.metrics_open else set())
         app.add_middleware(ApiKeys, keys=keys, open_paths=open_paths)
     app.add_middleware(RequestId)

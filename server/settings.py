@@ -29,11 +29,24 @@ def _json_object(value: Any) -> Any:
 
 
 def _split(value: Any) -> Any:
-    """The environment holds several keys as one text, with commas between them."""
+    """The environment holds several values as one text, with commas between them."""
     return value.split(",") if isinstance(value, str) else value
 
 
 Key = Annotated[SecretStr, Field(min_length=1)]
+
+
+def _name_and_folder(value: Any) -> Any:
+    """NAME=DIR as a pair."""
+    if not isinstance(value, str):
+        return value
+    name, equals, folder = value.partition("=")
+    if not (name and equals and folder):
+        raise ValueError(f"{value!r} is not NAME=DIR")
+    return name, folder
+
+
+NamedFolder = Annotated[tuple[str, str], BeforeValidator(_name_and_folder)]
 
 
 class Settings(BaseSettings):
@@ -60,10 +73,22 @@ class Settings(BaseSettings):
     sampler_params: Annotated[dict[str, Any], NoDecode, BeforeValidator(_json_object)] = Field(
         {}, description="Its parameters, where a request gives neither sampler nor parameters.", examples=["JSON"]
     )
+    policy: Annotated[tuple[NamedFolder, ...], NoDecode, BeforeValidator(_split)] = Field(
+        (), description="A trained policy to serve, as NAME=DIR (repeatable).", examples=["NAME=DIR"]
+    )
+    policy_dir: str | None = Field(
+        None,
+        min_length=1,
+        description="Folder whose subfolders are policies; watched: new ones and new checkpoints are loaded.",
+        examples=["DIR"],
+    )
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0: any that is free.")
     api_key: Annotated[tuple[Key, ...], NoDecode, BeforeValidator(_split)] = Field(
         (), description="A key that clients may use (repeatable); without any, everybody may.", examples=["KEY"]
+    )
+    admin_key: Key | None = Field(
+        None, description="The key that may load and remove policies; without one, nobody may.", examples=["KEY"]
     )
     metrics_open: bool = Field(False, description="Serve /metrics without a key.")
     max_body_bytes: int = Field(4 * 1024 * 1024, ge=1, description="Longest request body; longer ones get 413.")
@@ -111,7 +136,7 @@ def load_settings(flags: dict[str, Any], config: Path | None = None) -> Settings
         first = error.errors()[0]
         name = str(first["loc"][0])
         message = first["msg"].removeprefix("Value error, ")
-        if name == "api_key":
+        if name in ("api_key", "admin_key"):
             raise WrongSettingError(_where(name, flags, config), message) from None
         given = json.dumps(first["input"], default=str)
         raise WrongSettingError(_where(name, flags, config), f"{message} (got {given})") from None

@@ -5,7 +5,9 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import to_json
 
+from policies.store import PolicyStore, Stored, UnknownPolicyError
 from samplers import Sampler, SamplerParams, UnknownSamplerError, get_sampler, list_samplers
+from samplers.policy import Policy, PolicyParams
 from server.api.bodies import request_error, show
 from server.api.errors import NotFoundError
 from server.api.requests import GenerationBody
@@ -22,31 +24,39 @@ def default_rule(settings: Settings) -> Rule:
     return sampler, validate_params(sampler, settings.sampler_params)
 
 
+POLICY = "policy-"
+"""What stands before a policy's name in `model:policy-NAME`."""
+
+
 class Catalogue:
     """The names that the served model goes by, and what each of them implies.
 
     Args:
         name: the served model.
         default: what requests get that choose neither sampler nor parameters.
-
-    Attributes:
-        names: model id -> sampler that it chooses, None for the plain name.
+        policies: the policies that are loaded, which may change at any time.
     """
 
-    def __init__(self, name: str, default: Rule) -> None:
+    def __init__(self, name: str, default: Rule, policies: PolicyStore) -> None:
         self.name = name
-        self.names: dict[str, Sampler | None] = {name: None}
-        self.names |= {f"{name}:{each.name}": each for each in list_samplers()}
+        self.policies = policies
         self._default = default
 
-    def check_model(self, model: str | None) -> Sampler | None:
-        """The sampler that a model's name chooses. Raises NotFoundError, RequestError."""
-        if model is None:
-            return None
-        if model in self.names:
-            return self.names[model]
+    def names(self) -> list[str]:
+        """The plain name, and the name with each sampler and each loaded policy."""
+        suffixes = [sampler.name for sampler in list_samplers()]
+        suffixes += [f"{POLICY}{stored.name}" for stored in self.policies.list()]
+        return [self.name, *(f"{self.name}:{suffix}" for suffix in suffixes)]
+
+    def check_model(self, model: str | None) -> tuple[Sampler | None, str | None]:
+        """The sampler that a model's name chooses, and the policy. Raises NotFoundError, RequestError."""
+        if model is None or model == self.name:
+            return None, None
         if model.startswith(f"{self.name}:"):
-            _sampler(model.removeprefix(f"{self.name}:"), "model")
+            suffix = model.removeprefix(f"{self.name}:")
+            if suffix.startswith(POLICY):
+                return get_sampler(Policy.name), self._policy(suffix.removeprefix(POLICY), "model").name
+            return _sampler(suffix, "model"), None
         raise NotFoundError("model", f"model {model[:200]!r} is not served here: use {self.name!r}", "model_not_found")
 
     def choose(self, body: GenerationBody) -> Rule:
@@ -56,7 +66,7 @@ class Catalogue:
         they agree. Parameters are those of the sampler in force.
         """
         xargs = body.vllm_xargs
-        suffix = self.check_model(body.model)
+        suffix, policy = self.check_model(body.model)
         named = {
             "model": suffix and suffix.name,
             "sampler": body.sampler,
@@ -69,10 +79,27 @@ class Catalogue:
         _, name = _agreed(named)
         where, given = _agreed(params)
         if name is None and given is None:
-            return self._default
+            return self._named(self._default, "sampler_params", None)
         field = "sampler" if body.sampler is not None else "vllm_xargs.sampler"
         sampler = self._default[0] if name is None else _sampler(name, field)
-        return sampler, validate_params(sampler, given or {}, where)
+        return self._named((sampler, validate_params(sampler, given or {}, where)), where, policy)
+
+    def _named(self, rule: Rule, where: str, policy: str | None) -> Rule:
+        """The rule with its policy's name filled in, if it is one. Raises RequestError if no such policy is loaded."""
+        sampler, params = rule
+        if not isinstance(params, PolicyParams):
+            return rule
+        if policy is not None and params.policy not in (None, policy):
+            message = f"{where}.policy says {show(params.policy)}, but model says {show(policy)}: send one of them"
+            raise RequestError(f"{where}.policy", message, "conflicting_values")
+        name = self._policy(policy or params.policy, f"{where}.policy").name
+        return sampler, params.model_copy(update={"policy": name})
+
+    def _policy(self, name: str | None, field: str) -> Stored:
+        try:
+            return self.policies.get(name)
+        except UnknownPolicyError as error:
+            raise RequestError(field, str(error), "unknown_policy") from None
 
 
 def validate_params(sampler: Sampler, params: dict[str, Any], where: str = "sampler_params") -> SamplerParams:

@@ -44,6 +44,10 @@ class UnauthorizedError(Exception):
     """No API key, or one that is not known."""
 
 
+class ForbiddenError(Exception):
+    """The key is not the one that this needs."""
+
+
 class GenerationFailedError(Exception):
     """The engine could not finish a generation."""
 
@@ -64,6 +68,7 @@ ERRORS: list[tuple[type[Exception], int, str, str | None]] = [
     (RequestError, 400, INVALID, None),
     (BadHeaderError, 400, INVALID, "invalid_header"),
     (UnauthorizedError, 401, INVALID, "invalid_api_key"),
+    (ForbiddenError, 403, "permission_error", "forbidden"),
     (BodyTooLargeError, 413, INVALID, "request_too_large"),
     (QueueFullError, 429, "rate_limit_error", "queue_full"),
     (ClientDisconnect, 499, INVALID, "client_disconnected"),

@@ -8,7 +8,9 @@ from typing import TypeVar
 
 import anyio.to_thread
 
-from samplers import TokenChoice
+from policies.store import UnknownPolicyError
+from samplers import SamplerParams, TokenChoice
+from samplers.policy import PolicyParams
 from server.api.catalogue import Rule
 from server.api.choices import Choice
 from server.api.requests import DEFAULT_MAX_TOKENS, INT64, GenerationBody
@@ -136,8 +138,21 @@ def _requests(serving: Serving, body: GenerationBody, rule: Rule, job: Job) -> t
         fill_after_end=fill_after_end,
         temperature=choice.temperature,
         seeds=seeds,
+        warnings=_warnings(serving, params, block_length, lengths),
     )
     return requests, used
+
+
+def _warnings(serving: Serving, params: SamplerParams, block_length: int | None, lengths: list[int]) -> list[str]:
+    if not isinstance(params, PolicyParams):
+        return []
+    try:
+        stored = serving.catalogue.policies.get(params.policy)
+    except UnknownPolicyError as error:
+        raise RequestError("sampler_params.policy", str(error), "unknown_policy") from None
+    host = serving.catalogue.policies.host
+    found = [warning for length in lengths for warning in stored.warnings(host, block_length, length)]
+    return list(dict.fromkeys(found))
 
 
 def check_ids(field: str, ids: Sequence[int], vocab_size: int) -> None:

@@ -17,6 +17,7 @@ def _errors(*statuses: int) -> Responses:
     what = {
         400: "A field is wrong; `param` names it",
         401: "No valid API key",
+        403: "Not the admin key",
         404: "There is no such thing",
         413: "The body is too long",
         429: "The queue is full; try again after `Retry-After` seconds",
@@ -30,6 +31,7 @@ def _errors(*statuses: int) -> Responses:
 ERRORS = _errors(401)
 LOOKUP_ERRORS = _errors(401, 404)
 BODY_ERRORS = _errors(400, 401, 404, 413)
+ADMIN_ERRORS = _errors(400, 401, 403, 404, 413)
 GENERATION_ERRORS = _errors(400, 401, 404, 413, 429, 500, 503, 504)
 UNAVAILABLE = _errors(503)
 

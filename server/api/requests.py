@@ -194,6 +194,18 @@ class DetokenizeBody(Body):
     tokens: Annotated[list[TokenId], Field(fail_fast=True)]
 
 
+class PolicyBody(Body):
+    """`POST /v1/policies`"""
+
+    name: str = Field(min_length=1, max_length=100, description="What requests will call it.")
+    path: str | None = Field(
+        None,
+        min_length=1,
+        max_length=1000,
+        description="Subfolder of the server's --policy-dir that holds it. Default: the name.",
+    )
+
+
 # What cannot be done, and the values that do not ask for it. Null never does.
 _NOTHING: tuple[Any, ...] = ([], {}, "", False)
 _SHARED: dict[str, tuple[Any, ...]] = {
@@ -242,5 +254,6 @@ UNSUPPORTED: dict[type[Body], dict[str, tuple[Any, ...]]] = {
     },
     TokenizeBody: {"add_generation_prompt": (True,), "continue_final_message": (False,), "tools": _NOTHING},
     DetokenizeBody: {},
+    PolicyBody: {},
 }
 UNSUPPORTED_IN_MESSAGE: dict[str, tuple[Any, ...]] = {"tool_calls": _NOTHING, "function_call": _NOTHING, "audio": ()}

@@ -15,6 +15,10 @@ def _absent(value: object) -> bool:
     return value is None
 
 
+def _empty(value: object) -> bool:
+    return value == []
+
+
 class UsageDetails(BaseModel):
     """What diffusion adds to a usage."""
 
@@ -51,6 +55,7 @@ class Used(BaseModel):
     fill_after_end: bool
     temperature: float
     seeds: list[int] = Field(description="By choice: sent as `seed` with n = 1, it gives that choice again.")
+    warnings: list[str] = Field([], exclude_if=_empty, description="What may make the answer worse than it could be.")
 
 
 class ForwardPass(BaseModel):
@@ -179,12 +184,37 @@ class SamplerCard(BaseModel):
     description: str
     paper: str
     available: bool
+    reason: str | None = Field(None, exclude_if=_absent, description="Why it is not available.")
     parameters: dict[str, Any] = Field(description="JSON schema of `sampler_params`.")
 
 
 class SamplerList(BaseModel):
     object: Literal["list"] = "list"
     data: list[SamplerCard]
+
+
+class PolicyEntry(BaseModel):
+    """A trained policy that requests can use."""
+
+    id: str
+    object: Literal["policy"] = "policy"
+    model: str = Field(description="The `model` that chooses it.")
+    takes_speed: bool = Field(description="Whether `sampler_params.speed` may be given.")
+    action: str
+    parameters: int = Field(description="Number of weights.")
+    trained_on: dict[str, Any]
+    measured: list[dict[str, Any]] = Field(description="Held-out results from its card.")
+
+
+class PolicyList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[PolicyEntry]
+
+
+class PolicyRemoved(BaseModel):
+    id: str
+    object: Literal["policy.deleted"] = "policy.deleted"
+    deleted: Literal[True] = True
 
 
 class Tokens(BaseModel):

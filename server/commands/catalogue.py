@@ -8,7 +8,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from policies.tasks import Split, get_task, list_tasks
+from policies.tasks import FILE_SPECS, Split, UnknownTaskError, get_task, list_tasks
 from server.commands.options import results_console, wrong
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def _range(field: dict[str, Any]) -> str:
 @tasks_app.command("list")
 def tasks_list() -> None:
     """List the tasks."""
-    table = Table("task", "generation length", "what it asks", title="tasks")
+    table = Table("task", "generation length", "what it asks", title="tasks", caption=f"from files: {FILE_SPECS}")
     for task in list_tasks():
         table.add_row(task.name, str(task.gen_length), Text(task.description))
     results_console().print(table)
@@ -90,7 +90,7 @@ def tasks_list() -> None:
 
 @tasks_app.command("sample")
 def tasks_sample(
-    task: Annotated[str, typer.Option("--task", help="Name of a task (see `unmask tasks list`).")],
+    task: Annotated[str, typer.Option("--task", help="Name or files of a task (see `unmask tasks list`).")],
     count: Annotated[int, typer.Option("--count", min=1, help="How many different problems.")] = 5,
     seed: Annotated[int, typer.Option("--seed", help="The same seed gives the same problems.")] = 0,
     split: Annotated[Split, typer.Option("--split", help="No problem is in both.")] = "heldout",
@@ -98,12 +98,12 @@ def tasks_sample(
     """Write problems as JSON lines; `prompt` is exactly what goes to the model."""
     try:
         chosen = get_task(task)
-    except KeyError as error:
-        wrong("--task", error.args[0])
+    except (UnknownTaskError, ValueError) as error:
+        wrong("--task", error)
     try:
         problems = chosen.problems(count, seed, split)
     except ValueError as error:
         wrong("--count", error)
     for problem in problems:
-        line = {"task": task, "prompt": problem.prompt, "answer": problem.answer, "reference": problem.reference}
+        line = {"task": chosen.name, "prompt": problem.prompt, "answer": problem.answer, "reference": problem.reference}
         typer.echo(json.dumps(line, ensure_ascii=False))

@@ -5,25 +5,31 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from policies.tasks import get_task, list_tasks
+from policies.tasks import UnknownTaskError, get_task, list_tasks
 from server.commands.options import (
     Device,
     Dtype,
     FillAfterEnd,
     Model,
+    Policies,
     Threads,
     check_parent,
     fail,
     open_model,
+    open_policies,
     parse_block_length,
     progress_console,
     results_console,
+    split_policies,
+    subject_of,
     use_threads,
     wrong,
 )
 
 if TYPE_CHECKING:
-    from policies.evaluate import Subject, Trial
+    from policies.evaluate import Trial
+    from policies.store import PolicyStore
+    from policies.subject import Subject
     from server.evaluation.results import Results
     from server.models.loading import LoadedModel
 
@@ -34,7 +40,9 @@ def register(app: typer.Typer) -> None:
 
 def evaluate(
     model: Model = None,
-    task: Annotated[list[str] | None, typer.Option("--task", help="Repeatable; without it all tasks.")] = None,
+    task: Annotated[
+        list[str] | None, typer.Option("--task", help="Repeatable, see `unmask tasks list`; without it all.")
+    ] = None,
     sampler: Annotated[
         list[str] | None,
         typer.Option(
@@ -53,6 +61,7 @@ def evaluate(
     ] = None,
     count: Annotated[int, typer.Option("--count", min=1, help="Held-out problems of each task.")] = 100,
     seed: Annotated[int, typer.Option("--seed", min=0, max=2**31, help="Which problems, and random numbers.")] = 0,
+    policy: Policies = None,
     fill_after_end: FillAfterEnd = True,
     json_file: Annotated[
         Path | None,
@@ -79,10 +88,12 @@ def evaluate(
         place = Card.read(card) if card is not None else None
     except ValueError as error:
         wrong("--card", error)
+    named = split_policies(policy)
     use_threads(threads)
     loaded = open_model(model, device, dtype)
+    policies = open_policies(named, model, loaded)
     results = _open_results(json_file, model, loaded)
-    _measure(trials, _subject(loaded), results, json_file, batch)
+    _measure(trials, subject_of(loaded), policies, results, json_file, batch)
     asked = [row for trial in trials if (row := results.find(trial)) is not None]
     results_console().print(table(asked))
     if plot is not None:
@@ -108,8 +119,8 @@ def _trials(
     blocks = [parse_block_length(text) for text in block_lengths or ["full"]]
     try:
         chosen = [get_task(name) for name in tasks] if tasks else list_tasks()
-    except KeyError as error:
-        wrong("--task", error.args[0])
+    except (UnknownTaskError, ValueError) as error:
+        wrong("--task", error)
     from policies.evaluate import FRONTIER, Trial
     from policies.specs import SamplerSpec
     from samplers import UnknownSamplerError
@@ -127,13 +138,6 @@ def _trials(
     return trials
 
 
-def _subject(loaded: "LoadedModel") -> "Subject":
-    from policies.evaluate import Subject
-
-    info, text = loaded.backend.info, loaded.text
-    return Subject(loaded.backend.predict, text.encode, text.decode, info.mask_id, info.end_ids, info.max_length)
-
-
 def _open_results(path: Path | None, model: str | None, loaded: "LoadedModel") -> "Results":
     from server.evaluation.results import Results, ResultsError, model_digest, open_results
     from server.models.loading import find_model
@@ -145,14 +149,25 @@ def _open_results(path: Path | None, model: str | None, loaded: "LoadedModel") -
         fail(error)
 
 
-def _measure(trials: "list[Trial]", subject: "Subject", results: "Results", path: Path | None, batch: int) -> None:
+def _measure(
+    trials: "list[Trial]",
+    subject: "Subject",
+    policies: "PolicyStore",
+    results: "Results",
+    path: Path | None,
+    batch: int,
+) -> None:
     """Run the trials that have no row yet, each row kept as soon as it is there."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from policies.evaluate import TrialError, evaluate
-    from policies.specs import sampler_label
-    from samplers import SamplerError
+    from policies.specs import SamplerSpec, sampler_label
+    from policies.store import UnknownPolicyError
+    from samplers import ParameterError, Sampler, SamplerError
     from server.evaluation.results import ResultsError, add_row
+
+    def choose(spec: SamplerSpec) -> Sampler:
+        return policies.sampler(spec.name, spec.params)
 
     missing = [trial for trial in trials if results.find(trial) is None]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -163,8 +178,10 @@ def _measure(trials: "list[Trial]", subject: "Subject", results: "Results", path
             what = f"{trial.task.name}, {block}, {sampler_label(trial.sampler.name, trial.sampler.stated())}"
             bar.update(task, description=what)
             try:
-                add_row(path, results, evaluate(subject, trial, batch, lambda: bar.advance(task)))
+                add_row(path, results, evaluate(subject, trial, batch, lambda: bar.advance(task), choose))
             except TrialError as error:
                 wrong("--count/--gen-length", error)
+            except (ParameterError, UnknownPolicyError) as error:
+                wrong("--sampler", f"{what}: {error}")
             except (SamplerError, ResultsError, OSError) as error:
                 fail(f"{what}: {error}")

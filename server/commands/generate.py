@@ -13,11 +13,14 @@ from server.commands.options import (
     Dtype,
     FillAfterEnd,
     Model,
+    Policies,
     Threads,
     fail,
     open_model,
+    open_policies,
     parse_block_length,
     progress_console,
+    split_policies,
     use_threads,
     wrong,
 )
@@ -48,6 +51,7 @@ def generate(
     top_p: Annotated[float, typer.Option("--top-p", min=0, max=1, help="Draw from the likeliest of this mass.")] = 1.0,
     top_k: Annotated[int, typer.Option("--top-k", min=0, help="Draw from this many likeliest; 0: all.")] = 0,
     seed: Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="The generation's random stream.")] = 0,
+    policy: Policies = None,
     fill_after_end: FillAfterEnd = True,
     chat: Annotated[bool, typer.Option("--chat", help="Send the prompt as a user's message.")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Show the canvas settle, on standard error.")] = False,
@@ -59,9 +63,11 @@ def generate(
     """Complete a prompt: the text on standard output, what it took on standard error."""
     block = parse_block_length(block_length) if block_length is not None else None
     spec = _spec(sampler, sampler_params)
+    named = split_policies(policy)
     if top_p == 0:
         wrong("--top-p", "must be above 0")
-    from samplers import Canvas, ParameterError, TokenChoice, get_sampler
+    from policies.store import UnknownPolicyError
+    from samplers import Canvas, ParameterError, TokenChoice
     from samplers.denoising import Denoising
 
     use_threads(threads)
@@ -72,9 +78,11 @@ def generate(
         wrong("--max-tokens", f"{max_tokens} and a prompt of {len(ids)} tokens exceed the model's {info.max_length}")
     canvas = Canvas.blank(ids, max_tokens, info.mask_id, block if block_length is not None else info.block_length)
     choice = TokenChoice(temperature, top_p, top_k)
+    policies = open_policies(named, model, loaded)
     try:
-        row = Denoising(canvas, get_sampler(spec.name), spec.params, choice, seed, info.end_ids, fill_after_end)
-    except ParameterError as error:
+        rule = policies.sampler(spec.name, spec.params)
+        row = Denoising(canvas, rule, spec.params, choice, seed, info.end_ids, fill_after_end)
+    except (ParameterError, UnknownPolicyError) as error:
         wrong("--sampler-params", error)
     if watch and sys.stderr.isatty():
         seconds = _watch(row, loaded.backend.predict, text.token, pause)

@@ -8,6 +8,8 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
+    from policies.store import PolicyStore
+    from policies.subject import Subject
     from server.models.loading import LoadedModel
 
 Model = Annotated[
@@ -22,6 +24,10 @@ FillAfterEnd = Annotated[
         "--fill-after-end/--no-fill-after-end",
         help="Settle everything after a committed end-of-text at once, or denoise that padding like text.",
     ),
+]
+Policies = Annotated[
+    list[str] | None,
+    typer.Option("--policy", help="A trained policy, for --sampler policy (repeatable).", metavar="NAME=DIR"),
 ]
 Threads = Annotated[
     int | None, typer.Option("--threads", min=1, help="Processor threads; without it as many as torch likes.")
@@ -80,3 +86,39 @@ def results_console() -> Console:
 def progress_console() -> Console:
     """Standard error for progress bars and live views."""
     return Console(stderr=True)
+
+
+def split_policies(given: list[str] | None) -> list[tuple[str, Path]]:
+    """Names and folders; wrong use ends the command."""
+    pairs = []
+    for text in given or []:
+        name, equals, folder = text.partition("=")
+        if not (name and equals and folder):
+            wrong("--policy", f"{text!r} is not NAME=DIR")
+        pairs.append((name, Path(folder)))
+    return pairs
+
+
+def open_policies(given: list[tuple[str, Path]], model: str | None, loaded: "LoadedModel") -> "PolicyStore":
+    """What ships for the embedded model, and what was given; or end the command with the reason."""
+    from policies.checkpoint import PolicyError
+    from policies.store import Host, PolicyStore
+
+    info = loaded.backend.info
+    policies = PolicyStore(Host(info.architecture, info.vocab_size))
+    try:
+        if model is None:
+            policies.load_zoo()
+        for name, folder in given:
+            policies.load(name, folder)
+    except PolicyError as error:
+        fail(error)
+    return policies
+
+
+def subject_of(loaded: "LoadedModel") -> "Subject":
+    """A loaded model as evaluation and training see it."""
+    from policies.subject import Subject
+
+    info, text = loaded.backend.info, loaded.text
+    return Subject(loaded.backend.predict, text.encode, text.decode, info.mask_id, info.end_ids, info.max_length)

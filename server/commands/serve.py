@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import structlog
 import typer
 
-from server.commands.options import fail, wrong
+from server.commands.options import fail, open_policies, wrong
 from server.settings import PREFIX, Settings, WrongSettingError, flag, load_settings
 
 log = structlog.get_logger(__name__)
@@ -57,10 +57,11 @@ def serve(**flags: Any) -> None:
 def _load_and_serve(settings: Settings, bound: socket.socket) -> bool:
     """Serve until a signal says to stop; whether everything that ran then could finish."""
     from server.app import create_app
-    from server.engine import Engine
+    from server.engine import Engine, RequestError
     from server.lifecycle import serve as serve_app
     from server.metrics import Metrics
     from server.models.loading import ModelError, load_model
+    from server.policy_folder import watching
 
     try:
         loaded = load_model(
@@ -71,10 +72,15 @@ def _load_and_serve(settings: Settings, bound: socket.socket) -> bool:
     if not settings.api_key and settings.host not in ("127.0.0.1", "::1", "localhost"):
         log.warning("whoever reaches this address may use the model; --api-key limits that", host=settings.host)
     metrics = Metrics(settings.served_name or loaded.name)
-    engine = Engine(loaded.backend, metrics, settings.max_batch, settings.max_queue)
-    app = create_app(engine, loaded.text, metrics, settings)
+    policies = open_policies([(name, Path(folder)) for name, folder in settings.policy], settings.model, loaded)
+    engine = Engine(loaded.backend, metrics, settings.max_batch, settings.max_queue, policies)
+    try:
+        app = create_app(engine, loaded.text, metrics, settings)
+    except RequestError as error:
+        wrong(flag(error.field.partition(".")[0]), error)
     engine.start()
-    return serve_app(app, engine, bound, settings.drain_timeout)
+    with watching(policies, settings.policy_dir):
+        return serve_app(app, engine, bound, settings.drain_timeout)
 
 
 def health(
@@ -140,5 +146,5 @@ def _flags() -> Iterator[tuple[str, Any]]:
         choices = "|".join(get_args(kind)) if get_origin(kind) is Literal else None
         metavar = choices or (field.examples[0] if field.examples else "TEXT" if kind is str else "N")
         option = typer.Option(flag(name), help=help, metavar=metavar)
-        values: Any = list[str] | None if name == "api_key" else str | None
+        values: Any = list[str] | None if isinstance(field.default, tuple) else str | None
         yield name, Annotated[values, option]

@@ -1,18 +1,12 @@
 """`unmask train-model`: train a small masked-diffusion model from a recipe."""
 
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from server.commands.options import fail, progress_console, use_threads, wrong
-
-if TYPE_CHECKING:
-    from server.training.trainer import Trainer
+from server.commands.signals import stopping_on_signals
 
 
 def register(app: typer.Typer) -> None:
@@ -44,7 +38,7 @@ def train_model(
         trainer = Trainer(parsed, out)
         if trainer.resume():
             console.print(f"going on from step {trainer.step}")
-        with _stopping_on_signals(trainer):
+        with stopping_on_signals(trainer):
             trainer.run(console)
     except (OSError, ValueError, FloatingPointError, SafetensorError) as error:
         fail(error)
@@ -53,24 +47,3 @@ def train_model(
         return
     export(trainer, recipe.read_text(encoding="utf-8"), threads, out, note)
     typer.echo(str(out))
-
-
-@contextmanager
-def _stopping_on_signals(trainer: "Trainer") -> Iterator[None]:
-    """Let SIGINT and SIGTERM end the run after its current step; a second one ends the process at once."""
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def restore() -> None:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        trainer.stopping = True
-        restore()
-
-    for number in previous:
-        signal.signal(number, stop)
-    try:
-        yield
-    finally:
-        restore()

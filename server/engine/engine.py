@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from samplers import Canvas, ParameterError, Prediction, get_sampler
+from policies.store import Host, PolicyStore, UnknownPolicyError
+from samplers import Canvas, ParameterError, Prediction
 from samplers.denoising import Denoising, Outcome, Query, advance, ask
 from server.engine.backend import Backend
 from server.engine.request import (
@@ -57,11 +58,20 @@ class Engine:
         metrics: where counts go.
         max_batch: rows of one forward.
         max_queue: generations that may wait.
+        policies: where the sampler `policy` finds its networks; without it, none is loaded.
     """
 
-    def __init__(self, backend: Backend, metrics: Metrics, max_batch: int = 16, max_queue: int = 256) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        metrics: Metrics,
+        max_batch: int = 16,
+        max_queue: int = 256,
+        policies: PolicyStore | None = None,
+    ) -> None:
         self.backend = backend
         self.info = backend.info
+        self.policies = policies or PolicyStore(Host(self.info.architecture, self.info.vocab_size))
         self.max_batch = max_batch
         self.max_queue = max_queue
         self._metrics = metrics
@@ -105,7 +115,7 @@ class Engine:
         try:
             return Denoising(
                 canvas,
-                get_sampler(request.sampler),
+                self.policies.sampler(request.sampler, request.params),
                 request.params,
                 request.choice,
                 request.seed,
@@ -114,6 +124,8 @@ class Engine:
             )
         except ParameterError as error:
             raise RequestError(f"sampler_params.{error.field}", str(error)) from None
+        except UnknownPolicyError as error:
+            raise RequestError("sampler_params.policy", str(error), "unknown_policy") from None
 
     def submit(self, request: GenerationRequest, deliver: Deliver) -> Generation:
         """Queue a generation. `deliver` gets its events on the engine's thread and must not block.

@@ -44,12 +44,14 @@ class TorchBackend:
                     query.statistics,
                     query.choices and query.choices[part],
                     None if uniform is None else uniform[part],
+                    query.top,
                 )
             )
         return Prediction(
             torch.cat([p.token for p in parts]).cpu(),
             torch.cat([p.confidence for p in parts]).cpu(),
             {name: torch.cat([p.extra[name] for p in parts]).cpu() for name in query.statistics},
+            torch.cat([p.top for p in parts if p.top is not None]).cpu() if query.top else None,
         )
 
     def close(self) -> None:

@@ -123,13 +123,11 @@ class Block(nn.Module):
         self.up_proj = nn.Linear(width, mlp, bias=False)
         self.ff_out = nn.Linear(mlp, width, bias=False)
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor | None, wanted: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor | None, wanted: Tensor | None = None) -> Tensor:
         """States after this block, [batch, length, width], or of the `wanted` positions only, [batch, n, width].
 
         Args:
-            wanted: positions [batch, n]; what nobody asks for is read by attention, but neither asks nor is computed on.
+            wanted: positions [batch, n]; the others are attended to, but nothing else is computed of them.
         """
         h = self.attn_norm(x)
         k, v = self._heads(self.k_proj(h)), self._heads(self.v_proj(h))

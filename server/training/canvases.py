@@ -43,7 +43,8 @@ class CanvasMaker:
         if batch.kind == "frontier":
             masked, weight = self._frontier(tokens, response, self._free_words(batch), generator)
         else:
-            masked, weight = self._corrupt(tokens, response, generator)
+            share = self.recipe.block_share if batch.block_share is None else batch.block_share
+            masked, weight = self._corrupt(tokens, response, share, generator)
         return Rows(tokens, masked, weight)
 
     def _fits(self, batch: MicroBatch, prompt: list[int], response: list[int]) -> bool:
@@ -72,11 +73,13 @@ class CanvasMaker:
         starts = torch.tensor([[len(prompt)] for prompt, _ in rows])
         return tokens, torch.arange(length) >= starts
 
-    def _corrupt(self, tokens: Tensor, response: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    def _corrupt(
+        self, tokens: Tensor, response: Tensor, block_share: float, g: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
         """Masks at levels t ~ U(0, 1), spread evenly over the batch, and 1/t weights (LLaDA, arXiv 2502.09992, eq. 5).
 
-        A share of the rows looks like a semi-autoregressive state: all before a block known, all after it masked and
-        not scored.
+        `block_share` of the rows look like a semi-autoregressive state: all before a block known, all after it masked
+        and not scored.
         """
         rows, _ = response.shape
         t = (torch.rand(1, generator=g) + torch.randperm(rows, generator=g) / rows) % 1
@@ -86,7 +89,7 @@ class CanvasMaker:
         block = position // block_length
         used = position.masked_fill(~response | (tokens == self.end_id), 0).amax(1, keepdim=True) // block_length + 1
         active = (torch.rand(rows, 1, generator=g) * used).long()
-        semi = torch.rand(rows, 1, generator=g) < self.recipe.block_share
+        semi = torch.rand(rows, 1, generator=g) < block_share
         scored = response & (~semi | (block == active))
         later = semi & response & (block > active)
         noise = (torch.rand(tokens.shape, generator=g) < t[:, None]) & scored
@@ -99,9 +102,7 @@ class CanvasMaker:
             scale = t[:, None] * (scored * worth).sum(1, keepdim=True)
         return noise | later, weight / scale.clamp(min=0.1)
 
-    def _frontier(
-        self, tokens: Tensor, response: Tensor, free: Tensor, g: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
+    def _frontier(self, tokens: Tensor, response: Tensor, free: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
         """States like those of confident decoding: the chance of a mask rises with the position, within a random width.
 
         Uniform masks hardly ever show them. Which positions are masked follows from positions and from which words

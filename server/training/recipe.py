@@ -32,7 +32,6 @@ class OptimizerSettings(Part):
     weight_decay: float = Field(0.05, ge=0)
     warmup_steps: int = Field(100, ge=1)
     decay_share: float = Field(0.6, gt=0, le=1, description="last share of the run over which the rate falls to zero")
-    decay_power: float = Field(1.0, gt=0, description="1 is a straight line, above 1 falls fast at first")
     clip: float = Field(1.0, gt=0)
 
 
@@ -50,6 +49,7 @@ class MicroBatch(Part):
     rows: dict[str, int] = Field(min_length=1, description="problems per task; equations: one entry, any name")
     length: int = Field(gt=0, description="tokens of the canvas; problems that do not fit are drawn again")
     longer_than: int = Field(0, ge=0, description="draw problems of more tokens than this only")
+    block_share: float | None = Field(None, ge=0, le=1, description="instead of the recipe's")
     every: Phases = Field(((0.0, 1),), description="[progress from which, take part in every n-th step]; 0: never")
 
     @field_validator("every")

@@ -118,8 +118,7 @@ class Trainer:
     def rate(self) -> float:
         settings = self.recipe.optimizer
         warm = (self.step + 1) / settings.warmup_steps
-        left = min(1.0, (1 - self.progress) / settings.decay_share)
-        return settings.learning_rate * min(1.0, warm, left**settings.decay_power)
+        return settings.learning_rate * min(1.0, warm, (1 - self.progress) / settings.decay_share)
 
     def loss(self, rows: Rows) -> Tensor:
         """Weighted cross-entropy of the masked tokens, per row."""

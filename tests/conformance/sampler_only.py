@@ -154,6 +154,7 @@ def schedule(masks: int, steps: int) -> list[int]:
     grid = torch.ones(steps, max(masks, 1), dtype=torch.bool)
     step = Step(
         candidate=grid,
+        masked=grid,
         token=grid.long(),
         confidence=grid.float(),
         extra={},

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 
-from policies.evaluate import Subject
+from policies.subject import Subject
 from policies.tasks import Problem, Task
 from samplers import Canvas, Prediction
 from samplers.denoising import Query

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from samplers import Canvas, Sampler, SamplerParams, TokenChoice, list_samplers
 from samplers.denoising import Denoising, _step, advance, ask, denoise
+from tests.policies import tiny
 from tests.samplers.models import MASK, VOCAB, predictor, random_logits
 
 counts = st.integers(1, 20)
@@ -23,11 +24,30 @@ PARAMETERS: dict[str, st.SearchStrategy[dict[str, Any]]] = {
     "random": scheduled,
     "topk": scheduled,
     "threshold": st.fixed_dictionaries({}, optional={"threshold": st.floats(0.01, 1.0)}),
+    "factor": st.fixed_dictionaries({}, optional={"factor": st.floats(0.01, 5.0)}),
+    "margin": st.one_of(scheduled, st.fixed_dictionaries({"threshold": st.floats(0.01, 1.0)})),
+    "entropy_bound": st.fixed_dictionaries(
+        {}, optional={"gamma": st.floats(0, 10), "proxy": st.sampled_from(["entropy", "confidence", "margin"])}
+    ),
+    "policy": st.one_of(
+        st.fixed_dictionaries(
+            {}, optional={"temperature": st.floats(0, 3), "floor": st.floats(0, 1), "policy": st.just("p")}
+        ),
+        st.fixed_dictionaries({"floor": st.floats(0, 1)}),
+    ),
 }
 """How to draw the parameters of each sampler. A new sampler is not tested before it stands here."""
 
-SAMPLERS = list_samplers()
-each_sampler = pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda s: s.name)
+RULES = [sampler for sampler in list_samplers() if sampler.name != "policy"]
+POLICIES = {
+    "bernoulli": tiny.sampler(region=False),
+    "region": tiny.sampler(**tiny.RICH, region=True),
+    "speed": tiny.sampler(region=False, takes_speed=True),
+    "dpls": tiny.sampler(region=False, action="dpls"),
+}
+each_sampler = pytest.mark.parametrize(
+    "sampler", [*RULES, *POLICIES.values()], ids=[s.name for s in RULES] + [*POLICIES]
+)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ class LeftToRight(Sampler):
 not_a_class = LeftToRight()
 """
 
+NAMES = ["random", "topk", "threshold", "factor", "margin", "entropy_bound", "policy"]
+
 
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str, str], None]]:
@@ -42,14 +44,14 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
 
 
 def test_ours() -> None:
-    assert [sampler.name for sampler in list_samplers()] == ["random", "topk", "threshold"]
+    assert [sampler.name for sampler in list_samplers()] == NAMES
     assert get_sampler("topk") is get_sampler("topk")
 
 
 def test_an_unknown_name_lists_those_there_are() -> None:
     with pytest.raises(UnknownSamplerError) as caught:
         get_sampler("nope")
-    assert str(caught.value) == "unknown sampler 'nope'; choose from random, topk, threshold"
+    assert str(caught.value) == "unknown sampler 'nope'; choose from " + ", ".join(NAMES)
 
 
 def test_an_entry_point_adds_a_sampler(install: Callable[[str, str], None]) -> None:

@@ -1,5 +1,6 @@
 """Each rule on worked examples."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 from samplers import Canvas, Layout, ParameterError, Sampler, Step, get_sampler
 from samplers.base import best
 from samplers.denoising import Denoising, Query, denoise
-from samplers.prediction import Prediction
+from samplers.prediction import Prediction, Statistic
 from tests.samplers.models import MASK, predictor
 
 
@@ -27,6 +28,7 @@ def one_step(
     sampler = get_sampler(str(params.pop("sampler")))
     return Step(
         candidate=mask,
+        masked=mask,
         token=torch.ones(1, width, dtype=torch.int64),
         confidence=torch.tensor([confidence]).masked_fill(~mask, -torch.inf),
         extra={},
@@ -156,6 +158,7 @@ def test_random_order_is_uniform_and_its_own_for_each_seed() -> None:
     sampler, width, rows = get_sampler("random"), 8, 4000
     step = Step(
         candidate=torch.ones(rows, width, dtype=torch.bool),
+        masked=torch.ones(rows, width, dtype=torch.bool),
         token=torch.ones(rows, width, dtype=torch.int64),
         confidence=torch.linspace(0, 1, width).expand(rows, width),
         extra={},
@@ -169,3 +172,82 @@ def test_random_order_is_uniform_and_its_own_for_each_seed() -> None:
     assert commit.sum(dim=1).eq(1).all()
     share = commit.double().mean(dim=0)
     assert (share - 1 / width).abs().max() < 4 * (1 / width / rows) ** 0.5
+
+
+def by_probabilities(rows: list[list[float]], candidate: list[bool] | None = None, **params: object) -> Step:
+    """A first step whose statistics are those of these distributions."""
+    p = torch.tensor([row + [0.0] * (5 - len(row)) for row in rows])
+    two = p.topk(2, dim=1).values
+    made = one_step(two[:, 0].tolist(), candidate, **params)
+    entropy = -(p * p.clamp(min=1e-30).log()).sum(dim=1)
+    return replace(made, extra={Statistic.ENTROPY: entropy[None], Statistic.MARGIN: (two[:, 0] - two[:, 1])[None]})
+
+
+@pytest.mark.parametrize(
+    ("confidence", "factor", "expected"),
+    [
+        ([0.99, 0.97, 0.90, 0.60, 0.50], 1.0, [0, 1, 2]),
+        ([0.99, 0.97, 0.90, 0.60, 0.50], 0.5, [0, 1, 2]),
+        ([0.99, 0.97, 0.90, 0.60, 0.50], 0.3, [0, 1]),
+        ([0.97, 0.90, 0.10], 1.0, [0, 1]),  # the released loop commits all three
+        ([0.10, 0.20, 0.15], 1.0, [1]),
+        ([0.5, 0.99, 0.5, 0.99], 0.001, [1]),
+        ([1.0, 1.0, 1.0], 0.001, [0, 1, 2]),
+    ],
+)
+def test_factor(confidence: list[float], factor: float, expected: list[int]) -> None:
+    assert chosen(one_step(confidence, sampler="factor", factor=factor), "factor") == expected
+
+
+EB = [[0.97, 0.02, 0.01], [0.90, 0.05, 0.05], [0.70, 0.20, 0.10], [0.5, 0.3, 0.2], [0.4, 0.35, 0.25]]
+
+
+@pytest.mark.parametrize(
+    ("gamma", "expected"),
+    [(0.0, [0]), (0.1, [0]), (0.5, [0, 1]), (1.0, [0, 1, 2]), (1.4, [0, 1, 2, 3]), (9.0, [0, 1, 2, 3, 4])],
+)
+def test_entropy_bound(gamma: float, expected: list[int]) -> None:
+    assert chosen(by_probabilities(EB, sampler="entropy_bound", gamma=gamma), "entropy_bound") == expected
+    backwards = chosen(by_probabilities(EB[::-1], sampler="entropy_bound", gamma=gamma), "entropy_bound")
+    assert sorted(4 - place for place in backwards) == expected
+
+
+def test_entropy_bound_without_entropy_commits_all_that_is_certain() -> None:
+    rows = [[1.0], [0.5, 0.5], [1.0], [0.6, 0.4]]
+    assert chosen(by_probabilities(rows, sampler="entropy_bound", gamma=0.0), "entropy_bound") == [0, 2, 3]
+
+
+def test_entropy_bound_subtracts_the_largest_entropy_not_the_last() -> None:
+    """Sorted by confidence the largest entropy can stand first."""
+    rows = [[0.51, 0.13, 0.12, 0.12, 0.12], [0.505, 0.495], [0.5, 0.5]]
+    first = by_probabilities(rows, sampler="entropy_bound", gamma=0.7, proxy="confidence")
+    assert chosen(first, "entropy_bound") == [0, 1]
+    assert chosen(by_probabilities(rows, sampler="entropy_bound", gamma=0.7), "entropy_bound") == [1, 2]
+
+
+def test_scores_choose_differently() -> None:
+    """The example of Dream's rules, one commit each."""
+    rows = [[0.50, 0.48, 0.01, 0.01], [0.46, 0.18, 0.18, 0.18], [0.49, 0.30, 0.21]]
+    assert chosen(by_probabilities(rows, sampler="topk"), "topk") == [0]
+    assert chosen(by_probabilities(rows, sampler="margin"), "margin") == [1]
+    assert chosen(by_probabilities(rows, sampler="entropy_bound", gamma=0.0), "entropy_bound") == [0]
+
+
+@pytest.mark.parametrize(
+    ("params", "expected"),
+    [({"k": 2}, [0, 1]), ({"threshold": 0.4}, [0, 1, 2]), ({"threshold": 0.96}, [0]), ({"steps": 1}, [0, 1, 2, 3, 4])],
+)
+def test_margin(params: dict[str, object], expected: list[int]) -> None:
+    assert chosen(by_probabilities(EB, sampler="margin", **params), "margin") == expected
+
+
+def test_margin_commits_the_clearest_where_nothing_reaches_the_threshold() -> None:
+    rows = [[0.50, 0.48], [0.46, 0.18, 0.18, 0.18]]
+    assert chosen(by_probabilities(rows, sampler="margin", threshold=0.9), "margin") == [1]
+
+
+def test_samplers_leave_alone_what_is_no_candidate() -> None:
+    candidate = [False, True, False, True, True]
+    for sampler, params in (("factor", {}), ("entropy_bound", {"gamma": 9.0}), ("margin", {"k": 5})):
+        found = chosen(by_probabilities(EB, candidate, sampler=sampler, **params), sampler)
+        assert set(found) <= {1, 3, 4} and found

@@ -1,0 +1,196 @@
+"""Unmasking as a Markov decision process: the same loop that serves, recorded.
+
+The frozen model and its tokenizer come as a `Subject`; nothing here knows an architecture.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from policies.inputs import statistics
+from policies.network import Observation, PolicyConfig, observe
+from policies.subject import Subject
+from policies.tasks import Problem, Task
+from samplers import Canvas, Sampler, Selection, Statistic, Step
+from samplers.denoising import Denoising, advance, ask
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a chooser did in one step.
+
+    Attributes:
+        action: bool [rows, width], as drawn.
+        commit: bool [rows, width], what becomes of it; the loop adds the surest candidate where a row has none.
+        order: int64 [rows, width], for ordered draws (see `dpls_draw`).
+    """
+
+    action: Tensor
+    commit: Tensor
+    order: Tensor | None = None
+
+
+class Chooser(Protocol):
+    """Decides on the rows of a step; `live` are their numbers in the rollout."""
+
+    statistics: frozenset[Statistic]
+    top: int
+    region: bool
+
+    def choose(self, step: Step, live: Tensor) -> Decision: ...
+
+
+@dataclass
+class Records:
+    """Everything that was seen and done, one line per generation and step; padded to the longest region.
+
+    Attributes:
+        row: int64 [n], which generation.
+        seen: what a policy reads, [n, length, ...].
+        candidates, action, committed: bool [n, length].
+        confidence: float32 [n, length], -inf where unknown.
+        order: int64 [n, length], -1 where nothing was drawn; None for unordered draws.
+    """
+
+    row: Tensor
+    seen: Observation
+    candidates: Tensor
+    action: Tensor
+    committed: Tensor
+    confidence: Tensor
+    order: Tensor | None
+
+
+@dataclass
+class Rollout:
+    """Finished generations. `correct` is 1 or 0 [n]; `forwards`, `tokens` int64 [n]; `steps` were recorded if asked."""
+
+    problems: list[Problem]
+    correct: Tensor
+    forwards: Tensor
+    tokens: Tensor
+    budget: Tensor
+    texts: list[str]
+    records: Records | None = None
+
+
+@dataclass
+class _Recorder(Sampler):
+    """Runs a chooser as a sampler and keeps what it saw."""
+
+    chooser: Chooser
+    config: PolicyConfig | None
+    waits: bool
+    live: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    lines: list[dict[str, Tensor]] = field(default_factory=list)
+    seen: list[Observation] = field(default_factory=list)
+    name = "recorder"
+
+    def __post_init__(self) -> None:
+        self.statistics, self.top, self.region = self.chooser.statistics, self.chooser.top, self.chooser.region
+        if self.config is not None:
+            self.statistics |= statistics(self.config.features)
+            self.top = max(self.top, self.config.largest)
+            self.region |= self.config.region
+
+    def select(self, step: Step) -> Selection:
+        decision = self.chooser.choose(step, self.live)
+        if self.config is not None:
+            line = {
+                "row": self.live,
+                "candidates": step.candidate,
+                "action": decision.action,
+                "committed": decision.commit,
+                "confidence": step.confidence,
+            }
+            if decision.order is not None:
+                line["order"] = decision.order
+            self.lines.append(line)
+            self.seen.append(observe(step, self.config))
+        return Selection(decision.commit, waits=self.waits)
+
+
+def rollout(
+    subject: Subject,
+    task: Task,
+    problems: Sequence[Problem],
+    chooser: Chooser,
+    *,
+    gen_length: int,
+    block_length: int | None,
+    seeds: Sequence[int],
+    batch: int = 64,
+    record: PolicyConfig | None = None,
+    allow_empty: bool = False,
+) -> Rollout:
+    """Run one generation for each problem to its end.
+
+    Args:
+        chooser: decides what to commit.
+        seeds: each generation's random stream.
+        batch: most rows of one forward. All rows of a rollout go through it together, in this many at a time.
+        record: keep what a policy of this configuration sees.
+        allow_empty: a step may commit nothing: it costs a forward, and a block that has had as many forwards as
+            positions ends the generation, unfinished and wrong (the paper's training environment).
+    """
+    recorder = _Recorder(chooser, record, waits=allow_empty)
+    rows = []
+    for problem, seed in zip(problems, seeds, strict=True):
+        canvas = Canvas.blank(subject.encode(problem.prompt), gen_length, subject.mask_id, block_length)
+        rows.append(Denoising(canvas, recorder, recorder.Params(), seed=seed, end_ids=subject.end_ids))
+    stuck: set[int] = set()
+    with torch.inference_mode():
+        while live := [i for i, row in enumerate(rows) if not row.finished and i not in stuck]:
+            for start in range(0, len(live), batch):
+                part = live[start : start + batch]
+                recorder.live = torch.tensor(part)
+                running = [rows[i] for i in part]
+                query = ask(running)
+                for i, outcome in zip(part, advance(running, query, subject.predict(query)), strict=True):
+                    if outcome.error is not None:
+                        raise outcome.error
+                    row = rows[i]
+                    if allow_empty and not row.finished and row.block_step >= row.canvas.layout.block_length:
+                        stuck.add(i)
+    texts = [subject.decode(row.text_tokens()) for row in rows]
+    right = [
+        i not in stuck and task.check(problem, text)
+        for i, (problem, text) in enumerate(zip(problems, texts, strict=True))
+    ]
+    return Rollout(
+        problems=list(problems),
+        correct=torch.tensor(right, dtype=torch.float32),
+        forwards=torch.tensor([row.forwards for row in rows]),
+        tokens=torch.tensor([row.completion_tokens for row in rows]),
+        budget=torch.full((len(rows),), gen_length),
+        texts=texts,
+        records=None if record is None else _collect(recorder, gen_length),
+    )
+
+
+def _collect(recorder: _Recorder, length: int) -> Records:
+    """The recorded steps as one, cloned out of inference mode."""
+
+    def join(name: str) -> Tensor:
+        return torch.cat([line[name] for line in recorder.lines]).clone()
+
+    seen = recorder.seen
+    tokens = [each.tokens for each in seen if each.tokens is not None]
+    return Records(
+        row=join("row"),
+        seen=Observation(
+            features=torch.cat([each.features for each in seen]).clone(),
+            masked=torch.cat([each.masked for each in seen]).clone(),
+            valid=torch.cat([each.valid for each in seen]).clone(),
+            time=torch.cat([each.time for each in seen]).clone(),
+            tokens=torch.cat(tokens).clone() if tokens else None,
+        ),
+        candidates=join("candidates"),
+        action=join("action"),
+        committed=join("committed"),
+        confidence=join("confidence"),
+        order=join("order") if "order" in recorder.lines[0] else None,
+    )

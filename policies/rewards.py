@@ -1,0 +1,56 @@
+"""What a finished generation is worth, and how much better than its group it was."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Form = Literal["multiplicative", "additive"]
+
+
+def reward(
+    correct: Tensor, forwards: Tensor, budget: Tensor, alpha: Tensor | float, form: Form = "multiplicative"
+) -> Tensor:
+    """Reward of each generation, float32 [n].
+
+    Multiplicative: `correct * ((budget - forwards + 1) / budget) ** alpha`, the released code's form of equation 3.1 of
+    arXiv 2512.09106, which never zeroes a right answer. Additive: `correct - alpha * forwards / budget`, an ablation of
+    section 4.4: in a group of wrong answers the fastest one is rewarded.
+
+    Args:
+        correct: [n], 1 where the answer is right; anything in 0..1 for partly right ones (shaped rewards).
+        forwards: int [n], forward passes used; beyond the budget they count as the budget.
+        budget: int [n], the length of the generation region.
+        alpha: how much speed matters, [n] or one number.
+    """
+    used = torch.minimum(forwards, budget)
+    if form == "additive":
+        return correct.float() - alpha * used / budget
+    return correct.float() * ((budget - used + 1) / budget) ** alpha
+
+
+def group_advantage(rewards: Tensor) -> Tensor:
+    """Rewards less their group's mean, [groups, members]; not divided by the deviation (arXiv 2512.09106, 3.3)."""
+    return rewards - rewards.mean(dim=1, keepdim=True)
+
+
+class DeviationScale:
+    """Running root mean square of the advantages at each alpha, so that none drowns the others.
+
+    With one policy for many alphas the rewards of large ones are small, because few forwards are saved per token.
+    """
+
+    def __init__(self, decay: float = 0.9) -> None:
+        self.decay = decay
+        self.state: dict[float, float] = {}
+
+    def scale(self, advantage: Tensor, alpha: Tensor) -> Tensor:
+        """Advantages [groups, members] over the running value of their group's alpha [groups]; updates it."""
+        scaled = advantage.clone()
+        for value in sorted(set(alpha.tolist())):
+            mine = alpha == value
+            now = float(advantage[mine].pow(2).mean().sqrt())
+            known = self.state.get(value)
+            self.state[value] = now if known is None else self.decay * known + (1 - self.decay) * now
+            scaled[mine] = advantage[mine] / max(self.state[value], 1e-3)
+        return scaled

@@ -1,0 +1,133 @@
+"""Loaded policies by name. Safe to change from any thread while generations run."""
+
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+from policies.checkpoint import NAME, PolicyCard, PolicyError, load_policy
+from policies.network import LoadedPolicy, parameters
+from samplers import Sampler, SamplerParams, get_sampler
+from samplers.policy import Policy, PolicyParams
+
+ZOO = Path(__file__).parent / "zoo"
+"""Policies that ship with the project: one folder each."""
+
+
+class UnknownPolicyError(KeyError):
+    """No policy of that name is loaded; the message says which are."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+@dataclass(frozen=True)
+class Host:
+    """The model that policies are to serve."""
+
+    architecture: str
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A loaded policy. Its `sampler` object is what generations hold: replacing the policy does not touch them."""
+
+    name: str
+    folder: Path
+    card: PolicyCard
+    sampler: Policy
+    parameters: int
+
+    def warnings(self, host: Host, block_length: int | None, gen_length: int) -> list[str]:
+        """What differs from the policy's training, and so may cost accuracy or speed."""
+        trained, found = self.card.trained_on, []
+        if trained.architecture != host.architecture or trained.vocab_size != host.vocab_size:
+            found.append(f"policy {self.name} was trained on {trained.model} ({trained.architecture}), another model")
+        if _setting(trained.block_length, trained.gen_length) != _setting(block_length, gen_length):
+            ours, theirs = _say(block_length), _say(trained.block_length)
+            found.append(f"policy {self.name} was trained in {theirs}, and runs in {ours}")
+        if gen_length != trained.gen_length:
+            lengths = f"{trained.gen_length} positions, and runs on {gen_length}"
+            found.append(f"policy {self.name} was trained on {lengths}")
+        return found
+
+
+def _setting(block_length: int | None, gen_length: int) -> int | None:
+    """Blocks as long as the generation are full diffusion."""
+    return None if block_length is None or block_length >= gen_length else block_length
+
+
+def _say(block_length: int | None) -> str:
+    return "full diffusion" if block_length is None else f"blocks of {block_length}"
+
+
+class PolicyStore:
+    """Loads policies for one model, and hands out their samplers.
+
+    Args:
+        host: refuses policies that cannot serve it.
+        device: where their networks run: beside the samplers, which is the CPU.
+    """
+
+    def __init__(self, host: Host, device: str = "cpu") -> None:
+        self.host = host
+        self._device = device
+        self._lock = threading.Lock()
+        self._stored: dict[str, Stored] = {}
+
+    def load(self, name: str, folder: Path) -> Stored:
+        """Load a policy, in the place of one of the same name. Raises PolicyError; then nothing has changed."""
+        if NAME.fullmatch(name) is None:
+            raise PolicyError(
+                f"{name[:200]!r} is no name for a policy: use letters, digits, '.', '_' and '-', at most 100"
+            )
+        network, card = load_policy(folder, self._device)
+        tokens = card.config.tokens
+        if tokens and tokens != self.host.vocab_size:
+            raise PolicyError(
+                f"{folder}: reads tokens of a vocabulary of {tokens}, but the model has {self.host.vocab_size}: "
+                "it cannot serve this model"
+            )
+        stored = Stored(name, folder, card, Policy(LoadedPolicy(network)), parameters(network))
+        with self._lock:
+            self._stored[name] = stored
+        return stored
+
+    def load_zoo(self) -> None:
+        """Load the policies that ship with the project. Raises PolicyError."""
+        for folder in sorted(ZOO.iterdir()) if ZOO.is_dir() else ():
+            if (folder / "policy.json").is_file():
+                self.load(folder.name, folder)
+
+    def remove(self, name: str) -> Stored:
+        """Forget a policy; generations that run by it go on. Raises UnknownPolicyError."""
+        with self._lock:
+            stored = self._stored.pop(name, None)
+        if stored is None:
+            raise self._unknown(name)
+        return stored
+
+    def list(self) -> list[Stored]:
+        """All of them, by name."""
+        with self._lock:
+            return [self._stored[name] for name in sorted(self._stored)]
+
+    def get(self, name: str | None) -> Stored:
+        """The policy of that name; without a name, the only one. Raises UnknownPolicyError."""
+        with self._lock:
+            if name is None and len(self._stored) == 1:
+                return next(iter(self._stored.values()))
+            stored = self._stored.get(name) if name is not None else None
+        if stored is None:
+            raise self._unknown(name)
+        return stored
+
+    def sampler(self, name: str, params: SamplerParams) -> Sampler:
+        """The sampler of that name, for these parameters. Raises UnknownSamplerError, UnknownPolicyError."""
+        return self.get(params.policy).sampler if isinstance(params, PolicyParams) else get_sampler(name)
+
+    def _unknown(self, name: str | None) -> UnknownPolicyError:
+        names = ", ".join(stored.name for stored in self.list()) or "none"
+        if name is None:
+            return UnknownPolicyError(f"name a policy: loaded are {names}")
+        return UnknownPolicyError(f"no policy {name[:200]!r} is loaded; loaded are {names}")

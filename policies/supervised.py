@@ -1,0 +1,135 @@
+"""Warm starts: fit a policy to what whole runs turned out to be, or to what a rule would do, before GRPO."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from policies.environment import Records, Rollout
+from policies.network import Observation, UnmaskingPolicy, score
+
+Label = Literal["outcome", "imitation"]
+
+
+@dataclass
+class Runs:
+    """Recorded generations. `good` is bool [runs], `ends` int64 [runs]: lines of run i are ends[i - 1] ... ends[i]."""
+
+    records: Records
+    good: Tensor
+    ends: Tensor
+
+    @classmethod
+    def of(cls, rollouts: list[Rollout]) -> "Runs":
+        """Rollouts one after the other, the lines of each run together."""
+        parts, good, ends, before = [], [], [], 0
+        for rollout in rollouts:
+            assert rollout.records is not None
+            order = rollout.records.row.argsort(stable=True)
+            counts = torch.bincount(rollout.records.row, minlength=len(rollout.correct))
+            parts.append(pick(rollout.records, order))
+            good.append(rollout.correct > 0)
+            ends.append(counts.cumsum(0) + before)
+            before += len(order)
+        return cls(join(parts), torch.cat(good), torch.cat(ends))
+
+    def batch(self, runs: Tensor) -> tuple[Records, Tensor]:
+        """The lines of these runs, and which of them each belongs to."""
+        starts = torch.cat([torch.zeros(1, dtype=torch.int64), self.ends[:-1]])
+        lines = torch.cat([torch.arange(int(starts[i]), int(self.ends[i])) for i in runs.tolist()])
+        counts = (self.ends - starts)[runs]
+        return pick(self.records, lines), torch.repeat_interleave(torch.arange(len(runs)), counts)
+
+
+def pick(records: Records, lines: Tensor) -> Records:
+    """Some lines."""
+    return Records(
+        row=records.row[lines],
+        seen=records.seen[lines],
+        candidates=records.candidates[lines],
+        action=records.action[lines],
+        committed=records.committed[lines],
+        confidence=records.confidence[lines],
+        order=None if records.order is None else records.order[lines],
+    )
+
+
+def join(parts: list[Records]) -> Records:
+    """Lines one after the other."""
+    seen = [part.seen for part in parts]
+    tokens = [each.tokens for each in seen if each.tokens is not None]
+    orders = [part.order for part in parts if part.order is not None]
+    return Records(
+        row=torch.cat([part.row for part in parts]),
+        seen=Observation(
+            torch.cat([each.features for each in seen]),
+            torch.cat([each.masked for each in seen]),
+            torch.cat([each.valid for each in seen]),
+            torch.cat([each.time for each in seen]),
+            torch.cat(tokens) if tokens else None,
+        ),
+        candidates=torch.cat([part.candidates for part in parts]),
+        action=torch.cat([part.action for part in parts]),
+        committed=torch.cat([part.committed for part in parts]),
+        confidence=torch.cat([part.confidence for part in parts]),
+        order=torch.cat(orders) if orders else None,
+    )
+
+
+def outcome_loss(logits: Tensor, committed: Tensor, run: Tensor, good: Tensor) -> Tensor:
+    """Negative log-likelihood of which runs came out right, if each commit is harmless with chance sigmoid(logit).
+
+    A run is right if all its commits were harmless (a noisy-and): no reference and no label per position is needed.
+
+    Args:
+        logits: [n, length].
+        committed: bool [n, length].
+        run: int64 [n], which run each line belongs to.
+        good: bool [runs].
+    """
+    each = (F.logsigmoid(logits) * committed).sum(dim=1)
+    total = torch.zeros(len(good)).index_add(0, run, each).clamp(max=-1e-5)
+    return -torch.where(good, total, torch.log(-torch.expm1(total))).mean()
+
+
+def imitation_loss(logits: Tensor, records: Records, threshold: float) -> Tensor:
+    """Cross-entropy to what a confidence threshold would commit, over candidates."""
+    target = (records.confidence >= threshold).float()
+    each = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    return each[records.candidates].mean()
+
+
+def fit(
+    network: UnmaskingPolicy,
+    runs: Runs,
+    *,
+    label: Label,
+    steps: int,
+    batch: int,
+    learning_rate: float,
+    seed: int,
+    threshold: float = 0.9,
+) -> Iterator[float]:
+    """Supervised steps of `batch` runs each; yields each step's loss."""
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+    network.train().requires_grad_(True)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * min(1.0, (step + 1) / 50) * (1 - step / steps) ** 0.5
+        chosen = torch.randint(len(runs.good), (batch,), generator=generator)
+        records, run = runs.batch(chosen)
+        speed = torch.full((len(run),), 0.5) if network.config.takes_speed else None
+        logits = score(network, records.seen, speed)
+        if label == "outcome":
+            loss = outcome_loss(logits, records.committed, run, runs.good[chosen])
+        else:
+            loss = imitation_loss(logits, records, threshold)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        yield loss.item()

@@ -1,0 +1,66 @@
+"""JSON objects in files that a user gives, and errors that say where in them something is wrong."""
+
+import codecs
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+
+
+def _filled(text: str) -> str:
+    if not text.strip():
+        raise ValueError("is empty")
+    return text
+
+
+Filled = Annotated[str, AfterValidator(_filled)]
+"""Text that is not blank."""
+
+
+class Record(BaseModel):
+    """One JSON object. A number counts as its text; fields that the record does not name are left alone."""
+
+    model_config = ConfigDict(frozen=True, coerce_numbers_to_str=True)
+
+
+AnyRecord = TypeVar("AnyRecord", bound=Record)
+
+
+def read_lines(path: Path, kind: type[AnyRecord]) -> Iterator[tuple[str, AnyRecord]]:
+    """The objects of a file that has one on each line, and the place of each: `FILE, line N`.
+
+    Raises ValueError with one line that names the file, the line and the field.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{path}: is not a file")
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if text := line.removeprefix(codecs.BOM_UTF8).strip():
+                    where = f"{path}, line {number}"
+                    yield where, _parse(text, kind, where)
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+
+
+def read_folder(path: Path, kind: type[AnyRecord]) -> Iterator[tuple[str, AnyRecord]]:
+    """The objects of all `.json` files under a folder, by name, one in each file; hidden files are left out.
+
+    Raises ValueError as `read_lines` does.
+    """
+    for file in sorted(path.rglob("[!.]*.json")):
+        try:
+            yield str(file), _parse(file.read_bytes(), kind, str(file))
+        except OSError as error:
+            raise ValueError(f"{file}: {error.strerror}") from None
+
+
+def _parse(text: bytes, kind: type[AnyRecord], where: str) -> AnyRecord:
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = "".join(f"{part}: " for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ").replace(" at line 1 column ", " at column ")
+        raise ValueError(f"{where}: {field}{message}") from None

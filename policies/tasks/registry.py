@@ -1,0 +1,83 @@
+"""Name -> task: the embedded ones, third parties' through the entry point group `unmask.tasks`, and files by a spec."""
+
+import re
+from functools import cache, lru_cache
+from importlib.metadata import entry_points
+
+from policies.tasks.base import Task
+from policies.tasks.chain import Chain
+from policies.tasks.datasets import GSM8K, MATH
+from policies.tasks.files import FileTask
+from policies.tasks.lists import Reverse, Sort, Totals
+from policies.tasks.prompts import PromptFile
+from policies.tasks.sudoku import Sudoku
+
+_EMBEDDED: tuple[type[Task], ...] = (Chain, Totals, Sort, Reverse, Sudoku)
+_FROM_FILES: dict[str, type[FileTask]] = {kind.name: kind for kind in (GSM8K, MATH, PromptFile)}
+
+FILE_SPECS = "gsm8k:path=FILE, math:path=FILE_OR_FOLDER, file:path=FILE,checker=NAME"
+"""How tasks from files are asked for, for messages and help; `train=` and `heldout=` may stand for `path=`."""
+
+
+class UnknownTaskError(KeyError):
+    """No task of that name; the message lists those there are."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+@cache
+def embedded_tasks() -> tuple[Task, ...]:
+    """The tasks that the embedded model is trained on; what is installed beside us changes nothing here."""
+    return tuple(task() for task in _EMBEDDED)
+
+
+@cache
+def _registry() -> dict[str, Task]:
+    found = {task.name: task for task in embedded_tasks()}
+    for entry in entry_points(group="unmask.tasks"):
+        task = entry.load()
+        if not (isinstance(task, type) and issubclass(task, Task)):
+            raise TypeError(f"entry point {entry.name!r} in group unmask.tasks is not a Task class: {task!r}")
+        if task.name != entry.name:
+            raise ValueError(f"entry point {entry.name!r} in group unmask.tasks names a task called {task.name!r}")
+        if entry.name in found or entry.name in _FROM_FILES:
+            raise ValueError(f"entry point {entry.name!r} in group unmask.tasks takes a name that is already in use")
+        found[entry.name] = task()
+    return found
+
+
+def list_tasks() -> list[Task]:
+    """The tasks that need no files, in the order tables show them."""
+    return list(_registry().values())
+
+
+def get_task(text: str) -> Task:
+    """The task of that name, or from files: `gsm8k:train=A.jsonl,heldout=B.jsonl`, see `FILE_SPECS`.
+
+    Files are read once: the same text gives the same task again. Raises UnknownTaskError, or ValueError with one line
+    that names what is wrong in the text or in which line of which file.
+    """
+    name, colon, rest = text.partition(":")
+    if name in _FROM_FILES:
+        return _from_files(name, rest)
+    found = _registry().get(name)
+    if found is None:
+        raise UnknownTaskError(f"unknown task {name!r}; choose from {', '.join(_registry())}; or {FILE_SPECS}")
+    if colon:
+        raise ValueError(f"task {name} takes no options, so not {rest!r}")
+    return found
+
+
+@lru_cache(maxsize=16)
+def _from_files(name: str, rest: str) -> Task:
+    kind, values = _FROM_FILES[name], {}
+    # A comma in a path is none of ours unless an option's name follows.
+    for part in re.split(rf",(?=(?:{'|'.join(kind.options)})=)", rest) if rest else ():
+        option, equals, value = part.partition("=")
+        if option not in kind.options or not (equals and value):
+            raise ValueError(f"{name}: {part!r} is not option=value with an option of {', '.join(kind.options)}")
+        if option in values:
+            raise ValueError(f"{name}: {option} is given twice")
+        values[option] = value
+    return kind(**values)

@@ -1,0 +1,452 @@
+"""Train a policy: the stages of a recipe, one after the other, resumable to the bit on one kind of processor."""
+
+import copy
+import json
+import math
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from policies.checkpoint import PolicyCard, TrainedOn, save_policy
+from policies.choosers import Experts, Explorer, PolicyChooser, RuleChooser
+from policies.environment import Chooser, Rollout, rollout
+from policies.grpo import clipped_loss, expert_mixture, log_prob, regularisation
+from policies.network import UnmaskingPolicy, score
+from policies.recipe import Collect, Fit, Grpo, PolicyRecipe, Shift
+from policies.rewards import DeviationScale, group_advantage, reward
+from policies.subject import Subject
+from policies.supervised import Runs, fit, pick
+from policies.tasks import Problem, Task, get_task
+from policies.world import World
+from samplers.threshold import Threshold
+
+CHECK_SEED = 11
+"""Held-out problems that checkpoints are chosen on; published figures must come from other seeds."""
+
+Report = Callable[[dict[str, Any]], None]
+
+
+def speed_of(alpha: Tensor | float, largest: float) -> Tensor:
+    """An alpha as the speed, 0..1, that a policy trained on alphas up to `largest` is told."""
+    return torch.log2(1 + torch.as_tensor(alpha, dtype=torch.float32)) / math.log2(1 + max(largest, 1e-6))
+
+
+@dataclass
+class PolicyTrainer:
+    """One run in one folder: `policy.*` (the best so far), `state.safetensors`, `metrics.jsonl`.
+
+    Args:
+        origin: what the policy is trained on, as its card will say it.
+        content: the recipe as it was read.
+        report: gets every line of metrics.
+
+    Set `stopping` and `run` ends after the current piece of work.
+    """
+
+    recipe: PolicyRecipe
+    content: dict[str, Any]
+    subject: Subject
+    origin: TrainedOn
+    out: Path
+    world: World = field(default_factory=World)
+    report: Report = lambda line: None
+    stage: int = 0
+    update: int = 0
+    seconds: float = 0.0
+    updates_done: int = 0
+    best: float = -math.inf
+    stopping: bool = False
+
+    def __post_init__(self) -> None:
+        torch.manual_seed(self.recipe.seed)
+        self.network = UnmaskingPolicy(self.recipe.policy)
+        self.tasks: list[Task] = [get_task(name) for name in self.recipe.tasks]
+        self.optimizer: torch.optim.AdamW | None = None
+        self.reference: UnmaskingPolicy | None = None
+        self.scale = DeviationScale()
+        self.collected: list[Rollout] = []
+        self.out.mkdir(parents=True, exist_ok=True)
+
+    # State
+
+    @property
+    def state_file(self) -> Path:
+        return self.out / "state.safetensors"
+
+    def save(self) -> None:
+        """Write the run's state; a kill at any point leaves the old file or the new one."""
+        if not self.world.first:
+            return
+        tensors = {f"network.{name}": value for name, value in self.network.state_dict().items()}
+        if self.reference is not None:
+            tensors |= {f"reference.{name}": value for name, value in self.reference.state_dict().items()}
+        if self.optimizer is not None:
+            for index, state in self.optimizer.state_dict()["state"].items():
+                tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items()}
+        numbers = {
+            "stage": self.stage,
+            "update": self.update,
+            "seconds": self.seconds,
+            "updates_done": self.updates_done,
+            "best": self.best,
+            "scale": list(self.scale.state.items()),
+        }
+        metadata = {"numbers": json.dumps(numbers), "recipe": self.recipe.model_dump_json()}
+        partial = self.state_file.with_suffix(".partial")
+        save_file({name: value.detach().clone().contiguous() for name, value in tensors.items()}, partial, metadata)
+        partial.replace(self.state_file)
+
+    def resume(self) -> bool:
+        """Continue from the folder's state, if there is one. Raises ValueError if it is of another recipe."""
+        if not self.state_file.exists():
+            return False
+        with safe_open(self.state_file, "pt") as file:
+            metadata = file.metadata()
+        if json.loads(metadata["recipe"]) != json.loads(self.recipe.model_dump_json()):
+            raise ValueError(f"{self.state_file} belongs to another recipe; choose another --out or delete it")
+        numbers = json.loads(metadata["numbers"])
+        tensors = load_file(self.state_file)
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+        self.network.load_state_dict(part("network."))
+        self.stage, self.update = numbers["stage"], numbers["update"]
+        self.seconds, self.updates_done, self.best = numbers["seconds"], numbers["updates_done"], numbers["best"]
+        self.scale.state = dict(numbers["scale"])
+        if reference := part("reference."):
+            self.reference = copy.deepcopy(self.network)
+            self.reference.load_state_dict(reference)
+        if states := part("optimizer."):
+            stage = self.recipe.stage[self.stage]
+            assert isinstance(stage, Grpo)
+            self.optimizer = self._adamw(stage)
+            found: dict[int, dict[str, Tensor]] = {}
+            for name, value in states.items():
+                index, _, key = name.partition(".")
+                found.setdefault(int(index), {})[key] = value
+            groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict({"state": found, "param_groups": groups})
+        return True
+
+    # The run
+
+    def run(self) -> None:
+        """Work off the stages. Ends early, with the state saved, when `stopping` is set."""
+        for number, stage in enumerate(self.recipe.stage):
+            if number < self.stage and isinstance(stage, Collect) and self._needed_later():
+                # What was collected is drawn again rather than kept: it follows from the seed.
+                self._restore(number, stage)
+            if number != self.stage:
+                continue
+            work = self._work(number, stage)
+            began = time.monotonic()
+            for line in work:
+                self.seconds += time.monotonic() - began
+                self.report({"stage": number, "kind": stage.kind, "seconds": round(self.seconds, 1), **line})
+                if self.stopping:
+                    return
+                began = time.monotonic()
+            self.seconds += time.monotonic() - began
+            self.stage, self.update = number + 1, 0
+            self.optimizer = self.reference = None
+            self._checkpoint(stage)
+
+    def _work(self, number: int, stage: Collect | Fit | Shift | Grpo) -> Iterator[dict[str, Any]]:
+        match stage:
+            case Collect():
+                return self._collect(number, stage)
+            case Fit():
+                return self._fit(number, stage)
+            case Shift():
+                return self._shift(stage)
+            case Grpo():
+                return self._grpo(number, stage)
+
+    def _needed_later(self) -> bool:
+        return any(isinstance(stage, Fit) for stage in self.recipe.stage[self.stage :])
+
+    def _restore(self, number: int, stage: Collect) -> None:
+        if stage.by == "policy":
+            raise ValueError(
+                "this run was interrupted between collecting with the policy and fitting to it; "
+                "start it again with another --out"
+            )
+        for _ in self._collect(number, stage):
+            pass
+
+    def _problems(self, key: str, count: int) -> list[tuple[Task, Problem]]:
+        """Training problems, the tasks in equal parts."""
+        rng = random.Random(f"{self.recipe.seed}/{key}")
+        return [(task := self.tasks[i % len(self.tasks)], task.draw(rng, "train")) for i in range(count)]
+
+    def _gen_length(self, task: Task) -> int:
+        return self.recipe.gen_length or task.gen_length
+
+    def _collect(self, number: int, stage: Collect) -> Iterator[dict[str, Any]]:
+        done = chunk = 0
+        size = 4 * self.recipe.batch
+        while done < stage.runs:
+            count = min(size, stage.runs - done)
+            key = f"{number}/collect/{chunk}"
+            task = self.tasks[chunk % len(self.tasks)]
+            rng = random.Random(f"{self.recipe.seed}/{key}")
+            problems = [task.draw(rng, "train") for _ in range(count)]
+            seeds = [rng.getrandbits(31) for _ in range(count)]
+            if stage.by == "policy":
+                shift = torch.tensor([rng.uniform(0, stage.shifts) for _ in range(count)])
+                temperature = torch.tensor([rng.choice((0.3, 1.0, 2.0)) for _ in range(count)])
+                speed = torch.full((count,), 0.5) if self.network.config.takes_speed else None
+                chooser: Chooser = PolicyChooser(self.network, speed, shift, temperature)
+            else:
+                chooser = Explorer(count, rng.getrandbits(31), stage.always, stage.thresholds)
+            found = self._rollout(task, problems, chooser, seeds, False)
+            self.collected.append(found)
+            done += count
+            chunk += 1
+            yield {
+                "runs": done,
+                "of": stage.runs,
+                "right": float(found.correct.mean()),
+                "tpf": float(found.tokens.sum() / found.forwards.sum()),
+            }
+
+    def _rollout(
+        self, task: Task, problems: list[Problem], chooser: Chooser, seeds: list[int], allow_empty: bool
+    ) -> Rollout:
+        subject = self.subject
+        if (most := self.recipe.prompt_length) is not None:
+            subject = replace(subject, encode=lambda text: self.subject.encode(text)[-most:])
+        return rollout(
+            subject,
+            task,
+            problems,
+            chooser,
+            gen_length=self._gen_length(task),
+            block_length=self.recipe.block_length,
+            seeds=seeds,
+            batch=self.recipe.batch,
+            record=self.recipe.policy,
+            allow_empty=allow_empty,
+        )
+
+    def _fit(self, number: int, stage: Fit) -> Iterator[dict[str, Any]]:
+        runs = Runs.of(self.collected)
+        losses: list[float] = []
+        seed = random.Random(f"{self.recipe.seed}/{number}/fit").getrandbits(31)
+        for step, loss in enumerate(
+            fit(
+                self.network,
+                runs,
+                label=stage.label,
+                steps=stage.steps,
+                batch=stage.batch,
+                learning_rate=stage.learning_rate,
+                seed=seed,
+                threshold=stage.threshold,
+            ),
+            1,
+        ):
+            losses.append(loss)
+            if step % 50 == 0 or step == stage.steps:
+                yield {"step": step, "of": stage.steps, "loss": sum(losses) / len(losses)}
+                losses.clear()
+
+    def _shift(self, stage: Shift) -> Iterator[dict[str, Any]]:
+        with torch.no_grad():
+            head = self.network.head
+            head.weight.mul_(stage.scale)
+            head.bias.sub_(math.log(stage.cut / (1 - stage.cut))).mul_(stage.scale)
+        yield {"cut": stage.cut, "scale": stage.scale}
+
+    def _adamw(self, stage: Grpo) -> torch.optim.AdamW:
+        self.network.train().requires_grad_(True)
+        return torch.optim.AdamW(
+            self.network.parameters(), lr=stage.learning_rate, betas=(0.9, 0.99), weight_decay=stage.weight_decay
+        )
+
+    def _grpo(self, number: int, stage: Grpo) -> Iterator[dict[str, Any]]:
+        if self.optimizer is None:
+            self.optimizer = self._adamw(stage)
+            self.scale = DeviationScale()
+            if stage.kl:
+                self.reference = copy.deepcopy(self.network).requires_grad_(False).eval()
+        while self.update < stage.updates:
+            line = self.grpo_update(number, stage)
+            self.update += 1
+            self.updates_done += 1
+            if self.update % self.recipe.save_every == 0 and self.update < stage.updates:
+                line |= self._checkpoint(stage)
+            yield line | {"update": self.update, "of": stage.updates}
+
+    def _rate(self, stage: Grpo) -> float:
+        warm = min(1.0, (self.update + 1) / stage.warmup) if stage.warmup else 1.0
+        falling = 0.5 * (1 + math.cos(math.pi * self.update / stage.updates)) if stage.schedule == "cosine" else 1.0
+        return stage.learning_rate * warm * falling
+
+    def grpo_update(self, number: int, stage: Grpo) -> dict[str, Any]:
+        """One rollout batch and its gradient steps; what happened."""
+        assert self.optimizer is not None
+        config = self.recipe.policy
+        members = stage.group + len(stage.experts)
+        key = f"{number}/{self.update}"
+        rng = random.Random(f"{self.recipe.seed}/{key}/groups")
+        task = self.tasks[self.update % len(self.tasks)]
+        groups = [
+            (task.draw(rng, "train"), rng.choice(stage.alphas), [rng.getrandbits(31) for _ in range(members)])
+            for _ in range(stage.prompts)
+        ]
+        mine = groups[self.world.rank :: self.world.size]
+        alpha = torch.tensor([alpha for _, alpha, _ in mine])
+        each_alpha = alpha.repeat_interleave(members)
+        speed = speed_of(each_alpha, max(stage.alphas)) if config.takes_speed else None
+        place = torch.arange(len(mine) * members) % members
+        expert = (place - stage.group).clamp(min=-1)
+        policy = PolicyChooser(self.network, speed, allow_empty=stage.allow_empty)
+        self.network.train().requires_grad_(True)
+        threshold = Threshold()
+        rules = [
+            RuleChooser(threshold, Threshold.Params(threshold=value), stage.expert_block_length)
+            for value in stage.experts
+        ]
+        began = time.monotonic()
+        found = self._rollout(
+            task,
+            [problem for problem, _, _ in mine for _ in range(members)],
+            Experts(policy, rules, expert) if rules else policy,
+            [seed for _, _, seeds in mine for seed in seeds],
+            stage.allow_empty,
+        )
+        rolled = time.monotonic() - began
+        worth = reward(found.correct, found.forwards, found.budget, each_alpha, stage.form)
+        advantage = group_advantage(worth.view(len(mine), members))
+        alive = (advantage != 0).any(dim=1)
+        if stage.scale_by_deviation:
+            gathered, alphas = self.world.gather(advantage), self.world.gather(alpha)
+            scaled = self.scale.scale(gathered, alphas)
+            advantage = scaled[self.world.rank :: self.world.size]
+        metrics = self._gradient_steps(stage, found, advantage.flatten(), expert >= 0, speed)
+        own = expert < 0
+        metrics |= {
+            "reward": float(worth[own].mean()),
+            "right": float(found.correct[own].mean()),
+            "tpf": float(found.tokens[own].sum() / found.forwards[own].sum()),
+            "forwards": float(found.forwards[own].float().mean()),
+            "alive": float(alive.float().mean()),
+            "rollout_seconds": round(rolled, 2),
+            "update_seconds": round(time.monotonic() - began - rolled, 2),
+        }
+        return self.world.mean(metrics)
+
+    def _gradient_steps(
+        self, stage: Grpo, found: Rollout, advantage: Tensor, expert: Tensor, speed: Tensor | None
+    ) -> dict[str, float]:
+        config, records = self.recipe.policy, found.records
+        assert records is not None and self.optimizer is not None
+        total = len(found.correct) * self.world.size
+        weight = 1.0 / (found.forwards[records.row] * total)
+        if not (stage.entropy or stage.kl):
+            # Groups without spread have nothing to say.
+            lines = (advantage[records.row] != 0).nonzero()[:, 0]
+            records, weight = pick(records, lines), weight[lines]
+        pieces = [slice(i, i + stage.micro_batch) for i in range(0, len(records.row), stage.micro_batch)]
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._rate(stage)
+        olds: list[Tensor] = []
+        norm, clipped, share = 0.0, 0.0, 0.0
+        for step in range(stage.inner):
+            self.optimizer.zero_grad(set_to_none=False)
+            clipped = share = 0.0
+            for n, piece in enumerate(pieces):
+                lines = torch.arange(len(records.row))[piece]
+                part = pick(records, lines)
+                rows = part.row
+                told = None if speed is None else speed[rows]
+                logits = score(self.network, part.seen, told)
+                new = log_prob(logits, part, config)
+                if stage.experts:
+                    new = expert_mixture(new, expert[rows], stage.group, len(stage.experts))
+                if step == 0:
+                    olds.append(new.detach())
+                loss = clipped_loss(new, olds[n], advantage[rows], weight[piece], stage.clip)
+                reference = None
+                if self.reference is not None:
+                    with torch.no_grad():
+                        reference = score(self.reference, part.seen, told)
+                loss = loss + regularisation(logits, reference, part.candidates, weight[piece], stage.entropy, stage.kl)
+                loss.backward()  # type: ignore[no-untyped-call]
+                with torch.no_grad():
+                    clipped += float((((new - olds[n]).exp() - 1).abs() > stage.clip).sum())
+                    share += float((torch.sigmoid(logits) * part.candidates).sum())
+            self.world.sum_gradients(self.network)
+            norm = float(torch.nn.utils.clip_grad_norm_(self.network.parameters(), stage.gradient_clip))
+            if not math.isfinite(norm):
+                raise FloatingPointError(f"the gradient is not finite at update {self.update}; lower the learning rate")
+            self.optimizer.step()
+        lines_count = max(1, len(records.row))
+        candidates = max(1, int(records.candidates.sum()))
+        return {"gradient": norm, "clipped": clipped / lines_count, "probability": share / candidates}
+
+    # Checkpoints
+
+    def _checkpoint(self, stage: Collect | Fit | Shift | Grpo) -> dict[str, Any]:
+        """Save the state; compare the policy on held-out problems and keep it if it is the best so far."""
+        line: dict[str, Any] = {}
+        if self.world.first and not isinstance(stage, Collect):
+            line = self._compare()
+        self.save()
+        return line
+
+    def _alphas(self) -> tuple[float, ...]:
+        stages = [stage for stage in self.recipe.stage if isinstance(stage, Grpo)]
+        return stages[-1].alphas if stages else (1.0,)
+
+    def _compare(self) -> dict[str, Any]:
+        """Mean reward over the recipe's alphas on held-out problems, drawn as at serving."""
+        count = self.recipe.check
+        value = 0.0
+        line: dict[str, Any] = {}
+        if count:
+            for task in self.tasks:
+                problems = task.problems(count, CHECK_SEED, "heldout")
+                for alpha in self._alphas():
+                    speed = None
+                    if self.recipe.policy.takes_speed:
+                        speed = speed_of(alpha, max(self._alphas())).expand(count)
+                    found = self._rollout(task, problems, PolicyChooser(self.network, speed), list(range(count)), False)
+                    worth = reward(found.correct, found.forwards, found.budget, alpha).mean()
+                    value += float(worth) / len(self.tasks) / len(self._alphas())
+                    line[f"check/{task.name}/{alpha:g}"] = [
+                        round(float(found.correct.mean()), 4),
+                        round(float(found.tokens.sum() / found.forwards.sum()), 3),
+                    ]
+            line["check/reward"] = value
+            self.network.train().requires_grad_(True)
+        if not count or value > self.best:
+            self.best = value
+            self.export()
+        return line
+
+    def export(self) -> None:
+        """Write the policy as it is now as a folder that can be served."""
+        trained = self.origin.model_copy(
+            update={
+                "task": self.recipe.tasks,
+                "gen_length": self._gen_length(self.tasks[0]),
+                "block_length": self.recipe.block_length,
+                "alphas": self._alphas(),
+                "seed": self.recipe.seed,
+                "updates": self.updates_done,
+                "seconds": round(self.seconds, 1),
+            }
+        )
+        card = PolicyCard(config=self.recipe.policy, trained_on=trained, recipe=self.content)
+        save_policy(self.network, card, self.out)

@@ -1,0 +1,99 @@
+"""`/v1/policies`"""
+
+import hmac
+from functools import partial
+from pathlib import Path
+
+import anyio.to_thread
+from fastapi import FastAPI, Request, Response
+
+from policies.checkpoint import PolicyError
+from policies.store import Stored, UnknownPolicyError
+from server.api.bodies import read_body
+from server.api.catalogue import POLICY
+from server.api.errors import ForbiddenError, NotFoundError
+from server.api.openapi import ADMIN_ERRORS, ERRORS, LOOKUP_ERRORS, body_of
+from server.api.requests import PolicyBody
+from server.api.responses import PolicyEntry, PolicyList, PolicyRemoved, json_response
+from server.api.serving import Serving
+from server.engine import RequestError
+
+
+def add_routes(app: FastAPI, serving: Serving) -> None:
+    policies, base = serving.engine.policies, serving.catalogue.name
+
+    def entry(stored: Stored) -> PolicyEntry:
+        return PolicyEntry(
+            id=stored.name,
+            model=f"{base}:{POLICY}{stored.name}",
+            takes_speed=stored.card.config.takes_speed,
+            action=stored.card.config.action,
+            parameters=stored.parameters,
+            trained_on=stored.card.trained_on.model_dump(mode="json"),
+            measured=[row.model_dump(mode="json") for row in stored.card.measured],
+        )
+
+    def find(name: str) -> Stored:
+        try:
+            return policies.get(name)
+        except UnknownPolicyError as error:
+            raise NotFoundError("policy", str(error), "policy_not_found") from None
+
+    @app.get("/v1/policies", response_model=PolicyList, responses=ERRORS, tags=["catalogue"])
+    async def list_policies() -> Response:
+        """List the trained policies that requests can use."""
+        return json_response(PolicyList(data=[entry(stored) for stored in policies.list()]))
+
+    @app.get("/v1/policies/{policy}", response_model=PolicyEntry, responses=LOOKUP_ERRORS, tags=["catalogue"])
+    async def get_policy(policy: str) -> Response:
+        """Look up one policy."""
+        return json_response(entry(find(policy)))
+
+    @app.post(
+        "/v1/policies",
+        response_model=PolicyEntry,
+        responses=ADMIN_ERRORS,
+        openapi_extra=body_of(PolicyBody),
+        tags=["administration"],
+    )
+    async def load(request: Request) -> Response:
+        """Load a policy from the server's folder, in the place of one of the same name. Needs the admin key."""
+        _check_admin(request, serving)
+        body = await read_body(request, PolicyBody)
+        folder = _inside(serving.settings.policy_dir, body.path or body.name)
+        try:
+            stored = await anyio.to_thread.run_sync(partial(policies.load, body.name, folder))
+        except PolicyError as error:
+            field = "name" if "is no name for a policy" in str(error) else "path"
+            raise RequestError(field, str(error), "invalid_policy") from None
+        return json_response(entry(stored))
+
+    @app.delete("/v1/policies/{policy}", response_model=PolicyRemoved, responses=ADMIN_ERRORS, tags=["administration"])
+    async def remove(request: Request, policy: str) -> Response:
+        """Take a policy out of service; what runs by it goes on. Needs the admin key."""
+        _check_admin(request, serving)
+        find(policy)
+        return json_response(PolicyRemoved(id=policies.remove(policy).name))
+
+
+def _check_admin(request: Request, serving: Serving) -> None:
+    key = serving.settings.admin_key
+    if key is None:
+        raise ForbiddenError("policies cannot be changed over HTTP: the server was started without --admin-key")
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    known = key.get_secret_value().encode()
+    if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode("latin-1"), known):
+        raise ForbiddenError("this needs the admin key: send it as 'Authorization: Bearer KEY'")
+
+
+def _inside(root: str | None, path: str) -> Path:
+    """A folder below the folder of policies, whatever `path` tries. Raises RequestError."""
+    if root is None:
+        raise RequestError("path", "the server was started without --policy-dir, so there is nothing to load from")
+    base = Path(root).resolve()
+    if "\0" in path:
+        raise RequestError("path", "path holds a null character", "invalid_policy")
+    folder = (base / path).resolve()
+    if not folder.is_relative_to(base) or folder == base:
+        raise RequestError("path", f"{path[:200]!r} is not inside the server's folder of policies", "invalid_policy")
+    return folder

@@ -1,0 +1,121 @@
+"""`unmask train-policy`: train an unmasking policy from a recipe, against any model that can be served."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from server.commands.options import (
+    Device,
+    Dtype,
+    Model,
+    fail,
+    open_model,
+    progress_console,
+    subject_of,
+    use_threads,
+    wrong,
+)
+from server.commands.signals import stopping_on_signals
+
+if TYPE_CHECKING:
+    from policies.checkpoint import TrainedOn
+    from policies.train import PolicyTrainer, Report
+    from server.models.loading import LoadedModel
+
+
+def register(app: typer.Typer) -> None:
+    app.command("train-policy")(train_policy)
+
+
+def train_policy(
+    recipe: Annotated[Path, typer.Argument(help="The run, as a TOML file.", metavar="RECIPE.toml")],
+    out: Annotated[Path, typer.Option("--out", help="Where state, logs and the policy go; a server can watch it.")],
+    model: Model = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    threads: Annotated[int, typer.Option("--threads", min=1, help="Processor threads.")] = 1,
+) -> None:
+    """Train a policy. Run it again to go on from the last checkpoint; `torchrun` runs it in several processes."""
+    from safetensors import SafetensorError
+
+    from policies.recipe import load_policy_recipe
+    from policies.train import PolicyTrainer
+    from policies.world import World
+    from samplers import SamplerError
+
+    try:
+        parsed, content = load_policy_recipe(recipe)
+    except ValueError as error:
+        wrong("RECIPE.toml", error)
+    use_threads(threads)
+    loaded = open_model(model, device, dtype)
+    world = World.join()
+    try:
+        trainer = PolicyTrainer(parsed, content, subject_of(loaded), _origin(model, loaded, parsed.tasks), out, world)
+        with _reporting(trainer) as report, stopping_on_signals(trainer):
+            if trainer.resume():
+                progress_console().print(f"going on from stage {trainer.stage}, update {trainer.update}")
+            trainer.report = report
+            trainer.run()
+    except (OSError, ValueError, FloatingPointError, SafetensorError, SamplerError) as error:
+        fail(error)
+    finally:
+        world.leave()
+    if trainer.stage < len(parsed.stage):
+        progress_console().print("stopped; run the same command to go on")
+        return
+    if world.first:
+        typer.echo(str(out))
+
+
+def _origin(model: str | None, loaded: "LoadedModel", tasks: tuple[str, ...]) -> "TrainedOn":
+    """What the policy's card says of the model."""
+    from policies.checkpoint import TrainedOn
+    from server.evaluation.results import model_digest
+    from server.models.loading import find_model
+
+    info = loaded.backend.info
+    return TrainedOn(
+        model=loaded.name,
+        model_digest=model_digest(find_model(model)[1]),
+        architecture=info.architecture,
+        vocab_size=info.vocab_size,
+        task=tasks,
+        gen_length=1,  # the trainer knows
+    )
+
+
+@contextmanager
+def _reporting(trainer: "PolicyTrainer") -> "Iterator[Report]":
+    """A progress bar on stderr, a line of JSON for each report in `metrics.jsonl`, and the same for TensorBoard."""
+    if not trainer.world.first:
+        yield lambda line: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from tensorboardX import SummaryWriter
+
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with (
+        Progress(*columns, console=progress_console()) as bar,
+        (trainer.out / "metrics.jsonl").open("a", buffering=1) as log,
+        SummaryWriter(str(trainer.out / "tensorboard"), write_to_disk=True) as board,
+    ):
+        tasks: dict[int, Any] = {}
+
+        def report(line: dict[str, Any]) -> None:
+            stage = line["stage"]
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(line["kind"], total=line.get("of", 1))
+            done = next((line[key] for key in ("update", "step", "runs") if key in line), 1)
+            shown = [f"{key} {line[key]:.3g}" for key in ("reward", "right", "tpf", "loss") if key in line]
+            bar.update(tasks[stage], completed=done, description=" ".join([line["kind"], *shown]))
+            log.write(json.dumps(line) + "\n")
+            for key, value in line.items():
+                if isinstance(value, int | float) and key not in ("stage", "of"):
+                    board.add_scalar(f"{stage}-{line['kind']}/{key}", value, done)
+
+        yield report

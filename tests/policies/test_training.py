@@ -1,0 +1,255 @@
+"""A policy's training: stages, resuming, data parallel gradients, and that it learns."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from policies import train
+from policies.checkpoint import TrainedOn, load_policy
+from policies.recipe import Grpo, PolicyRecipe, load_policy_recipe
+from policies.train import PolicyTrainer, speed_of
+from policies.world import World
+from tests.policies.tiny import SMALL, recipe
+from tests.policies.toys import LENGTH, LEVELS, ReadySet
+
+COLLECT = {"kind": "collect", "runs": 40}
+FIT = {"kind": "fit", "steps": 30, "batch": 8}
+SHIFT = {"kind": "shift", "cut": 0.9, "scale": 0.8}
+GRPO = {"kind": "grpo", "updates": 4, "prompts": 4, "group": 4, "learning_rate": 1e-3, "clip": 0.3}
+RICH_GRPO = GRPO | {
+    "alphas": [0.3, 1.0],
+    "scale_by_deviation": True,
+    "entropy": 0.01,
+    "kl": 0.01,
+    "experts": [0.75],
+    "expert_block_length": 4,
+    "micro_batch": 50,
+}
+TAKES_SPEED = {"policy": SMALL | {"region": False, "takes_speed": True}}
+
+
+@pytest.fixture(autouse=True)
+def ready_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "get_task", lambda name: ReadySet())
+
+
+def trainer(run: PolicyRecipe, out: Path, luck: float = 0.5, world: World | None = None) -> PolicyTrainer:
+    origin = TrainedOn(
+        model="toy", model_digest="0" * 64, architecture="Toy", vocab_size=3, task=("ready-set",), gen_length=1
+    )
+    lines: list[dict[str, Any]] = []
+    made = PolicyTrainer(run, {"as": "read"}, ReadySet().subject(luck), origin, out, world or World(), lines.append)
+    made.lines = lines  # type: ignore[attr-defined]
+    return made
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return {k: v for k, v in load_file(out / "state.safetensors").items() if k.startswith("network.")}
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        recipe(GRPO, save_every=1),
+        recipe(COLLECT, FIT, SHIFT, RICH_GRPO, save_every=1, **TAKES_SPEED),
+        recipe(GRPO, save_every=2, policy=SMALL | {"region": False, "action": "dpls"}),
+    ],
+    ids=["grpo", "all stages", "dpls"],
+)
+def test_a_resumed_run_is_the_same_to_the_bit(run: PolicyRecipe, tmp_path: Path) -> None:
+    whole = trainer(run, tmp_path / "whole")
+    whole.run()
+    for _ in range(50):
+        part = trainer(run, tmp_path / "parts")
+        part.resume()
+        if part.stage == len(run.stage):
+            break
+        work = {"left": 3}
+
+        def stop(line: dict[str, Any], part: PolicyTrainer = part, work: dict[str, int] = work) -> None:
+            work["left"] -= 1
+            part.stopping = work["left"] == 0
+
+        part.report = stop
+        part.run()
+    else:
+        raise AssertionError("the run never ends")
+    expected, found = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert expected.keys() == found.keys()
+    assert all(expected[name].equal(found[name]) for name in expected)
+
+
+def test_a_run_of_another_recipe_is_not_taken_over(tmp_path: Path) -> None:
+    trainer(recipe(GRPO | {"updates": 1}), tmp_path).run()
+    with pytest.raises(ValueError, match="another recipe"):
+        trainer(recipe(GRPO | {"updates": 2}), tmp_path).resume()
+
+
+def test_each_stage_reports_and_the_policy_says_what_made_it(tmp_path: Path) -> None:
+    run = recipe(COLLECT, FIT, SHIFT, RICH_GRPO, check=10, save_every=2, **TAKES_SPEED)
+    made = trainer(run, tmp_path)
+    made.run()
+    lines: list[dict[str, Any]] = made.lines  # type: ignore[attr-defined]
+    assert [line["kind"] for line in lines if line["stage"] == 2] == ["shift"]
+    assert {line["kind"] for line in lines} == {"collect", "fit", "shift", "grpo"}
+    assert sum(line["runs"] for line in lines if line["kind"] == "collect") >= 40
+    updates = [line for line in lines if line["kind"] == "grpo"]
+    assert len(updates) == 4
+    for line in updates:
+        assert 0 <= line["reward"] <= 1 and 0 < line["probability"] < 1 and line["gradient"] >= 0
+    assert any("check/reward" in line for line in updates)
+    network, card = load_policy(tmp_path)
+    assert card.config == run.policy == network.config
+    assert card.recipe == {"as": "read"}
+    assert card.trained_on.gen_length == LENGTH and card.trained_on.alphas == (0.3, 1.0)
+    json.dumps(lines)
+
+
+def test_a_shift_moves_the_even_point(tmp_path: Path) -> None:
+    made = trainer(recipe(SHIFT | {"cut": 0.9, "scale": 0.5}), tmp_path)
+    torch.nn.init.normal_(made.network.head.weight)
+    features = torch.rand(1, LENGTH, 1)
+    everywhere = torch.ones(1, LENGTH, dtype=torch.bool)
+    before = made.network(features, everywhere, everywhere, torch.zeros(1)).detach()
+    made.run()
+    after = made.network(features, everywhere, everywhere, torch.zeros(1)).detach()
+    assert torch.allclose(after, 0.5 * (before - torch.logit(torch.tensor(0.9))), atol=1e-5)
+
+
+def test_speeds_of_alphas() -> None:
+    assert speed_of(torch.tensor([0.0, 1.0, 10.0]), 10.0).tolist() == pytest.approx([0.0, 0.289, 1.0], abs=1e-3)
+
+
+PROCESS = """
+import sys, torch
+from pathlib import Path
+from policies import train
+from policies.world import World
+from tests.policies.test_training import trainer, RICH_GRPO, TAKES_SPEED
+from tests.policies.tiny import recipe
+from tests.policies.toys import ReadySet
+torch.set_num_threads(1)
+train.get_task = lambda name: ReadySet()
+world = World.join()
+made = trainer(recipe(RICH_GRPO | {"updates": 2}, **TAKES_SPEED), Path(sys.argv[1]) / str(world.rank), world=world)
+stage = made.recipe.stage[0]
+made.optimizer = made._adamw(stage)
+torch.manual_seed(9)
+for p in made.network.parameters():
+    p.data.add_(torch.randn_like(p) * 0.1)
+made.grpo_update(0, stage)
+torch.save([p.grad for p in made.network.parameters()], Path(sys.argv[1]) / f"gradient-{world.rank}.pt")
+world.leave()
+"""
+
+
+def test_two_processes_have_the_gradients_of_one_with_the_joint_batch(tmp_path: Path) -> None:
+    """With gloo, as `torchrun` starts them."""
+    root = Path(__file__).parents[2]
+    base = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    alone, pair = tmp_path / "alone", tmp_path / "pair"
+    alone.mkdir(), pair.mkdir()
+    subprocess.run([sys.executable, "-c", PROCESS, str(alone)], env=base, check=True, timeout=240, cwd=root)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = base | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    both = [
+        subprocess.Popen([sys.executable, "-c", PROCESS, str(pair)], env=shared | {"RANK": str(rank)}, cwd=root)
+        for rank in range(2)
+    ]
+    assert [process.wait(timeout=240) for process in both] == [0, 0]
+    expected = torch.load(alone / "gradient-0.pt")
+    for rank in range(2):
+        found = torch.load(pair / f"gradient-{rank}.pt")
+        assert any(gradient.abs().max() > 1e-4 for gradient in expected)
+        for one, two in zip(expected, found, strict=True):
+            assert torch.allclose(one, two, atol=1e-6, rtol=1e-4)
+
+
+def test_outcome_labels_learn_the_ready_set(tmp_path: Path) -> None:
+    """A level a forward is the optimum: 4 forwards, always right. No fixed threshold is told."""
+    run = recipe(
+        {"kind": "collect", "runs": 400, "always": 0.2, "thresholds": [0.75]},
+        {"kind": "fit", "steps": 150, "batch": 32, "learning_rate": 3e-3},
+        {"kind": "shift", "cut": 0.9},
+        check=40,
+        batch=100,
+    )
+    made = trainer(run, tmp_path, luck=0.3)
+    made.run()
+    line = made._compare()
+    accuracy, tokens_per_forward = line["check/ready-set/1"]
+    assert accuracy >= 0.95
+    assert tokens_per_forward >= 0.8 * LENGTH / LEVELS
+
+
+def test_grpo_alone_improves_on_the_ready_set(tmp_path: Path) -> None:
+    """From scratch, the paper's recipe: the reward of one early policy against that after some updates."""
+    run = recipe(
+        {
+            "kind": "grpo",
+            "updates": 40,
+            "prompts": 8,
+            "group": 8,
+            "learning_rate": 3e-3,
+            "clip": 0.3,
+            "schedule": "constant",
+        },
+        batch=64,
+        policy=SMALL | {"region": False, "output_bias": -1.0},
+    )
+    made = trainer(run, tmp_path, luck=0.9)
+    made.run()
+    rewards = [line["reward"] for line in made.lines]  # type: ignore[attr-defined]
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.1
+
+
+@pytest.mark.parametrize(
+    ("stages", "changes", "message"),
+    [
+        ([FIT], {}, "nothing to fit to"),
+        ([COLLECT, FIT], {"policy": SMALL | {"action": "dpls"}}, "fit is for bernoulli"),
+        ([GRPO | {"alphas": [1.0, 2.0]}], {}, "takes_speed"),
+        ([GRPO | {"alphas": [-1.0]}], {}, "negative"),
+        ([GRPO | {"experts": [0.9]}], {"policy": SMALL | {"action": "dpls"}}, "order of draws"),
+        ([{"kind": "dance"}], {}, "kind"),
+        ([], {}, "at least 1 item"),
+    ],
+)
+def test_recipes_that_make_no_sense(stages: list[Any], changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        recipe(*stages, **changes)
+
+
+def test_the_recipes_that_ship_are_valid() -> None:
+    folder = Path(train.__file__).parent / "recipes"
+    names = sorted(path.stem for path in folder.glob("*.toml"))
+    assert "paper-llada-8b" in names and "embedded-chain" in names
+    for name in names:
+        _, content = load_policy_recipe(folder / f"{name}.toml")
+        assert content["stage"]
+    paper, _ = load_policy_recipe(folder / "paper-llada-8b.toml")
+    (stage,) = paper.stage
+    assert isinstance(stage, Grpo)
+    assert (stage.group, stage.clip, stage.learning_rate, stage.inner) == (8, 0.5, 3e-5, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("tasks = 3", "recipe.toml: tasks"), ("= =", "not a TOML file"), ("", "recipe.toml: tasks: Field required")],
+)
+def test_a_malformed_recipe_is_told_in_one_line(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        load_policy_recipe(path)
+    assert "\n" not in str(error.value)
