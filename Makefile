@@ -6,13 +6,14 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable
 
 .DELETE_ON_ERROR:
-.PHONY: help serve test check bench conformance test-image test-quickstart dashboard-up clean
+.PHONY: help serve test check bench train-demo conformance test-image test-quickstart dashboard-up clean
 
 help:
 	@echo "make serve            serve the embedded model on 127.0.0.1:$(PORT)          (PORT=8000)"
 	@echo "make test             run the default tests"
 	@echo "make check            lint, types, import rules"
 	@echo "make bench            measure the engine and the HTTP server: bench-*.json"
+	@echo "make train-demo       train a policy for some minutes, into runs/demo"
 	@echo "make conformance      replay the original implementations' outputs        (FIXTURES=DIR)"
 	@echo "make test-image       build the container image and run it                (root on Debian)"
 	@echo "make test-quickstart  make serve in a fresh copy of the checkout, and ask it something"
@@ -35,6 +36,9 @@ check: .venv/.check
 bench: .venv/.serve
 	$(BIN)/unmask bench engine --json bench-engine.json
 	$(BIN)/unmask bench http --json bench-http.json
+
+train-demo: .venv/.serve
+	$(BIN)/unmask train-policy policies/recipes/demo.toml --out runs/demo --threads 2
 
 conformance: .venv/.test
 	$(BIN)/python -m tests.conformance $(FIXTURES)

@@ -123,6 +123,7 @@ def rollout(
     block_length: int | None,
     seeds: Sequence[int],
     batch: int = 64,
+    prompt_length: int | None = None,
     record: PolicyConfig | None = None,
     allow_empty: bool = False,
 ) -> Rollout:
@@ -132,6 +133,7 @@ def rollout(
         chooser: decides what to commit.
         seeds: each generation's random stream.
         batch: most rows of one forward. All rows of a rollout go through it together, in this many at a time.
+        prompt_length: keep only the last tokens of a longer prompt.
         record: keep what a policy of this configuration sees.
         allow_empty: a step may commit nothing: it costs a forward, and a block that has had as many forwards as
             positions ends the generation, unfinished and wrong (the paper's training environment).
@@ -139,7 +141,8 @@ def rollout(
     recorder = _Recorder(chooser, record, waits=allow_empty)
     rows = []
     for problem, seed in zip(problems, seeds, strict=True):
-        canvas = Canvas.blank(subject.encode(problem.prompt), gen_length, subject.mask_id, block_length)
+        prompt = subject.encode_prompt(problem.prompt)
+        canvas = Canvas.blank(prompt[-(prompt_length or len(prompt)) :], gen_length, subject.mask_id, block_length)
         rows.append(Denoising(canvas, recorder, recorder.Params(), seed=seed, end_ids=subject.end_ids))
     stuck: set[int] = set()
     with torch.inference_mode():

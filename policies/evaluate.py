@@ -35,6 +35,8 @@ class TrialError(ValueError):
 class Trial:
     """One measurement: `count` held-out problems of a task under a sampler. No `block_length` is full diffusion.
 
+    `chat` only says that the subject encodes prompts as chat messages.
+
     Raises ParameterError if the sampler's parameters do not fit the generation.
     """
 
@@ -45,6 +47,7 @@ class Trial:
     count: int
     seed: int = 0
     fill_after_end: bool = True
+    chat: bool = False
 
     def __post_init__(self) -> None:
         if self.sampler.name not in (Oracle.name, Policy.name):
@@ -62,6 +65,7 @@ class Trial:
             "count": self.count,
             "seed": self.seed,
             "fill_after_end": self.fill_after_end,
+            "chat": self.chat,
         }
 
 
@@ -86,13 +90,14 @@ class Row(BaseModel):
     forwards: int
     tpf: float
     seconds: float
+    chat: bool = False
 
     def settings(self) -> dict[str, Any]:
         """See `Trial.settings`."""
         return self.model_dump(include=set(_SETTINGS))
 
 
-_SETTINGS = ("task", "sampler", "params", "block_length", "gen_length", "count", "seed", "fill_after_end")
+_SETTINGS = ("task", "sampler", "params", "block_length", "gen_length", "count", "seed", "fill_after_end", "chat")
 
 
 def registered(spec: SamplerSpec) -> Sampler:
@@ -144,7 +149,7 @@ def _start(
         problems = trial.task.problems(trial.count, trial.seed, "heldout")
     except ValueError as error:
         raise TrialError(str(error)) from None
-    prompts = [subject.encode(problem.prompt) for problem in problems]
+    prompts = [subject.encode_prompt(problem.prompt) for problem in problems]
     longest = max(map(len, prompts))
     if longest + trial.gen_length > subject.max_length:
         raise TrialError(

@@ -8,7 +8,10 @@ from samplers.denoising import Predict
 
 @dataclass(frozen=True)
 class Subject:
-    """A model under test: a forward pass, its text codec, its special tokens, its longest canvas."""
+    """A model under test: a forward pass, its text codec, its special tokens, its longest canvas.
+
+    `template` makes a problem's text the model's prompt, such as the message of a chat.
+    """
 
     predict: Predict
     encode: Callable[[str], list[int]]
@@ -16,3 +19,8 @@ class Subject:
     mask_id: int
     end_ids: frozenset[int]
     max_length: int
+    template: Callable[[str], str] = str
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of a problem's prompt."""
+        return self.encode(self.template(text))

@@ -6,7 +6,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -222,11 +222,8 @@ class PolicyTrainer:
     def _rollout(
         self, task: Task, problems: list[Problem], chooser: Chooser, seeds: list[int], allow_empty: bool
     ) -> Rollout:
-        subject = self.subject
-        if (most := self.recipe.prompt_length) is not None:
-            subject = replace(subject, encode=lambda text: self.subject.encode(text)[-most:])
         return rollout(
-            subject,
+            self.subject,
             task,
             problems,
             chooser,
@@ -234,6 +231,7 @@ class PolicyTrainer:
             block_length=self.recipe.block_length,
             seeds=seeds,
             batch=self.recipe.batch,
+            prompt_length=self.recipe.prompt_length,
             record=self.recipe.policy,
             allow_empty=allow_empty,
         )
@@ -357,6 +355,8 @@ class PolicyTrainer:
             # Groups without spread have nothing to say.
             lines = (advantage[records.row] != 0).nonzero()[:, 0]
             records, weight = pick(records, lines), weight[lines]
+        if not self.world.total(len(records.row)):
+            return {"gradient": 0.0, "clipped": 0.0, "probability": 0.0}
         pieces = [slice(i, i + stage.micro_batch) for i in range(0, len(records.row), stage.micro_batch)]
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate(stage)

@@ -41,6 +41,14 @@ class World:
                     p.grad = torch.zeros_like(p)
                 dist.all_reduce(p.grad)
 
+    def total(self, count: int) -> int:
+        """The sum over the processes."""
+        if self.size == 1:
+            return count
+        value = torch.tensor(count)
+        dist.all_reduce(value)
+        return int(value)
+
     def gather(self, values: Tensor) -> Tensor:
         """Lines of all processes as one process would have them: line i is of process i % size."""
         if self.size == 1:

@@ -10,7 +10,7 @@ from torch import Tensor
 from samplers.base import ParameterError, Sampler, SamplerError, SamplerParams, Selection, Step, best
 from samplers.canvas import Layout
 from samplers.prediction import Statistic
-from samplers.randomness import GUMBELS, uniform
+from samplers.randomness import FIRST, LATER, uniform
 
 Action = Literal["bernoulli", "dpls"]
 STOP = -1
@@ -129,10 +129,11 @@ class Policy(Sampler):
 
 def step_gumbel(step: Step) -> Tensor:
     """Gumbel noise from each row's own stream, [rows, 2, width + 1]: one for the first draw, one for all others."""
-    width = step.candidate.shape[1]
-    position = torch.arange(2 * (width + 1), device=step.candidate.device)
-    numbers = uniform(step.seed, step.forward, position, GUMBELS).clamp(min=2.0**-53)
-    return (-(-numbers.log()).log()).float().view(-1, 2, width + 1)
+    # Numbered by what they are for, STOP as -1: the width is that of the batch, and must not matter.
+    place = torch.arange(step.candidate.shape[1] + 1, device=step.candidate.device)
+    place[-1] = STOP
+    numbers = torch.stack([uniform(step.seed, step.forward, place, stream) for stream in (FIRST, LATER)], dim=1)
+    return (-(-numbers.clamp(min=2.0**-53).log()).log()).float()
 
 
 def bernoulli_draw(

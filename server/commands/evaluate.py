@@ -7,6 +7,7 @@ import typer
 
 from policies.tasks import UnknownTaskError, get_task, list_tasks
 from server.commands.options import (
+    Chat,
     Device,
     Dtype,
     FillAfterEnd,
@@ -63,6 +64,7 @@ def evaluate(
     seed: Annotated[int, typer.Option("--seed", min=0, max=2**31, help="Which problems, and random numbers.")] = 0,
     policy: Policies = None,
     fill_after_end: FillAfterEnd = True,
+    chat: Chat = False,
     json_file: Annotated[
         Path | None,
         typer.Option("--json", help="Keep each row here once it is measured; rows already there are not redone."),
@@ -80,7 +82,7 @@ def evaluate(
     """Measure samplers on held-out problems. Plot, Markdown and card show every row that the --json file holds."""
     for flag, path in (("--json", json_file), ("--plot", plot), ("--markdown", markdown_file)):
         check_parent(flag, path)
-    trials = _trials(task, sampler, block_length, gen_length, count, seed, fill_after_end)
+    trials = _trials(task, sampler, block_length, gen_length, count, seed, fill_after_end, chat)
     from server.evaluation.card import Card
     from server.evaluation.report import markdown, table
 
@@ -93,7 +95,7 @@ def evaluate(
     loaded = open_model(model, device, dtype)
     policies = open_policies(named, model, loaded)
     results = _open_results(json_file, model, loaded)
-    _measure(trials, subject_of(loaded), policies, results, json_file, batch)
+    _measure(trials, subject_of(loaded, chat), policies, results, json_file, batch)
     asked = [row for trial in trials if (row := results.find(trial)) is not None]
     results_console().print(table(asked))
     if plot is not None:
@@ -114,6 +116,7 @@ def _trials(
     count: int,
     seed: int,
     fill_after_end: bool,
+    chat: bool,
 ) -> "list[Trial]":
     """Every combination once, in the order given; wrong use ends the command before any work."""
     blocks = [parse_block_length(text) for text in block_lengths or ["full"]]
@@ -131,7 +134,8 @@ def _trials(
         for block in blocks:
             for task in chosen:
                 for spec in specs:
-                    trial = Trial(task, spec, block, gen_length or task.gen_length, count, seed, fill_after_end)
+                    length = gen_length or task.gen_length
+                    trial = Trial(task, spec, block, length, count, seed, fill_after_end, chat)
                     trials += [] if trial in trials else [trial]
     except (UnknownSamplerError, ValueError) as error:
         wrong("--sampler", error)

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from server.commands.options import (
+    Chat,
     Device,
     Dtype,
     FillAfterEnd,
     Model,
     Policies,
     Threads,
+    chat_prompt,
     fail,
     open_model,
     open_policies,
@@ -53,7 +55,7 @@ def generate(
     seed: Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="The generation's random stream.")] = 0,
     policy: Policies = None,
     fill_after_end: FillAfterEnd = True,
-    chat: Annotated[bool, typer.Option("--chat", help="Send the prompt as a user's message.")] = False,
+    chat: Chat = False,
     watch: Annotated[bool, typer.Option("--watch", help="Show the canvas settle, on standard error.")] = False,
     pause: Annotated[float, typer.Option("--pause", min=0, help="Seconds between two pictures of --watch.")] = 0.1,
     device: Device = "auto",
@@ -147,13 +149,6 @@ def _spec(sampler: str, params: str) -> "SamplerSpec":
 
 def _prompt_text(prompt: str, chat: bool, text: "TextCodec") -> str:
     """What goes to the model: the prompt, or the chat template's rendering of it."""
-    from server.models.text import ChatTemplateError
-
     # The newline that a shell's echo adds is no part of a prompt.
     content = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
-    if not chat:
-        return content
-    try:
-        return text.chat_prompt([{"role": "user", "content": content}])
-    except ChatTemplateError as error:
-        fail(error)
+    return chat_prompt(text, content) if chat else content

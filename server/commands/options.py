@@ -1,6 +1,7 @@
 """What several commands share: options, and how they fail."""
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from policies.store import PolicyStore
     from policies.subject import Subject
     from server.models.loading import LoadedModel
+    from server.models.text import TextCodec
 
 Model = Annotated[
     str | None,
@@ -24,6 +26,9 @@ FillAfterEnd = Annotated[
         "--fill-after-end/--no-fill-after-end",
         help="Settle everything after a committed end-of-text at once, or denoise that padding like text.",
     ),
+]
+Chat = Annotated[
+    bool, typer.Option("--chat", help="Send prompts as a user's message, through the model's chat template.")
 ]
 Policies = Annotated[
     list[str] | None,
@@ -116,9 +121,21 @@ def open_policies(given: list[tuple[str, Path]], model: str | None, loaded: "Loa
     return policies
 
 
-def subject_of(loaded: "LoadedModel") -> "Subject":
-    """A loaded model as evaluation and training see it."""
+def chat_prompt(text: "TextCodec", content: str) -> str:
+    """A prompt as the chat template renders it, or the end of the command with the reason why not."""
+    from server.models.text import ChatTemplateError
+
+    try:
+        return text.chat_prompt([{"role": "user", "content": content}])
+    except ChatTemplateError as error:
+        fail(error)
+
+
+def subject_of(loaded: "LoadedModel", chat: bool = False) -> "Subject":
+    """A loaded model as evaluation and training see it; with `chat`, prompts go through its template."""
     from policies.subject import Subject
 
     info, text = loaded.backend.info, loaded.text
-    return Subject(loaded.backend.predict, text.encode, text.decode, info.mask_id, info.end_ids, info.max_length)
+    template = partial(chat_prompt, text) if chat else str
+    end_ids = info.end_ids
+    return Subject(loaded.backend.predict, text.encode, text.decode, info.mask_id, end_ids, info.max_length, template)

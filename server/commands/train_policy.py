@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from server.commands.options import (
+    Chat,
     Device,
     Dtype,
     Model,
@@ -35,6 +36,7 @@ def train_policy(
     recipe: Annotated[Path, typer.Argument(help="The run, as a TOML file.", metavar="RECIPE.toml")],
     out: Annotated[Path, typer.Option("--out", help="Where state, logs and the policy go; a server can watch it.")],
     model: Model = None,
+    chat: Chat = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     threads: Annotated[int, typer.Option("--threads", min=1, help="Processor threads.")] = 1,
@@ -43,6 +45,7 @@ def train_policy(
     from safetensors import SafetensorError
 
     from policies.recipe import load_policy_recipe
+    from policies.tasks import get_task
     from policies.train import PolicyTrainer
     from policies.world import World
     from samplers import SamplerError
@@ -51,11 +54,18 @@ def train_policy(
         parsed, content = load_policy_recipe(recipe)
     except ValueError as error:
         wrong("RECIPE.toml", error)
+    try:
+        for name in parsed.tasks:
+            get_task(name)
+    except (KeyError, ValueError) as error:
+        wrong("RECIPE.toml", f"{recipe}: tasks: {error.args[0]}")
     use_threads(threads)
     loaded = open_model(model, device, dtype)
     world = World.join()
     try:
-        trainer = PolicyTrainer(parsed, content, subject_of(loaded), _origin(model, loaded, parsed.tasks), out, world)
+        trainer = PolicyTrainer(
+            parsed, content, subject_of(loaded, chat), _origin(model, loaded, parsed.tasks), out, world
+        )
         with _reporting(trainer) as report, stopping_on_signals(trainer):
             if trainer.resume():
                 progress_console().print(f"going on from stage {trainer.stage}, update {trainer.update}")

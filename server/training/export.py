@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from policies.tasks import list_tasks
+from policies.tasks import embedded_tasks
 from server.evaluation.card import place
 from server.models.llada import LLaDAConfig
 from server.training.tokenizer import END, MASK
@@ -58,8 +58,8 @@ def model_json(config: LLaDAConfig) -> dict[str, Any]:
 def model_card(trainer: Trainer, recipe_text: str, threads: int, note: str, size: int) -> str:
     """What the model is, how it was trained and how to measure it; `size` is of its weights in bytes."""
     parameters = sum(p.numel() for p in trainer.model.parameters())
-    tasks = "\n".join(f"- `{task.name}`: {task.description}" for task in list_tasks())
-    example = list_tasks()[0].problems(1, 0, "heldout")[0]
+    tasks = "\n".join(f"- `{task.name}`: {task.description}" for task in embedded_tasks())
+    example = embedded_tasks()[0].problems(1, 0, "heldout")[0]
     remark = f"\n{note.strip()}\n" if note else ""
     return f"""---
 license: apache-2.0

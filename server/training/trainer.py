@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from policies.tasks import list_tasks
+from policies.tasks import embedded_tasks
 from server.models.llada import LLaDA, LLaDAConfig
 from server.training.canvases import CanvasMaker, Rows
 from server.training.muon import Muon
@@ -28,8 +28,8 @@ NUMBER_PERIODS = (400.0, 200.0, 100.0, 50.0, 25.0, 20.0, 10.0, 5.0, 4.0, 2.5, 2.
 
 def task_tokenizer() -> Tokenizer:
     """The tokenizer of the embedded tasks."""
-    texts = [text for task in list_tasks() for p in task.problems(500, 0, "train") for text in (p.prompt, p.reference)]
-    return build_tokenizer(texts)
+    problems = [problem for task in embedded_tasks() for problem in task.problems(500, 0, "train")]
+    return build_tokenizer([text for problem in problems for text in (problem.prompt, problem.reference)])
 
 
 def model_config(recipe: Recipe, tokenizer: Tokenizer) -> LLaDAConfig:

@@ -6,10 +6,12 @@ from PIL import Image
 
 from policies.evaluate import Row
 from policies.statistics import wilson
+from server.commands.options import subject_of
 from server.evaluation.card import place
 from server.evaluation.plot import pareto_front
 from server.evaluation.report import markdown
 from server.evaluation.results import Results, add_row
+from server.models.loading import load_model
 from tests.commands.application import read_json, refused, right
 
 ROW_KEYS = {
@@ -158,3 +160,16 @@ def test_the_front_holds_what_nothing_beats() -> None:
     slow, middle, fast = row("topk", 0.99, 1.0), row("threshold", 0.95, 4.0), row("random", 0.5, 8.0)
     beaten = [row("random", 0.94, 3.0), row("topk", 0.95, 2.0), row("random", 0.4, 8.0)]
     assert pareto_front([beaten[0], fast, slow, *beaten[1:], middle]) == [slow, middle, fast]
+
+
+def test_a_chat_goes_through_the_template_and_is_a_row_of_its_own(tiny_model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    common = ("evaluate", "--model", tiny_model, *QUICK, "--json", file)
+    right(*common)
+    right(*common, "--chat")
+    rows = read_json(file)["rows"]
+    assert [row["chat"] for row in rows] == [False, False, True, True]
+    loaded = load_model(str(tiny_model), device="cpu", dtype="float32")
+    plain, chat = subject_of(loaded), subject_of(loaded, chat=True)
+    assert chat.encode_prompt("Tom has") == plain.encode_prompt("user: Tom has\nassistant:")
+    assert chat.encode("Tom has") == plain.encode("Tom has")
