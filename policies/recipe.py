@@ -55,6 +55,9 @@ class Grpo(Part):
     expert_block_length: int | None = Field(32, gt=0)
     alphas: tuple[float, ...] = Field((1.0,), min_length=1, description="drawn anew for each group")
     form: Form = "multiplicative"
+    likelihood: float = Field(
+        0.0, ge=0, description="weight of the mean log-probability of the committed tokens in the reward"
+    )
     scale_by_deviation: bool = Field(False, description="divide advantages by a running deviation per alpha")
     inner: int = Field(2, gt=0, description="gradient steps on each rollout batch")
     clip: float = Field(0.5, gt=0)

@@ -29,6 +29,23 @@ def reward(
     return correct.float() * ((budget - used + 1) / budget) ** alpha
 
 
+def path_likelihood(committed: Tensor, confidence: Tensor, row: Tensor, rows: int) -> Tensor:
+    """Mean log-probability of the tokens of each generation at the forwards that committed them, [rows].
+
+    A dense reward without labels: how much the model itself believes in the way taken (SAS, arXiv 2606.23567).
+
+    Args:
+        committed: bool [n, length], what each recorded step committed.
+        confidence: [n, length], the committed tokens' probabilities.
+        row: int64 [n], which generation each step belongs to.
+        rows: number of generations.
+    """
+    logs = confidence.clamp(min=1e-8).log().masked_fill(~committed, 0.0).sum(dim=1)
+    total = torch.zeros(rows).index_add(0, row, logs)
+    count = torch.zeros(rows).index_add(0, row, committed.sum(dim=1).float())
+    return total / count.clamp(min=1.0)
+
+
 def group_advantage(rewards: Tensor) -> Tensor:
     """Rewards less their group's mean, [groups, members]; not divided by the deviation (arXiv 2512.09106, 3.3)."""
     return rewards - rewards.mean(dim=1, keepdim=True)

@@ -21,7 +21,7 @@ from policies.environment import Chooser, Rollout, rollout
 from policies.grpo import clipped_loss, expert_mixture, log_prob, regularisation
 from policies.network import UnmaskingPolicy, score
 from policies.recipe import Collect, Fit, Grpo, PolicyRecipe, Shift
-from policies.rewards import DeviationScale, group_advantage, reward
+from policies.rewards import DeviationScale, group_advantage, path_likelihood, reward
 from policies.subject import Subject
 from policies.supervised import Runs, fit, pick
 from policies.tasks import Problem, Task, get_task
@@ -325,6 +325,8 @@ class PolicyTrainer:
         )
         rolled = time.monotonic() - began
         worth = reward(found.correct, found.forwards, found.budget, each_alpha, stage.form)
+        if stage.likelihood:
+            worth = worth + stage.likelihood * self._path_likelihood(found)
         advantage = group_advantage(worth.view(len(mine), members))
         alive = (advantage != 0).any(dim=1)
         if stage.scale_by_deviation:
@@ -343,6 +345,11 @@ class PolicyTrainer:
             "update_seconds": round(time.monotonic() - began - rolled, 2),
         }
         return self.world.mean(metrics)
+
+    def _path_likelihood(self, found: Rollout) -> Tensor:
+        records = found.records
+        assert records is not None
+        return path_likelihood(records.committed, records.confidence, records.row, len(found.correct))
 
     def _gradient_steps(
         self, stage: Grpo, found: Rollout, advantage: Tensor, expert: Tensor, speed: Tensor | None

@@ -9,19 +9,19 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from samplers import Canvas, get_sampler
+from samplers import Canvas, Sampler, get_sampler
 from samplers.denoising import Denoising, Predict
 from server.engine.backend import ModelInfo
 from server.engine.torch_backend import TorchBackend, pad
 from server.models.loading import ModelError, load_network
-from tests.conformance.originals import Original, stream_of
+from tests.conformance.originals import Original, ReleasedFactor, stream_of
 from tests.conformance.replay import compare_states, replay
 from tests.conformance.report import Difference, NotBuilt
 
 TOLERANCE = 1e-4
 FORWARDS = ("single", "batch", "batch_left_padded")
 PARAMETERS = {
-    *("steps", "gen_length", "block_length", "temperature", "mask_id", "remasking", "cfg_scale", "threshold"),
+    *("steps", "gen_length", "block_length", "temperature", "mask_id", "remasking", "cfg_scale", "threshold", "factor"),
     *("logits_eos_inf", "confidence_eos_eot_inf"),
 }
 
@@ -87,11 +87,13 @@ class Family:
             raise NotBuilt(function.removeprefix("generate_with_").replace("_", " "))
         if unknown := set(params) - PARAMETERS:
             raise NotBuilt(f"sampler with {', '.join(sorted(unknown))}")
+        sampler: Sampler
         if "threshold" in params:
-            name, chosen = "threshold", {"threshold": params["threshold"]}
+            sampler, chosen = get_sampler("threshold"), {"threshold": params["threshold"]}
+        elif "factor" in params:
+            sampler, chosen = ReleasedFactor(), {"factor": params["factor"]}
         else:
-            name, chosen = "topk", {"steps": params["steps"]}
-        sampler = get_sampler(name)
+            sampler, chosen = get_sampler("topk"), {"steps": params["steps"]}
         # Our canvases have no padding: what the original pads at the left is cut off, here and from its record.
         cuts = [row.index(1) for row in case["attention_mask"] or [[1]] * len(case["prompt"])]
         rows = [

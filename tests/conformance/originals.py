@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from samplers import Selection, Step
 from samplers.canvas import Canvas
 from samplers.denoising import Query
+from samplers.factor import Factor
 from samplers.prediction import Prediction, summarise
 
 Logits = Callable[[list[Canvas]], Tensor]
@@ -39,6 +41,15 @@ def without_ban(logits: Tensor) -> Prediction:
 def stream_of(seed: int | None) -> torch.Generator | None:
     """The stream that `torch.manual_seed(seed)` starts."""
     return None if seed is None else torch.Generator().manual_seed(seed)
+
+
+class ReleasedFactor(Factor):
+    """`get_transfer_index_dynamic`: a scan that ends at the last candidate takes it, whether it passed or failed."""
+
+    def select(self, step: Step) -> Selection:
+        commit = super().select(step).commit
+        count, candidates = commit.sum(dim=1, keepdim=True), step.candidate.sum(dim=1, keepdim=True)
+        return Selection(torch.where(count == candidates - 1, step.candidate, commit))
 
 
 @dataclass

@@ -9,15 +9,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from samplers import Canvas, Layout, Step, get_sampler
+from samplers import Canvas, Layout, Sampler, Step, get_sampler
 from samplers.denoising import Denoising, Query, advance, ask
 from samplers.prediction import Prediction
 from samplers.schedule import ScheduledParams, quota
-from tests.conformance.originals import gumbel, stream_of, without_ban
+from tests.conformance.originals import ReleasedFactor, gumbel, stream_of, without_ban
 from tests.conformance.replay import compare_states, replay
 from tests.conformance.report import Difference, NotBuilt
 
 TABLES = ("num_transfer_tokens_table", "sdar_num_transfer_tokens_table")
+FACTOR = ReleasedFactor()
 LEAST = torch.finfo(torch.float64).tiny
 """Stands for a threshold of 0, which ours refuse because it means to commit everything."""
 
@@ -52,7 +53,7 @@ class SamplerOnly:
         tensors = {key.removeprefix(prefix): value for key, value in self._tensors.items() if key.startswith(prefix)}
         if name.startswith("llada_add_gumbel_noise"):
             self._noise(case, tensors)
-        elif name.startswith("fast_20") or case["args"].get("target") in ("confidence", "random"):
+        elif name.startswith(("fast_20", "fast_dynamic")) or case["args"].get("target") in ("confidence", "random"):
             self._transfer(case, tensors)
         elif name.startswith("sglang_LowConfidence"):
             self._block(case, tensors)
@@ -92,11 +93,16 @@ class SamplerOnly:
             return found if draw is None else Prediction(found.token, draw[at], {})
 
         # A row without masks, or with nothing to transfer, takes no step with us.
-        quotas = tensors.get("in/num_transfer_tokens") if args["threshold"] is None else None
+        free = "factor" in args or args["threshold"] is not None
+        quotas = None if free else tensors.get("in/num_transfer_tokens")
         members = masked.any(dim=1).nonzero()[:, 0] if quotas is None else quotas.nonzero()[:, 0]
         rows = []
         for i in members.tolist():
-            if quotas is None:
+            sampler: Sampler
+            if "factor" in args:
+                sampler = FACTOR
+                params = sampler.Params(factor=args["factor"])
+            elif quotas is None:
                 sampler = get_sampler("threshold")
                 params = sampler.Params(threshold=max(args["threshold"], LEAST))
             else:

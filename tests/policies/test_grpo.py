@@ -9,7 +9,7 @@ from torch import Tensor
 
 from policies.actions import bernoulli_log_prob
 from policies.grpo import clipped_loss, expert_mixture, regularisation
-from policies.rewards import DeviationScale, group_advantage, reward
+from policies.rewards import DeviationScale, group_advantage, path_likelihood, reward
 
 BUDGET = 16
 
@@ -35,6 +35,13 @@ def test_an_all_wrong_group_says_nothing_only_in_the_multiplicative_form() -> No
     assert group_advantage(reward(wrong, forwards, budget, 1.0)[None]).eq(0).all()
     additive = group_advantage(reward(wrong, forwards, budget, 1.0, "additive")[None])[0]
     assert additive[0] > 0.3 and additive.argmax() == 0
+
+
+def test_path_likelihood_is_the_mean_over_a_generations_tokens() -> None:
+    committed = torch.tensor([[True, True, False], [False, True, False], [False, False, True]])
+    confidence = torch.tensor([[0.5, 0.25, 0.9], [-torch.inf, 1.0, 0.9], [0.9, 0.9, 0.125]])
+    found = path_likelihood(committed, confidence, torch.tensor([0, 1, 0]), 3)
+    assert found.tolist() == pytest.approx([-2 * math.log(2), 0.0, 0.0])
 
 
 def test_advantages_are_not_divided_by_the_deviation() -> None:
