@@ -118,7 +118,6 @@ class UnmaskingPolicy(nn.Module):
             del self.speed, self.push
         self.blocks = nn.ModuleList(AdaptiveBlock(config) for _ in range(config.blocks))
         self.norm, self.head = nn.LayerNorm(hidden), nn.Linear(hidden, 1)
-        nn.init.normal_(self.head.weight, std=0.02)
         nn.init.constant_(self.head.bias, config.output_bias)
 
     def forward(

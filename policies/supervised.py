@@ -2,16 +2,22 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from policies.environment import Records, Rollout
 from policies.network import Observation, UnmaskingPolicy, score
 
 Label = Literal["outcome", "imitation"]
+
+
+_RECORDS = ("row", "candidates", "action", "committed", "confidence", "order")
+_SEEN = ("features", "masked", "valid", "time", "tokens")
 
 
 @dataclass
@@ -35,6 +41,36 @@ class Runs:
             ends.append(counts.cumsum(0) + before)
             before += len(order)
         return cls(join(parts), torch.cat(good), torch.cat(ends))
+
+    @classmethod
+    def join(cls, parts: "list[Runs]") -> "Runs":
+        """All runs of several."""
+        ends, before = [], 0
+        for part in parts:
+            ends.append(part.ends + before)
+            before += len(part.records.row)
+        return cls(join([part.records for part in parts]), torch.cat([part.good for part in parts]), torch.cat(ends))
+
+    def save(self, path: Path) -> None:
+        """Write them; a kill at any point leaves the old file or the new one."""
+        records, seen = self.records, self.records.seen
+        tensors: dict[str, Tensor | None] = {
+            **{name: getattr(records, name) for name in _RECORDS},
+            **{f"seen.{name}": getattr(seen, name) for name in _SEEN},
+            "good": self.good,
+            "ends": self.ends,
+        }
+        partial = path.with_suffix(".partial")
+        save_file({name: value.contiguous() for name, value in tensors.items() if value is not None}, partial)
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> "Runs":
+        """What `save` wrote."""
+        found = load_file(path)
+        seen = Observation(**{name: found.get(f"seen.{name}") for name in _SEEN})  # type: ignore[arg-type]
+        records = Records(seen=seen, **{name: found.get(name) for name in _RECORDS})  # type: ignore[arg-type]
+        return cls(records, found["good"], found["ends"])
 
     def batch(self, runs: Tensor) -> tuple[Records, Tensor]:
         """The lines of these runs, and which of them each belongs to."""

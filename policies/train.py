@@ -19,13 +19,14 @@ from policies.checkpoint import PolicyCard, TrainedOn, save_policy
 from policies.choosers import Experts, Explorer, PolicyChooser, RuleChooser
 from policies.environment import Chooser, Rollout, rollout
 from policies.grpo import clipped_loss, expert_mixture, log_prob, regularisation
-from policies.network import UnmaskingPolicy, score
+from policies.network import LoadedPolicy, UnmaskingPolicy, score
 from policies.recipe import Collect, Fit, Grpo, PolicyRecipe, Shift
 from policies.rewards import DeviationScale, group_advantage, path_likelihood, reward
 from policies.subject import Subject
 from policies.supervised import Runs, fit, pick
 from policies.tasks import Problem, Task, get_task
 from policies.world import World
+from samplers.policy import Policy, PolicyParams
 from samplers.threshold import Threshold
 
 CHECK_SEED = 11
@@ -72,7 +73,7 @@ class PolicyTrainer:
         self.optimizer: torch.optim.AdamW | None = None
         self.reference: UnmaskingPolicy | None = None
         self.scale = DeviationScale()
-        self.collected: list[Rollout] = []
+        self.runs: dict[int, Runs] = {}
         self.out.mkdir(parents=True, exist_ok=True)
 
     # State
@@ -142,9 +143,6 @@ class PolicyTrainer:
     def run(self) -> None:
         """Work off the stages. Ends early, with the state saved, when `stopping` is set."""
         for number, stage in enumerate(self.recipe.stage):
-            if number < self.stage and isinstance(stage, Collect) and self._needed_later():
-                # What was collected is drawn again rather than kept: it follows from the seed.
-                self._restore(number, stage)
             if number != self.stage:
                 continue
             work = self._work(number, stage)
@@ -171,27 +169,14 @@ class PolicyTrainer:
             case Grpo():
                 return self._grpo(number, stage)
 
-    def _needed_later(self) -> bool:
-        return any(isinstance(stage, Fit) for stage in self.recipe.stage[self.stage :])
-
-    def _restore(self, number: int, stage: Collect) -> None:
-        if stage.by == "policy":
-            raise ValueError(
-                "this run was interrupted between collecting with the policy and fitting to it; "
-                "start it again with another --out"
-            )
-        for _ in self._collect(number, stage):
-            pass
-
-    def _problems(self, key: str, count: int) -> list[tuple[Task, Problem]]:
-        """Training problems, the tasks in equal parts."""
-        rng = random.Random(f"{self.recipe.seed}/{key}")
-        return [(task := self.tasks[i % len(self.tasks)], task.draw(rng, "train")) for i in range(count)]
+    def _runs_file(self, number: int) -> Path:
+        return self.out / f"runs-{number}.safetensors"
 
     def _gen_length(self, task: Task) -> int:
         return self.recipe.gen_length or task.gen_length
 
     def _collect(self, number: int, stage: Collect) -> Iterator[dict[str, Any]]:
+        rollouts: list[Rollout] = []
         done = chunk = 0
         size = 4 * self.recipe.batch
         while done < stage.runs:
@@ -209,7 +194,7 @@ class PolicyTrainer:
             else:
                 chooser = Explorer(count, rng.getrandbits(31), stage.always, stage.thresholds)
             found = self._rollout(task, problems, chooser, seeds, False)
-            self.collected.append(found)
+            rollouts.append(found)
             done += count
             chunk += 1
             yield {
@@ -218,6 +203,16 @@ class PolicyTrainer:
                 "right": float(found.correct.mean()),
                 "tpf": float(found.tokens.sum() / found.forwards.sum()),
             }
+        self.runs[number] = Runs.of(rollouts)
+        if self.world.first:
+            self.runs[number].save(self._runs_file(number))
+
+    def _all_runs(self, number: int) -> Runs:
+        """What the stages before this one collected, in this session or an earlier one."""
+        for earlier, stage in enumerate(self.recipe.stage[:number]):
+            if isinstance(stage, Collect) and earlier not in self.runs:
+                self.runs[earlier] = Runs.load(self._runs_file(earlier))
+        return Runs.join([self.runs[earlier] for earlier in sorted(self.runs)])
 
     def _rollout(
         self, task: Task, problems: list[Problem], chooser: Chooser, seeds: list[int], allow_empty: bool
@@ -237,7 +232,7 @@ class PolicyTrainer:
         )
 
     def _fit(self, number: int, stage: Fit) -> Iterator[dict[str, Any]]:
-        runs = Runs.of(self.collected)
+        runs = self._all_runs(number)
         losses: list[float] = []
         seed = random.Random(f"{self.recipe.seed}/{number}/fit").getrandbits(31)
         for step, loss in enumerate(
@@ -424,11 +419,13 @@ class PolicyTrainer:
         if count:
             for task in self.tasks:
                 problems = task.problems(count, CHECK_SEED, "heldout")
+                sampler = Policy(LoadedPolicy(copy.deepcopy(self.network)))
                 for alpha in self._alphas():
                     speed = None
                     if self.recipe.policy.takes_speed:
-                        speed = speed_of(alpha, max(self._alphas())).expand(count)
-                    found = self._rollout(task, problems, PolicyChooser(self.network, speed), list(range(count)), False)
+                        speed = float(speed_of(alpha, max(self._alphas())))
+                    chooser = RuleChooser(sampler, PolicyParams(speed=speed))
+                    found = self._rollout(task, problems, chooser, list(range(count)), False)
                     worth = reward(found.correct, found.forwards, found.budget, alpha).mean()
                     value += float(worth) / len(self.tasks) / len(self._alphas())
                     line[f"check/{task.name}/{alpha:g}"] = [
@@ -436,7 +433,6 @@ class PolicyTrainer:
                         round(float(found.tokens.sum() / found.forwards.sum()), 3),
                     ]
             line["check/reward"] = value
-            self.network.train().requires_grad_(True)
         if not count or value > self.best:
             self.best = value
             self.export()

@@ -87,6 +87,25 @@ def test_a_resumed_run_is_the_same_to_the_bit(run: PolicyRecipe, tmp_path: Path)
     assert all(expected[name].equal(found[name]) for name in expected)
 
 
+def test_runs_collected_by_the_policy_itself_survive_an_interruption(tmp_path: Path) -> None:
+    """On-policy rounds: later fits see all that was collected, also after a restart."""
+    run = recipe(COLLECT, FIT, COLLECT | {"by": "policy", "runs": 20}, FIT)
+    whole = trainer(run, tmp_path / "whole")
+    whole.run()
+    for stage in range(1, 5):
+        part = trainer(run, tmp_path / "parts")
+        part.resume()
+
+        def stop(line: dict[str, Any], part: PolicyTrainer = part, stage: int = stage) -> None:
+            part.stopping = line["stage"] == stage
+
+        part.report = stop
+        part.run()
+    expected, found = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert all(expected[name].equal(found[name]) for name in expected)
+    assert len(whole._all_runs(4).good) == 60
+
+
 def test_a_run_of_another_recipe_is_not_taken_over(tmp_path: Path) -> None:
     trainer(recipe(GRPO | {"updates": 1}), tmp_path).run()
     with pytest.raises(ValueError, match="another recipe"):
@@ -176,41 +195,20 @@ def test_two_processes_have_the_gradients_of_one_with_the_joint_batch(tmp_path: 
 
 
 def test_outcome_labels_learn_the_ready_set(tmp_path: Path) -> None:
-    """A level a forward is the optimum: 4 forwards, always right. No fixed threshold is told."""
+    """A level a forward is the optimum: 4 forwards, always right. No threshold is told, only which runs were right."""
     run = recipe(
         {"kind": "collect", "runs": 400, "always": 0.2, "thresholds": [0.75]},
-        {"kind": "fit", "steps": 150, "batch": 32, "learning_rate": 3e-3},
+        {"kind": "fit", "steps": 400, "batch": 32, "learning_rate": 3e-3},
         {"kind": "shift", "cut": 0.9},
         check=40,
         batch=100,
+        policy=SMALL | {"region": False, "temperature": 0.0},
     )
     made = trainer(run, tmp_path, luck=0.3)
     made.run()
-    line = made._compare()
-    accuracy, tokens_per_forward = line["check/ready-set/1"]
+    accuracy, tokens_per_forward = made._compare()["check/ready-set/1"]
     assert accuracy >= 0.95
-    assert tokens_per_forward >= 0.8 * LENGTH / LEVELS
-
-
-def test_grpo_alone_improves_on_the_ready_set(tmp_path: Path) -> None:
-    """From scratch, the paper's recipe: the reward of one early policy against that after some updates."""
-    run = recipe(
-        {
-            "kind": "grpo",
-            "updates": 40,
-            "prompts": 8,
-            "group": 8,
-            "learning_rate": 3e-3,
-            "clip": 0.3,
-            "schedule": "constant",
-        },
-        batch=64,
-        policy=SMALL | {"region": False, "output_bias": -1.0},
-    )
-    made = trainer(run, tmp_path, luck=0.9)
-    made.run()
-    rewards = [line["reward"] for line in made.lines]  # type: ignore[attr-defined]
-    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.1
+    assert tokens_per_forward >= 0.9 * LENGTH / LEVELS
 
 
 @pytest.mark.parametrize(
