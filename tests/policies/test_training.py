@@ -211,6 +211,23 @@ def test_outcome_labels_learn_the_ready_set(tmp_path: Path) -> None:
     assert tokens_per_forward >= 0.9 * LENGTH / LEVELS
 
 
+def test_grpo_alone_solves_the_ready_set(tmp_path: Path) -> None:
+    """From scratch, as the paper trains: near the optimum, which is (16 - 4 + 1) / 16 at alpha 1."""
+    grpo = {"kind": "grpo", "updates": 60, "prompts": 16, "group": 8, "learning_rate": 1e-3, "clip": 0.5}
+    run = recipe(
+        grpo | {"schedule": "constant", "allow_empty": True},
+        batch=128,
+        policy=SMALL | {"region": False, "output_bias": -2.0, "hidden": 32, "feedforward": 128},
+    )
+    made = trainer(run, tmp_path, luck=0.9)
+    made.run()
+    lines: list[dict[str, Any]] = made.lines  # type: ignore[attr-defined]
+    optimum = (LENGTH - LEVELS + 1) / LENGTH
+    assert lines[0]["reward"] < 0.3
+    assert sum(line["reward"] for line in lines[-5:]) / 5 > 0.9 * optimum
+    assert sum(line["right"] for line in lines[-5:]) / 5 > 0.95
+
+
 @pytest.mark.parametrize(
     ("stages", "changes", "message"),
     [
