@@ -1,6 +1,5 @@
 """A policy as a folder: `policy.safetensors` and `policy.json`. Nothing is ever unpickled."""
 
-import json
 import os
 import re
 from pathlib import Path
@@ -118,9 +117,3 @@ def _write(path: Path, content: bytes) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(content)
     partial.replace(path)
-
-
-def card_dict(card: PolicyCard) -> dict[str, Any]:
-    """The card as JSON data."""
-    found: dict[str, Any] = json.loads(card.model_dump_json())
-    return found

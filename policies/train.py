@@ -68,6 +68,9 @@ class PolicyTrainer:
 
     def __post_init__(self) -> None:
         torch.manual_seed(self.recipe.seed)
+        for stage in self.recipe.stage:
+            if isinstance(stage, Grpo) and stage.prompts % self.world.size:
+                raise ValueError(f"{stage.prompts} prompts do not share out evenly over {self.world.size} processes")
         self.network = UnmaskingPolicy(self.recipe.policy)
         self.tasks: list[Task] = [get_task(name) for name in self.recipe.tasks]
         self.optimizer: torch.optim.AdamW | None = None

@@ -26,6 +26,7 @@ class PolicyFolder:
     policies: PolicyStore
     folder: Path
     _seen: dict[str, Signature] = field(default_factory=dict)
+    _readable: bool = True
 
     def look(self) -> None:
         """Load what is new or has changed, forget what is gone."""
@@ -53,8 +54,11 @@ class PolicyFolder:
         try:
             folders = sorted(self.folder.iterdir())
         except OSError as error:
-            log.warning("cannot read the folder of policies", folder=str(self.folder), error=error.strerror)
+            if self._readable:  # said once, not every second
+                log.warning("cannot read the folder of policies", folder=str(self.folder), error=error.strerror)
+            self._readable = False
             return dict(self._seen)
+        self._readable = True
         for folder in folders:
             if NAME.fullmatch(folder.name) is None:
                 continue

@@ -254,6 +254,18 @@ def test_different_policies_share_the_models_forwards(policed: Running) -> None:
     assert batched < own
 
 
+def test_a_folder_that_is_not_there_yet_is_waited_for(
+    policed: Running, tmp_path: Path, vocab_size: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    watched = PolicyFolder(policed.engine.policies, tmp_path / "later")
+    for _ in range(3):
+        watched.look()
+    assert caplog.text.count("cannot read the folder of policies") == 1
+    write(tmp_path / "later" / "fresh", vocab_size)
+    watched.look()
+    assert policed.engine.policies.get("fresh").name == "fresh"
+
+
 def test_a_watched_folder_is_followed(policed: Running, tmp_path: Path, vocab_size: int) -> None:
     policies = policed.engine.policies
     watched = PolicyFolder(policies, tmp_path)

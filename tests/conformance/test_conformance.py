@@ -24,7 +24,7 @@ GENERATE = (
         for version in ("2025-06", "2026-01")
         for what in ("steps", "threshold_mid", "threshold_0.9", "gumbel_threshold", "random_steps")
     ),
-    "fast_nocache_batch2_threshold_2026-01",
+    *(f"fast_nocache_{what}_2026-01" for what in ("batch2_threshold", "factor", "factor_large")),
 )
 SELECTIONS = (
     *("num_transfer_tokens_table", "sdar_num_transfer_tokens_table"),
@@ -34,6 +34,12 @@ SELECTIONS = (
         for version in ("2025-06", "2026-01")
         for case in (*range(1, 11), "ties_k2", "ties_k4", "ties_thr0.2", "ties_thr0.9999")
     ),
+    *(
+        f"fast_dynamic_{3 * i + j + 1}_factor{factor}"
+        for i, factor in enumerate(("0.25", "0.5", "1.0", "1.5", "2.0", "4.0"))
+        for j in range(3)
+    ),
+    *(f"fast_dynamic_edge_{n}" for n in range(5)),
     *(f"dllm_rl_get_transfer_index_{n}" for n in (1, 2, 3, 10, 11, 12)),
     *(f"sglang_LowConfidence_{case}" for case in ("1_b1", "2_b3", "3_b1", "4_b3")),
 )

@@ -29,7 +29,7 @@ def refused(capsys: pytest.CaptureFixture[str], status: int, *arguments: str) ->
     ("arguments", "said"),
     [
         (["--no-such-flag"], "--no-such-flag"),
-        (["--policy", "a=b"], "--policy"),
+        (["--policy", "a"], "'--policy'"),
         (["--max-batch", "0"], "'--max-batch'"),
         (["--port", "http"], "'--port'"),
         (["--engine", "vllm"], "'--engine'"),

@@ -194,6 +194,11 @@ def test_two_processes_have_the_gradients_of_one_with_the_joint_batch(tmp_path: 
             assert torch.allclose(one, two, atol=1e-6, rtol=1e-4)
 
 
+def test_processes_share_prompts_evenly_or_not_at_all(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="4 prompts do not share out evenly over 3 processes"):
+        trainer(recipe(GRPO), tmp_path, world=World(0, 3))
+
+
 def test_outcome_labels_learn_the_ready_set(tmp_path: Path) -> None:
     """A level a forward is the optimum: 4 forwards, always right. No threshold is told, only which runs were right."""
     run = recipe(
