@@ -32,6 +32,7 @@ class Denoising:
             those positions are denoised like any other until everything before the end is settled.
         forwards: forward passes that this generation took part in.
         block, block_step, block_masks: the active block, forwards spent on it, its masks when it became active.
+        settled: length of the committed prefix of the generation region: what can no longer change.
     """
 
     canvas: Canvas
@@ -45,6 +46,8 @@ class Denoising:
     block: int = field(default=0, init=False)
     block_step: int = field(default=0, init=False)
     block_masks: int = field(default=0, init=False)
+    settled: int = field(default=0, init=False)
+    _candidates: Tensor = field(init=False, repr=False)
     end: int | None = field(default=None, init=False)
     """Position of the first committed end-of-text in the generation region."""
 
@@ -53,36 +56,35 @@ class Denoising:
         self._enter_block()
 
     def _enter_block(self) -> None:
-        """Make the first block with a mask the active one."""
+        """Make the first block with a mask the active one, and note what follows from the masks, once a step."""
         layout = self.canvas.layout
-        block = min(self.canvas.settled // layout.block_length, layout.blocks - 1)
+        self.settled = self.canvas.settled
+        block = min(self.settled // layout.block_length, layout.blocks - 1)
+        start = block * layout.block_length
+        self._candidates = self.canvas.masked[start : start + layout.block_length].nonzero()[:, 0] + start
         if self.block_masks == 0 or block != self.block:
-            start = block * layout.block_length
             self.block, self.block_step = block, 0
-            self.block_masks = int(self.canvas.masked[start : start + layout.block_length].sum())
+            self.block_masks = len(self._candidates)
 
     @property
     def finished(self) -> bool:
         """No mask is left, or everything up to and including an end-of-text is settled."""
-        settled = self.canvas.settled
-        return settled == self.canvas.layout.gen_length or (self.end is not None and settled > self.end)
+        return self.settled == self.canvas.layout.gen_length or (self.end is not None and self.settled > self.end)
 
     @property
     def completion_tokens(self) -> int:
         """Settled tokens up to and including the first end-of-text: what counts as generated."""
-        settled = self.canvas.settled
-        return settled if self.end is None else min(settled, self.end + 1)
+        return self.settled if self.end is None else min(self.settled, self.end + 1)
 
     def text_tokens(self) -> list[int]:
         """The settled tokens before the end-of-text."""
-        count = self.canvas.settled if self.end is None else min(self.canvas.settled, self.end)
+        count = self.settled if self.end is None else min(self.settled, self.end)
         tokens: list[int] = self.canvas.generated[:count].tolist()
         return tokens
 
     def candidates(self) -> Tensor:
         """Masked positions of the active block, relative to the generation region."""
-        start = self.block * self.canvas.layout.block_length
-        return self.canvas.masked[start : start + self.canvas.layout.block_length].nonzero()[:, 0] + start
+        return self._candidates
 
     def commit(self, positions: Tensor, tokens: Tensor) -> list[int]:
         """Fix positions to tokens; returns the positions after an end-of-text that this settles as padding."""
