@@ -1,13 +1,13 @@
 """What a policy's training is: a TOML file, validated."""
 
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from policies.network import PolicyConfig
 from policies.rewards import Form
+from policies.toml import read_toml
 
 
 class Part(BaseModel):
@@ -120,14 +120,4 @@ class PolicyRecipe(Part):
 
 def load_policy_recipe(path: Path) -> tuple[PolicyRecipe, dict[str, Any]]:
     """Read a recipe, and its content as it stands. Raises ValueError with one line that names file and field."""
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-        return PolicyRecipe.model_validate(content), content
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a TOML file: {error}") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{path}: {where + ': ' if where else ''}{first['msg']}") from None
+    return read_toml(path, PolicyRecipe)

@@ -36,8 +36,8 @@ def _split(value: Any) -> Any:
 Key = Annotated[SecretStr, Field(min_length=1)]
 
 
-def _name_and_folder(value: Any) -> Any:
-    """NAME=DIR as a pair."""
+def name_and_folder(value: Any) -> Any:
+    """NAME=DIR as a pair; what is no text is left to validation. Raises ValueError."""
     if not isinstance(value, str):
         return value
     name, equals, folder = value.partition("=")
@@ -46,7 +46,7 @@ def _name_and_folder(value: Any) -> Any:
     return name, folder
 
 
-NamedFolder = Annotated[tuple[str, str], BeforeValidator(_name_and_folder)]
+NamedFolder = Annotated[tuple[str, str], BeforeValidator(name_and_folder)]
 
 
 class Settings(BaseSettings):

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 from rich.console import Console
 
+from server.settings import name_and_folder
+
 if TYPE_CHECKING:
     from policies.store import PolicyStore
     from policies.subject import Subject
@@ -95,13 +97,10 @@ def progress_console() -> Console:
 
 def split_policies(given: list[str] | None) -> list[tuple[str, Path]]:
     """Names and folders; wrong use ends the command."""
-    pairs = []
-    for text in given or []:
-        name, equals, folder = text.partition("=")
-        if not (name and equals and folder):
-            wrong("--policy", f"{text!r} is not NAME=DIR")
-        pairs.append((name, Path(folder)))
-    return pairs
+    try:
+        return [(name, Path(folder)) for name, folder in map(name_and_folder, given or [])]
+    except ValueError as error:
+        wrong("--policy", error)
 
 
 def open_policies(given: list[tuple[str, Path]], model: str | None, loaded: "LoadedModel") -> "PolicyStore":

@@ -1,12 +1,12 @@
 """What a training run is: a TOML file, validated."""
 
-import tomllib
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from policies.tasks import get_task
+from policies.toml import read_toml
 
 Phases = tuple[tuple[float, int], ...]
 
@@ -95,12 +95,4 @@ class Recipe(Part):
 
 def load_recipe(path: Path) -> Recipe:
     """Read a recipe. Raises ValueError with one line that names the file and the field."""
-    try:
-        return Recipe.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a TOML file: {error}") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ValueError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    return read_toml(path, Recipe)[0]

@@ -1,0 +1,24 @@
+"""TOML files whose mistakes are told in one line."""
+
+import tomllib
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def read_toml(path: Path, model: type[M]) -> tuple[M, dict[str, Any]]:
+    """A file as a model, and its content as it stands. Raises ValueError with one line that names file and field."""
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        return model.model_validate(content), content
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{path}: {where + ': ' if where else ''}{first['msg']}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a TOML file: {error}") from None
