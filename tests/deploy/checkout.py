@@ -18,8 +18,9 @@ ANSWER = "#### 19"
 
 def readme_request() -> dict[str, Any]:
     """The body of the README's first request."""
-    (body,) = re.findall(r"/v1/completions .* -d '(\{.*?\n\})'", (ROOT / "README.md").read_text(), re.DOTALL)
-    request: dict[str, Any] = json.loads(body)
+    found = re.search(r"/v1/completions [^\n]* -d '(\{.*?\n\})'", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert found is not None
+    request: dict[str, Any] = json.loads(found[1])
     return request
 
 
