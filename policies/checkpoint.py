@@ -3,7 +3,7 @@
 import os
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -24,7 +24,7 @@ class PolicyError(ValueError):
 
 
 class TrainedOn(BaseModel):
-    """What a policy learned from. No `block_length` is full diffusion; `alphas` are the reward's."""
+    """What a policy learned from. A block length of None is full diffusion; `alphas` are the reward's."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
@@ -33,8 +33,8 @@ class TrainedOn(BaseModel):
     architecture: str
     vocab_size: int = Field(gt=0)
     task: tuple[str, ...]
-    gen_length: int = Field(gt=0)
-    block_length: int | None = Field(None, gt=0)
+    gen_lengths: tuple[Annotated[int, Field(gt=0)], ...] = Field(min_length=1)
+    block_lengths: tuple[Annotated[int, Field(gt=0)] | None, ...] = Field((None,), min_length=1)
     alphas: tuple[float, ...] = ()
     seed: int = 0
     updates: int = Field(0, ge=0)

@@ -112,21 +112,29 @@ class Explorer:
     """Careful by threshold, but for one step (or a share of the rows at every step) in which it also commits others.
 
     Which others: a random band of confidences, a random share, or all above a low threshold. The bands matter: they try
-    what is sure to a quarter apart from all else.
+    what is sure to a quarter apart from all else. Of several `blocks`, each taken for two steps, any may have the bold
+    one.
     """
 
     statistics = frozenset[Statistic]()
     top = 0
     region = False
 
-    def __init__(self, rows: int, seed: int, always: float, thresholds: tuple[float, ...] = (0.9, 0.95, 0.99)) -> None:
+    def __init__(
+        self,
+        rows: int,
+        seed: int,
+        always: float,
+        thresholds: tuple[float, ...] = (0.9, 0.95, 0.99),
+        blocks: int = 1,
+    ) -> None:
         rng = random.Random(f"explorer/{seed}")
 
         def each(draw: object) -> Tensor:
             assert callable(draw)
             return torch.tensor([draw() for _ in range(rows)])
 
-        self._bold = each(lambda: rng.choice((0, 0, 0, 1, 1, 2, 3)))
+        self._bold = each(lambda: rng.choice((0, 0, 0, 1, 1, 2, 3)) + (2 * rng.randrange(blocks) if blocks > 1 else 0))
         self._every = each(lambda: rng.random() < always)
         self._kind = each(lambda: rng.randrange(3))
         edges = torch.sort(torch.tensor([[rng.random(), rng.random()] for _ in range(rows)]), dim=1).values

@@ -152,9 +152,12 @@ class UnmaskingPolicy(nn.Module):
             x = block(x, condition, valid)
         logits: Tensor = self.head(self.norm(x))[..., 0]
         if self.config.takes_speed and speed is not None:
-            # From the first update on, more speed means bolder.
-            logits = logits + self.push * (2 * speed[:, None] - 1)
+            logits = logits + self.pushed(speed)
         return logits
+
+    def pushed(self, speed: Tensor) -> Tensor:
+        """What a speed adds to every logit, [rows, 1]: from the first update on, more speed means bolder."""
+        return self.push * (2 * speed[:, None] - 1)
 
 
 class LoadedPolicy:

@@ -82,11 +82,11 @@ Stage = Annotated[Collect | Fit | Shift | Grpo, Field(discriminator="kind")]
 
 
 class PolicyRecipe(Part):
-    """A whole run: stages one after the other on one task setting.
+    """A whole run: stages one after the other.
 
     Attributes:
-        tasks: what problems are drawn from, in equal parts.
-        gen_length, block_length: the canvas; no block_length is full diffusion.
+        tasks, block_lengths: what problems are drawn from and how they are decoded: every pair of the two in turn.
+        gen_length: positions of the canvas; without it each task's own.
         save_every: GRPO updates between checkpoints; a stage's end is always one.
         check: held-out problems on which checkpoints are compared, 0: none.
     """
@@ -94,7 +94,7 @@ class PolicyRecipe(Part):
     seed: int = 0
     tasks: tuple[str, ...] = Field(min_length=1)
     gen_length: int | None = Field(None, gt=0)
-    block_length: int | None = Field(None, gt=0)
+    block_lengths: tuple[Annotated[int, Field(gt=0)] | Literal["full"], ...] = Field(("full",), min_length=1)
     prompt_length: int | None = Field(None, gt=0, description="only the last tokens of a longer prompt")
     batch: int = Field(64, gt=0, description="rows of one forward pass")
     save_every: int = Field(10, gt=0)

@@ -43,12 +43,13 @@ class Stored:
         trained, found = self.card.trained_on, []
         if trained.architecture != host.architecture or trained.vocab_size != host.vocab_size:
             found.append(f"policy {self.name} was trained on {trained.model} ({trained.architecture}), another model")
-        if _setting(trained.block_length, trained.gen_length) != _setting(block_length, gen_length):
-            ours, theirs = _say(block_length), _say(trained.block_length)
-            found.append(f"policy {self.name} was trained in {theirs}, and runs in {ours}")
-        if gen_length != trained.gen_length:
-            lengths = f"{trained.gen_length} positions, and runs on {gen_length}"
-            found.append(f"policy {self.name} was trained on {lengths}")
+        known = {_setting(block, length) for block in trained.block_lengths for length in trained.gen_lengths}
+        if (ours := _setting(block_length, gen_length)) not in known:
+            theirs = " and ".join(map(_say, trained.block_lengths))
+            found.append(f"policy {self.name} was trained in {theirs}, and runs in {_say(ours)}")
+        if gen_length not in trained.gen_lengths:
+            lengths = ", ".join(map(str, trained.gen_lengths))
+            found.append(f"policy {self.name} was trained on {lengths} positions, and runs on {gen_length}")
         return found
 
 

@@ -93,8 +93,32 @@ def pick(records: Records, lines: Tensor) -> Records:
     )
 
 
+def _padded(records: Records, length: int) -> Records:
+    """Positions that belong to no region up to `length`."""
+    if (more := length - records.candidates.shape[1]) == 0:
+        return records
+    seen = records.seen
+    return Records(
+        row=records.row,
+        seen=Observation(
+            F.pad(seen.features, (0, 0, 0, more)),
+            F.pad(seen.masked, (0, more)),
+            F.pad(seen.valid, (0, more)),
+            seen.time,
+            None if seen.tokens is None else F.pad(seen.tokens, (0, more), value=-1),
+        ),
+        candidates=F.pad(records.candidates, (0, more)),
+        action=F.pad(records.action, (0, more)),
+        committed=F.pad(records.committed, (0, more)),
+        confidence=F.pad(records.confidence, (0, more), value=-torch.inf),
+        order=None if records.order is None else F.pad(records.order, (0, more), value=-1),
+    )
+
+
 def join(parts: list[Records]) -> Records:
-    """Lines one after the other."""
+    """Lines one after the other, padded to the longest region."""
+    length = max(part.candidates.shape[1] for part in parts)
+    parts = [_padded(part, length) for part in parts]
     seen = [part.seen for part in parts]
     tokens = [each.tokens for each in seen if each.tokens is not None]
     orders = [part.order for part in parts if part.order is not None]
@@ -138,6 +162,16 @@ def imitation_loss(logits: Tensor, records: Records, threshold: float) -> Tensor
     return each[records.candidates].mean()
 
 
+def _neutral_score(network: UnmaskingPolicy, records: Records, speed: Tensor) -> Tensor:
+    """Logits without what speed adds to them, at any speed: what is right does not depend on it.
+
+    Fitted at one speed only, a network would read the others as noise.
+    """
+    if not network.config.takes_speed:
+        return score(network, records.seen, None)
+    return score(network, records.seen, speed) - network.pushed(speed)
+
+
 def fit(
     network: UnmaskingPolicy,
     runs: Runs,
@@ -158,8 +192,7 @@ def fit(
             group["lr"] = learning_rate * min(1.0, (step + 1) / 50) * (1 - step / steps) ** 0.5
         chosen = torch.randint(len(runs.good), (batch,), generator=generator)
         records, run = runs.batch(chosen)
-        speed = torch.full((len(run),), 0.5) if network.config.takes_speed else None
-        logits = score(network, records.seen, speed)
+        logits = _neutral_score(network, records, torch.rand(batch, generator=generator)[run])
         if label == "outcome":
             loss = outcome_loss(logits, records.committed, run, runs.good[chosen])
         else:

@@ -1,7 +1,6 @@
 """Train a policy: the stages of a recipe, one after the other, resumable to the bit on one kind of processor."""
 
 import copy
-import json
 import math
 import random
 import time
@@ -11,20 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from policies.checkpoint import PolicyCard, TrainedOn, save_policy
 from policies.choosers import Experts, Explorer, PolicyChooser, RuleChooser
 from policies.environment import Chooser, Rollout, rollout
-from policies.grpo import clipped_loss, expert_mixture, log_prob, regularisation
-from policies.network import LoadedPolicy, UnmaskingPolicy, score
+from policies.gradient import Batch, gradient_steps
+from policies.network import LoadedPolicy, UnmaskingPolicy
 from policies.recipe import Collect, Fit, Grpo, PolicyRecipe, Shift
 from policies.rewards import DeviationScale, group_advantage, path_likelihood, reward
+from policies.run_state import RunState
+from policies.settings import Setting, settings_of
 from policies.subject import Subject
-from policies.supervised import Runs, fit, pick
-from policies.tasks import Problem, Task, get_task
+from policies.supervised import Runs, fit
+from policies.tasks import Problem
 from policies.world import World
 from samplers.policy import Policy, PolicyParams
 from samplers.threshold import Threshold
@@ -35,9 +34,10 @@ CHECK_SEED = 11
 Report = Callable[[dict[str, Any]], None]
 
 
-def speed_of(alpha: Tensor | float, largest: float) -> Tensor:
-    """An alpha as the speed, 0..1, that a policy trained on alphas up to `largest` is told."""
-    return torch.log2(1 + torch.as_tensor(alpha, dtype=torch.float32)) / math.log2(1 + max(largest, 1e-6))
+def speed_of(alpha: Tensor | float, alphas: tuple[float, ...]) -> Tensor:
+    """The speed that stands for one of a recipe's alphas: evenly from 0, the smallest, to 1, the largest."""
+    known = torch.tensor(sorted(set(alphas)))
+    return torch.searchsorted(known, torch.as_tensor(alpha)) / max(1, len(known) - 1)
 
 
 @dataclass
@@ -72,7 +72,7 @@ class PolicyTrainer:
             if isinstance(stage, Grpo) and stage.prompts % self.world.size:
                 raise ValueError(f"{stage.prompts} prompts do not share out evenly over {self.world.size} processes")
         self.network = UnmaskingPolicy(self.recipe.policy)
-        self.tasks: list[Task] = [get_task(name) for name in self.recipe.tasks]
+        self.settings = settings_of(self.recipe)
         self.optimizer: torch.optim.AdamW | None = None
         self.reference: UnmaskingPolicy | None = None
         self.scale = DeviationScale()
@@ -89,12 +89,6 @@ class PolicyTrainer:
         """Write the run's state; a kill at any point leaves the old file or the new one."""
         if not self.world.first:
             return
-        tensors = {f"network.{name}": value for name, value in self.network.state_dict().items()}
-        if self.reference is not None:
-            tensors |= {f"reference.{name}": value for name, value in self.reference.state_dict().items()}
-        if self.optimizer is not None:
-            for index, state in self.optimizer.state_dict()["state"].items():
-                tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items()}
         numbers = {
             "stage": self.stage,
             "update": self.update,
@@ -103,42 +97,23 @@ class PolicyTrainer:
             "best": self.best,
             "scale": list(self.scale.state.items()),
         }
-        metadata = {"numbers": json.dumps(numbers), "recipe": self.recipe.model_dump_json()}
-        partial = self.state_file.with_suffix(".partial")
-        save_file({name: value.detach().clone().contiguous() for name, value in tensors.items()}, partial, metadata)
-        partial.replace(self.state_file)
+        RunState(self.network, self.reference, self.optimizer, numbers).save(self.state_file, self.recipe)
 
     def resume(self) -> bool:
         """Continue from the folder's state, if there is one. Raises ValueError if it is of another recipe."""
         if not self.state_file.exists():
             return False
-        with safe_open(self.state_file, "pt") as file:
-            metadata = file.metadata()
-        if json.loads(metadata["recipe"]) != json.loads(self.recipe.model_dump_json()):
-            raise ValueError(f"{self.state_file} belongs to another recipe; choose another --out or delete it")
-        numbers = json.loads(metadata["numbers"])
-        tensors = load_file(self.state_file)
 
-        def part(prefix: str) -> dict[str, Tensor]:
-            return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+        def optimizer(number: int) -> torch.optim.AdamW:
+            stage = self.recipe.stage[number]
+            assert isinstance(stage, Grpo)
+            return self._adamw(stage)
 
-        self.network.load_state_dict(part("network."))
+        found = RunState.load(self.state_file, self.recipe, self.network, optimizer)
+        self.reference, self.optimizer, numbers = found.reference, found.optimizer, found.numbers
         self.stage, self.update = numbers["stage"], numbers["update"]
         self.seconds, self.updates_done, self.best = numbers["seconds"], numbers["updates_done"], numbers["best"]
         self.scale.state = dict(numbers["scale"])
-        if reference := part("reference."):
-            self.reference = copy.deepcopy(self.network)
-            self.reference.load_state_dict(reference)
-        if states := part("optimizer."):
-            stage = self.recipe.stage[self.stage]
-            assert isinstance(stage, Grpo)
-            self.optimizer = self._adamw(stage)
-            found: dict[int, dict[str, Tensor]] = {}
-            for name, value in states.items():
-                index, _, key = name.partition(".")
-                found.setdefault(int(index), {})[key] = value
-            groups = self.optimizer.state_dict()["param_groups"]
-            self.optimizer.load_state_dict({"state": found, "param_groups": groups})
         return True
 
     # The run
@@ -175,9 +150,6 @@ class PolicyTrainer:
     def _runs_file(self, number: int) -> Path:
         return self.out / f"runs-{number}.safetensors"
 
-    def _gen_length(self, task: Task) -> int:
-        return self.recipe.gen_length or task.gen_length
-
     def _collect(self, number: int, stage: Collect) -> Iterator[dict[str, Any]]:
         rollouts: list[Rollout] = []
         done = chunk = 0
@@ -185,9 +157,9 @@ class PolicyTrainer:
         while done < stage.runs:
             count = min(size, stage.runs - done)
             key = f"{number}/collect/{chunk}"
-            task = self.tasks[chunk % len(self.tasks)]
+            setting = self.settings[chunk % len(self.settings)]
             rng = random.Random(f"{self.recipe.seed}/{key}")
-            problems = [task.draw(rng, "train") for _ in range(count)]
+            problems = [setting.task.draw(rng, "train") for _ in range(count)]
             seeds = [rng.getrandbits(31) for _ in range(count)]
             if stage.by == "policy":
                 shift = torch.tensor([rng.uniform(0, stage.shifts) for _ in range(count)])
@@ -195,8 +167,9 @@ class PolicyTrainer:
                 speed = torch.full((count,), 0.5) if self.network.config.takes_speed else None
                 chooser: Chooser = PolicyChooser(self.network, speed, shift, temperature)
             else:
-                chooser = Explorer(count, rng.getrandbits(31), stage.always, stage.thresholds)
-            found = self._rollout(task, problems, chooser, seeds, False)
+                blocks = math.ceil(setting.gen_length / (setting.block_length or setting.gen_length))
+                chooser = Explorer(count, rng.getrandbits(31), stage.always, stage.thresholds, blocks)
+            found = self._rollout(setting, problems, chooser, seeds, False)
             rollouts.append(found)
             done += count
             chunk += 1
@@ -218,15 +191,15 @@ class PolicyTrainer:
         return Runs.join([self.runs[earlier] for earlier in sorted(self.runs)])
 
     def _rollout(
-        self, task: Task, problems: list[Problem], chooser: Chooser, seeds: list[int], allow_empty: bool
+        self, setting: Setting, problems: list[Problem], chooser: Chooser, seeds: list[int], allow_empty: bool
     ) -> Rollout:
         return rollout(
             self.subject,
-            task,
+            setting.task,
             problems,
             chooser,
-            gen_length=self._gen_length(task),
-            block_length=self.recipe.block_length,
+            gen_length=setting.gen_length,
+            block_length=setting.block_length,
             seeds=seeds,
             batch=self.recipe.batch,
             prompt_length=self.recipe.prompt_length,
@@ -295,15 +268,15 @@ class PolicyTrainer:
         members = stage.group + len(stage.experts)
         key = f"{number}/{self.update}"
         rng = random.Random(f"{self.recipe.seed}/{key}/groups")
-        task = self.tasks[self.update % len(self.tasks)]
+        setting = self.settings[self.update % len(self.settings)]
         groups = [
-            (task.draw(rng, "train"), rng.choice(stage.alphas), [rng.getrandbits(31) for _ in range(members)])
+            (setting.task.draw(rng, "train"), rng.choice(stage.alphas), [rng.getrandbits(31) for _ in range(members)])
             for _ in range(stage.prompts)
         ]
         mine = groups[self.world.rank :: self.world.size]
         alpha = torch.tensor([alpha for _, alpha, _ in mine])
         each_alpha = alpha.repeat_interleave(members)
-        speed = speed_of(each_alpha, max(stage.alphas)) if config.takes_speed else None
+        speed = speed_of(each_alpha, stage.alphas) if config.takes_speed else None
         place = torch.arange(len(mine) * members) % members
         expert = (place - stage.group).clamp(min=-1)
         policy = PolicyChooser(self.network, speed, allow_empty=stage.allow_empty)
@@ -315,7 +288,7 @@ class PolicyTrainer:
         ]
         began = time.monotonic()
         found = self._rollout(
-            task,
+            setting,
             [problem for problem, _, _ in mine for _ in range(members)],
             Experts(policy, rules, expert) if rules else policy,
             [seed for _, _, seeds in mine for seed in seeds],
@@ -331,7 +304,10 @@ class PolicyTrainer:
             gathered, alphas = self.world.gather(advantage), self.world.gather(alpha)
             scaled = self.scale.scale(gathered, alphas)
             advantage = scaled[self.world.rank :: self.world.size]
-        metrics = self._gradient_steps(stage, found, advantage.flatten(), expert >= 0, speed)
+        for parameters in self.optimizer.param_groups:
+            parameters["lr"] = self._rate(stage)
+        batch = Batch(found, advantage.flatten(), expert >= 0, speed)
+        metrics = gradient_steps(self.network, self.reference, self.optimizer, stage, batch, self.world)
         own = expert < 0
         metrics |= {
             "reward": float(worth[own].mean()),
@@ -348,57 +324,6 @@ class PolicyTrainer:
         records = found.records
         assert records is not None
         return path_likelihood(records.committed, records.confidence, records.row, len(found.correct))
-
-    def _gradient_steps(
-        self, stage: Grpo, found: Rollout, advantage: Tensor, expert: Tensor, speed: Tensor | None
-    ) -> dict[str, float]:
-        config, records = self.recipe.policy, found.records
-        assert records is not None and self.optimizer is not None
-        total = len(found.correct) * self.world.size
-        weight = 1.0 / (found.forwards[records.row] * total)
-        if not (stage.entropy or stage.kl):
-            # Groups without spread have nothing to say.
-            lines = (advantage[records.row] != 0).nonzero()[:, 0]
-            records, weight = pick(records, lines), weight[lines]
-        if not self.world.total(len(records.row)):
-            return {"gradient": 0.0, "clipped": 0.0, "probability": 0.0}
-        pieces = [slice(i, i + stage.micro_batch) for i in range(0, len(records.row), stage.micro_batch)]
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._rate(stage)
-        olds: list[Tensor] = []
-        norm, clipped, share = 0.0, 0.0, 0.0
-        for step in range(stage.inner):
-            self.optimizer.zero_grad(set_to_none=False)
-            clipped = share = 0.0
-            for n, piece in enumerate(pieces):
-                lines = torch.arange(len(records.row))[piece]
-                part = pick(records, lines)
-                rows = part.row
-                told = None if speed is None else speed[rows]
-                logits = score(self.network, part.seen, told)
-                new = log_prob(logits, part, config)
-                if stage.experts:
-                    new = expert_mixture(new, expert[rows], stage.group, len(stage.experts))
-                if step == 0:
-                    olds.append(new.detach())
-                loss = clipped_loss(new, olds[n], advantage[rows], weight[piece], stage.clip)
-                reference = None
-                if self.reference is not None:
-                    with torch.no_grad():
-                        reference = score(self.reference, part.seen, told)
-                loss = loss + regularisation(logits, reference, part.candidates, weight[piece], stage.entropy, stage.kl)
-                loss.backward()  # type: ignore[no-untyped-call]
-                with torch.no_grad():
-                    clipped += float((((new - olds[n]).exp() - 1).abs() > stage.clip).sum())
-                    share += float((torch.sigmoid(logits) * part.candidates).sum())
-            self.world.sum_gradients(self.network)
-            norm = float(torch.nn.utils.clip_grad_norm_(self.network.parameters(), stage.gradient_clip))
-            if not math.isfinite(norm):
-                raise FloatingPointError(f"the gradient is not finite at update {self.update}; lower the learning rate")
-            self.optimizer.step()
-        lines_count = max(1, len(records.row))
-        candidates = max(1, int(records.candidates.sum()))
-        return {"gradient": norm, "clipped": clipped / lines_count, "probability": share / candidates}
 
     # Checkpoints
 
@@ -420,18 +345,18 @@ class PolicyTrainer:
         value = 0.0
         line: dict[str, Any] = {}
         if count:
-            for task in self.tasks:
-                problems = task.problems(count, CHECK_SEED, "heldout")
+            for setting in self.settings:
+                problems = setting.task.problems(count, CHECK_SEED, "heldout")
                 sampler = Policy(LoadedPolicy(copy.deepcopy(self.network)))
                 for alpha in self._alphas():
                     speed = None
                     if self.recipe.policy.takes_speed:
-                        speed = float(speed_of(alpha, max(self._alphas())))
+                        speed = float(speed_of(alpha, self._alphas()))
                     chooser = RuleChooser(sampler, PolicyParams(speed=speed))
-                    found = self._rollout(task, problems, chooser, list(range(count)), False)
+                    found = self._rollout(setting, problems, chooser, list(range(count)), False)
                     worth = reward(found.correct, found.forwards, found.budget, alpha).mean()
-                    value += float(worth) / len(self.tasks) / len(self._alphas())
-                    line[f"check/{task.name}/{alpha:g}"] = [
+                    value += float(worth) / len(self.settings) / len(self._alphas())
+                    line[f"check/{setting}/{alpha:g}"] = [
                         round(float(found.correct.mean()), 4),
                         round(float(found.tokens.sum() / found.forwards.sum()), 3),
                     ]
@@ -446,8 +371,8 @@ class PolicyTrainer:
         trained = self.origin.model_copy(
             update={
                 "task": self.recipe.tasks,
-                "gen_length": self._gen_length(self.tasks[0]),
-                "block_length": self.recipe.block_length,
+                "gen_lengths": tuple(dict.fromkeys(setting.gen_length for setting in self.settings)),
+                "block_lengths": tuple(dict.fromkeys(setting.block_length for setting in self.settings)),
                 "alphas": self._alphas(),
                 "seed": self.recipe.seed,
                 "updates": self.updates_done,

@@ -95,7 +95,7 @@ def _origin(model: str | None, loaded: "LoadedModel", tasks: tuple[str, ...]) ->
         architecture=info.architecture,
         vocab_size=info.vocab_size,
         task=tasks,
-        gen_length=1,  # the trainer knows
+        gen_lengths=(1,),  # the trainer knows
     )
 
 

@@ -12,8 +12,14 @@ from policies.oracle import Oracle
 from server.evaluation.report import by_setting, column
 
 # Okabe and Ito's palette, told apart by colour-blind readers too; the markers carry the same difference.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-MARKERS = ("o", "s", "^", "D", "v", "P")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p")
+
+
+def series(row: Row) -> str:
+    """What one line of the picture joins: a sampler, each policy for itself."""
+    policy = row.params.get("policy")
+    return f"{row.sampler} {policy}" if policy else row.sampler
 
 
 def pareto_front(rows: list[Row]) -> list[Row]:
@@ -29,7 +35,7 @@ def draw(rows: list[Row], model: str, path: Path) -> None:
     """Write a PNG: a panel for each setting (down) and task (across). The oracle is shown, but is on no front."""
     settings = by_setting(rows)
     columns = list(dict.fromkeys(map(column, rows)))
-    names = list(dict.fromkeys(row.sampler for row in rows))
+    names = list(dict.fromkeys(map(series, rows)))
     figure = Figure(figsize=(max(7.0, 3.4 * len(columns)), 3.1 * len(settings) + 1.2), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(len(settings), len(columns), sharey=True, squeeze=False)
@@ -59,7 +65,7 @@ def _panel(axes: Axes, rows: list[Row], names: list[str]) -> None:
             label="Pareto front",
         )
     for i, name in enumerate(names):
-        mine = sorted((row for row in rows if row.sampler == name), key=lambda row: row.tpf)
+        mine = sorted((row for row in rows if series(row) == name), key=lambda row: row.tpf)
         if not mine:
             continue
         accuracy = [100 * row.accuracy for row in mine]

@@ -19,7 +19,7 @@ ADMIN = {"Authorization": "Bearer admin"}
 
 
 def write(folder: Path, vocab_size: int, seed: int = 0, **config: Any) -> Path:
-    trained = {"vocab_size": vocab_size, "gen_length": 16}
+    trained = {"vocab_size": vocab_size, "gen_lengths": (16,)}
     save_policy(network(seed, **config), card(config=config, trained_on=trained), folder)
     return folder
 
@@ -117,7 +117,7 @@ def test_policies_and_models_are_listed(policed: Running) -> None:
     assert [entry["id"] for entry in listed["data"]] == ["careful", "eager", "told"]
     for entry in listed["data"]:
         assert entry == policed.get(f"/v1/policies/{entry['id']}").json()
-        assert entry["parameters"] > 1000 and entry["trained_on"]["gen_length"] == 16
+        assert entry["parameters"] > 1000 and entry["trained_on"]["gen_lengths"] == [16]
     assert [entry["takes_speed"] for entry in listed["data"]] == [False, False, True]
     with policed.client() as client:
         names = [model.id for model in client.models.list()]

@@ -50,7 +50,7 @@ def main() -> None:
     base = seconds["threshold"]
     for name, found in seconds.items():
         ratio = statistics.median(a / b for a, b in zip(found, base, strict=True))
-        print(f"{name}: {1000 * statistics.median(found):.1f} ms a step, {ratio:.3f} of threshold")  # noqa: T201
+        print(f"{name}: {1000 * statistics.median(found):.1f} ms a step, {ratio:.3f} of threshold")
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def trained(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_leaves_a_policy_its_state_and_its_logs(trained: Path, tiny_model: Path) -> None:
     _, card = load_policy(trained)
     assert card.trained_on.model == "tiny" and card.trained_on.architecture == "LLaDAModelLM"
-    assert card.trained_on.alphas == (0.3, 3.0) and card.trained_on.gen_length == 8
+    assert card.trained_on.alphas == (0.3, 3.0) and card.trained_on.gen_lengths == (8,)
     assert card.recipe["seed"] == 1
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     assert [line["kind"] for line in lines] == ["collect", "fit", "grpo", "grpo"]

@@ -150,3 +150,15 @@ def test_what_differs_from_the_training_is_said(
     assert len(warnings) == len(said)
     for warning, part in zip(warnings, said, strict=True):
         assert part in warning and "policy a" in warning
+
+
+def test_settings_that_took_turns_in_training_are_all_known(tmp_path: Path) -> None:
+    trained = {"gen_lengths": (16, 64), "block_lengths": (None, 8)}
+    save_policy(network(), card(trained_on=trained), tmp_path)
+    stored = PolicyStore(HOST).load("a", tmp_path)
+    for block_length, gen_length in ((None, 16), (8, 64), (64, 64), (8, 16)):
+        assert stored.warnings(HOST, block_length, gen_length) == []
+    (warning,) = stored.warnings(HOST, 4, 16)
+    assert "trained in full diffusion and blocks of 8, and runs in blocks of 4" in warning
+    (warning,) = stored.warnings(HOST, None, 32)
+    assert "trained on 16, 64 positions, and runs on 32" in warning

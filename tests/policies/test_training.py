@@ -12,11 +12,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from policies import train
+from policies import settings, train
 from policies.checkpoint import TrainedOn, load_policy
+from policies.choosers import Explorer, RuleChooser
+from policies.environment import rollout
+from policies.network import LoadedPolicy, PolicyConfig, UnmaskingPolicy, score
 from policies.recipe import Grpo, PolicyRecipe, load_policy_recipe
+from policies.supervised import Runs
 from policies.train import PolicyTrainer, speed_of
 from policies.world import World
+from samplers.policy import Policy, PolicyParams
 from tests.policies.tiny import SMALL, recipe
 from tests.policies.toys import LENGTH, LEVELS, ReadySet
 
@@ -38,12 +43,12 @@ TAKES_SPEED = {"policy": SMALL | {"region": False, "takes_speed": True}}
 
 @pytest.fixture(autouse=True)
 def ready_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "get_task", lambda name: ReadySet())
+    monkeypatch.setattr(settings, "get_task", lambda name: ReadySet())
 
 
 def trainer(run: PolicyRecipe, out: Path, luck: float = 0.5, world: World | None = None) -> PolicyTrainer:
     origin = TrainedOn(
-        model="toy", model_digest="0" * 64, architecture="Toy", vocab_size=3, task=("ready-set",), gen_length=1
+        model="toy", model_digest="0" * 64, architecture="Toy", vocab_size=3, task=("ready-set",), gen_lengths=(1,)
     )
     lines: list[dict[str, Any]] = []
     made = PolicyTrainer(run, {"as": "read"}, ReadySet().subject(luck), origin, out, world or World(), lines.append)
@@ -106,6 +111,51 @@ def test_runs_collected_by_the_policy_itself_survive_an_interruption(tmp_path: P
     assert len(whole._all_runs(4).good) == 60
 
 
+def test_tasks_and_block_lengths_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = {"short": 8, "long": LENGTH}
+
+    def get_task(name: str) -> ReadySet:
+        task = ReadySet(lengths[name])
+        task.name, task.gen_length = name, lengths[name]  # type: ignore[misc]
+        return task
+
+    monkeypatch.setattr(settings, "get_task", get_task)
+    mixed = {"tasks": ["short", "long"], "block_lengths": ["full", 4], "batch": 4, "check": 3, "save_every": 3}
+    made = trainer(recipe(COLLECT | {"runs": 64}, FIT, GRPO | {"updates": 4}, **mixed), tmp_path)
+    made.run()
+    lines: list[dict[str, Any]] = made.lines  # type: ignore[attr-defined]
+    forwards = [line["forwards"] for line in lines if line["kind"] == "grpo"]
+    assert max(forwards) <= LENGTH and forwards[0] <= 8
+    checked = next(line for line in lines if "check/reward" in line)
+    assert {name for name in checked if name.startswith("check/") and name.endswith("/1")} == {
+        f"check/{setting}/1" for setting in ("short", "long", "short/4", "long/4")
+    }
+    trained = load_policy(tmp_path)[1].trained_on
+    assert trained.gen_lengths == (8, LENGTH) and trained.block_lengths == (None, 4)
+
+
+def test_runs_of_several_lengths_are_fitted_together(tmp_path: Path) -> None:
+    """A line's logits are the same whatever it is padded to."""
+    found = []
+    for length in (8, LENGTH):
+        task = ReadySet(length)
+        network = UnmaskingPolicy(PolicyConfig.model_validate(SMALL | {"features": ["confidence", "place"]}))
+        chooser = Explorer(6, 0, 0.3)
+        problems = task.problems(6, 0, "train")
+        settings = {"gen_length": length, "block_length": None, "seeds": range(6), "record": network.config}
+        found.append(rollout(task.subject(0.5), task, problems, chooser, **settings))
+    runs, short = Runs.of(found), Runs.of(found[:1])
+    runs.save(tmp_path / "runs")
+    runs = Runs.load(tmp_path / "runs")
+    (both, run), (alone, _) = runs.batch(torch.arange(12)), short.batch(torch.arange(6))
+    count = len(alone.row)
+    with torch.no_grad():
+        padded, plain = score(network, both.seen, None)[:count, :8], score(network, alone.seen, None)
+    torch.testing.assert_close(padded, plain)
+    assert not both.candidates[:count, 8:].any() and not both.seen.valid[:count, 8:].any()
+    assert run.max() == 11 and both.committed[run == 11].sum() == LENGTH
+
+
 def test_a_run_of_another_recipe_is_not_taken_over(tmp_path: Path) -> None:
     trainer(recipe(GRPO | {"updates": 1}), tmp_path).run()
     with pytest.raises(ValueError, match="another recipe"):
@@ -128,7 +178,7 @@ def test_each_stage_reports_and_the_policy_says_what_made_it(tmp_path: Path) -> 
     network, card = load_policy(tmp_path)
     assert card.config == run.policy == network.config
     assert card.recipe == {"as": "read"}
-    assert card.trained_on.gen_length == LENGTH and card.trained_on.alphas == (0.3, 1.0)
+    assert card.trained_on.gen_lengths == (LENGTH,) and card.trained_on.alphas == (0.3, 1.0)
     json.dumps(lines)
 
 
@@ -144,19 +194,21 @@ def test_a_shift_moves_the_even_point(tmp_path: Path) -> None:
 
 
 def test_speeds_of_alphas() -> None:
-    assert speed_of(torch.tensor([0.0, 1.0, 10.0]), 10.0).tolist() == pytest.approx([0.0, 0.289, 1.0], abs=1e-3)
+    alphas = (3.0, 0.0, 0.1, 10.0, 0.1)
+    assert speed_of(torch.tensor([0.0, 0.1, 3.0, 10.0]), alphas).tolist() == pytest.approx([0, 1 / 3, 2 / 3, 1])
+    assert speed_of(3.0, alphas).item() == pytest.approx(2 / 3) and speed_of(1.0, (1.0,)).item() == 0
 
 
 PROCESS = """
 import sys, torch
 from pathlib import Path
-from policies import train
+from policies import settings
 from policies.world import World
 from tests.policies.test_training import trainer, RICH_GRPO, TAKES_SPEED
 from tests.policies.tiny import recipe
 from tests.policies.toys import ReadySet
 torch.set_num_threads(1)
-train.get_task = lambda name: ReadySet()
+settings.get_task = lambda name: ReadySet()
 world = World.join()
 made = trainer(recipe(RICH_GRPO | {"updates": 2}, **TAKES_SPEED), Path(sys.argv[1]) / str(world.rank), world=world)
 stage = made.recipe.stage[0]
@@ -199,21 +251,31 @@ def test_processes_share_prompts_evenly_or_not_at_all(tmp_path: Path) -> None:
         trainer(recipe(GRPO), tmp_path, world=World(0, 3))
 
 
-def test_outcome_labels_learn_the_ready_set(tmp_path: Path) -> None:
-    """A level a forward is the optimum: 4 forwards, always right. No threshold is told, only which runs were right."""
+@pytest.mark.parametrize("takes_speed", [False, True])
+def test_outcome_labels_learn_the_ready_set(tmp_path: Path, takes_speed: bool) -> None:
+    """A level a forward is the optimum: 4 forwards, always right. No threshold is told, only which runs were right.
+
+    What was fitted holds at any speed; only the push differs.
+    """
     run = recipe(
         {"kind": "collect", "runs": 400, "always": 0.2, "thresholds": [0.75]},
         {"kind": "fit", "steps": 400, "batch": 32, "learning_rate": 3e-3},
         {"kind": "shift", "cut": 0.9},
         check=40,
         batch=100,
-        policy=SMALL | {"region": False, "temperature": 0.0},
+        policy=SMALL | {"region": False, "temperature": 0.0, "takes_speed": takes_speed},
     )
     made = trainer(run, tmp_path, luck=0.3)
     made.run()
-    accuracy, tokens_per_forward = made._compare()["check/ready-set/1"]
-    assert accuracy >= 0.95
-    assert tokens_per_forward >= 0.9 * LENGTH / LEVELS
+    if takes_speed:
+        with torch.no_grad():
+            made.network.push.zero_()
+    for speed in (0.0, 0.5, 1.0) if takes_speed else (None,):
+        chooser = RuleChooser(Policy(LoadedPolicy(made.network)), PolicyParams(speed=speed))
+        problems = ReadySet().problems(40, 5, "heldout")
+        found = made._rollout(made.settings[0], problems, chooser, list(range(40)), False)
+        assert found.correct.mean() >= 0.95
+        assert found.tokens.sum() / found.forwards.sum() >= 0.9 * LENGTH / LEVELS
 
 
 def test_grpo_alone_solves_the_ready_set(tmp_path: Path) -> None:

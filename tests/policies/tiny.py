@@ -39,7 +39,7 @@ def card(**changes: Any) -> PolicyCard:
         "architecture": "LLaDAModelLM",
         "vocab_size": 12,
         "task": ("reverse",),
-        "gen_length": 16,
+        "gen_lengths": (16,),
     }
     return PolicyCard(
         config=PolicyConfig.model_validate(SMALL | changes.get("config", {})),

@@ -24,16 +24,19 @@ class ReadySet(Task):
     description = "commit what is ready"
     gen_length = LENGTH
 
+    def __init__(self, length: int = LENGTH) -> None:
+        self.length = length
+
     def sample(self, rng: random.Random) -> Problem:
         number = str(rng.randrange(10**6))
         return Problem(self.name, number, number, "", "")
 
     def check(self, problem: Problem, completion: str) -> bool:
-        return completion == str(RIGHT) * LENGTH
+        return completion == str(RIGHT) * self.length
 
     def levels(self, number: int) -> list[int]:
         rng = random.Random(number)
-        levels = [i % LEVELS for i in range(LENGTH)]
+        levels = [i % LEVELS for i in range(self.length)]
         rng.shuffle(levels)
         return levels
 
@@ -42,7 +45,7 @@ class ReadySet(Task):
 
         def answer(canvas: Canvas, position: int) -> tuple[int, float]:
             number = int(canvas.tokens[0])
-            levels = self.levels(number)
+            levels = ReadySet(len(canvas.masked)).levels(number)
             masked = canvas.masked.tolist()
             lowest = min((level for level, m in zip(levels, masked, strict=True) if m), default=LEVELS)
             rng = random.Random(f"{number}/{position}/{sum(masked)}")

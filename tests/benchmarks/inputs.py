@@ -1,0 +1,165 @@
+"""What a policy gains from each input: one set of runs, one policy fitted to it per choice of inputs, all evaluated.
+
+Run: python -m tests.benchmarks.inputs [--task chain] [--runs 2500] [--steps 400] [--problems 200] [--seed 5]
+Only the fit to outcomes, without GRPO after it, at several cuts. Prints a Markdown table: accuracy in % / tokens per
+forward for each cut, and the fastest row within a point of `--goal`.
+"""
+
+import argparse
+import copy
+import random
+import time
+
+import torch
+
+from policies.choosers import Explorer
+from policies.environment import rollout
+from policies.evaluate import Trial, evaluate
+from policies.inputs import Feature, width
+from policies.network import LoadedPolicy, Observation, PolicyConfig, UnmaskingPolicy, parameters
+from policies.specs import SamplerSpec
+from policies.subject import Subject
+from policies.supervised import Runs, fit
+from policies.tasks import Task, get_task
+from samplers.policy import Policy
+from server.commands.options import open_model, subject_of
+
+ALL: tuple[Feature, ...] = (
+    "confidence",
+    "doubt",
+    "top",
+    "top_logs",
+    "entropy",
+    "margin",
+    "neighbours",
+    "before",
+    "place",
+)
+TOP = 4
+RICH: tuple[Feature, ...] = ("top", "doubt", "top_logs", "entropy", "before", "place")
+CUTS = (0.9, 0.97, 0.99, 0.997, 0.999)
+
+
+def without(*names: Feature) -> tuple[Feature, ...]:
+    return tuple(name for name in RICH if name not in names)
+
+
+VARIANTS: dict[str, tuple[tuple[Feature, ...], bool, bool]] = {
+    # features, whole region, predicted tokens
+    "confidence (the paper's)": (("confidence",), False, False),
+    "confidence, doubt": (("confidence", "doubt"), False, False),
+    "confidence, doubt, place": (("confidence", "doubt", "place"), False, False),
+    "confidence, doubt, margin, entropy": (("confidence", "doubt", "margin", "entropy"), False, False),
+    "confidence, doubt, neighbours": (("confidence", "doubt", "neighbours"), False, False),
+    "top 4 and logs": (("top", "doubt", "top_logs", "entropy"), False, False),
+    "the recipe's": (RICH, False, False),
+    "the recipe's without place": (without("place"), False, False),
+    "the recipe's, whole region": (RICH, True, False),
+    "the recipe's, predicted tokens": (RICH, False, True),
+    "the recipe's, whole region, tokens": (RICH, True, True),
+}
+
+
+def columns(features: tuple[Feature, ...]) -> list[int]:
+    """Where these features are among ALL."""
+    first, found = 0, {}
+    for name in ALL:
+        found[name] = range(first, first + width(name, TOP))
+        first += width(name, TOP)
+    return [column for name in features for column in found[name]]
+
+
+def cut_down(runs: Runs, features: tuple[Feature, ...], region: bool, tokens: bool) -> Runs:
+    """The same runs as a policy with fewer inputs sees them."""
+    records = copy.copy(runs.records)
+    seen = records.seen
+    numbers = seen.features[..., columns(features)]
+    known = torch.ones_like(records.candidates) if region else records.candidates
+    given = None
+    if tokens:
+        assert seen.tokens is not None
+        given = seen.tokens.masked_fill(~known, -1)
+    records.seen = Observation(numbers * known[..., None], seen.masked, seen.valid, seen.time, given)
+    return Runs(records, runs.good, runs.ends)
+
+
+def collect(subject: Subject, task: Task, vocabulary: int, count: int, seed: int) -> Runs:
+    config = PolicyConfig(features=ALL, top=TOP, tokens=vocabulary, region=True)
+    rng = random.Random(f"inputs/{seed}")
+    parts = []
+    for first in range(0, count, 256):
+        size = min(256, count - first)
+        parts.append(
+            rollout(
+                subject,
+                task,
+                [task.draw(rng, "train") for _ in range(size)],
+                Explorer(size, rng.getrandbits(31), 0.15),
+                gen_length=task.gen_length,
+                block_length=None,
+                seeds=[rng.getrandbits(31) for _ in range(size)],
+                record=config,
+            )
+        )
+    return Runs.of(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--task", default="chain")
+    parser.add_argument("--runs", type=int, default=2500)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--problems", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=5)
+    parser.add_argument("--goal", type=float, default=98.0, help="accuracy in percent")
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    loaded = open_model(None, "cpu", "float32")
+    subject, vocabulary = subject_of(loaded, False), loaded.backend.info.vocab_size
+    task = get_task(arguments.task)
+    began = time.perf_counter()
+    runs = collect(subject, task, vocabulary, arguments.runs, arguments.seed)
+    print(
+        f"{arguments.runs} runs in {time.perf_counter() - began:.0f} s, {100 * runs.good.float().mean():.0f} % right\n"
+    )
+    print(f"| inputs | parameters | {' | '.join(f'cut {cut}' for cut in CUTS)} | fastest at {arguments.goal:g} % |")
+    print("|" + "---|" * (3 + len(CUTS)))
+    for name, (features, region, tokens) in VARIANTS.items():
+        config = PolicyConfig(
+            features=features,
+            top=TOP,
+            tokens=vocabulary if tokens else 0,
+            region=region,
+            hidden=64,
+            feedforward=128,
+        )
+        torch.manual_seed(arguments.seed)
+        network = UnmaskingPolicy(config)
+        seen = cut_down(runs, features, region, tokens)
+        steps = fit(
+            network,
+            seen,
+            label="outcome",
+            steps=arguments.steps,
+            batch=42,
+            learning_rate=3e-3,
+            seed=arguments.seed,
+        )
+        for _ in steps:
+            pass
+        sampler = Policy(LoadedPolicy(network))
+        cells, fastest = [], 0.0
+        for cut in CUTS:
+            spec = SamplerSpec.create("policy", {"cut": cut})
+            trial = Trial(task, spec, None, task.gen_length, arguments.problems, arguments.seed)
+            row = evaluate(subject, trial, 48, choose=lambda spec, sampler=sampler: sampler)
+            cells.append(f"{100 * row.accuracy:.1f} / {row.tpf:.2f}")
+            if 100 * row.accuracy >= arguments.goal:
+                fastest = max(fastest, row.tpf)
+        best = f"{fastest:.2f}" if fastest else "none"
+        print(f"| {name} | {parameters(network):,} | {' | '.join(cells)} | {best} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
