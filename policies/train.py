@@ -134,7 +134,8 @@ class PolicyTrainer:
             self.seconds += time.monotonic() - began
             self.stage, self.update = number + 1, 0
             self.optimizer = self.reference = None
-            self._checkpoint(stage)
+            if checked := self._checkpoint(stage):
+                self.report({"stage": number, "kind": "check", "seconds": round(self.seconds, 1), **checked})
 
     def _work(self, number: int, stage: Collect | Fit | Shift | Grpo) -> Iterator[dict[str, Any]]:
         match stage:

@@ -118,11 +118,12 @@ def _reporting(trainer: "PolicyTrainer") -> "Iterator[Report]":
 
         def report(line: dict[str, Any]) -> None:
             stage = line["stage"]
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(line["kind"], total=line.get("of", 1))
             done = next((line[key] for key in ("update", "step", "runs") if key in line), 1)
-            shown = [f"{key} {line[key]:.3g}" for key in ("reward", "right", "tpf", "loss") if key in line]
-            bar.update(tasks[stage], completed=done, description=" ".join([line["kind"], *shown]))
+            if line["kind"] != "check":
+                if stage not in tasks:
+                    tasks[stage] = bar.add_task(line["kind"], total=line.get("of", 1))
+                shown = [f"{key} {line[key]:.3g}" for key in ("reward", "right", "tpf", "loss") if key in line]
+                bar.update(tasks[stage], completed=done, description=" ".join([line["kind"], *shown]))
             log.write(json.dumps(line) + "\n")
             for key, value in line.items():
                 if isinstance(value, int | float) and key not in ("stage", "of"):
