@@ -57,7 +57,7 @@ def test_a_run_leaves_a_policy_its_state_and_its_logs(trained: Path, tiny_model:
     assert card.trained_on.alphas == (0.3, 3.0) and card.trained_on.gen_lengths == (8,)
     assert card.recipe["seed"] == 1
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
-    assert [line["kind"] for line in lines] == ["collect", "fit", "grpo", "grpo"]
+    assert [line["kind"] for line in lines] == ["collect", "fit", "check", "grpo", "grpo", "check"]
     assert list((trained / "tensorboard").glob("events.*"))
     again = right("train-policy", trained.parent / "recipe.toml", "--model", tiny_model, "--out", trained)
     assert "going on from stage 3" in again.stderr

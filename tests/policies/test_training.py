@@ -167,7 +167,7 @@ def test_each_stage_reports_and_the_policy_says_what_made_it(tmp_path: Path) -> 
     made = trainer(run, tmp_path)
     made.run()
     lines: list[dict[str, Any]] = made.lines  # type: ignore[attr-defined]
-    assert [line["kind"] for line in lines if line["stage"] == 2] == ["shift"]
+    assert [line["kind"] for line in lines if line["stage"] == 2] == ["shift", "check"]
     assert {line["kind"] for line in lines} == {"collect", "fit", "shift", "grpo", "check"}
     assert [line["stage"] for line in lines if line["kind"] == "check" and "check/reward" in line] == [1, 2, 3]
     assert sum(line["runs"] for line in lines if line["kind"] == "collect") >= 40
