@@ -47,7 +47,8 @@ def draw(rows: list[Row], model: str, path: Path) -> None:
     for axes in panels[-1]:
         axes.set_xlabel("tokens per forward")
     handles = {handle.get_label(): handle for axes in panels.flat for handle in axes.get_legend_handles_labels()[0]}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), frameon=False)
+    across = min(len(handles), int(figure.get_figwidth() // 1.7))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=across, frameon=False)
     figure.suptitle(f"{model}: accuracy against tokens per forward, Wilson 95 % intervals")
     figure.savefig(path, dpi=150, format="png")
 
