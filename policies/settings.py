@@ -18,14 +18,18 @@ class Setting:
         return self.task.name if self.block_length is None else f"{self.task.name}/{self.block_length}"
 
 
+def within(block_length: int | None, gen_length: int) -> int | None:
+    """Blocks as long as the generation are full diffusion, None."""
+    return None if block_length is None or block_length >= gen_length else block_length
+
+
 def settings_of(recipe: PolicyRecipe) -> list[Setting]:
     """Every pair of the recipe's tasks and block lengths once; a block as long as the canvas is full diffusion."""
-    found: list[Setting] = []
+    found: dict[tuple[str, int | None], Setting] = {}
     for asked in recipe.block_lengths:
         for name in recipe.tasks:
             task = get_task(name)
             length = recipe.gen_length or task.gen_length
-            block_length = None if asked == "full" or asked >= length else asked
-            if not any((known.task.name, known.block_length) == (name, block_length) for known in found):
-                found.append(Setting(task, length, block_length))
-    return found
+            block_length = within(None if asked == "full" else asked, length)
+            found.setdefault((name, block_length), Setting(task, length, block_length))
+    return list(found.values())

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from policies.checkpoint import NAME, PolicyCard, PolicyError, load_policy
 from policies.network import LoadedPolicy, parameters
+from policies.settings import within
 from samplers import Sampler, SamplerParams, get_sampler
 from samplers.policy import Policy, PolicyParams
 
@@ -43,19 +44,14 @@ class Stored:
         trained, found = self.card.trained_on, []
         if trained.architecture != host.architecture or trained.vocab_size != host.vocab_size:
             found.append(f"policy {self.name} was trained on {trained.model} ({trained.architecture}), another model")
-        known = {_setting(block, length) for block in trained.block_lengths for length in trained.gen_lengths}
-        if (ours := _setting(block_length, gen_length)) not in known:
+        known = {within(block, length) for block in trained.block_lengths for length in trained.gen_lengths}
+        if (ours := within(block_length, gen_length)) not in known:
             theirs = " and ".join(map(_say, trained.block_lengths))
             found.append(f"policy {self.name} was trained in {theirs}, and runs in {_say(ours)}")
         if gen_length not in trained.gen_lengths:
             lengths = ", ".join(map(str, trained.gen_lengths))
             found.append(f"policy {self.name} was trained on {lengths} positions, and runs on {gen_length}")
         return found
-
-
-def _setting(block_length: int | None, gen_length: int) -> int | None:
-    """Blocks as long as the generation are full diffusion."""
-    return None if block_length is None or block_length >= gen_length else block_length
 
 
 def _say(block_length: int | None) -> str:

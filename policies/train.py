@@ -346,9 +346,9 @@ class PolicyTrainer:
         value = 0.0
         line: dict[str, Any] = {}
         if count:
+            sampler = Policy(LoadedPolicy(copy.deepcopy(self.network)))
             for setting in self.settings:
                 problems = setting.task.problems(count, CHECK_SEED, "heldout")
-                sampler = Policy(LoadedPolicy(copy.deepcopy(self.network)))
                 for alpha in self._alphas():
                     speed = None
                     if self.recipe.policy.takes_speed:
