@@ -23,8 +23,8 @@ class PolicyError(ValueError):
     """A folder that is no policy we can serve: one line that says why."""
 
 
-class TrainedOn(BaseModel):
-    """What a policy learned from. A block length of None is full diffusion; `alphas` are the reward's."""
+class Origin(BaseModel):
+    """The frozen model that a policy learns from."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
@@ -32,6 +32,11 @@ class TrainedOn(BaseModel):
     model_digest: str = Field(pattern=r"^[0-9a-f]{64}$")
     architecture: str
     vocab_size: int = Field(gt=0)
+
+
+class TrainedOn(Origin):
+    """What a policy learned from. A block length of None is full diffusion; `alphas` are the reward's."""
+
     task: tuple[str, ...]
     gen_lengths: tuple[Annotated[int, Field(gt=0)], ...] = Field(min_length=1)
     block_lengths: tuple[Annotated[int, Field(gt=0)] | None, ...] = Field((None,), min_length=1)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from policies.inputs import statistics
 from policies.network import Observation, PolicyConfig, observe
+from policies.oracle import Oracle
 from policies.subject import Subject
 from policies.tasks import Problem, Task
 from samplers import Canvas, Sampler, Selection, Statistic, Step
@@ -53,6 +54,7 @@ class Records:
         candidates, action, committed: bool [n, length].
         confidence: float32 [n, length], -inf where unknown.
         order: int64 [n, length], -1 where nothing was drawn; None for unordered draws.
+        right: bool [n, length], what the oracle would have committed; None where nobody asked it.
     """
 
     row: Tensor
@@ -62,6 +64,7 @@ class Records:
     committed: Tensor
     confidence: Tensor
     order: Tensor | None
+    right: Tensor | None = None
 
 
 @dataclass
@@ -84,6 +87,7 @@ class _Recorder(Sampler):
     chooser: Chooser
     config: PolicyConfig | None
     waits: bool
+    oracles: list[Oracle]
     live: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     lines: list[dict[str, Tensor]] = field(default_factory=list)
     seen: list[Observation] = field(default_factory=list)
@@ -108,6 +112,10 @@ class _Recorder(Sampler):
             }
             if decision.order is not None:
                 line["order"] = decision.order
+            if self.oracles:
+                asked = [self.oracles[i] for i in self.live.tolist()]
+                right = [each.right(*row) for each, *row in zip(asked, step.token, step.candidate, strict=True)]
+                line["right"] = torch.stack(right)
             self.lines.append(line)
             self.seen.append(observe(step, self.config))
         return Selection(decision.commit, waits=self.waits)
@@ -126,6 +134,7 @@ def rollout(
     prompt_length: int | None = None,
     record: PolicyConfig | None = None,
     allow_empty: bool = False,
+    ask_oracle: bool = False,
 ) -> Rollout:
     """Run one generation for each problem to its end.
 
@@ -137,13 +146,16 @@ def rollout(
         record: keep what a policy of this configuration sees.
         allow_empty: a step may commit nothing: it costs a forward, and a block that has had as many forwards as
             positions ends the generation, unfinished and wrong (the paper's training environment).
+        ask_oracle: keep also what the oracle would have committed.
     """
-    recorder = _Recorder(chooser, record, waits=allow_empty)
+    recorder = _Recorder(chooser, record, waits=allow_empty, oracles=[])
     rows = []
     for problem, seed in zip(problems, seeds, strict=True):
         prompt = subject.encode_prompt(problem.prompt)
         canvas = Canvas.blank(prompt[-(prompt_length or len(prompt)) :], gen_length, subject.mask_id, block_length)
         rows.append(Denoising(canvas, recorder, recorder.Params(), seed=seed, end_ids=subject.end_ids))
+        if ask_oracle:
+            recorder.oracles.append(Oracle.for_problem(task, problem, canvas, subject.encode, subject.end_ids))
     stuck: set[int] = set()
     with torch.inference_mode():
         while live := [i for i, row in enumerate(rows) if not row.finished and i not in stuck]:
@@ -196,4 +208,5 @@ def _collect(recorder: _Recorder, length: int) -> Records:
         committed=join("committed"),
         confidence=join("confidence"),
         order=join("order") if "order" in recorder.lines[0] else None,
+        right=join("right") if "right" in recorder.lines[0] else None,
     )

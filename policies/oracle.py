@@ -48,16 +48,20 @@ class Oracle(Sampler):
         return cls(torch.tensor(rows), same, canvas)
 
     def select(self, step: Step) -> Selection:
+        return Selection(self.right(step.token[0], step.candidate[0])[None])
+
+    def right(self, token: Tensor, candidate: Tensor) -> Tensor:
+        """Which candidates to commit, bool [width] as the arguments are: a token and whether it may be committed."""
         length = self._canvas.layout.gen_length
-        candidate = step.candidate[0, :length]
-        agrees = _merge(step.token[0, :length], self._same) == self._solutions
+        commit = torch.zeros_like(candidate)
+        token, candidate = token[:length], candidate[:length]
+        agrees = _merge(token, self._same) == self._solutions
         committed = ~self._canvas.masked
         wrong = ((_merge(self._canvas.generated, self._same) != self._solutions) & committed).sum(dim=1)
         # Least wrong first, most agreement second: after a forced mistake no solution is wholly possible any more.
         target = ((agrees & candidate).sum(dim=1) - wrong * (length + 1)).argmax()
-        commit = torch.zeros_like(step.candidate)
-        commit[0, :length] = agrees[target] & candidate
-        return Selection(commit)
+        commit[:length] = agrees[target] & candidate
+        return commit
 
 
 def _merge(tokens: Tensor, same: dict[int, int]) -> Tensor:

@@ -3,15 +3,12 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from policies.network import PolicyConfig
 from policies.rewards import Form
-from policies.toml import read_toml
-
-
-class Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+from policies.supervised import Label
+from policies.toml import Part, read_toml
 
 
 class Collect(Part):
@@ -26,10 +23,14 @@ class Collect(Part):
 
 
 class Fit(Part):
-    """Supervised steps on all that was collected so far."""
+    """Supervised steps on all that was collected so far.
+
+    Labels: `outcome`, which runs came out right; `oracle`, which tokens were right in every state (the task must know
+    its solutions); `imitation`, what a threshold would commit.
+    """
 
     kind: Literal["fit"] = "fit"
-    label: Literal["outcome", "imitation"] = "outcome"
+    label: Label = "outcome"
     steps: int = Field(gt=0)
     batch: int = Field(42, gt=0, description="runs a step")
     learning_rate: float = Field(3e-3, gt=0)

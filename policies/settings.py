@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from policies.recipe import PolicyRecipe
 from policies.tasks import Task, get_task
+from samplers import Layout
 
 
 @dataclass(frozen=True)
@@ -13,6 +14,11 @@ class Setting:
     task: Task
     gen_length: int
     block_length: int | None
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of one generation."""
+        return Layout(0, self.gen_length, self.block_length or self.gen_length).blocks
 
     def __str__(self) -> str:
         return self.task.name if self.block_length is None else f"{self.task.name}/{self.block_length}"

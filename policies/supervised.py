@@ -13,10 +13,9 @@ from torch import Tensor
 from policies.environment import Records, Rollout
 from policies.network import Observation, UnmaskingPolicy, score
 
-Label = Literal["outcome", "imitation"]
+Label = Literal["outcome", "oracle", "imitation"]
 
-
-_RECORDS = ("row", "candidates", "action", "committed", "confidence", "order")
+_RECORDS = ("row", "candidates", "action", "committed", "confidence", "order", "right")
 _SEEN = ("features", "masked", "valid", "time", "tokens")
 
 
@@ -90,6 +89,7 @@ def pick(records: Records, lines: Tensor) -> Records:
         committed=records.committed[lines],
         confidence=records.confidence[lines],
         order=None if records.order is None else records.order[lines],
+        right=None if records.right is None else records.right[lines],
     )
 
 
@@ -112,6 +112,7 @@ def _padded(records: Records, length: int) -> Records:
         committed=F.pad(records.committed, (0, more)),
         confidence=F.pad(records.confidence, (0, more), value=-torch.inf),
         order=None if records.order is None else F.pad(records.order, (0, more), value=-1),
+        right=None if records.right is None else F.pad(records.right, (0, more)),
     )
 
 
@@ -122,6 +123,7 @@ def join(parts: list[Records]) -> Records:
     seen = [part.seen for part in parts]
     tokens = [each.tokens for each in seen if each.tokens is not None]
     orders = [part.order for part in parts if part.order is not None]
+    rights = [part.right for part in parts if part.right is not None]
     return Records(
         row=torch.cat([part.row for part in parts]),
         seen=Observation(
@@ -136,6 +138,7 @@ def join(parts: list[Records]) -> Records:
         committed=torch.cat([part.committed for part in parts]),
         confidence=torch.cat([part.confidence for part in parts]),
         order=torch.cat(orders) if orders else None,
+        right=torch.cat(rights) if rights else None,
     )
 
 
@@ -155,11 +158,10 @@ def outcome_loss(logits: Tensor, committed: Tensor, run: Tensor, good: Tensor) -
     return -torch.where(good, total, torch.log(-torch.expm1(total))).mean()
 
 
-def imitation_loss(logits: Tensor, records: Records, threshold: float) -> Tensor:
-    """Cross-entropy to what a confidence threshold would commit, over candidates."""
-    target = (records.confidence >= threshold).float()
-    each = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-    return each[records.candidates].mean()
+def imitation_loss(logits: Tensor, target: Tensor, candidates: Tensor) -> Tensor:
+    """Cross-entropy to a set of commits, bool [n, length], over candidates."""
+    each = F.binary_cross_entropy_with_logits(logits, target.float(), reduction="none")
+    return each[candidates].mean()
 
 
 def _neutral_score(network: UnmaskingPolicy, records: Records, speed: Tensor) -> Tensor:
@@ -193,10 +195,14 @@ def fit(
         chosen = torch.randint(len(runs.good), (batch,), generator=generator)
         records, run = runs.batch(chosen)
         logits = _neutral_score(network, records, torch.rand(batch, generator=generator)[run])
-        if label == "outcome":
-            loss = outcome_loss(logits, records.committed, run, runs.good[chosen])
-        else:
-            loss = imitation_loss(logits, records, threshold)
+        match label:
+            case "outcome":
+                loss = outcome_loss(logits, records.committed, run, runs.good[chosen])
+            case "oracle":
+                assert records.right is not None
+                loss = imitation_loss(logits, records.right, records.candidates)
+            case "imitation":
+                loss = imitation_loss(logits, records.confidence >= threshold, records.candidates)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)

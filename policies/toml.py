@@ -4,9 +4,15 @@ import tomllib
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 M = TypeVar("M", bound=BaseModel)
+
+
+class Part(BaseModel):
+    """A table of such a file: no key that is not known, nothing changed afterwards."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 def read_toml(path: Path, model: type[M]) -> tuple[M, dict[str, Any]]:

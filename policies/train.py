@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from policies.checkpoint import PolicyCard, TrainedOn, save_policy
+from policies.checkpoint import Origin, PolicyCard, TrainedOn, save_policy
 from policies.choosers import Experts, Explorer, PolicyChooser, RuleChooser
 from policies.environment import Chooser, Rollout, rollout
 from policies.gradient import Batch, gradient_steps
@@ -55,7 +55,7 @@ class PolicyTrainer:
     recipe: PolicyRecipe
     content: dict[str, Any]
     subject: Subject
-    origin: TrainedOn
+    origin: Origin
     out: Path
     world: World = field(default_factory=World)
     report: Report = lambda line: None
@@ -152,6 +152,7 @@ class PolicyTrainer:
         return self.out / f"runs-{number}.safetensors"
 
     def _collect(self, number: int, stage: Collect) -> Iterator[dict[str, Any]]:
+        asked = any(isinstance(later, Fit) and later.label == "oracle" for later in self.recipe.stage)
         rollouts: list[Rollout] = []
         done = chunk = 0
         size = 4 * self.recipe.batch
@@ -168,9 +169,8 @@ class PolicyTrainer:
                 speed = torch.full((count,), 0.5) if self.network.config.takes_speed else None
                 chooser: Chooser = PolicyChooser(self.network, speed, shift, temperature)
             else:
-                blocks = math.ceil(setting.gen_length / (setting.block_length or setting.gen_length))
-                chooser = Explorer(count, rng.getrandbits(31), stage.always, stage.thresholds, blocks)
-            found = self._rollout(setting, problems, chooser, seeds, False)
+                chooser = Explorer(count, rng.getrandbits(31), stage.always, stage.thresholds, setting.blocks)
+            found = self._rollout(setting, problems, chooser, seeds, ask_oracle=asked)
             rollouts.append(found)
             done += count
             chunk += 1
@@ -192,7 +192,14 @@ class PolicyTrainer:
         return Runs.join([self.runs[earlier] for earlier in sorted(self.runs)])
 
     def _rollout(
-        self, setting: Setting, problems: list[Problem], chooser: Chooser, seeds: list[int], allow_empty: bool
+        self,
+        setting: Setting,
+        problems: list[Problem],
+        chooser: Chooser,
+        seeds: list[int],
+        *,
+        allow_empty: bool = False,
+        ask_oracle: bool = False,
     ) -> Rollout:
         return rollout(
             self.subject,
@@ -206,6 +213,7 @@ class PolicyTrainer:
             prompt_length=self.recipe.prompt_length,
             record=self.recipe.policy,
             allow_empty=allow_empty,
+            ask_oracle=ask_oracle,
         )
 
     def _fit(self, number: int, stage: Fit) -> Iterator[dict[str, Any]]:
@@ -293,7 +301,7 @@ class PolicyTrainer:
             [problem for problem, _, _ in mine for _ in range(members)],
             Experts(policy, rules, expert) if rules else policy,
             [seed for _, _, seeds in mine for seed in seeds],
-            stage.allow_empty,
+            allow_empty=stage.allow_empty,
         )
         rolled = time.monotonic() - began
         worth = reward(found.correct, found.forwards, found.budget, each_alpha, stage.form)
@@ -308,7 +316,10 @@ class PolicyTrainer:
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = self._rate(stage)
         batch = Batch(found, advantage.flatten(), expert >= 0, speed)
-        metrics = gradient_steps(self.network, self.reference, self.optimizer, stage, batch, self.world)
+        try:
+            metrics = gradient_steps(self.network, self.reference, self.optimizer, stage, batch, self.world)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"stage {number}, update {self.update}: {error}") from None
         own = expert < 0
         metrics |= {
             "reward": float(worth[own].mean()),
@@ -354,7 +365,7 @@ class PolicyTrainer:
                     if self.recipe.policy.takes_speed:
                         speed = float(speed_of(alpha, self._alphas()))
                     chooser = RuleChooser(sampler, PolicyParams(speed=speed))
-                    found = self._rollout(setting, problems, chooser, list(range(count)), False)
+                    found = self._rollout(setting, problems, chooser, list(range(count)))
                     worth = reward(found.correct, found.forwards, found.budget, alpha).mean()
                     value += float(worth) / len(self.settings) / len(self._alphas())
                     line[f"check/{setting}/{alpha:g}"] = [
@@ -369,16 +380,15 @@ class PolicyTrainer:
 
     def export(self) -> None:
         """Write the policy as it is now as a folder that can be served."""
-        trained = self.origin.model_copy(
-            update={
-                "task": self.recipe.tasks,
-                "gen_lengths": tuple(dict.fromkeys(setting.gen_length for setting in self.settings)),
-                "block_lengths": tuple(dict.fromkeys(setting.block_length for setting in self.settings)),
-                "alphas": self._alphas(),
-                "seed": self.recipe.seed,
-                "updates": self.updates_done,
-                "seconds": round(self.seconds, 1),
-            }
+        trained = TrainedOn(
+            **self.origin.model_dump(),
+            task=self.recipe.tasks,
+            gen_lengths=tuple(dict.fromkeys(setting.gen_length for setting in self.settings)),
+            block_lengths=tuple(dict.fromkeys(setting.block_length for setting in self.settings)),
+            alphas=self._alphas(),
+            seed=self.recipe.seed,
+            updates=self.updates_done,
+            seconds=round(self.seconds, 1),
         )
         card = PolicyCard(config=self.recipe.policy, trained_on=trained, recipe=self.content)
         save_policy(self.network, card, self.out)

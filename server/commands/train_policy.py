@@ -23,7 +23,7 @@ from server.commands.options import (
 from server.commands.signals import stopping_on_signals
 
 if TYPE_CHECKING:
-    from policies.checkpoint import TrainedOn
+    from policies.checkpoint import Origin
     from policies.train import PolicyTrainer, Report
     from server.models.loading import LoadedModel
 
@@ -64,7 +64,7 @@ def train_policy(
     world = World.join()
     try:
         trainer = PolicyTrainer(
-            parsed, content, subject_of(loaded, chat), _origin(model, loaded, parsed.tasks), out, world
+            parsed, content, subject_of(loaded, chat), _origin(model, loaded), out, world
         )
         with _reporting(trainer) as report, stopping_on_signals(trainer):
             if trainer.resume():
@@ -82,20 +82,18 @@ def train_policy(
         typer.echo(str(out))
 
 
-def _origin(model: str | None, loaded: "LoadedModel", tasks: tuple[str, ...]) -> "TrainedOn":
+def _origin(model: str | None, loaded: "LoadedModel") -> "Origin":
     """What the policy's card says of the model."""
-    from policies.checkpoint import TrainedOn
+    from policies.checkpoint import Origin
     from server.evaluation.results import model_digest
     from server.models.loading import find_model
 
     info = loaded.backend.info
-    return TrainedOn(
+    return Origin(
         model=loaded.name,
         model_digest=model_digest(find_model(model)[1]),
         architecture=info.architecture,
         vocab_size=info.vocab_size,
-        task=tasks,
-        gen_lengths=(1,),  # the trainer knows
     )
 
 

@@ -3,16 +3,12 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
 from policies.tasks import get_task
-from policies.toml import read_toml
+from policies.toml import Part, read_toml
 
 Phases = tuple[tuple[float, int], ...]
-
-
-class Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class ModelShape(Part):

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from policies import settings, train
-from policies.checkpoint import TrainedOn, load_policy
+from policies.checkpoint import Origin, load_policy
 from policies.choosers import Explorer, RuleChooser
 from policies.environment import rollout
 from policies.network import LoadedPolicy, PolicyConfig, UnmaskingPolicy, score
@@ -47,9 +47,7 @@ def ready_set(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def trainer(run: PolicyRecipe, out: Path, luck: float = 0.5, world: World | None = None) -> PolicyTrainer:
-    origin = TrainedOn(
-        model="toy", model_digest="0" * 64, architecture="Toy", vocab_size=3, task=("ready-set",), gen_lengths=(1,)
-    )
+    origin = Origin(model="toy", model_digest="0" * 64, architecture="Toy", vocab_size=3)
     lines: list[dict[str, Any]] = []
     made = PolicyTrainer(run, {"as": "read"}, ReadySet().subject(luck), origin, out, world or World(), lines.append)
     made.lines = lines  # type: ignore[attr-defined]
@@ -247,20 +245,35 @@ def test_two_processes_have_the_gradients_of_one_with_the_joint_batch(tmp_path: 
             assert torch.allclose(one, two, atol=1e-6, rtol=1e-4)
 
 
+def test_a_gradient_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
+    made = trainer(recipe(GRPO | {"entropy": 0.01}), tmp_path)
+    update = made.grpo_update
+
+    def broken(number: int, stage: Grpo) -> dict[str, Any]:
+        if made.update == 2:
+            made.network.head.weight.data.fill_(float("nan"))
+        return update(number, stage)
+
+    made.grpo_update = broken  # type: ignore[method-assign]
+    with pytest.raises(FloatingPointError, match=r"stage 0, update 2: .*not finite; lower the learning rate"):
+        made.run()
+
+
 def test_processes_share_prompts_evenly_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="4 prompts do not share out evenly over 3 processes"):
         trainer(recipe(GRPO), tmp_path, world=World(0, 3))
 
 
 @pytest.mark.parametrize("takes_speed", [False, True])
-def test_outcome_labels_learn_the_ready_set(tmp_path: Path, takes_speed: bool) -> None:
-    """A level a forward is the optimum: 4 forwards, always right. No threshold is told, only which runs were right.
+@pytest.mark.parametrize("label", ["outcome", "oracle", "imitation"])
+def test_labels_teach_the_ready_set(tmp_path: Path, label: str, takes_speed: bool) -> None:
+    """A level a forward is the optimum: 4 forwards, always right. Outcome labels tell only which runs were right.
 
     What was fitted holds at any speed; only the push differs.
     """
     run = recipe(
         {"kind": "collect", "runs": 400, "always": 0.2, "thresholds": [0.75]},
-        {"kind": "fit", "steps": 400, "batch": 32, "learning_rate": 3e-3},
+        {"kind": "fit", "label": label, "steps": 400, "batch": 32, "learning_rate": 3e-3, "threshold": 0.75},
         {"kind": "shift", "cut": 0.9},
         check=40,
         batch=100,
@@ -274,7 +287,7 @@ def test_outcome_labels_learn_the_ready_set(tmp_path: Path, takes_speed: bool) -
     for speed in (0.0, 0.5, 1.0) if takes_speed else (None,):
         chooser = RuleChooser(Policy(LoadedPolicy(made.network)), PolicyParams(speed=speed))
         problems = ReadySet().problems(40, 5, "heldout")
-        found = made._rollout(made.settings[0], problems, chooser, list(range(40)), False)
+        found = made._rollout(made.settings[0], problems, chooser, list(range(40)))
         assert found.correct.mean() >= 0.95
         assert found.tokens.sum() / found.forwards.sum() >= 0.9 * LENGTH / LEVELS
 

@@ -29,7 +29,7 @@ class ReadySet(Task):
 
     def sample(self, rng: random.Random) -> Problem:
         number = str(rng.randrange(10**6))
-        return Problem(self.name, number, number, "", "")
+        return Problem(self.name, number, number, "", f"={str(RIGHT) * self.length}")
 
     def check(self, problem: Problem, completion: str) -> bool:
         return completion == str(RIGHT) * self.length
@@ -65,7 +65,8 @@ class ReadySet(Task):
 
 
 def encode(text: str) -> list[int]:
-    return [int(text)]
+    """A prompt is one token; a response, after `=`, one for each digit."""
+    return [int(digit) for digit in text[1:]] if text.startswith("=") else [int(text)]
 
 
 def decode(tokens: Sequence[int]) -> str:
