@@ -1,11 +1,13 @@
 """How a canvas is denoised: pure torch and pydantic, no server, no HTTP, no model."""
 
 from samplers.base import ParameterError, Sampler, SamplerError, SamplerParams, Selection, Step
+from samplers.cache import CacheMode
 from samplers.canvas import Canvas, Layout
 from samplers.prediction import Prediction, Statistic, TokenChoice
 from samplers.registry import UnknownSamplerError, get_sampler, list_samplers
 
 __all__ = [
+    "CacheMode",
     "Canvas",
     "Layout",
     "ParameterError",

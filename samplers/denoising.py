@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from samplers.base import Sampler, SamplerError, SamplerParams, Selection, Step, best
+from samplers.cache import CacheMode, Feed, Memory, feed
 from samplers.canvas import Canvas
 from samplers.prediction import Prediction, Statistic, TokenChoice
 from samplers.randomness import TOKENS, uniform
@@ -30,6 +31,7 @@ class Denoising:
         end_ids: tokens that end the text. Empty: the whole region is denoised.
         fill_after_end: committing an end-of-text settles every masked position after it at once, as padding. Off,
             those positions are denoised like any other until everything before the end is settled.
+        cache: what is kept from a block's first forward for those after it.
         forwards: forward passes that this generation took part in.
         block, block_step, block_masks: the active block, forwards spent on it, its masks when it became active.
         settled: length of the committed prefix of the generation region: what can no longer change.
@@ -42,11 +44,13 @@ class Denoising:
     seed: int = 0
     end_ids: frozenset[int] = frozenset()
     fill_after_end: bool = True
+    cache: CacheMode = CacheMode.NONE
     forwards: int = 0
     block: int = field(default=0, init=False)
     block_step: int = field(default=0, init=False)
     block_masks: int = field(default=0, init=False)
     settled: int = field(default=0, init=False)
+    _memory: Memory = field(default_factory=Memory, init=False, repr=False)
     _candidates: Tensor = field(init=False, repr=False)
     end: int | None = field(default=None, init=False)
     """Position of the first committed end-of-text in the generation region."""
@@ -82,6 +86,10 @@ class Denoising:
         tokens: list[int] = self.canvas.generated[:count].tolist()
         return tokens
 
+    def feed(self) -> Feed:
+        """What the next forward computes of this canvas."""
+        return feed(self.cache, self._memory, self.canvas.layout, self.block, self.block_step)
+
     def candidates(self) -> Tensor:
         """Masked positions of the active block, relative to the generation region."""
         return self._candidates
@@ -112,6 +120,7 @@ class Query:
 
     Attributes:
         canvases: what the model sees, one row of the forward each.
+        feeds: what it computes of each.
         row, position: int64 [n], the positions asked for: index into `canvases` and place on that canvas.
         statistics: wanted beside token and confidence.
         choices, uniform: how to choose each position's token, and a random number for it; None where all are greedy.
@@ -119,6 +128,7 @@ class Query:
     """
 
     canvases: list[Canvas]
+    feeds: list[Feed]
     row: Tensor
     position: Tensor
     statistics: frozenset[Statistic]
@@ -143,7 +153,10 @@ Predict = Callable[[Query], Prediction]
 
 def ask(rows: Sequence[Denoising]) -> Query:
     """The query of the next step of all these generations, none of them finished."""
-    found = [torch.arange(row.canvas.layout.gen_length) if row.sampler.region else row.candidates() for row in rows]
+    feeds = [row.feed() for row in rows]
+    found = [
+        _asked(row, feed) if row.sampler.region else row.candidates() for row, feed in zip(rows, feeds, strict=True)
+    ]
     index = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor([len(c) for c in found]))
     starts = torch.tensor([row.canvas.layout.prompt_length for row in rows])
     relative = torch.cat(found)
@@ -155,7 +168,14 @@ def ask(rows: Sequence[Denoising]) -> Query:
         numbers = uniform(seeds, forwards, relative, TOKENS)
     wanted = frozenset[Statistic]().union(*(row.sampler.statistics for row in rows))
     top = max(row.sampler.top for row in rows)
-    return Query([row.canvas for row in rows], index, relative + starts[index], wanted, choices, numbers, top)
+    return Query([row.canvas for row in rows], feeds, index, relative + starts[index], wanted, choices, numbers, top)
+
+
+def _asked(row: Denoising, feed: Feed) -> Tensor:
+    """All positions of the generation region that the forward computes."""
+    layout = row.canvas.layout
+    first = max(0, feed.start - layout.prompt_length)
+    return torch.arange(first, min(layout.gen_length, feed.stop - layout.prompt_length))
 
 
 def advance(rows: Sequence[Denoising], query: Query, prediction: Prediction) -> list[Outcome]:

@@ -63,9 +63,7 @@ def train_policy(
     loaded = open_model(model, device, dtype)
     world = World.join()
     try:
-        trainer = PolicyTrainer(
-            parsed, content, subject_of(loaded, chat), _origin(model, loaded), out, world
-        )
+        trainer = PolicyTrainer(parsed, content, subject_of(loaded, chat), _origin(model, loaded), out, world)
         with _reporting(trainer) as report, stopping_on_signals(trainer):
             if trainer.resume():
                 progress_console().print(f"going on from stage {trainer.stage}, update {trainer.update}")

@@ -3,18 +3,19 @@
 import torch
 from torch import Tensor
 
-from samplers.canvas import Canvas
+from samplers.cache import Memory
 from samplers.denoising import Query
 from samplers.prediction import Prediction, summarise
 from server.engine.backend import ModelInfo
 from server.models.llada import LLaDA
+from server.models.packed import KeyValues, Packed, Row
 
 LOGIT_ELEMENTS = 1 << 26
 """Logits held at a time: candidates are worked off in chunks of at most this many elements."""
 
 
 class TorchBackend:
-    """Full forward each step; the last block's output, head and statistics for candidate positions only."""
+    """What each canvas feeds, packed into one forward; last outputs, head and statistics for candidates only."""
 
     def __init__(self, network: LLaDA, info: ModelInfo) -> None:
         self.network = network.eval()
@@ -23,23 +24,17 @@ class TorchBackend:
 
     @torch.inference_mode()
     def predict(self, query: Query) -> Prediction:
-        tokens, valid = pad(query.canvases)
-        wanted, place = gather(query.row, query.position, len(query.canvases))
-        hidden = self.network.hidden(
-            tokens.to(self.device, non_blocking=True),
-            None if valid is None else valid.to(self.device, non_blocking=True),
-            wanted.to(self.device, non_blocking=True),
-        )
-        row, place = query.row.to(self.device), place.to(self.device)
-        uniform = None if query.uniform is None else query.uniform.to(self.device)
+        batch, back = self.pack(query)
+        hidden = self.network.packed(batch)
+        back = back.to(self.device, non_blocking=True)
+        uniform = None if query.uniform is None else query.uniform.to(self.device, non_blocking=True)
         size = max(1, LOGIT_ELEMENTS // self.info.vocab_size)
         parts = []
-        for start in range(0, len(row), size):
+        for start in range(0, len(back), size):
             part = slice(start, start + size)
-            logits = self.network.head(hidden[row[part], place[part]])
             parts.append(
                 summarise(
-                    logits,
+                    self.network.head(hidden[back[part]]),
                     self.info.mask_id,
                     query.statistics,
                     query.choices and query.choices[part],
@@ -54,29 +49,43 @@ class TorchBackend:
             torch.cat([p.top for p in parts if p.top is not None]).cpu() if query.top else None,
         )
 
+    def pack(self, query: Query) -> tuple[Packed, Tensor]:
+        """The forward of a query, and where in what it gives each of the query's positions is, [n]."""
+        counts = torch.bincount(query.row, minlength=len(query.canvases)).tolist()
+        rows = [
+            Row(feed.start, feed.stop, count, canvas.layout.length, self._memory(feed.memory, canvas.layout.length))
+            for canvas, feed, count in zip(query.canvases, query.feeds, counts, strict=True)
+        ]
+        order = sorted(range(len(rows)), key=lambda i: (rows[i].fed, rows[i].whole, rows[i].wanted))
+        first, asked = [0] * len(rows), [0] * len(rows)
+        tokens = positions = 0
+        for i in order:
+            first[i], asked[i] = tokens - rows[i].start, positions
+            tokens += rows[i].fed
+            positions += rows[i].wanted
+        ends = torch.tensor(counts).cumsum(0)
+        place = torch.arange(len(query.row)) - (ends - torch.tensor(counts))[query.row]
+        back = place + torch.tensor(asked)[query.row]
+        wanted = torch.empty_like(back)
+        wanted[back] = query.position + torch.tensor(first)[query.row]
+        ids = torch.cat([query.canvases[i].tokens[rows[i].start : rows[i].stop] for i in order])
+        batch = Packed(
+            [rows[i] for i in order],
+            ids.to(self.device, non_blocking=True),
+            wanted.to(self.device, non_blocking=True),
+        )
+        return batch, back
+
+    def _memory(self, memory: Memory | None, length: int) -> KeyValues | None:
+        """Room for the keys and values of a canvas, made when it is first needed."""
+        if memory is None:
+            return None
+        if memory.content is None:
+            layers, heads, size = self.network.cache_shape
+            dtype = getattr(torch, self.info.dtype)
+            memory.content = KeyValues(torch.empty(layers, 2, length, heads, size, dtype=dtype, device=self.device))
+        assert isinstance(memory.content, KeyValues)
+        return memory.content
+
     def close(self) -> None:
         del self.network
-
-
-def pad(canvases: list[Canvas]) -> tuple[Tensor, Tensor | None]:
-    """Canvases as one [rows, length] tensor, padded at the right, and which positions are real (None: all)."""
-    lengths = [canvas.layout.length for canvas in canvases]
-    longest = max(lengths)
-    if min(lengths) == longest:
-        return torch.stack([canvas.tokens for canvas in canvases]), None
-    tokens = torch.zeros(len(canvases), longest, dtype=torch.int64)
-    for i, canvas in enumerate(canvases):
-        tokens[i, : lengths[i]] = canvas.tokens
-    return tokens, torch.arange(longest) < torch.tensor(lengths)[:, None]
-
-
-def gather(row: Tensor, position: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Candidates as a grid: positions [rows, most candidates of a row], and where in its row's line each one stands.
-
-    Lines of rows with fewer candidates are filled up with position 0. `row` ascends.
-    """
-    counts = torch.bincount(row, minlength=rows)
-    place = torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]
-    grid = torch.zeros(rows, int(counts.max()), dtype=torch.int64)
-    grid[row, place] = position
-    return grid, place

@@ -34,12 +34,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (wide * cos + torch.cat([-right, left], dim=-1) * sin).to(x.dtype)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """Bidirectional attention over [batch, heads, length, head_dim]; `bias` is added to the scores."""
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Bidirectional attention over [batch, length, heads, head_dim]."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if q.device.type == "cpu" and q.requires_grad:
         # Written out: the backward pass of the fused CPU kernel is about ten times slower than this.
-        scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-        scores = scores if bias is None else scores + bias
-        mixed: Tensor = scores.softmax(dim=-1) @ v
-        return mixed
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        mixed: Tensor = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1) @ v
+    else:
+        mixed = F.scaled_dot_product_attention(q, k, v)
+    return mixed.transpose(1, 2)

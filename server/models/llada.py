@@ -3,6 +3,8 @@
 Module names are the checkpoint's own tensor names, so a state dict needs no renaming.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from server.models.layers import RMSNorm, attention, rope_tables, rotate
+from server.models.packed import Packed
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Queries, keys and values [..., heads, head_dim] to what each query reads, of the queries' shape."""
 
 
 class LLaDAConfig(BaseModel):
@@ -123,28 +129,26 @@ class Block(nn.Module):
         self.up_proj = nn.Linear(width, mlp, bias=False)
         self.ff_out = nn.Linear(mlp, width, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor | None, wanted: Tensor | None = None) -> Tensor:
-        """States after this block, [batch, length, width], or of the `wanted` positions only, [batch, n, width].
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, wanted: Tensor | None = None) -> Tensor:
+        """States after this block, of all tokens [..., width], or of the `wanted` ones.
 
         Args:
-            wanted: positions [batch, n]; the others are attended to, but nothing else is computed of them.
+            x: [tokens, width] or [batch, length, width].
+            cos, sin: of each token's position, [..., 1, head_dim].
+            wanted: indices of tokens; the others are attended to, but nothing else is computed of them.
         """
         h = self.attn_norm(x)
-        k, v = self._heads(self.k_proj(h)), self._heads(self.v_proj(h))
-        k = rotate(k, cos, sin)
+        k, v = rotate(self._heads(self.k_proj(h)), cos, sin), self._heads(self.v_proj(h))
         if wanted is not None:
-            across = wanted[:, :, None].expand(-1, -1, x.shape[-1])
-            x, h = x.gather(1, across), h.gather(1, across)
-            cos, sin = cos[wanted][:, None], sin[wanted][:, None]
+            x, h, cos, sin = x[wanted], h[wanted], cos[wanted], sin[wanted]
         q = rotate(self._heads(self.q_proj(h)), cos, sin)
-        x = x + self.attn_out(attention(q, k, v, bias).transpose(1, 2).reshape(x.shape))
+        x = x + self.attn_out(attend(q, k, v).flatten(-2))
         h = self.ff_norm(x)
         out: Tensor = x + self.ff_out(F.silu(self.ff_proj(h)) * self.up_proj(h))
         return out
 
     def _heads(self, x: Tensor) -> Tensor:
-        batch, length, _ = x.shape
-        return x.view(batch, length, self.n_heads, -1).transpose(1, 2)
+        return x.view(*x.shape[:-1], self.n_heads, -1)
 
 
 class Transformer(nn.Module):
@@ -175,31 +179,38 @@ class LLaDA(nn.Module):
         return transformer
 
     def _rotation(self, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Tables of at least this length, [length, 1, head_dim]."""
         device = self.transformer.wte.weight.device
         if self._tables is None or self._tables[0].shape[0] < length or self._tables[0].device != device:
             reach = max(length, min(self.config.max_sequence_length, 4096))
             self._tables = rope_tables(reach, self.config.head_dim, self.config.rope_theta, device)
-        cos, sin = self._tables[0][:length], self._tables[1][:length]
+        cos, sin = self._tables[0][:, None], self._tables[1][:, None]
         return (cos, sin) if self.config.rope_full_precision else (cos.to(dtype), sin.to(dtype))
 
-    def hidden(self, tokens: Tensor, valid: Tensor | None = None, wanted: Tensor | None = None) -> Tensor:
-        """Normed last hidden states [batch, length, d_model], or [batch, n, d_model] of the `wanted` positions.
+    @property
+    def cache_shape(self) -> tuple[int, int, int]:
+        """Layers, heads and size of a head of the keys and values that a token leaves."""
+        return self.config.n_layers, self.config.n_heads, self.config.head_dim
 
-        Args:
-            tokens: ids [batch, length]; positions are 0..length-1 of each row, padding included.
-            valid: bool [batch, length], False where a position is padding that nobody attends to.
-            wanted: positions [batch, n], in any order and repeated where a row wants fewer.
-        """
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """Normed last hidden states [batch, length, d_model] of rows of one length, ids [batch, length]."""
         x = self.transformer.wte(tokens)
-        cos, sin = self._rotation(tokens.shape[1], x.dtype)
-        bias = None
-        if valid is not None:
-            bias = torch.zeros(valid.shape, dtype=x.dtype, device=x.device)
-            bias = bias.masked_fill(~valid, torch.finfo(x.dtype).min)[:, None, None, :]
-        *blocks, last = self.transformer.blocks
-        for block in blocks:
-            x = block(x, cos, sin, bias)
-        x = last(x, cos, sin, bias, wanted)
+        length = tokens.shape[1]
+        cos, sin = (table[:length] for table in self._rotation(length, x.dtype))
+        for block in self.transformer.blocks:
+            x = block(x, cos, sin, attention)
+        out: Tensor = self.transformer.ln_f(x)
+        return out
+
+    def packed(self, batch: Packed) -> Tensor:
+        """Normed last hidden states of the tokens that a packed batch wants, [wanted, d_model]."""
+        x = self.transformer.wte(batch.tokens)
+        longest = max(row.length for row in batch.rows)
+        cos, sin = (table[batch.position] for table in self._rotation(longest, x.dtype))
+        last = len(self.transformer.blocks) - 1
+        for layer, block in enumerate(self.transformer.blocks):
+            attend = partial(batch.attend, layer)
+            x = block(x, cos, sin, attend, batch.wanted if layer == last else None)
         out: Tensor = self.transformer.ln_f(x)
         return out
 
@@ -209,5 +220,5 @@ class LLaDA(nn.Module):
         logits: Tensor = F.linear(hidden, weight)
         return logits
 
-    def forward(self, tokens: Tensor, valid: Tensor | None = None) -> Tensor:
-        return self.head(self.hidden(tokens, valid))
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.hidden(tokens))

@@ -4,21 +4,22 @@ LLaDA's `generate.py` and Fast-dLLM's: random numbers from one global stream of 
 replaced by random numbers, special tokens forced out of tokens or confidences, and guidance by a masked prompt.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from samplers import Selection, Step
+from samplers import CacheMode, Selection, Step
+from samplers.cache import Feed
 from samplers.canvas import Canvas
 from samplers.denoising import Query
 from samplers.factor import Factor
 from samplers.prediction import Prediction, summarise
 
-Logits = Callable[[list[Canvas]], Tensor]
-"""Canvases to logits [rows, length, vocab]."""
+Logits = Callable[[Sequence[Canvas], Sequence[Feed]], Tensor]
+"""Canvases, and what to compute of each, to logits [rows, fed, vocab]; all feed equally many positions."""
 
 
 def gumbel(logits: Tensor, temperature: float, stream: torch.Generator | None) -> Tensor:
@@ -57,27 +58,42 @@ class Original:
     """A `predict` for our loop that chooses tokens and confidences as these originals do.
 
     Attributes:
-        logits: our model.
+        logits, vocabulary: our model.
         mask_id, eos_id, eot_id: special tokens.
         params: the original's keyword arguments.
         stream: its random numbers; None where it needs none.
         draw_type: of the numbers that stand in for confidences when positions are chosen at random.
+        cache: of Fast-dLLM's variants.
+        feeds_twice: whether a block that its first forward has finished is still fed a second time, for nothing.
     """
 
     logits: Logits
+    vocabulary: int
     mask_id: int
     eos_id: int
     eot_id: int
     params: dict[str, Any]
     stream: torch.Generator | None = None
-    draw_type: torch.dtype = field(default=torch.float32)
+    draw_type: torch.dtype = torch.float32
+    cache: CacheMode = CacheMode.NONE
+    feeds_twice: bool = False
+    _first_of: Query | None = None
 
     def __call__(self, query: Query) -> Prediction:
-        everywhere = self._guided(query.canvases)
+        if self.feeds_twice and query.feeds[0].start == 0:
+            if self._first_of is not None:
+                self._waste(self._first_of)
+            self._first_of = query
+        elif self.feeds_twice:
+            self._first_of = None
+        everywhere = self._guided(query)
         if self.params.get("logits_eos_inf"):
             everywhere[:, :, self.eos_id] = -torch.inf
         temperature = self.params.get("temperature", 0.0)
-        at = query.row, query.position
+        starts = torch.tensor([feed.start for feed in query.feeds])
+        at = query.row, query.position - starts[query.row]
+        if self.cache is CacheMode.PREFIX and starts[0]:
+            gumbel(everywhere, temperature, self.stream)  # drawn, and never used
         token = gumbel(everywhere, temperature, self.stream)[at].argmax(dim=-1)
         if self.params.get("confidence_eos_eot_inf"):
             # Without noise the original's noised logits are the logits, so end-of-text goes out of both.
@@ -88,12 +104,22 @@ class Original:
             confidence = draw[at]
         return Prediction(token, confidence, {})
 
-    def _guided(self, canvases: list[Canvas]) -> Tensor:
+    def _waste(self, query: Query) -> None:
+        """The random numbers of a second forward over a finished block."""
+        start, stop = int(query.position.min()), int(query.position.max()) + 1
+        fed = stop - start if self.cache is CacheMode.DUAL else query.feeds[0].stop - start
+        temperature = self.params.get("temperature", 0.0)
+        for _ in range(2 if self.cache is CacheMode.PREFIX else 1):
+            gumbel(torch.zeros(len(query.canvases), fed, self.vocabulary), temperature, self.stream)
+        if self.params.get("remasking") == "random":
+            torch.rand(len(query.canvases), fed, dtype=self.draw_type, generator=self.stream)
+
+    def _guided(self, query: Query) -> Tensor:
         scale = self.params.get("cfg_scale", 0.0)
-        conditional = self.logits(canvases)
+        conditional = self.logits(query.canvases, query.feeds)
         if not scale:
             return conditional
-        unconditional = self.logits([self._prompt_free(canvas) for canvas in canvases])
+        unconditional = self.logits([self._prompt_free(canvas) for canvas in query.canvases], query.feeds)
         return unconditional + (scale + 1) * (conditional - unconditional)
 
     def _prompt_free(self, canvas: Canvas) -> Canvas:

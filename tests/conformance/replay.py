@@ -18,13 +18,13 @@ class Recording:
     states: list[list[Tokens]]
     blocks: list[list[int]]
 
-    def lockstep_forwards(self) -> int:
-        """Forwards of a loop that moves to the next block only when all rows have finished theirs.
+    def lockstep_forwards(self, least: int = 1) -> int:
+        """Forwards, `least` a block or more, of a loop in which a block begins when all rows have finished the last.
 
         The originals do. Our rows do not wait for each other, so ours can be fewer.
         """
         last = max(max(row) for row in self.blocks)
-        return sum(max(row.count(block) for row in self.blocks) for block in range(last + 1))
+        return sum(max(least, *(row.count(block) for row in self.blocks)) for block in range(last + 1))
 
 
 def replay(rows: Sequence[Denoising], predict: Predict) -> Recording:

@@ -1,16 +1,17 @@
 """Our model behind the engine: what is computed, for whom, and that the batch does not matter."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from samplers import Canvas, Statistic, TokenChoice, get_sampler
-from samplers.denoising import Denoising, ask, denoise
+from samplers import CacheMode, Canvas, Statistic, TokenChoice, get_sampler
+from samplers.denoising import Denoising, advance, ask, denoise
 from samplers.prediction import summarise
 from server.engine import Backend, torch_backend
-from server.engine.torch_backend import TorchBackend, gather, pad
+from server.engine.torch_backend import TorchBackend
 from server.models.loading import load_model
 
 
@@ -41,7 +42,7 @@ def test_a_batch_of_one_equals_a_batch_of_eight(backend: TorchBackend, temperatu
         assert row.forwards == expected.forwards
 
 
-def test_padding_changes_no_prediction(backend: TorchBackend) -> None:
+def test_a_row_of_another_length_changes_no_prediction(backend: TorchBackend) -> None:
     long, short = rows(2)
     together = backend.predict(ask([short, long]))
     alone = backend.predict(ask([short]))
@@ -78,7 +79,7 @@ def test_head_and_statistics_are_computed_for_candidates_only(
 def test_many_candidates_are_worked_off_in_parts(backend: TorchBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = rows(4, temperature=0.5)
     query = ask(asked)
-    query = type(query)(query.canvases, query.row, query.position, frozenset(Statistic), query.choices, query.uniform)
+    query = replace(query, statistics=frozenset(Statistic))
     whole = backend.predict(query)
     monkeypatch.setattr(torch_backend, "LOGIT_ELEMENTS", 7 * backend.info.vocab_size)
     parts = backend.predict(query)
@@ -103,32 +104,75 @@ def test_predictions_are_those_of_the_whole_forward(backend: TorchBackend) -> No
     assert torch.allclose(found.confidence, expected.confidence, atol=1e-6)
 
 
-def test_candidates_as_a_grid() -> None:
-    wanted, place = gather(torch.tensor([0, 0, 2, 2, 2]), torch.tensor([3, 5, 1, 2, 7]), 4)
-    assert wanted.tolist() == [[3, 5, 0], [0, 0, 0], [1, 2, 7], [0, 0, 0]]
-    assert place.tolist() == [0, 1, 0, 1, 2]
-
-
-def test_the_last_block_works_on_candidates_only(backend: TorchBackend) -> None:
+def test_nothing_is_computed_of_padding_and_the_last_block_works_on_candidates_only(backend: TorchBackend) -> None:
     asked = rows(4)
     query = ask(asked)
-    most = max(len(row.candidates()) for row in asked)
-    longest = max(row.canvas.layout.length for row in asked)
+    candidates = sum(len(row.candidates()) for row in asked)
+    everything = sum(row.canvas.layout.length for row in asked)
     shapes: list[torch.Size] = []
     blocks = backend.network.transformer.blocks
     hooks = [block.ff_out.register_forward_hook(lambda _, __, out: shapes.append(out.shape)) for block in blocks]
     backend.predict(query)
     for hook in hooks:
         hook.remove()
-    assert [shape[1] for shape in shapes] == [longest] * (len(blocks) - 1) + [most]
-    assert most < longest
+    assert [shape[0] for shape in shapes] == [everything] * (len(blocks) - 1) + [candidates]
+    assert candidates < everything
 
 
-def test_equal_lengths_need_no_mask() -> None:
-    tokens, valid = pad([Canvas.blank([1, 2], 3, 0), Canvas.blank([1], 4, 0)])
-    assert tokens.tolist() == [[1, 2, 0, 0, 0], [1, 0, 0, 0, 0]] and valid is None
-    tokens, valid = pad([Canvas.blank([1, 2], 3, 0), Canvas.blank([1], 2, 0)])
-    assert valid is not None and valid.tolist() == [[True] * 5, [True] * 3 + [False] * 2]
+@pytest.mark.parametrize("mode", [CacheMode.PREFIX, CacheMode.DUAL])
+def test_with_a_cache_only_a_block_or_what_follows_it_is_computed(backend: TorchBackend, mode: CacheMode) -> None:
+    sampler = get_sampler("topk")
+    row = Denoising(Canvas.blank([5, 6, 7], 24, 0, 8), sampler, sampler.Params(k=3), cache=mode)
+    fed: list[int] = []
+    first = backend.network.transformer.blocks[0]
+    hook = first.ff_out.register_forward_hook(lambda _, __, out: fed.append(len(out)))
+    denoise([row], backend.predict)
+    hook.remove()
+    rest = [24, 16, 8] if mode is CacheMode.PREFIX else [8] * 3
+    assert fed == [n for part in rest for n in (27, part, part)]
+
+
+def test_a_cache_that_knows_everything_is_exact(backend: TorchBackend) -> None:
+    """What a forward left, unchanged: any part fed again gives the same prediction."""
+    (row,) = rows(1)
+    row.cache = CacheMode.DUAL
+    row.canvas.layout = replace(row.canvas.layout, block_length=5)
+    row._enter_block()
+    whole = backend.predict(ask([row]))
+    row.block_step = 1
+    again = backend.predict(ask([row]))
+    assert ask([row]).feeds[0].stop - ask([row]).feeds[0].start == 5
+    assert again.token.equal(whole.token) and torch.allclose(again.confidence, whole.confidence, atol=1e-6)
+
+
+def test_caches_of_generations_that_began_at_different_times(backend: TorchBackend) -> None:
+    """Alone or together, whole forwards beside parts of others: the same tokens, the same number of forwards."""
+    modes = [CacheMode.DUAL, CacheMode.NONE, CacheMode.PREFIX]
+
+    def made() -> list[Denoising]:
+        found = rows(9, temperature=0.4)
+        return [
+            Denoising(
+                Canvas.blank(row.canvas.tokens[: row.canvas.layout.prompt_length].tolist(), 20 + i, 0, 6),
+                row.sampler,
+                row.params,
+                row.choice,
+                seed=i,
+                cache=modes[i // 3],
+            )
+            for i, row in enumerate(found)
+        ]
+
+    together = made()
+    late = together[::2]
+    for _ in range(3):
+        query = ask(together[1::2])
+        advance(together[1::2], query, backend.predict(query))
+    denoise([*late, *together[1::2]], backend.predict)
+    for expected, row in zip(together, made(), strict=True):
+        denoise([row], backend.predict)
+        assert row.canvas.tokens.equal(expected.canvas.tokens)
+        assert row.forwards == expected.forwards
 
 
 def test_generations_end_at_the_models_end_of_text(ending_model: Path) -> None:

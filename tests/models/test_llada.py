@@ -8,6 +8,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from server.models.llada import LLaDA, LLaDAConfig
+from server.models.packed import Packed, Row
 from tests.tiny import tiny_config, tiny_network
 
 VOCABULARY = 90
@@ -97,20 +98,6 @@ def test_every_position_sees_every_other(network: LLaDA) -> None:
     assert not torch.allclose(network(ids)[0, 0], network(other)[0, 0], atol=1e-4)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_nobody_attends_to_padding(network: LLaDA, side: str) -> None:
-    ids = tokens(2, 20)
-    valid = torch.ones(2, 20, dtype=torch.bool)
-    pads = slice(0, 6) if side == "left" else slice(14, 20)
-    valid[1, pads] = False
-    expected = network(ids, valid)
-    ids[1, pads] = 3
-    assert torch.allclose(network(ids, valid)[valid], expected[valid], atol=1e-5)
-    assert torch.allclose(network(ids[:1])[0], expected[0], atol=1e-5)
-    if side == "right":
-        assert torch.allclose(network(ids[1:, :14])[0], expected[1, :14], atol=1e-5)
-
-
 def test_head_of_selected_rows_is_the_forward_there(network: LLaDA) -> None:
     ids = tokens(2, 15)
     row, position = torch.tensor([0, 1, 1]), torch.tensor([4, 0, 14])
@@ -118,15 +105,16 @@ def test_head_of_selected_rows_is_the_forward_there(network: LLaDA) -> None:
 
 
 def test_states_of_wanted_positions_are_those_of_the_whole_forward(network: LLaDA) -> None:
-    """In any order, repeated, and with padding that nobody reads."""
-    ids, valid = tokens(3, 15), torch.ones(3, 15, dtype=torch.bool)
-    valid[2, 9:] = False
-    wanted = torch.tensor([[4, 0, 14, 4], [14, 13, 12, 11], [8, 0, 0, 0]])
-    for mask in (None, valid):
-        whole = network.hidden(ids, mask)
-        found = network.hidden(ids, mask, wanted)
-        assert found.shape == (3, 4, network.config.d_model)
-        assert torch.allclose(found, torch.stack([row[at] for row, at in zip(whole, wanted, strict=True)]), atol=1e-5)
+    """Rows of different lengths one after the other; positions in any order, as many as each row likes."""
+    ids = tokens(3, 15)
+    lengths = (9, 15, 15)
+    wanted = [[8, 0], [4, 0, 14, 3], [14, 13, 12, 11]]
+    rows = [Row(0, length, len(at), length) for length, at in zip(lengths, wanted, strict=True)]
+    parts = [row[:length] for row, length in zip(ids, lengths, strict=True)]
+    flat = torch.tensor([start + p for start, at in zip((0, 9, 24), wanted, strict=True) for p in at])
+    found = network.packed(Packed(rows, torch.cat(parts), flat))
+    expected = [network.hidden(part[None])[0, at] for part, at in zip(parts, wanted, strict=True)]
+    assert torch.allclose(found, torch.cat(expected), atol=1e-5)
 
 
 def test_rotation_tables_grow_with_the_canvas() -> None:
