@@ -161,7 +161,7 @@ def ask(rows: Sequence[Denoising]) -> Query:
     starts = torch.tensor([row.canvas.layout.prompt_length for row in rows])
     relative = torch.cat(found)
     choices = numbers = None
-    if any(row.choice.temperature > 0 for row in rows):
+    if any(row.choice != GREEDY for row in rows):
         choices = [rows[i].choice for i in index.tolist()]
         seeds = torch.tensor([row.seed for row in rows])[index]
         forwards = torch.tensor([row.forwards for row in rows])[index]

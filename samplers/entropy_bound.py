@@ -21,6 +21,10 @@ class EntropyBound(Sampler):
 
     class Params(SamplerParams):
         gamma: float = Field(0.1, ge=0, le=1000, description="bound in nats; 0 commits one, and what has no entropy")
+        own: bool = Field(
+            False,
+            description="count every entropy, the largest too: SDAR's and JetEngine's entropy_bounded, 0.35 there",
+        )
         proxy: Literal["entropy", "confidence", "margin"] = Field("entropy", description="what surest means")
 
     def select(self, step: Step) -> Selection:
@@ -35,5 +39,6 @@ class EntropyBound(Sampler):
         order = error.masked_fill(~step.candidate, torch.inf).argsort(dim=1, stable=True)
         # What is no candidate comes last; its entropy must not make infinity of what is before it.
         sorted_entropy = entropy.gather(1, order).clamp(max=1e6).double()
-        dependence = sorted_entropy.cumsum(dim=1) - sorted_entropy.cummax(dim=1).values
+        largest = sorted_entropy.cummax(dim=1).values.masked_fill(step.param("own"), 0.0)
+        dependence = sorted_entropy.cumsum(dim=1) - largest
         return Selection(step.candidate & prefix(dependence <= step.param("gamma"), order))

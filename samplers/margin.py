@@ -2,10 +2,10 @@
 
 from pydantic import Field, model_validator
 
-from samplers.base import Sampler, SamplerParams, Selection, Step, best
+from samplers.base import Sampler, SamplerParams, Selection, Step
 from samplers.canvas import Layout
 from samplers.prediction import Statistic
-from samplers.schedule import ScheduledParams, check_steps, quota
+from samplers.schedule import ScheduledParams, check_steps, passing_or_best
 
 
 class Margin(Sampler):
@@ -33,10 +33,5 @@ class Margin(Sampler):
         check_steps(params, layout)
 
     def select(self, step: Step) -> Selection:
-        margin = step.extra[Statistic.MARGIN]
         thresholds = [getattr(params, "threshold", None) for params in step.params]
-        bound = margin.new_tensor([2.0 if value is None else value for value in thresholds])[:, None]
-        counted = margin.new_tensor([value is None for value in thresholds])[:, None].bool()
-        # Where the threshold lets nothing through, the largest margin goes, not the largest confidence.
-        count = quota(step).where(counted, 1)
-        return Selection(best(margin, step.candidate, count) | (step.candidate & (margin >= bound)))
+        return passing_or_best(step, step.extra[Statistic.MARGIN], thresholds)

@@ -9,10 +9,20 @@ from torch import Tensor
 
 
 class Statistic(StrEnum):
-    """A number per candidate that a sampler can ask for. Token and confidence are always computed."""
+    """A number per candidate that a sampler can ask for. Token and confidence are always computed.
+
+    Entropy is in nats; margin is the difference of the two largest probabilities. Those of `chosen_` are of the
+    distribution that the token is chosen from, after temperature, top-k and top-p, as is `chosen_confidence`.
+    """
 
     ENTROPY = "entropy"
     MARGIN = "margin"
+    CHOSEN_CONFIDENCE = "chosen_confidence"
+    CHOSEN_ENTROPY = "chosen_entropy"
+    CHOSEN_MARGIN = "chosen_margin"
+
+
+CHOSEN = frozenset({Statistic.CHOSEN_CONFIDENCE, Statistic.CHOSEN_ENTROPY, Statistic.CHOSEN_MARGIN})
 
 
 @dataclass(frozen=True)
@@ -37,8 +47,7 @@ class Prediction:
     Attributes:
         token: int64 [n], what would be committed; never the mask token.
         confidence: float32 [n], probability of that token under the model's unmodified distribution.
-        extra: further statistics that were asked for, float32 [n] each: entropy in nats, margin as the difference of
-            the two largest probabilities.
+        extra: further statistics that were asked for, float32 [n] each.
         top: the largest probabilities, descending, float32 [n, as many as were asked for]; None where none were.
     """
 
@@ -57,13 +66,15 @@ def _likeliest(scores: Tensor) -> Tensor:
     return index.where(scores == largest, scores.shape[-1]).amin(dim=-1).clamp(max=scores.shape[-1] - 1)
 
 
-def draw_tokens(scores: Tensor, choices: Iterable[TokenChoice], uniform: Tensor) -> Tensor:
-    """Draw one token per row from softmax(scores / temperature), filtered by top-k, then top-p.
+def choosable(scores: Tensor, choices: Iterable[TokenChoice]) -> tuple[Tensor, Tensor]:
+    """What tokens are drawn from: softmax(scores / temperature), filtered by top-k, then top-p, not normalised.
 
     Args:
         scores: float32 [n, vocab], -inf where a token is banned.
-        choices: one per row, temperature above 0.
-        uniform: float [n] in [0, 1), the row's own random number: one draw costs one number whatever the vocabulary.
+        choices: one per row; a temperature of 0 counts as 1.
+
+    Returns:
+        float64 [n, vocab], the likeliest first, and the tokens in that order.
     """
     choices = list(choices)
 
@@ -73,11 +84,19 @@ def draw_tokens(scores: Tensor, choices: Iterable[TokenChoice], uniform: Tensor)
     top_k = column([c.top_k if c.top_k > 0 else scores.shape[-1] for c in choices])
     top_p = column([c.top_p for c in choices])
     ordered, order = scores.sort(dim=-1, descending=True, stable=True)
-    p = (ordered / column([c.temperature for c in choices])).softmax(dim=-1, dtype=torch.float64)
+    p = (ordered / column([c.temperature or 1.0 for c in choices])).softmax(dim=-1, dtype=torch.float64)
     rank = torch.arange(scores.shape[-1], device=scores.device)
     p = p.masked_fill(rank >= top_k, 0.0)
     before = p.cumsum(dim=-1) - p
-    p = p.masked_fill(before >= top_p * p.sum(dim=-1, keepdim=True), 0.0)
+    return p.masked_fill(before >= top_p * p.sum(dim=-1, keepdim=True), 0.0), order
+
+
+def draw_tokens(p: Tensor, order: Tensor, uniform: Tensor) -> Tensor:
+    """Draw one token per row of what is `choosable`.
+
+    Args:
+        uniform: float [n] in [0, 1), the row's own random number: one draw costs one number whatever the vocabulary.
+    """
     reach = p.cumsum(dim=-1)
     target = uniform.to(reach)[:, None] * reach[:, -1:]
     chosen = (reach <= target).sum(dim=-1, keepdim=True)
@@ -109,15 +128,26 @@ def summarise(
     allowed = logits.clone()
     allowed[:, mask_id] = -torch.inf
     token = _likeliest(allowed)
-    if choices is not None:
-        drawn = [i for i, choice in enumerate(choices) if choice.temperature > 0]
+    choices = choices or [TokenChoice()] * len(logits)
+    drawn = [i for i, choice in enumerate(choices) if choice.temperature > 0]
+    # Rows that are shaped at all; without one of `CHOSEN`, a greedy row's shape does not matter.
+    shaped = [i for i, c in enumerate(choices) if c != TokenChoice()] if statistics & CHOSEN else drawn
+    extra: dict[Statistic, Tensor] = {}
+    if statistics & CHOSEN:
+        extra |= _chosen(logs.exp(), token, statistics)
+    if shaped:
+        rows = torch.tensor(shaped, device=logits.device)
+        p, order = choosable(allowed[rows], [choices[i] for i in shaped])
         if drawn:
             if uniform is None:
                 raise ValueError("drawing tokens at a temperature needs random numbers")
-            rows = torch.tensor(drawn, device=logits.device)
-            token[rows] = draw_tokens(allowed[rows], [choices[i] for i in drawn], uniform[rows])
+            at = [shaped.index(i) for i in drawn]
+            token[drawn] = draw_tokens(p[at], order[at], uniform[drawn])
+        p = p / p.sum(dim=-1, keepdim=True)
+        place = (order == token[rows, None]).int().argmax(dim=-1)
+        for name, values in _chosen(p, place, statistics).items():
+            extra[name][rows] = values.float()
     confidence = logs.gather(1, token[:, None])[:, 0].exp()
-    extra: dict[Statistic, Tensor] = {}
     if Statistic.ENTROPY in statistics:
         p = logs.exp()
         extra[Statistic.ENTROPY] = -(p * logs.masked_fill(p == 0, 0.0)).sum(dim=-1)
@@ -129,3 +159,16 @@ def summarise(
         largest = logs.topk(min(top, logs.shape[-1]), dim=-1).values.exp()
         largest = torch.nn.functional.pad(largest, (0, top - largest.shape[-1]))
     return Prediction(token, confidence, extra, largest)
+
+
+def _chosen(p: Tensor, index: Tensor, statistics: frozenset[Statistic]) -> dict[Statistic, Tensor]:
+    """Those of `CHOSEN` that are wanted, of distributions [n, vocab] and the index of what was chosen of each."""
+    found: dict[Statistic, Tensor] = {}
+    if Statistic.CHOSEN_CONFIDENCE in statistics:
+        found[Statistic.CHOSEN_CONFIDENCE] = p.gather(1, index[:, None])[:, 0]
+    if Statistic.CHOSEN_ENTROPY in statistics:
+        found[Statistic.CHOSEN_ENTROPY] = torch.special.entr(p).sum(dim=-1)
+    if Statistic.CHOSEN_MARGIN in statistics:
+        two = p.topk(2, dim=-1).values
+        found[Statistic.CHOSEN_MARGIN] = two[:, 0] - two[:, 1]
+    return found

@@ -4,15 +4,31 @@ from functools import cache
 from importlib.metadata import entry_points
 
 from samplers.base import Sampler
+from samplers.dream import Dream
+from samplers.entropy import Entropy
 from samplers.entropy_bound import EntropyBound
 from samplers.factor import Factor
+from samplers.hierarchy import Hierarchy
 from samplers.margin import Margin
 from samplers.policy import Policy
 from samplers.random import Random
+from samplers.sequential import Sequential
 from samplers.threshold import Threshold
 from samplers.topk import TopK
 
-_OURS: tuple[type[Sampler], ...] = (Random, TopK, Threshold, Factor, Margin, EntropyBound, Policy)
+_OURS: tuple[type[Sampler], ...] = (
+    Random,
+    Sequential,
+    TopK,
+    Threshold,
+    Factor,
+    Margin,
+    Entropy,
+    EntropyBound,
+    Dream,
+    Hierarchy,
+    Policy,
+)
 
 
 class UnknownSamplerError(KeyError):

@@ -1,10 +1,12 @@
 """How many candidates to commit a step: a fixed number, or a number of steps to spread the masks over."""
 
+from collections.abc import Sequence
+
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from samplers.base import ParameterError, SamplerParams, Step
+from samplers.base import ParameterError, SamplerParams, Selection, Step, best
 from samplers.canvas import Layout
 
 
@@ -36,6 +38,11 @@ def check_steps(params: SamplerParams, layout: Layout) -> None:
         )
 
 
+def share_of(steps: int, layout: Layout, block: int) -> int:
+    """A block's share of the steps of the whole generation."""
+    return steps // layout.blocks + (block < steps % layout.blocks)
+
+
 def quota(step: Step) -> Tensor:
     """Candidates to commit in this step, int64 [rows, 1].
 
@@ -50,6 +57,15 @@ def quota(step: Step) -> Tensor:
         if params.steps is None:
             rows.append(params.k or 1)
         else:
-            share = params.steps // layout.blocks + (block < params.steps % layout.blocks)
+            share = share_of(params.steps, layout, block)
             rows.append(masks // share + (s < masks % share))
     return torch.tensor(rows, device=step.candidate.device)[:, None]
+
+
+def passing_or_best(step: Step, score: Tensor, bounds: Sequence[float | None]) -> Selection:
+    """Rows with a bound commit every candidate whose score reaches it, one at least; the others their quota's best."""
+    bound = score.new_tensor([torch.inf if value is None else value for value in bounds])[:, None]
+    counted = torch.tensor([value is None for value in bounds], device=score.device)[:, None]
+    # Where the bound lets nothing through, the best score goes, not the largest confidence.
+    count = quota(step).where(counted, 1)
+    return Selection(best(score, step.candidate, count) | (step.candidate & (score >= bound)))

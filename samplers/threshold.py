@@ -2,20 +2,27 @@
 
 from pydantic import Field
 
-from samplers.base import Sampler, SamplerParams, Selection, Step
+from samplers.base import Sampler, SamplerParams, Selection, Step, best
+from samplers.canvas import Layout
+from samplers.schedule import ScheduledParams, check_steps, quota
 
 
 class Threshold(Sampler):
     """Commit every candidate at least as sure as a threshold, and always the surest one.
 
-    Fast-dLLM, arXiv 2505.22618, section 3.3.
+    Fast-dLLM, arXiv 2505.22618, section 3.3. With `k` or `steps` at least so many a forward are committed: SDAR's
+    `low_confidence_dynamic` (arXiv 2510.06303) and the rule of LLaDA2.0.
     """
 
     name = "threshold"
     paper = "https://arxiv.org/abs/2505.22618"
 
-    class Params(SamplerParams):
+    class Params(ScheduledParams):
         threshold: float = Field(0.9, gt=0, le=1, description="commit candidates with confidence >= this")
 
+    def check(self, params: SamplerParams, layout: Layout) -> None:
+        check_steps(params, layout)
+
     def select(self, step: Step) -> Selection:
-        return Selection(commit=step.candidate & (step.confidence >= step.param("threshold")))
+        least = best(step.confidence, step.candidate, quota(step))
+        return Selection(least | (step.candidate & (step.confidence >= step.param("threshold"))))

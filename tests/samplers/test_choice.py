@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from samplers import Statistic, TokenChoice
-from samplers.prediction import draw_tokens, summarise
+from samplers.prediction import choosable, draw_tokens, summarise
 from samplers.randomness import POSITIONS, TOKENS, uniform
 
 LOGITS = [2.0, 0.5, 1.0, 1.9, -1.0, 0.0]
@@ -50,7 +50,7 @@ def test_draws_have_exactly_the_right_probabilities(choice: TokenChoice) -> None
     """Equally spaced random numbers: each token's share is its probability, to within one draw at each of its ends."""
     count = 5000
     numbers = (torch.arange(count, dtype=torch.float64) + 0.5) / count
-    token = draw_tokens(torch.tensor([LOGITS]).expand(count, -1), [choice] * count, numbers)
+    token = draw_tokens(*choosable(torch.tensor([LOGITS]).expand(count, -1), [choice] * count), numbers)
     shares = torch.bincount(token, minlength=len(LOGITS)) / count
     expected = torch.tensor(exact(LOGITS, choice))
     assert (shares - expected).abs().max() <= 1.5 / count
@@ -59,20 +59,20 @@ def test_draws_have_exactly_the_right_probabilities(choice: TokenChoice) -> None
 def test_every_random_number_gives_a_possible_token() -> None:
     numbers = torch.tensor([0.0, 2.0**-53, 0.5, 1 - 2.0**-53], dtype=torch.float64)
     scores = torch.tensor([[-math.inf, 1.0, -math.inf, 0.5]]).expand(4, -1)
-    token = draw_tokens(scores, [TokenChoice(1.0)] * 4, numbers)
+    token = draw_tokens(*choosable(scores, [TokenChoice(1.0)] * 4), numbers)
     assert token.tolist() == [1, 1, 1, 3]
     # Probabilities that do not add up to one in binary: the last number must still find a token.
     flat = torch.zeros(1, 49)
-    assert draw_tokens(flat, [TokenChoice(1.0, top_p=0.999)], numbers[3:]).item() == 48
+    assert draw_tokens(*choosable(flat, [TokenChoice(1.0, top_p=0.999)]), numbers[3:]).item() == 48
 
 
 def test_a_draw_depends_on_its_own_row_only() -> None:
     generator = torch.Generator().manual_seed(0)
     scores, numbers = torch.randn(8, 20, generator=generator), torch.rand(8, generator=generator, dtype=torch.float64)
     choices = [TokenChoice(0.2 + 0.3 * i, top_p=1 - 0.1 * i, top_k=i) for i in range(8)]
-    together = draw_tokens(scores, choices, numbers)
+    together = draw_tokens(*choosable(scores, choices), numbers)
     for i in range(8):
-        assert draw_tokens(scores[i : i + 1], [choices[i]], numbers[i : i + 1]) == together[i]
+        assert draw_tokens(*choosable(scores[i : i + 1], [choices[i]]), numbers[i : i + 1]) == together[i]
 
 
 def probabilities(*values: float) -> Tensor:
@@ -171,3 +171,32 @@ def test_a_random_number_depends_on_seed_step_and_position_only() -> None:
     for seed in range(3):
         alone = uniform(torch.tensor(seed), torch.tensor(2), torch.tensor([4, 1]), TOKENS)
         assert alone.tolist() == [numbers[seed, 2, 4].item(), numbers[seed, 2, 1].item()]
+
+
+def test_statistics_of_what_tokens_are_drawn_from() -> None:
+    logits = torch.randn(5, 12, generator=torch.Generator().manual_seed(3)) * 2
+    choices = [
+        TokenChoice(),
+        TokenChoice(0.5),
+        TokenChoice(1.0, top_k=3),
+        TokenChoice(0.0, top_p=0.6),
+        TokenChoice(1.5, 0.8, 6),
+    ]
+    found = summarise(logits, 0, frozenset(Statistic), choices, torch.full((5,), 0.4, dtype=torch.float64))
+    for i, choice in enumerate(choices):
+        p = (logits[i] / (choice.temperature or 1.0)).double()
+        if choice != TokenChoice():
+            p[0] = -torch.inf
+        p = p.softmax(dim=-1)
+        if choice.top_k:
+            p[p < p.sort(descending=True).values[choice.top_k - 1]] = 0
+        p = p / p.sum()
+        ranked, order = p.sort(descending=True)
+        p[order[ranked.cumsum(0) - ranked >= choice.top_p]] = 0
+        p = p / p.sum()
+        assert p[found.token[i]] > 0
+        assert found.extra[Statistic.CHOSEN_CONFIDENCE][i].item() == pytest.approx(p[found.token[i]].item(), abs=1e-6)
+        two = p.topk(2).values
+        assert found.extra[Statistic.CHOSEN_MARGIN][i].item() == pytest.approx((two[0] - two[1]).item(), abs=1e-6)
+        entropy = -(p * p.clamp(min=1e-300).log()).sum().item()
+        assert found.extra[Statistic.CHOSEN_ENTROPY][i].item() == pytest.approx(entropy, abs=1e-5)

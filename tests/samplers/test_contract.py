@@ -23,11 +23,36 @@ scheduled = st.one_of(
 PARAMETERS: dict[str, st.SearchStrategy[dict[str, Any]]] = {
     "random": scheduled,
     "topk": scheduled,
-    "threshold": st.fixed_dictionaries({}, optional={"threshold": st.floats(0.01, 1.0)}),
+    "sequential": scheduled,
+    "threshold": st.tuples(scheduled, st.fixed_dictionaries({}, optional={"threshold": st.floats(0.01, 1.0)})).map(
+        lambda both: both[0] | both[1]
+    ),
+    "entropy": st.one_of(scheduled, st.fixed_dictionaries({"threshold": st.floats(0, 5.0)})),
+    "dream": st.fixed_dictionaries(
+        {},
+        optional={
+            "alg": st.sampled_from(["origin", "maskgit_plus", "topk_margin", "entropy"]),
+            "steps": st.integers(16, 40),
+            "alg_temp": st.floats(0, 2.0),
+            "eps": st.floats(1e-4, 0.5),
+        },
+    ),
+    "hierarchy": st.fixed_dictionaries(
+        {},
+        optional={
+            "threshold": st.one_of(st.none(), st.floats(0.01, 1.0)),
+            "low_threshold": st.one_of(st.none(), st.floats(0, 1.0)),
+        },
+    ),
     "factor": st.fixed_dictionaries({}, optional={"factor": st.floats(0.01, 5.0)}),
     "margin": st.one_of(scheduled, st.fixed_dictionaries({"threshold": st.floats(0.01, 1.0)})),
     "entropy_bound": st.fixed_dictionaries(
-        {}, optional={"gamma": st.floats(0, 10), "proxy": st.sampled_from(["entropy", "confidence", "margin"])}
+        {},
+        optional={
+            "gamma": st.floats(0, 10),
+            "proxy": st.sampled_from(["entropy", "confidence", "margin"]),
+            "own": st.booleans(),
+        },
     ),
     "policy": st.one_of(
         st.fixed_dictionaries(

@@ -21,7 +21,21 @@ class LeftToRight(Sampler):
 not_a_class = LeftToRight()
 """
 
-NAMES = ["random", "topk", "threshold", "factor", "margin", "entropy_bound", "policy"]
+NAMES = [
+    *(
+        "random",
+        "sequential",
+        "topk",
+        "threshold",
+        "factor",
+        "margin",
+        "entropy",
+        "entropy_bound",
+        "dream",
+        "hierarchy",
+    ),
+    "policy",
+]
 
 
 @pytest.fixture

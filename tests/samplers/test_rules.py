@@ -10,8 +10,8 @@ from torch import Tensor
 
 from samplers import Canvas, Layout, ParameterError, Sampler, Step, get_sampler
 from samplers.base import best
-from samplers.denoising import Denoising, Query, denoise
-from samplers.prediction import Prediction, Statistic
+from samplers.denoising import Denoising, Query, advance, ask, denoise
+from samplers.prediction import CHOSEN, Prediction, Statistic
 from tests.samplers.models import MASK, predictor
 
 
@@ -48,7 +48,7 @@ def chosen(step: Step, sampler: str) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("threshold", "expected"), [(0.9, [0]), (0.74, [0, 2, 3]), (0.6, [0, 1, 2, 3]), (0.97, [0]), (0.98, [])]
+    ("threshold", "expected"), [(0.9, [0]), (0.74, [0, 2, 3]), (0.6, [0, 1, 2, 3]), (0.97, [0]), (0.98, [0])]
 )
 def test_threshold_cuts(threshold: float, expected: list[int]) -> None:
     step = one_step([0.97, 0.60, 0.85, 0.74, 0.30], sampler="threshold", threshold=threshold)
@@ -251,3 +251,114 @@ def test_samplers_leave_alone_what_is_no_candidate() -> None:
     for sampler, params in (("factor", {}), ("entropy_bound", {"gamma": 9.0}), ("margin", {"k": 5})):
         found = chosen(by_probabilities(EB, candidate, sampler=sampler, **params), sampler)
         assert set(found) <= {1, 3, 4} and found
+
+
+@pytest.mark.parametrize(
+    ("params", "expected"),
+    [
+        ({"threshold": 0.9, "k": 3}, [0, 2, 3]),
+        ({"threshold": 0.6, "k": 3}, [0, 1, 2, 3]),
+        ({"threshold": 0.9, "steps": 2}, [0, 2, 3]),
+    ],
+)
+def test_a_threshold_and_at_least_so_many(params: dict[str, object], expected: list[int]) -> None:
+    assert chosen(one_step([0.97, 0.60, 0.85, 0.74, 0.30], sampler="threshold", **params), "threshold") == expected
+
+
+def test_sequential_goes_from_left_to_right() -> None:
+    step = one_step([0.1, 0.9, 0.8, 0.7], candidate=[False, True, True, True], sampler="sequential", k=2)
+    assert chosen(step, "sequential") == [1, 2]
+    assert commits(get_sampler("sequential"), 8, 8, 3) == [3, 3, 2]
+
+
+@pytest.mark.parametrize(
+    ("params", "expected"),
+    [
+        ({}, [1, 6, 7]),
+        ({"threshold": None}, [1, 6]),
+        ({"low_threshold": None}, [1, 3, 6, 7]),
+        ({"low_threshold": 0.7}, [6, 7]),
+    ],
+)
+def test_hierarchy_fills_every_gap(params: dict[str, object], expected: list[int]) -> None:
+    confidence = [0.5, 0.6, 0.0, 0.3, 0.2, 0.0, 0.95, 0.92]
+    there = [True, True, False, True, True, False, True, True]
+    assert chosen(one_step(confidence, there, sampler="hierarchy", **params), "hierarchy") == expected
+
+
+def test_of_equals_in_a_gap_the_first_leads() -> None:
+    step = one_step([0.5, 0.5, 0.5, 0.5], [True, True, False, True], sampler="hierarchy")
+    assert chosen(step, "hierarchy") == [0, 3]
+
+
+@pytest.mark.parametrize(("own", "expected"), [(False, [1, 2, 3]), (True, [1, 3])])
+def test_whose_entropy_counts(own: bool, expected: list[int]) -> None:
+    step = one_step([0.9, 0.99, 0.97, 0.98, 0.6], sampler="entropy_bound", gamma=0.1, own=own)
+    entropy = torch.tensor([[0.30, 0.02, 0.06, 0.05, 0.90]])
+    step = replace(step, extra={Statistic.ENTROPY: entropy, Statistic.MARGIN: entropy})
+    assert chosen(step, "entropy_bound") == expected
+
+
+THREE = [[0.50, 0.48, 0.01, 0.01], [0.46, 0.18, 0.18, 0.18], [0.49, 0.30, 0.21]]
+
+
+def test_entropy_takes_the_least_uncertain() -> None:
+    assert chosen(by_probabilities(THREE, sampler="entropy"), "entropy") == [0]
+    assert chosen(by_probabilities(THREE, sampler="entropy", k=2), "entropy") == [0, 2]
+    assert chosen(by_probabilities(THREE, sampler="entropy", threshold=1.1), "entropy") == [0, 2]
+    assert chosen(by_probabilities(THREE, sampler="entropy", threshold=0.1), "entropy") == [0]
+
+
+@pytest.mark.parametrize(
+    ("alg", "expected"), [("maskgit_plus", [0]), ("topk_margin", [1]), ("entropy", [0]), ("origin", None)]
+)
+def test_dream_ranks_by_what_it_is_told(alg: str, expected: list[int] | None) -> None:
+    step = by_probabilities(THREE, sampler="dream", alg=alg)
+    chosen_of = {
+        Statistic.CHOSEN_CONFIDENCE: step.confidence,
+        Statistic.CHOSEN_MARGIN: step.extra[Statistic.MARGIN],
+        Statistic.CHOSEN_ENTROPY: step.extra[Statistic.ENTROPY],
+    }
+    found = chosen(replace(step, extra=chosen_of), "dream")
+    assert found == expected if expected else len(found) <= 3
+
+
+@pytest.mark.parametrize(("masks", "steps", "expected"), [(8, 4, [1, 2, 2, 3]), (16, 16, [1] * 16), (8, 1, [8])])
+def test_dreams_schedule(masks: int, steps: int, expected: list[int]) -> None:
+    """The time that is left at the end makes the first shares round down; where one rounds to nothing, one goes."""
+    row = Denoising(
+        Canvas.blank([1], masks, MASK), get_sampler("dream"), get_sampler("dream").Params(steps=steps, alg="entropy")
+    )
+    left = [masks]
+    while not row.finished:
+        query = ask([row])
+        advance([row], query, predictor()(query))
+        left.append(int(row.canvas.masked.sum()))
+    assert [a - b for a, b in pairwise(left)] == expected
+
+
+def test_dreams_random_shares_are_as_large_as_the_time_says() -> None:
+    sizes = []
+    for seed in range(300):
+        row = Denoising(
+            Canvas.blank([1], 32, MASK),
+            get_sampler("dream"),
+            get_sampler("dream").Params(steps=4, alg="origin", eps=1e-6),
+            seed=seed,
+        )
+        query = ask([row])
+        (outcome,) = advance([row], query, predictor()(query))
+        sizes.append(len(outcome.positions))
+    assert abs(sum(sizes) / len(sizes) - 8) < 0.6
+
+
+def test_dream_draws_positions_in_proportion() -> None:
+    """alg_temp 1: softmax of the scores."""
+    first = [0, 0]
+    for seed in range(400):
+        step = one_step([0.9, 0.1], sampler="dream", alg="maskgit_plus", alg_temp=0.4, steps=2)
+        step = replace(step, seed=torch.tensor([[seed]]), extra=dict.fromkeys(CHOSEN, step.confidence))
+        (only,) = chosen(step, "dream")
+        first[only] += 1
+    expected = torch.tensor([0.9, 0.1]).div(0.4).softmax(0)[0].item()
+    assert abs(first[0] / 400 - expected) < 4 * (expected * (1 - expected) / 400) ** 0.5

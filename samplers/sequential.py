@@ -1,0 +1,25 @@
+"""From left to right."""
+
+import torch
+
+from samplers.base import Sampler, SamplerParams, Selection, Step, best
+from samplers.canvas import Layout
+from samplers.schedule import ScheduledParams, check_steps, quota
+
+
+class Sequential(Sampler):
+    """Commit the leftmost candidates, a fixed number per forward pass.
+
+    SDAR's `sequential` (arXiv 2510.06303, its generate.py); with k = 1 the order of an autoregressive model.
+    """
+
+    name = "sequential"
+    paper = "https://arxiv.org/abs/2510.06303"
+    Params = ScheduledParams
+
+    def check(self, params: SamplerParams, layout: Layout) -> None:
+        check_steps(params, layout)
+
+    def select(self, step: Step) -> Selection:
+        place = -torch.arange(step.candidate.shape[1], dtype=torch.float32, device=step.candidate.device)
+        return Selection(best(place.expand(step.candidate.shape), step.candidate, quota(step)))
