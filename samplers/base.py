@@ -51,6 +51,9 @@ class Step:
         block, block_step, block_masks: [rows, 1], the active block, forwards already spent on it, and how many masks
             it had when it became active.
         top: float32 [rows, width, n], the largest probabilities, if the sampler asked for any.
+        states: what the sampler keeps of each generation (see `Sampler.start`).
+        named: float32 [rows, width, m], probabilities of the tokens that the sampler named.
+        current, given: the tokens now on the canvas, and positions that were never masked; for samplers that revise.
     """
 
     candidate: Tensor
@@ -66,6 +69,10 @@ class Step:
     block_step: Tensor
     block_masks: Tensor
     top: Tensor | None = None
+    states: Sequence[Any] = ()
+    named: Tensor | None = None
+    current: Tensor | None = None
+    given: Tensor | None = None
 
     def param(self, name: str) -> Tensor:
         """A parameter of every row, [rows, 1]."""
@@ -84,10 +91,23 @@ class Selection:
 
     A row that commits nothing gets its surest candidate, unless the sampler says that it `waits`: then the forward is
     spent and the row stays as it is. Only training environments, which bound the forwards, may run such a sampler.
+
+    Attributes:
+        token, confidence: [rows, width], what to commit and how sure that is, where it is not the prediction's.
+        replace: bool [rows, width], committed positions that take another token; for samplers that revise.
+        remask: bool [rows, width], committed positions that are masked again; likewise.
+        done: bool [rows], whether the block is finished; likewise. No mask may be left then.
+        states: what the sampler keeps of each row from now on; None: what it kept before.
     """
 
     commit: Tensor
     waits: bool = False
+    token: Tensor | None = None
+    confidence: Tensor | None = None
+    replace: Tensor | None = None
+    remask: Tensor | None = None
+    done: Tensor | None = None
+    states: Sequence[Any] | None = None
 
 
 def best(score: Tensor, candidate: Tensor, count: Tensor) -> Tensor:
@@ -111,6 +131,9 @@ class Sampler(ABC):
         statistics: numbers that it wants beside token and confidence.
         top: how many of the largest probabilities it wants.
         region: whether it wants them for every position of the generation region, or for candidates only.
+        revises: whether it may change what is committed in the active block. It is told of every position of the block,
+            and says itself when the block is done.
+        greedy: whether it chooses tokens itself, so that a temperature has no meaning.
     """
 
     name: ClassVar[str]
@@ -118,11 +141,34 @@ class Sampler(ABC):
     statistics: frozenset[Statistic] = frozenset()
     top: int = 0
     region: bool = False
+    revises: bool = False
+    greedy: bool = False
     Params: ClassVar[type[SamplerParams]] = SamplerParams
 
     @abstractmethod
     def select(self, step: Step) -> Selection:
-        """Which candidates to commit. Must not change its input."""
+        """Which candidates to commit. Must not change its input, states included."""
+
+    def start(self, params: SamplerParams) -> Any:
+        """What it keeps of one generation between steps, as it is before the first."""
+        return None
+
+    def name_tokens(self, state: Any, positions: Tensor) -> Tensor | None:
+        """Tokens whose probabilities it wants at positions of the generation region, int64 [n, m], -1 for none."""
+        return None
+
+    def bonus(self, params: SamplerParams, tokens: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Additions to logits: indices into `places`, tokens and values.
+
+        Args:
+            tokens: the canvas as it is, [length].
+            places: positions on it of which the sampler is told, [n].
+        """
+        return None
+
+    def post_steps(self, params: SamplerParams) -> int:
+        """For one that revises: most forwards of a block beyond two a position."""
+        return 0
 
     def check(self, params: SamplerParams, layout: Layout) -> None:
         """Raise ParameterError if the parameters do not fit this canvas."""

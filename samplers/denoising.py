@@ -6,145 +6,55 @@ environments and evaluation hand `denoise` a `predict` callable.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from samplers.base import Sampler, SamplerError, SamplerParams, Selection, Step, best
-from samplers.cache import CacheMode, Feed, Memory, feed
+from samplers.base import Sampler, SamplerError, Selection, Step, best
+from samplers.cache import Feed
 from samplers.canvas import Canvas
-from samplers.prediction import Prediction, Statistic, TokenChoice
+from samplers.generation import GREEDY, Denoising
+from samplers.prediction import NOTHING, Bonus, Prediction, Statistic, Wanted
 from samplers.randomness import TOKENS, uniform
 
-GREEDY = TokenChoice()
-
-
-@dataclass(eq=False)
-class Denoising:
-    """One generation on its way from all masks to text.
-
-    Attributes:
-        canvas: what there is so far.
-        sampler, params: the rule that chooses what to commit.
-        choice: how a committed position's token is chosen.
-        seed: the generation's random stream.
-        end_ids: tokens that end the text. Empty: the whole region is denoised.
-        fill_after_end: committing an end-of-text settles every masked position after it at once, as padding. Off,
-            those positions are denoised like any other until everything before the end is settled.
-        cache: what is kept from a block's first forward for those after it.
-        forwards: forward passes that this generation took part in.
-        block, block_step, block_masks: the active block, forwards spent on it, its masks when it became active.
-        settled: length of the committed prefix of the generation region: what can no longer change.
-    """
-
-    canvas: Canvas
-    sampler: Sampler
-    params: SamplerParams
-    choice: TokenChoice = GREEDY
-    seed: int = 0
-    end_ids: frozenset[int] = frozenset()
-    fill_after_end: bool = True
-    cache: CacheMode = CacheMode.NONE
-    forwards: int = 0
-    block: int = field(default=0, init=False)
-    block_step: int = field(default=0, init=False)
-    block_masks: int = field(default=0, init=False)
-    settled: int = field(default=0, init=False)
-    _memory: Memory = field(default_factory=Memory, init=False, repr=False)
-    _candidates: Tensor = field(init=False, repr=False)
-    end: int | None = field(default=None, init=False)
-    """Position of the first committed end-of-text in the generation region."""
-
-    def __post_init__(self) -> None:
-        self.sampler.check(self.params, self.canvas.layout)
-        self._enter_block()
-
-    def _enter_block(self) -> None:
-        """Make the first block with a mask the active one, and note what follows from the masks, once a step."""
-        layout = self.canvas.layout
-        self.settled = self.canvas.settled
-        block = min(self.settled // layout.block_length, layout.blocks - 1)
-        start = block * layout.block_length
-        self._candidates = self.canvas.masked[start : start + layout.block_length].nonzero()[:, 0] + start
-        if self.block_masks == 0 or block != self.block:
-            self.block, self.block_step = block, 0
-            self.block_masks = len(self._candidates)
-
-    @property
-    def finished(self) -> bool:
-        """No mask is left, or everything up to and including an end-of-text is settled."""
-        return self.settled == self.canvas.layout.gen_length or (self.end is not None and self.settled > self.end)
-
-    @property
-    def completion_tokens(self) -> int:
-        """Settled tokens up to and including the first end-of-text: what counts as generated."""
-        return self.settled if self.end is None else min(self.settled, self.end + 1)
-
-    def text_tokens(self) -> list[int]:
-        """The settled tokens before the end-of-text."""
-        count = self.settled if self.end is None else min(self.settled, self.end)
-        tokens: list[int] = self.canvas.generated[:count].tolist()
-        return tokens
-
-    def feed(self) -> Feed:
-        """What the next forward computes of this canvas."""
-        return feed(self.cache, self._memory, self.canvas.layout, self.block, self.block_step)
-
-    def candidates(self) -> Tensor:
-        """Masked positions of the active block, relative to the generation region."""
-        return self._candidates
-
-    def commit(self, positions: Tensor, tokens: Tensor) -> list[int]:
-        """Fix positions to tokens; returns the positions after an end-of-text that this settles as padding."""
-        self.canvas.generated[positions] = tokens
-        self.canvas.masked[positions] = False
-        ends = [p for p, t in zip(positions.tolist(), tokens.tolist(), strict=True) if t in self.end_ids]
-        if ends:
-            self.end = min(ends) if self.end is None else min(self.end, *ends)
-        filled: list[int] = []
-        if self.end is not None and self.fill_after_end:
-            after = self.canvas.masked.clone()
-            after[: self.end] = False
-            filled = after.nonzero()[:, 0].tolist()
-            self.canvas.generated[after] = self.canvas.generated[self.end]
-            self.canvas.masked[after] = False
-        self.forwards += 1
-        self.block_step += 1
-        self._enter_block()
-        return filled
+__all__ = ["GREEDY", "Denoising", "Outcome", "Predict", "Query", "advance", "ask", "denoise"]
 
 
 @dataclass(frozen=True)
 class Query:
-    """What a step needs to know: positions of canvases, and which statistics.
+    """What a step needs to know: positions of canvases, and what of them.
 
     Attributes:
         canvases: what the model sees, one row of the forward each.
         feeds: what it computes of each.
         row, position: int64 [n], the positions asked for: index into `canvases` and place on that canvas.
-        statistics: wanted beside token and confidence.
-        choices, uniform: how to choose each position's token, and a random number for it; None where all are greedy.
-        top: how many of the largest probabilities are wanted.
+        wanted: what to say of each position.
     """
 
     canvases: list[Canvas]
     feeds: list[Feed]
     row: Tensor
     position: Tensor
-    statistics: frozenset[Statistic]
-    choices: list[TokenChoice] | None = None
-    uniform: Tensor | None = None
-    top: int = 0
+    wanted: Wanted = NOTHING
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one step did to one generation: positions relative to the generation region, or why it cannot go on."""
+    """What one step did to one generation, or why it cannot go on. Positions are relative to the generation region.
+
+    Attributes:
+        positions, tokens, confidences: what was committed; `replaced` are those of them that had another token before.
+        filled: what became padding.
+        remasked: what was masked again.
+    """
 
     positions: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     confidences: list[float] = field(default_factory=list)
     filled: list[int] = field(default_factory=list)
+    replaced: list[int] = field(default_factory=list)
+    remasked: list[int] = field(default_factory=list)
     error: SamplerError | None = None
 
 
@@ -154,9 +64,7 @@ Predict = Callable[[Query], Prediction]
 def ask(rows: Sequence[Denoising]) -> Query:
     """The query of the next step of all these generations, none of them finished."""
     feeds = [row.feed() for row in rows]
-    found = [
-        _asked(row, feed) if row.sampler.region else row.candidates() for row, feed in zip(rows, feeds, strict=True)
-    ]
+    found = [row.asked(fed) for row, fed in zip(rows, feeds, strict=True)]
     index = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor([len(c) for c in found]))
     starts = torch.tensor([row.canvas.layout.prompt_length for row in rows])
     relative = torch.cat(found)
@@ -166,16 +74,42 @@ def ask(rows: Sequence[Denoising]) -> Query:
         seeds = torch.tensor([row.seed for row in rows])[index]
         forwards = torch.tensor([row.forwards for row in rows])[index]
         numbers = uniform(seeds, forwards, relative, TOKENS)
-    wanted = frozenset[Statistic]().union(*(row.sampler.statistics for row in rows))
-    top = max(row.sampler.top for row in rows)
-    return Query([row.canvas for row in rows], feeds, index, relative + starts[index], wanted, choices, numbers, top)
+    wanted = Wanted(
+        frozenset[Statistic]().union(*(row.sampler.statistics for row in rows)),
+        choices,
+        numbers,
+        max(row.sampler.top for row in rows),
+        _named(rows, found),
+        _bonus(rows, found),
+    )
+    return Query([row.canvas for row in rows], feeds, index, relative + starts[index], wanted)
 
 
-def _asked(row: Denoising, feed: Feed) -> Tensor:
-    """All positions of the generation region that the forward computes."""
-    layout = row.canvas.layout
-    first = max(0, feed.start - layout.prompt_length)
-    return torch.arange(first, min(layout.gen_length, feed.stop - layout.prompt_length))
+def _named(rows: Sequence[Denoising], asked: list[Tensor]) -> Tensor | None:
+    """The tokens that samplers name, side by side."""
+    each = [row.sampler.name_tokens(row.state, at) for row, at in zip(rows, asked, strict=True)]
+    if all(tokens is None for tokens in each):
+        return None
+    most = max(tokens.shape[1] for tokens in each if tokens is not None)
+    out = torch.full((sum(map(len, asked)), most), -1)
+    first = 0
+    for tokens, at in zip(each, asked, strict=True):
+        if tokens is not None:
+            out[first : first + len(at), : tokens.shape[1]] = tokens
+        first += len(at)
+    return out
+
+
+def _bonus(rows: Sequence[Denoising], asked: list[Tensor]) -> Bonus | None:
+    """What samplers add to the logits."""
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    first = 0
+    for row, at in zip(rows, asked, strict=True):
+        places = at + row.canvas.layout.prompt_length
+        if (added := row.sampler.bonus(row.params, row.canvas.tokens, places)) is not None:
+            found.append((added[0] + first, added[1], added[2]))
+        first += len(at)
+    return Bonus(*(torch.cat(each) for each in zip(*found, strict=True))) if found else None
 
 
 def advance(rows: Sequence[Denoising], query: Query, prediction: Prediction) -> list[Outcome]:
@@ -217,9 +151,13 @@ def _step(rows: list[Denoising], members: list[int], query: Query, prediction: P
 
     candidate = torch.zeros(len(rows), width, dtype=torch.bool)
     masked = torch.zeros(len(rows), width, dtype=torch.bool)
+    tokens = torch.full((len(rows), width), -1)
+    given = torch.zeros(len(rows), width, dtype=torch.bool)
     for i, row in enumerate(rows):
         candidate[i, row.candidates()] = True
         masked[i, : row.canvas.layout.gen_length] = row.canvas.masked
+        tokens[i, : row.canvas.layout.gen_length] = row.canvas.generated
+        given[i, : row.canvas.layout.gen_length] = row.given
     top = rows[0].sampler.top
 
     def counter(values: list[int]) -> Tensor:
@@ -239,27 +177,39 @@ def _step(rows: list[Denoising], members: list[int], query: Query, prediction: P
         block_step=counter([row.block_step for row in rows]),
         block_masks=counter([row.block_masks for row in rows]),
         top=None if prediction.top is None or not top else grid(prediction.top[:, :top], torch.nan),
+        states=[row.state for row in rows],
+        named=None if prediction.named is None else grid(prediction.named, 0.0),
+        current=None if not rows[0].sampler.revises else tokens,
+        given=None if not rows[0].sampler.revises else given,
     )
 
 
 def _one(step: Step, i: int) -> Step:
     """A step of a single one of its rows."""
-    tensors = {name: value[i : i + 1] for name, value in vars(step).items() if isinstance(value, Tensor)}
-    extra = {name: value[i : i + 1] for name, value in step.extra.items()}
-    return replace(step, **tensors, extra=extra, params=[step.params[i]], layouts=[step.layouts[i]])
+    whole = (name for name, value in vars(step).items() if value is not None and name != "extra")
+    parts: dict[str, Any] = {name: getattr(step, name)[i : i + 1] for name in whole}
+    return replace(step, **parts, extra={name: value[i : i + 1] for name, value in step.extra.items()})
 
 
-def _select(sampler: Sampler, step: Step) -> list[Tensor | Outcome]:
-    """Per row, what to commit, or the outcome of a failure."""
+def _select(sampler: Sampler, step: Step) -> Sequence[Selection | Outcome]:
+    """Per row, what to do, or the outcome of a failure."""
     try:
-        return list(_checked(sampler, step))
+        return _rows_of(_checked(sampler, step))
     except Exception as error:
         if len(step.params) == 1:
             return [Outcome(error=SamplerError(f"sampler {sampler.name} failed: {type(error).__name__}: {error}"))]
     return [outcome for i in range(len(step.params)) for outcome in _select(sampler, _one(step, i))]
 
 
-def _checked(sampler: Sampler, step: Step) -> Tensor:
+def _rows_of(selection: Selection) -> list[Selection]:
+    """A selection row by row."""
+    parts = {name: value for name, value in vars(selection).items() if value is not None and name != "waits"}
+    return [
+        replace(selection, **{name: value[i] for name, value in parts.items()}) for i in range(len(selection.commit))
+    ]
+
+
+def _checked(sampler: Sampler, step: Step) -> Selection:
     """The sampler's selection, held against the contract, with the surest candidate where a row commits none."""
     selection = sampler.select(step)
     commit = selection.commit
@@ -267,18 +217,55 @@ def _checked(sampler: Sampler, step: Step) -> Tensor:
         raise SamplerError("a selection must be bool and of the candidates' shape")
     if bool((commit & ~step.candidate).any()):
         raise SamplerError("a position that is no candidate was selected")
+    if sampler.revises:
+        return _checked_revision(selection, step)
+    if not (selection.replace is selection.remask is selection.done is None):
+        raise SamplerError("this sampler does not say that it revises")
     if selection.waits:
-        return commit
+        return selection
+    return replace(selection, commit=_at_least_one(commit, step))
+
+
+def _at_least_one(commit: Tensor, step: Step) -> Tensor:
     none = ~commit.any(dim=1, keepdim=True)
     return commit | (best(step.confidence, step.candidate, torch.ones_like(step.forward)) & none)
 
 
-def _commit(row: Denoising, step: Step, i: int, commit: Tensor) -> Outcome:
-    positions = commit.nonzero()[:, 0]
-    tokens = step.token[i, positions]
-    confidences: list[float] = step.confidence[i, positions].tolist()
-    filled = row.commit(positions, tokens)
-    return Outcome(positions.tolist(), tokens.tolist(), confidences, filled)
+def _checked_revision(selection: Selection, step: Step) -> Selection:
+    """Replacements and new masks stay within what was committed of the active block, and outside what was given."""
+    nothing = torch.zeros_like(selection.commit)
+    changed = selection.replace if selection.replace is not None else nothing
+    masked = selection.remask if selection.remask is not None else nothing
+    may_change = (step.confidence > -torch.inf) & ~step.masked
+    assert step.given is not None
+    if bool(((changed | masked) & ~(may_change & ~step.given)).any()) or bool((changed & masked).any()):
+        raise SamplerError("a position that cannot be revised was selected")
+    if selection.done is None:
+        raise SamplerError("a sampler that revises must say which blocks are done")
+    commit = _at_least_one(selection.commit, step)
+    done = selection.done & ~((step.candidate & ~commit) | masked).any(dim=1)
+    return replace(selection, commit=commit, replace=changed, remask=masked, done=done)
+
+
+def _commit(row: Denoising, step: Step, i: int, selection: Selection) -> Outcome:
+    token = step.token[i] if selection.token is None else selection.token
+    confidence = step.confidence[i] if selection.confidence is None else selection.confidence
+    if selection.states is not None:
+        row.state = selection.states
+    if not row.sampler.revises:
+        positions = selection.commit.nonzero()[:, 0]
+        filled = row.commit(positions, token[positions])
+        return Outcome(positions.tolist(), token[positions].tolist(), confidence[positions].tolist(), filled)
+    commit, changed, remask, done = selection.commit, selection.replace, selection.remask, selection.done
+    assert changed is not None and remask is not None and done is not None
+    if row.last_chance:
+        commit, remask, done = step.candidate[i], torch.zeros_like(remask), torch.ones_like(done)
+    positions, masked = (commit | changed).nonzero()[:, 0], remask.nonzero()[:, 0]
+    filled = row.revise(positions, token[positions], masked, bool(done))
+    replaced = changed.nonzero()[:, 0].tolist()
+    return Outcome(
+        positions.tolist(), token[positions].tolist(), confidence[positions].tolist(), filled, replaced, masked.tolist()
+    )
 
 
 def denoise(rows: Sequence[Denoising], predict: Predict) -> None:

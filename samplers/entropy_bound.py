@@ -40,5 +40,6 @@ class EntropyBound(Sampler):
         # What is no candidate comes last; its entropy must not make infinity of what is before it.
         sorted_entropy = entropy.gather(1, order).clamp(max=1e6).double()
         largest = sorted_entropy.cummax(dim=1).values.masked_fill(step.param("own"), 0.0)
-        dependence = sorted_entropy.cumsum(dim=1) - largest
-        return Selection(step.candidate & prefix(dependence <= step.param("gamma"), order))
+        passes = sorted_entropy.cumsum(dim=1) - largest <= step.param("gamma")
+        passes[:, :1] = True  # one goes, whatever its own entropy
+        return Selection(step.candidate & prefix(passes, order))

@@ -1,10 +1,12 @@
 """Something in every gap."""
 
+from dataclasses import replace
+
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from samplers.base import Sampler, SamplerParams, Selection, Step
+from samplers.base import Sampler, SamplerParams, Selection, Step, best
 
 
 class Hierarchy(Sampler):
@@ -47,3 +49,33 @@ def leading_of_gaps(candidate: Tensor, score: Tensor) -> Tensor:
     first = position.new_full((rows, width + 1), width)
     first = first.scatter_reduce(1, gap, position.where(leads, width), "amin")
     return candidate & (position == first.gather(1, gap))
+
+
+class HierarchyRemask(Hierarchy):
+    """Commit as `hierarchy` does, and open again what the model is no longer sure of in the block.
+
+    Committed positions where no token reaches a confidence count as gaps too: the surest of them take their new token,
+    the others are masked again, and at least one position more is committed than was opened.
+    dInfer, arXiv 2510.08666, hierarchical decoding with remasking.
+    """
+
+    name = "hierarchy_remask"
+    revises = True
+
+    class Params(Hierarchy.Params):
+        remask_below: float = Field(
+            0.4, ge=0, le=1, description="open committed positions of less confidence than this"
+        )
+
+    def select(self, step: Step) -> Selection:
+        assert step.given is not None
+        known = (step.confidence > -torch.inf) & ~step.masked & ~step.given
+        opened = known & (step.confidence < step.param("remask_below"))
+        everything = replace(step, candidate=step.candidate | opened)
+        chosen = super().select(everything).commit
+        missing = opened.sum(dim=1, keepdim=True) + 1 - chosen.sum(dim=1, keepdim=True)
+        chosen = chosen | best(step.confidence, everything.candidate & ~chosen, missing)
+        commit = chosen & step.candidate
+        return Selection(
+            commit, replace=chosen & opened, remask=opened & ~chosen, done=torch.ones(len(commit), dtype=torch.bool)
+        )

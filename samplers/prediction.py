@@ -1,7 +1,7 @@
 """What one forward pass says about each candidate position."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import torch
@@ -41,6 +41,66 @@ class TokenChoice:
 
 
 @dataclass(frozen=True)
+class Bonus:
+    """Sparse additions to logits: int64 [b] rows of logits, int64 [b] tokens, float32 [b] values."""
+
+    index: Tensor
+    token: Tensor
+    value: Tensor
+
+    def part(self, start: int, stop: int) -> "Bonus":
+        """Of rows of logits from `start` to `stop`, counted from there."""
+        mine = (self.index >= start) & (self.index < stop)
+        return Bonus(self.index[mine] - start, self.token[mine], self.value[mine])
+
+    def to(self, device: torch.device) -> "Bonus":
+        return Bonus(*(each.to(device, non_blocking=True) for each in (self.index, self.token, self.value)))
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to say of each of n rows of logits beside token and confidence, and how to choose the token.
+
+    Attributes:
+        statistics: further numbers.
+        choices: one per row; None chooses greedily everywhere.
+        uniform: float [n] in [0, 1), a number for each row, needed where a choice has a temperature.
+        top: how many of the largest probabilities to give; a vocabulary of fewer tokens is filled up with zeros.
+        named: int64 [n, m], tokens whose probabilities are wanted; those of -1 are 0.
+        bonus: what to add to the logits before anything else.
+    """
+
+    statistics: frozenset[Statistic] = frozenset()
+    choices: Sequence[TokenChoice] | None = None
+    uniform: Tensor | None = None
+    top: int = 0
+    named: Tensor | None = None
+    bonus: Bonus | None = None
+
+    def part(self, start: int, stop: int) -> "Wanted":
+        """Of rows `start` to `stop`."""
+        return replace(
+            self,
+            choices=self.choices and self.choices[start:stop],
+            uniform=None if self.uniform is None else self.uniform[start:stop],
+            named=None if self.named is None else self.named[start:stop],
+            bonus=self.bonus and self.bonus.part(start, stop),
+        )
+
+    def to(self, device: torch.device) -> "Wanted":
+        """With its tensors there."""
+        return replace(
+            self,
+            uniform=None if self.uniform is None else self.uniform.to(device, non_blocking=True),
+            named=None if self.named is None else self.named.to(device, non_blocking=True),
+            bonus=self.bonus and self.bonus.to(device),
+        )
+
+
+NOTHING = Wanted()
+
+
+@dataclass(frozen=True)
 class Prediction:
     """Statistics of one forward pass at all positions that were asked for, flattened over the batch's rows.
 
@@ -49,12 +109,27 @@ class Prediction:
         confidence: float32 [n], probability of that token under the model's unmodified distribution.
         extra: further statistics that were asked for, float32 [n] each.
         top: the largest probabilities, descending, float32 [n, as many as were asked for]; None where none were.
+        named: probabilities of the tokens that were named, float32 [n, as many]; None where none were.
     """
 
     token: Tensor
     confidence: Tensor
     extra: dict[Statistic, Tensor]
     top: Tensor | None = None
+    named: Tensor | None = None
+
+    @classmethod
+    def join(cls, parts: "Sequence[Prediction]") -> "Prediction":
+        """All rows of several, on the CPU."""
+        top = [part.top for part in parts if part.top is not None]
+        named = [part.named for part in parts if part.named is not None]
+        return cls(
+            torch.cat([part.token for part in parts]).cpu(),
+            torch.cat([part.confidence for part in parts]).cpu(),
+            {name: torch.cat([part.extra[name] for part in parts]).cpu() for name in parts[0].extra},
+            torch.cat(top).cpu() if top else None,
+            torch.cat(named).cpu() if named else None,
+        )
 
 
 def _likeliest(scores: Tensor) -> Tensor:
@@ -105,30 +180,22 @@ def draw_tokens(p: Tensor, order: Tensor, uniform: Tensor) -> Tensor:
     return order.gather(1, chosen)[:, 0]
 
 
-def summarise(
-    logits: Tensor,
-    mask_id: int,
-    statistics: frozenset[Statistic],
-    choices: list[TokenChoice] | None = None,
-    uniform: Tensor | None = None,
-    top: int = 0,
-) -> Prediction:
-    """Token, confidence and the wanted statistics of each row of logits.
+def summarise(logits: Tensor, mask_id: int, wanted: Wanted = NOTHING) -> Prediction:
+    """Token, confidence and what else is wanted of each row of logits.
 
     Args:
         logits: [n, vocab] of any float type; computed on in float32.
         mask_id: the token that is never chosen. Its probability still counts in the confidences of the others.
-        statistics: what to compute beside token and confidence.
-        choices: one per row; None chooses greedily everywhere.
-        uniform: [n], needed where a choice has a temperature.
-        top: how many of the largest probabilities to give; a vocabulary of fewer tokens is filled up with zeros.
     """
     logits = logits.float()
+    statistics, uniform, bonus = wanted.statistics, wanted.uniform, wanted.bonus
+    if bonus is not None and len(bonus.index):
+        logits = logits.index_put((bonus.index, bonus.token), bonus.value.to(logits), accumulate=True)
     logs = logits.log_softmax(dim=-1)
     allowed = logits.clone()
     allowed[:, mask_id] = -torch.inf
     token = _likeliest(allowed)
-    choices = choices or [TokenChoice()] * len(logits)
+    choices = wanted.choices or [TokenChoice()] * len(logits)
     drawn = [i for i, choice in enumerate(choices) if choice.temperature > 0]
     # Rows that are shaped at all; without one of `CHOSEN`, a greedy row's shape does not matter.
     shaped = [i for i, c in enumerate(choices) if c != TokenChoice()] if statistics & CHOSEN else drawn
@@ -155,10 +222,13 @@ def summarise(
         two = logs.topk(2, dim=-1).values.exp()
         extra[Statistic.MARGIN] = two[:, 0] - two[:, 1]
     largest = None
-    if top:
+    if top := wanted.top:
         largest = logs.topk(min(top, logs.shape[-1]), dim=-1).values.exp()
         largest = torch.nn.functional.pad(largest, (0, top - largest.shape[-1]))
-    return Prediction(token, confidence, extra, largest)
+    known = None
+    if wanted.named is not None:
+        known = logs.gather(1, wanted.named.clamp(min=0)).exp().masked_fill(wanted.named < 0, 0.0)
+    return Prediction(token, confidence, extra, largest, known)
 
 
 def _chosen(p: Tensor, index: Tensor, statistics: frozenset[Statistic]) -> dict[Statistic, Tensor]:

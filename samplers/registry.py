@@ -4,11 +4,13 @@ from functools import cache
 from importlib.metadata import entry_points
 
 from samplers.base import Sampler
+from samplers.credit import Credit
 from samplers.dream import Dream
+from samplers.edit import Edit
 from samplers.entropy import Entropy
 from samplers.entropy_bound import EntropyBound
 from samplers.factor import Factor
-from samplers.hierarchy import Hierarchy
+from samplers.hierarchy import Hierarchy, HierarchyRemask
 from samplers.margin import Margin
 from samplers.policy import Policy
 from samplers.random import Random
@@ -27,6 +29,9 @@ _OURS: tuple[type[Sampler], ...] = (
     EntropyBound,
     Dream,
     Hierarchy,
+    HierarchyRemask,
+    Credit,
+    Edit,
     Policy,
 )
 

@@ -27,26 +27,17 @@ class TorchBackend:
         batch, back = self.pack(query)
         hidden = self.network.packed(batch)
         back = back.to(self.device, non_blocking=True)
-        uniform = None if query.uniform is None else query.uniform.to(self.device, non_blocking=True)
+        wanted = query.wanted.to(self.device)
         size = max(1, LOGIT_ELEMENTS // self.info.vocab_size)
-        parts = []
-        for start in range(0, len(back), size):
-            part = slice(start, start + size)
-            parts.append(
+        return Prediction.join(
+            [
                 summarise(
-                    self.network.head(hidden[back[part]]),
+                    self.network.head(hidden[back[start : start + size]]),
                     self.info.mask_id,
-                    query.statistics,
-                    query.choices and query.choices[part],
-                    None if uniform is None else uniform[part],
-                    query.top,
+                    wanted.part(start, start + size),
                 )
-            )
-        return Prediction(
-            torch.cat([p.token for p in parts]).cpu(),
-            torch.cat([p.confidence for p in parts]).cpu(),
-            {name: torch.cat([p.extra[name] for p in parts]).cpu() for name in query.statistics},
-            torch.cat([p.top for p in parts if p.top is not None]).cpu() if query.top else None,
+                for start in range(0, len(back), size)
+            ]
         )
 
     def pack(self, query: Query) -> tuple[Packed, Tensor]:

@@ -5,18 +5,22 @@ replaced by random numbers, special tokens forced out of tokens or confidences, 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from samplers import CacheMode, Selection, Step
+from samplers import CacheMode, Selection, Statistic, Step
 from samplers.cache import Feed
 from samplers.canvas import Canvas
+from samplers.credit import Credit
 from samplers.denoising import Query
+from samplers.entropy import Entropy
 from samplers.factor import Factor
-from samplers.prediction import Prediction, summarise
+from samplers.prediction import NOTHING, Prediction, Wanted, summarise
+from samplers.schedule import passing_or_best
+from samplers.threshold import Threshold
 
 Logits = Callable[[Sequence[Canvas], Sequence[Feed]], Tensor]
 """Canvases, and what to compute of each, to logits [rows, fed, vocab]; all feed equally many positions."""
@@ -30,18 +34,57 @@ def gumbel(logits: Tensor, temperature: float, stream: torch.Generator | None) -
     return logits.double().exp() / (-noise.log()) ** temperature
 
 
-def without_ban(logits: Tensor) -> Prediction:
-    """Our token and confidence, with a token that does not exist in the mask token's place.
+def without_ban(logits: Tensor, wanted: Wanted = NOTHING) -> Prediction:
+    """Our statistics, with a token that does not exist in the mask token's place.
 
     The originals let the mask token win; ours never do.
     """
     extended = torch.cat([logits, logits.new_full((len(logits), 1), -torch.inf)], dim=-1)
-    return summarise(extended, logits.shape[-1], frozenset())
+    return summarise(extended, logits.shape[-1], wanted)
 
 
 def stream_of(seed: int | None) -> torch.Generator | None:
     """The stream that `torch.manual_seed(seed)` starts."""
     return None if seed is None else torch.Generator().manual_seed(seed)
+
+
+class InferThreshold(Threshold):
+    """dInfer's: near-ties of the surest go too, the mask token is no choice, and a call may commit nothing."""
+
+    def __init__(self, mask_id: int) -> None:
+        self.mask_id = mask_id
+
+    def select(self, step: Step) -> Selection:
+        return near_ties(step, step.token, step.confidence, self.mask_id)
+
+
+class InferCredit(Credit):
+    """dInfer's, by the same threshold."""
+
+    def __init__(self, mask_id: int) -> None:
+        self.mask_id = mask_id
+
+    def select(self, step: Step) -> Selection:
+        ours = super().select(step)
+        assert ours.token is not None and ours.confidence is not None
+        commit = near_ties(step, ours.token, ours.confidence, self.mask_id).commit
+        return replace(ours, commit=commit, waits=True)
+
+
+def near_ties(step: Step, token: Tensor, confidence: Tensor, mask_id: int) -> Selection:
+    """What reaches the threshold, or is as sure as the surest but for 1e-5."""
+    allowed = step.candidate & (token != mask_id)
+    confidence = confidence.masked_fill(~allowed, -torch.inf)
+    bound = torch.minimum(step.param("threshold"), confidence.amax(dim=1, keepdim=True) - 1e-5)
+    return Selection(allowed & (confidence >= bound), waits=True)
+
+
+class MostUncertain(Entropy):
+    """dLLM-RL's `neg_entropy` for LLaDA: the sign is lost on the way, so that what is least sure goes first."""
+
+    def select(self, step: Step) -> Selection:
+        bounds = [getattr(params, "threshold", None) for params in step.params]
+        return passing_or_best(step, step.extra[Statistic.ENTROPY], [None if b is None else -b for b in bounds])
 
 
 class ReleasedFactor(Factor):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from samplers.denoising import Denoising, Predict, Query, denoise
+from samplers.denoising import Denoising, Predict, Query, advance, ask
 from samplers.prediction import Prediction
 from tests.conformance.report import Difference
 
@@ -27,8 +27,8 @@ class Recording:
         return sum(max(least, *(row.count(block) for row in self.blocks)) for block in range(last + 1))
 
 
-def replay(rows: Sequence[Denoising], predict: Predict) -> Recording:
-    """Run the loop to the end of all rows, and write down what it did."""
+def replay(rows: Sequence[Denoising], predict: Predict, most: int | None = None) -> Recording:
+    """Run the loop to the end of all rows, or for so many forwards, and write down what it did."""
     recording = Recording([[] for _ in rows], [[] for _ in rows])
     index = {id(row.canvas): i for i, row in enumerate(rows)}
 
@@ -39,7 +39,13 @@ def replay(rows: Sequence[Denoising], predict: Predict) -> Recording:
             recording.blocks[i].append(rows[i].block)
         return predict(query)
 
-    denoise(rows, watched)
+    left = most
+    while (running := [row for row in rows if not row.finished]) and left != 0:
+        query = ask(running)
+        for outcome in advance(running, query, watched(query)):
+            if outcome.error is not None:
+                raise outcome.error
+        left = None if left is None else left - 1
     for states, row in zip(recording.states, rows, strict=True):
         states.append(row.canvas.tokens.tolist())
         del states[0]  # the canvas before the first forward
@@ -55,3 +61,8 @@ def compare_states(ours: list[Tokens], originals: list[Tokens], row: int) -> Non
                 raise Difference(f"row {row}, forward {number}, position {position}: token {a}, the original has {b}")
     if len(ours) != len(expected):
         raise Difference(f"row {row}: {len(ours)} forwards, the original needs {len(expected)}")
+
+
+def distinct(states: list[Tokens]) -> list[Tokens]:
+    """Without those that repeat the one before, as `compare_states` has the original's."""
+    return [state for state, _ in groupby(states)]

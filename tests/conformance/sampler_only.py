@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,16 @@ from samplers import Canvas, Layout, Sampler, Step, get_sampler
 from samplers.denoising import Denoising, Query, advance, ask
 from samplers.prediction import Prediction
 from samplers.schedule import ScheduledParams, quota
-from tests.conformance.originals import ReleasedFactor, gumbel, stream_of, without_ban
-from tests.conformance.replay import compare_states, replay
+from tests.conformance.decoders import (
+    filtered,
+    infer_decoder,
+    jet_engine,
+    joint_threshold,
+    low_confidence,
+    rows_of,
+    sdar,
+)
+from tests.conformance.originals import InferThreshold, MostUncertain, ReleasedFactor, gumbel, stream_of, without_ban
 from tests.conformance.report import Difference, NotBuilt
 
 TABLES = ("num_transfer_tokens_table", "sdar_num_transfer_tokens_table")
@@ -51,104 +60,145 @@ class SamplerOnly:
         name = case["name"]
         prefix = f"{name}/"
         tensors = {key.removeprefix(prefix): value for key, value in self._tensors.items() if key.startswith(prefix)}
-        if name.startswith("llada_add_gumbel_noise"):
-            self._noise(case, tensors)
-        elif name.startswith(("fast_20", "fast_dynamic")) or case["args"].get("target") in ("confidence", "random"):
-            self._transfer(case, tensors)
-        elif name.startswith("sglang_LowConfidence"):
-            self._block(case, tensors)
-        else:
-            raise NotBuilt(case["function"].partition("(")[0])
+        for start, check in CHECKS.items():
+            if name.startswith(start):
+                check(case | {"mask_id": self.cases["mask_id"]}, tensors)
+                return
+        raise NotBuilt(case["function"].partition("(")[0])
 
-    def _noise(self, case: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """The noise that seeded replays add, and the token that ours chooses under it."""
-        logits, temperature = tensors["in/logits"], case["args"]["temperature"]
-        noised = gumbel(logits, temperature, stream_of(case["manual_seed"]))
-        if not torch.allclose(noised.double(), tensors["out/noised"].double(), rtol=1e-9, atol=0):
-            raise Difference("the noised logits differ")
-        # A logarithm keeps the order, and brings the scores back into the range of logits.
-        scores = noised.log() if temperature else noised
-        token = without_ban(scores.flatten(0, 1)).token.view(scores.shape[:2])
-        if not token.equal(tensors["out/argmax"]):
-            raise Difference("the chosen tokens differ")
 
-    def _transfer(self, case: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """One call of `get_transfer_index`: one step of our loop."""
-        args, masked = case["args"], tensors["in/mask_index"]
-        stream = stream_of(case["manual_seed"])
-        logits = tensors["in/logits"]
-        noised = gumbel(logits, args["temperature"], stream)
-        draw = None
-        if "random" in (args.get("remasking"), args.get("target")):
-            kind = torch.float64 if "2026-01" in case["name"] else torch.float32
-            draw = torch.rand(logits.shape[:2], dtype=kind, generator=stream)
+def noise(case: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """The noise that seeded replays add, and the token that ours chooses under it."""
+    logits, temperature = tensors["in/logits"], case["args"]["temperature"]
+    noised = gumbel(logits, temperature, stream_of(case["manual_seed"]))
+    if not torch.allclose(noised.double(), tensors["out/noised"].double(), rtol=1e-9, atol=0):
+        raise Difference("the noised logits differ")
+    # A logarithm keeps the order, and brings the scores back into the range of logits.
+    scores = noised.log() if temperature else noised
+    token = without_ban(scores.flatten(0, 1)).token.view(scores.shape[:2])
+    if not token.equal(tensors["out/argmax"]):
+        raise Difference("the chosen tokens differ")
 
-        def predict(query: Query) -> Prediction:
-            at = members[query.row], query.position
-            if args["temperature"] == 0:
-                found = without_ban(logits[at])
-            else:
-                token = noised[at].argmax(dim=-1)
-                found = Prediction(token, logits[at].softmax(dim=-1).gather(1, token[:, None])[:, 0], {})
-            return found if draw is None else Prediction(found.token, draw[at], {})
 
-        # A row without masks, or with nothing to transfer, takes no step with us.
-        free = "factor" in args or args["threshold"] is not None
-        quotas = None if free else tensors.get("in/num_transfer_tokens")
-        members = masked.any(dim=1).nonzero()[:, 0] if quotas is None else quotas.nonzero()[:, 0]
-        rows = []
-        for i in members.tolist():
-            sampler: Sampler
-            if "factor" in args:
-                sampler = FACTOR
-                params = sampler.Params(factor=args["factor"])
-            elif quotas is None:
-                sampler = get_sampler("threshold")
-                params = sampler.Params(threshold=max(args["threshold"], LEAST))
-            else:
-                sampler = get_sampler("topk")
-                params = sampler.Params(k=int(quotas[i]))
-            layout = Layout(0, masked.shape[1], masked.shape[1])
-            rows.append(Denoising(Canvas(layout, tensors["in/x"][i].clone(), masked[i].clone()), sampler, params))
-        query = ask(rows)
-        prediction = predict(query)
-        committed = torch.zeros_like(masked)
-        for i, outcome in zip(members.tolist(), advance(rows, query, prediction), strict=True):
-            committed[i, outcome.positions] = True
-        tokens = tensors["in/x"].clone()
-        tokens[members[query.row], query.position] = prediction.token
-        at = masked & torch.isin(torch.arange(len(masked)), members)[:, None]
-        if not tokens[at].equal(tensors["out/x0"][at]):
-            raise Difference("the chosen tokens differ")
-        scores = torch.full(masked.shape, -torch.inf, dtype=torch.float64)
-        scores[members[query.row], query.position] = prediction.confidence.double()
-        compare_selection(committed, tensors["out/transfer_index"], scores)
+def transfer(case: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """One call of `get_transfer_index`: one step of our loop."""
+    args, masked = case["args"], tensors["in/mask_index"]
+    stream = stream_of(case["manual_seed"])
+    logits = tensors["in/logits"]
+    noised = gumbel(logits, args["temperature"], stream)
+    draw = None
+    if "random" in (args.get("remasking"), args.get("target")):
+        kind = torch.float64 if "2026-01" in case["name"] else torch.float32
+        draw = torch.rand(logits.shape[:2], dtype=kind, generator=stream)
 
-    def _block(self, case: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """Calls until all rows are done, each with logits of its own: a run of our loop."""
-        start, per_call = tensors["in/input_ids"], tensors["in/logits_per_step"]
-        after = tensors["out/input_ids_after_each_step"]
-        count, size = start.shape
-        sampler = get_sampler("threshold")
-        params = sampler.Params(threshold=case["args"]["threshold"])
-        rows = [
-            Denoising(Canvas(Layout(0, size, size), tokens.clone(), tokens == self.cases["mask_id"]), sampler, params)
-            for tokens in start
-        ]
-        index = {id(row.canvas): i for i, row in enumerate(rows)}
-        calls = iter(per_call)
+    def predict(query: Query) -> Prediction:
+        at = members[query.row], query.position
+        found = without_ban(logits[at], query.wanted)
+        if args["temperature"]:
+            token = noised[at].argmax(dim=-1)
+            found = replace(found, token=token, confidence=logits[at].softmax(dim=-1).gather(1, token[:, None])[:, 0])
+        return found if draw is None else replace(found, confidence=draw[at])
 
-        def predict(query: Query) -> Prediction:
-            lines = torch.tensor([index[id(canvas)] for canvas in query.canvases])
-            return without_ban(next(calls).view(count, size, -1)[lines[query.row], query.position])
+    # A row without masks, or with nothing to transfer, takes no step with us.
+    free = "factor" in args or args.get("threshold") is not None
+    quotas = None if free else tensors.get("in/num_transfer_tokens")
+    members = masked.any(dim=1).nonzero()[:, 0] if quotas is None else quotas.nonzero()[:, 0]
+    rows = []
+    for i in members.tolist():
+        sampler, params = chosen(case, None if quotas is None else int(quotas[i]))
+        layout = Layout(0, masked.shape[1], masked.shape[1])
+        canvas = Canvas(layout, tensors["in/x"][i].clone(), masked[i].clone())
+        canvas.masked[args.get("block_end", masked.shape[1]) :] = False
+        rows.append(Denoising(canvas, sampler, sampler.Params(**params)))
+    query = ask(rows)
+    prediction = predict(query)
+    committed = torch.zeros_like(masked)
+    for i, outcome in zip(members.tolist(), advance(rows, query, prediction), strict=True):
+        committed[i, outcome.positions] = True
+    tokens = tensors["in/x"].clone()
+    tokens[members[query.row], query.position] = prediction.token
+    masked = masked & (torch.arange(masked.shape[1]) < args.get("block_end", masked.shape[1]))
+    at = masked & torch.isin(torch.arange(len(masked)), members)[:, None]
+    if not tokens[at].equal(tensors["out/x0"][at]):
+        raise Difference("the chosen tokens differ")
+    scores = torch.full(masked.shape, -torch.inf, dtype=torch.float64)
+    scores[members[query.row], query.position] = prediction.confidence.double()
+    compare_selection(committed, tensors["out/transfer_index"], scores)
 
-        recording = replay(rows, predict)
-        for i, states in enumerate(recording.states):
-            compare_states(states, after[:, i].tolist(), i)
-        # The original's last call finds every row done and only stores keys and values.
-        forwards = max(len(states) for states in recording.states)
-        if forwards != len(after) - 1:
-            raise Difference(f"{forwards} forwards, the original needs {len(after) - 1}")
+
+def remask(case: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """One step that also opens what was committed: the original says so by a mask token among its choices."""
+    args, mask_id = case["args"], case["mask_id"]
+    sampler = get_sampler("hierarchy_remask")
+    params = {"threshold": args["threshold"], "low_threshold": args["low_threshold"]}
+    rows = rows_of(tensors["in/x"], mask_id, sampler, params | {"remask_below": args["remask_threshold"]})
+    for row in rows:
+        row.given[:] = False
+    query = ask(rows)
+    found = without_ban(tensors["in/logits"][query.row, query.position], query.wanted)
+    for outcome in advance(rows, query, found):
+        if outcome.error is not None:
+            raise outcome.error
+    expected = torch.where(tensors["out/transfer_index"], tensors["out/x0"], tensors["in/x"])
+    ours = torch.stack([row.canvas.tokens for row in rows])
+    if not ours.equal(expected):
+        raise Difference(f"{ours.tolist()}, not {expected.tolist()}")
+
+
+def chosen(case: dict[str, Any], count: int | None) -> tuple[Sampler, dict[str, Any]]:
+    """Our sampler for a selection function, with its parameters."""
+    args = case["args"]
+    if "factor" in args:
+        return FACTOR, {"factor": args["factor"]}
+    if "low_threshold" in args:
+        return get_sampler("hierarchy"), {name: args[name] for name in ("threshold", "low_threshold")}
+    if case["name"].startswith("dinfer_get_transfer_index_threshold"):
+        return InferThreshold(case["mask_id"]), {"threshold": args["threshold"]}
+    bound = args.get("threshold")
+    if args.get("target") == "margin_confidence":
+        return get_sampler("margin"), {"k": count} if bound is None else {"threshold": bound}
+    if args.get("target") == "neg_entropy":
+        return MostUncertain(), {"k": count} if bound is None else {"threshold": -bound}
+    if bound is None:
+        return get_sampler("topk"), {"k": count}
+    return get_sampler("threshold"), {"threshold": max(bound, LEAST), "k": args.get("minimal_topk")}
+
+
+def sample(case: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Dream's and SDAR's token choice: the token drawn with torch's generator, and how sure it is of its kind."""
+    args, logits = case["args"], tensors["in/logits"].flatten(0, -2)
+    temperature, top_p, top_k = args.get("temperature", 0.0), args.get("top_p", 1.0), args.get("top_k", 0)
+    p = filtered(logits, temperature or 1.0, 0, top_p)
+    if top_k and case["name"].startswith("sdar"):
+        p = filtered(logits, temperature, top_k, top_p)
+    elif top_k:
+        p = p * (filtered(logits, temperature or 1.0, top_k, 1.0) > 0)
+        p = p / p.sum(dim=-1, keepdim=True)
+    with torch.random.fork_rng(devices=[]):
+        if case["manual_seed"] is not None:
+            torch.manual_seed(case["manual_seed"])
+        drawn = torch.multinomial(p, 1)[:, 0] if temperature else without_ban(logits).token
+    expected = tensors["out/x0"].flatten()
+    if not drawn.equal(expected):
+        raise Difference(f"tokens {drawn.tolist()}, the original has {expected.tolist()}")
+    kind = args.get("tar") or next((name for name in ("margin_confidence", "neg_entropy") if args.get(name)), "")
+    two = p.topk(2, dim=-1).values
+    score = {
+        "margin_confidence": two[:, 0] - two[:, 1],
+        "neg_entropy": -torch.special.entr(p).sum(dim=-1),
+    }.get(kind, p.gather(1, drawn[:, None])[:, 0])
+    name = next(name for name in ("out/confidence", "out/x0_p", "out/target") if name in tensors)
+    if not torch.allclose(score, tensors[name].flatten(), rtol=1e-5, atol=1e-6):
+        raise Difference(f"{kind or 'confidence'} differs by {(score - tensors[name].flatten()).abs().max():.2e}")
+
+
+def filters(case: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Dream's top-p and top-k: which tokens are left."""
+    args, logits = case["args"], tensors["in/logits"].flatten(0, -2)
+    left = filtered(logits, 1.0, args.get("top_k", 0), args.get("top_p", 1.0)) > 0
+    expected = tensors["out/logits"].flatten(0, -2) > torch.finfo(torch.float32).min
+    if not left.equal(expected):
+        raise Difference(f"{int((left != expected).sum())} tokens are filtered differently")
 
 
 def schedule(masks: int, steps: int) -> list[int]:
@@ -183,3 +233,23 @@ def compare_selection(ours: Tensor, originals: Tensor, scores: Tensor) -> None:
             tied = score == value
             if int((got & tied).sum()) != int((want & tied).sum()):
                 raise Difference(f"row {row}: {got.nonzero()[:, 0].tolist()}, not {want.nonzero()[:, 0].tolist()}")
+
+
+CHECKS: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], None]] = {
+    "llada_add_gumbel_noise": noise,
+    "fast_": transfer,
+    "dllm_rl_get_transfer_index": transfer,
+    "dinfer_get_transfer_index": transfer,
+    "dinfer_hierarchy_fast": transfer,
+    "dinfer_hierarchy_remask": remask,
+    "dinfer_cache": transfer,
+    "dinfer_decoder": infer_decoder,
+    "dream_sample": sample,
+    "dllm_rl_dream_sample": sample,
+    "sdar_sample": sample,
+    "dream_top": filters,
+    "sdar_select": sdar,
+    "jetengine": jet_engine,
+    "sglang_LowConfidence": low_confidence,
+    "sglang_JointThreshold": joint_threshold,
+}

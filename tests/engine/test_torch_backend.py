@@ -79,7 +79,7 @@ def test_head_and_statistics_are_computed_for_candidates_only(
 def test_many_candidates_are_worked_off_in_parts(backend: TorchBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = rows(4, temperature=0.5)
     query = ask(asked)
-    query = replace(query, statistics=frozenset(Statistic))
+    query = replace(query, wanted=replace(query.wanted, statistics=frozenset(Statistic)))
     whole = backend.predict(query)
     monkeypatch.setattr(torch_backend, "LOGIT_ELEMENTS", 7 * backend.info.vocab_size)
     parts = backend.predict(query)
@@ -99,7 +99,7 @@ def test_predictions_are_those_of_the_whole_forward(backend: TorchBackend) -> No
             for row in asked
         ]
     )
-    expected = summarise(logits, backend.info.mask_id, frozenset())
+    expected = summarise(logits, backend.info.mask_id)
     assert found.token.equal(expected.token)
     assert torch.allclose(found.confidence, expected.confidence, atol=1e-6)
 

@@ -57,8 +57,8 @@ class ReadySet(Task):
             asked = zip(query.row.tolist(), query.position.tolist(), strict=True)
             found = [answer(query.canvases[row], position - 1) for row, position in asked]
             confidence = torch.tensor([confidence for _, confidence in found])
-            extra = {name: torch.zeros(len(found)) for name in Statistic if name in query.statistics}
-            top = torch.nn.functional.pad(confidence[:, None], (0, query.top - 1)) if query.top else None
+            extra = {name: torch.zeros(len(found)) for name in Statistic if name in query.wanted.statistics}
+            top = torch.nn.functional.pad(confidence[:, None], (0, query.wanted.top - 1)) if query.wanted.top else None
             return Prediction(torch.tensor([token for token, _ in found]), confidence, extra, top)
 
         return Subject(predict, encode, decode, MASK_ID, frozenset(), 1 + LENGTH)

@@ -28,7 +28,7 @@ def predictor(logits: Logits = random_logits) -> Callable[[Query], Prediction]:
         each = [logits(canvas) for canvas in query.canvases]
         at = zip(query.row.tolist(), query.position.tolist(), strict=True)
         rows = torch.stack([each[row][position] for row, position in at])
-        return summarise(rows, MASK, query.statistics, query.choices, query.uniform, query.top)
+        return summarise(rows, MASK, query.wanted)
 
     return predict
 

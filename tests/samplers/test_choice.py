@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from samplers import Statistic, TokenChoice
-from samplers.prediction import choosable, draw_tokens, summarise
+from samplers.prediction import Wanted, choosable, draw_tokens, summarise
 from samplers.randomness import POSITIONS, TOKENS, uniform
 
 LOGITS = [2.0, 0.5, 1.0, 1.9, -1.0, 0.0]
@@ -80,10 +80,10 @@ def probabilities(*values: float) -> Tensor:
 
 
 def test_greedy_takes_the_likeliest_and_the_lower_of_equals() -> None:
-    assert summarise(probabilities(0.1, 0.4, 0.4, 0.1), 0, frozenset()).token.item() == 1
+    assert summarise(probabilities(0.1, 0.4, 0.4, 0.1), 0).token.item() == 1
     wide = torch.zeros(3, 70_001)
     wide[1, 69_000] = wide[1, 70_000] = 1.0
-    assert summarise(wide, 0, frozenset()).token.tolist() == [1, 69_000, 1]
+    assert summarise(wide, 0).token.tolist() == [1, 69_000, 1]
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_greedy_takes_the_likeliest_and_the_lower_of_equals() -> None:
 def test_the_mask_token_is_never_chosen_but_keeps_its_probability(choice: TokenChoice) -> None:
     logits = probabilities(0.02, 0.9, 0.05, 0.03).expand(200, -1)
     numbers = torch.arange(200, dtype=torch.float64) / 200
-    found = summarise(logits, 1, frozenset(), [choice] * 200, numbers)
+    found = summarise(logits, 1, Wanted(choices=[choice] * 200, uniform=numbers))
     assert 1 not in found.token.tolist()
     expected = torch.tensor([0.02, 0.9, 0.05, 0.03])[found.token]
     assert torch.allclose(found.confidence, expected), "confidence is the model's own probability of the token"
@@ -101,7 +101,7 @@ def test_the_mask_token_is_never_chosen_but_keeps_its_probability(choice: TokenC
 def test_confidence_of_a_drawn_token_is_the_unmodified_probability() -> None:
     logits = torch.tensor([LOGITS]).expand(100, -1)
     numbers = torch.arange(100, dtype=torch.float64) / 100
-    found = summarise(logits, 5, frozenset(), [TokenChoice(3.0, top_k=4)] * 100, numbers)
+    found = summarise(logits, 5, Wanted(choices=[TokenChoice(3.0, top_k=4)] * 100, uniform=numbers))
     assert len(found.token.unique()) == 4
     assert torch.allclose(found.confidence, torch.tensor(LOGITS).softmax(0)[found.token])
 
@@ -109,22 +109,22 @@ def test_confidence_of_a_drawn_token_is_the_unmodified_probability() -> None:
 def test_greedy_and_drawn_rows_share_a_batch() -> None:
     logits = torch.tensor([LOGITS]).expand(3, -1)
     choices = [TokenChoice(), TokenChoice(1.0), TokenChoice()]
-    found = summarise(logits, 5, frozenset(), choices, torch.tensor([0.99, 0.99, 0.99], dtype=torch.float64))
+    found = summarise(logits, 5, Wanted(choices=choices, uniform=torch.tensor([0.99, 0.99, 0.99], dtype=torch.float64)))
     assert found.token.tolist() == [0, 4, 0]
 
 
 def test_statistics() -> None:
     wanted = frozenset({Statistic.ENTROPY, Statistic.MARGIN})
-    found = summarise(torch.cat([probabilities(0.5, 0.3, 0.2), probabilities(1.0, 0.0, 0.0)]), 2, wanted)
+    found = summarise(torch.cat([probabilities(0.5, 0.3, 0.2), probabilities(1.0, 0.0, 0.0)]), 2, Wanted(wanted))
     entropy = -(0.5 * math.log(0.5) + 0.3 * math.log(0.3) + 0.2 * math.log(0.2))
     assert found.extra[Statistic.ENTROPY].tolist() == pytest.approx([entropy, 0.0], abs=1e-6)
     assert found.extra[Statistic.MARGIN].tolist() == pytest.approx([0.2, 1.0], abs=1e-6)
-    assert summarise(probabilities(0.5, 0.3, 0.2), 2, frozenset()).extra == {}
+    assert summarise(probabilities(0.5, 0.3, 0.2), 2).extra == {}
 
 
 def test_half_precision_logits_are_computed_on_in_float32() -> None:
     logits = torch.randn(20, 50, generator=torch.Generator().manual_seed(1)).bfloat16()
-    half, full = (summarise(values, 0, frozenset()) for values in (logits, logits.float()))
+    half, full = (summarise(values, 0) for values in (logits, logits.float()))
     assert half.confidence.dtype == torch.float32
     assert half.confidence.equal(full.confidence) and half.token.equal(full.token)
 
@@ -182,7 +182,7 @@ def test_statistics_of_what_tokens_are_drawn_from() -> None:
         TokenChoice(0.0, top_p=0.6),
         TokenChoice(1.5, 0.8, 6),
     ]
-    found = summarise(logits, 0, frozenset(Statistic), choices, torch.full((5,), 0.4, dtype=torch.float64))
+    found = summarise(logits, 0, Wanted(frozenset(Statistic), choices, torch.full((5,), 0.4, dtype=torch.float64)))
     for i, choice in enumerate(choices):
         p = (logits[i] / (choice.temperature or 1.0)).double()
         if choice != TokenChoice():

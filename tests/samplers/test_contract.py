@@ -28,6 +28,24 @@ PARAMETERS: dict[str, st.SearchStrategy[dict[str, Any]]] = {
         lambda both: both[0] | both[1]
     ),
     "entropy": st.one_of(scheduled, st.fixed_dictionaries({"threshold": st.floats(0, 5.0)})),
+    "credit": st.fixed_dictionaries(
+        {},
+        optional={
+            "threshold": st.floats(0.01, 1.0),
+            "alpha": st.floats(0, 3.0),
+            "gamma": st.floats(0, 2.0),
+            "beta": st.floats(0, 1.0),
+        },
+    ),
+    "edit": st.fixed_dictionaries(
+        {},
+        optional={
+            "threshold": st.floats(0, 0.99),
+            "edit_threshold": st.one_of(st.none(), st.floats(0, 1.0)),
+            "max_post_steps": st.integers(0, 5),
+            "penalty": st.floats(0, 3.0),
+        },
+    ),
     "dream": st.fixed_dictionaries(
         {},
         optional={
@@ -41,6 +59,14 @@ PARAMETERS: dict[str, st.SearchStrategy[dict[str, Any]]] = {
         {},
         optional={
             "threshold": st.one_of(st.none(), st.floats(0.01, 1.0)),
+            "low_threshold": st.one_of(st.none(), st.floats(0, 1.0)),
+        },
+    ),
+    "hierarchy_remask": st.fixed_dictionaries(
+        {},
+        optional={
+            "threshold": st.one_of(st.none(), st.floats(0.01, 1.0)),
+            "remask_below": st.floats(0, 1.0),
             "low_threshold": st.one_of(st.none(), st.floats(0, 1.0)),
         },
     ),
@@ -73,6 +99,9 @@ POLICIES = {
 each_sampler = pytest.mark.parametrize(
     "sampler", [*RULES, *POLICIES.values()], ids=[s.name for s in RULES] + [*POLICIES]
 )
+
+
+CHOICES = [TokenChoice(), TokenChoice(0.7), TokenChoice(1.3, top_p=0.8, top_k=4)]
 
 
 @dataclass(frozen=True)
@@ -109,7 +138,7 @@ def starts(sampler: Sampler) -> st.SearchStrategy[Start]:
         # The first position is masked in each, so that there is something to do.
         given=st.lists(st.booleans(), min_size=15, max_size=15).map(lambda rest: [False, *rest]),
         params=PARAMETERS[sampler.name].map(lambda values: sampler.Params(**values)),
-        choice=st.sampled_from([TokenChoice(), TokenChoice(0.7), TokenChoice(1.3, top_p=0.8, top_k=4)]),
+        choice=st.sampled_from(CHOICES[:1] if sampler.greedy else CHOICES),
         seed=st.integers(0, 2**63 - 1),
         end_ids=st.sampled_from([frozenset[int](), frozenset({7}), frozenset({3, 7})]),
         fill_after_end=st.booleans(),
@@ -120,24 +149,38 @@ def starts(sampler: Sampler) -> st.SearchStrategy[Start]:
 @settings(max_examples=40)
 @given(data=st.data())
 def test_each_step_keeps_the_contract(sampler: Sampler, data: st.DataObject) -> None:
-    """Only candidates change, at least one each step, never to a mask, and it ends within its budget."""
+    """Only candidates change, at least one each step, never to a mask, and it ends within its budget.
+
+    One that revises may also change what is committed in its block, but nothing that was given.
+    """
     rows = [start.row(sampler) for start in data.draw(st.lists(starts(sampler), min_size=1, max_size=4))]
     predict = predictor()
     budget = [int(row.canvas.masked.sum()) for row in rows]
+    if sampler.revises:
+        budget = [
+            sum(2 * row.canvas.layout.block_size(b) + sampler.post_steps(row.params) for b in range(layout.blocks))
+            for row in rows
+            for layout in [row.canvas.layout]
+        ]
     while running := [row for row in rows if not row.finished]:
         before = [row.canvas.tokens.clone() for row in running]
         candidates = [set(row.candidates().tolist()) for row in running]
+        if sampler.revises:
+            fixed = [set(row.given.nonzero()[:, 0].tolist()) for row in running]
+            candidates = [set(row.asked(row.feed()).tolist()) - g for row, g in zip(running, fixed, strict=True)]
         query = ask(running)
         for row, old, allowed, outcome in zip(
             running, before, candidates, advance(running, query, predict(query)), strict=True
         ):
             assert outcome.error is None
-            assert outcome.positions and set(outcome.positions) <= allowed
+            assert outcome.positions or sampler.revises
+            assert set(outcome.positions) <= allowed
             assert MASK not in outcome.tokens
             assert len(outcome.positions) == len(outcome.tokens) == len(outcome.confidences)
             start = row.canvas.layout.prompt_length
             changed = {int(p) - start for p in (row.canvas.tokens != old).nonzero()[:, 0]}
-            assert changed <= set(outcome.positions) | set(outcome.filled)
+            assert changed <= set(outcome.positions) | set(outcome.filled) | set(outcome.remasked)
+            assert set(outcome.replaced) <= set(outcome.positions)
             assert not row.canvas.masked[outcome.positions + outcome.filled].any()
     assert all(row.forwards <= most for row, most in zip(rows, budget, strict=True))
 
@@ -178,7 +221,8 @@ def test_select_changes_nothing_and_repeats_itself(sampler: Sampler, data: st.Da
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
 def test_a_row_of_broken_logits_is_refused_and_harms_no_other(sampler: Sampler, poison: float) -> None:
     def row(number: int) -> Denoising:
-        return Denoising(Canvas.blank([number + 1], 8, MASK), sampler, sampler.Params(), TokenChoice(0.5), seed=number)
+        choice = TokenChoice(0.0 if sampler.greedy else 0.5)
+        return Denoising(Canvas.blank([number + 1], 8, MASK), sampler, sampler.Params(), choice, seed=number)
 
     def logits(canvas: Canvas) -> Tensor:
         out = random_logits(canvas)

@@ -20,7 +20,7 @@ def plain_loop(prompt: list[int], gen: int, block: int, rule: str, number: float
         while here := sorted(masked & set(range(start, start + block))):
             canvas = Canvas.blank(prompt, gen, MASK)
             canvas.tokens[:] = torch.tensor(tokens)
-            seen = summarise(random_logits(canvas)[len(prompt) :], MASK, frozenset())
+            seen = summarise(random_logits(canvas)[len(prompt) :], MASK)
             order = sorted(here, key=lambda p: (-seen.confidence[p].item(), p))
             sure = [p for p in order if seen.confidence[p].item() >= number]
             for p in (sure or order[:1]) if rule == "threshold" else order[: int(number)]:

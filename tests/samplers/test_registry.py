@@ -33,6 +33,9 @@ NAMES = [
         "entropy_bound",
         "dream",
         "hierarchy",
+        "hierarchy_remask",
+        "credit",
+        "edit",
     ),
     "policy",
 ]

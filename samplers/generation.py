@@ -1,0 +1,165 @@
+"""One generation on its way from all masks to text."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from samplers.base import ParameterError, Sampler, SamplerParams
+from samplers.cache import CacheMode, Feed, Memory, feed
+from samplers.canvas import Canvas
+from samplers.prediction import TokenChoice
+
+GREEDY = TokenChoice()
+
+
+@dataclass(eq=False)
+class Denoising:
+    """One generation on its way from all masks to text.
+
+    Attributes:
+        canvas: what there is so far.
+        sampler, params: the rule that chooses what to commit.
+        choice: how a committed position's token is chosen.
+        seed: the generation's random stream.
+        end_ids: tokens that end the text. Empty: the whole region is denoised.
+        fill_after_end: committing an end-of-text settles every masked position after it at once, as padding. Off,
+            those positions are denoised like any other until everything before the end is settled.
+        cache: what is kept from a block's first forward for those after it.
+        forwards: forward passes that this generation took part in.
+        block, block_step, block_masks: the active block, forwards spent on it, its masks when it became active.
+        settled: length of the committed prefix of the generation region: what can no longer change.
+        state: what the sampler keeps between steps.
+        given: bool [gen_length], positions that were not masked to begin with.
+    """
+
+    canvas: Canvas
+    sampler: Sampler
+    params: SamplerParams
+    choice: TokenChoice = GREEDY
+    seed: int = 0
+    end_ids: frozenset[int] = frozenset()
+    fill_after_end: bool = True
+    cache: CacheMode = CacheMode.NONE
+    forwards: int = 0
+    block: int = field(default=0, init=False)
+    block_step: int = field(default=0, init=False)
+    block_masks: int = field(default=0, init=False)
+    settled: int = field(default=0, init=False)
+    state: Any = field(init=False, repr=False)
+    given: Tensor = field(init=False, repr=False)
+    _closed: int = field(default=0, init=False)
+    _mask_id: int = field(default=-1, init=False)
+    _memory: Memory = field(default_factory=Memory, init=False, repr=False)
+    _candidates: Tensor = field(init=False, repr=False)
+    end: int | None = field(default=None, init=False)
+    """Position of the first committed end-of-text in the generation region."""
+
+    def __post_init__(self) -> None:
+        self.sampler.check(self.params, self.canvas.layout)
+        if self.sampler.greedy and self.choice.temperature > 0:
+            raise ParameterError("sampler", f"sampler {self.sampler.name} chooses tokens itself; use temperature 0")
+        self.state = self.sampler.start(self.params)
+        self.given = ~self.canvas.masked
+        open_tokens = self.canvas.generated[self.canvas.masked]
+        self._mask_id = int(open_tokens[0]) if len(open_tokens) else -1
+        self._enter_block()
+
+    def _enter_block(self) -> None:
+        """Make the first block with a mask the active one, and note what follows from the masks, once a step."""
+        layout = self.canvas.layout
+        self.settled = self.canvas.settled
+        if self.sampler.revises:
+            self.settled = min(self.settled, self._closed)
+        block = min(self.settled // layout.block_length, layout.blocks - 1)
+        start = block * layout.block_length
+        self._candidates = self.canvas.masked[start : start + layout.block_length].nonzero()[:, 0] + start
+        if self.block_masks == 0 or block != self.block:
+            self.block, self.block_step = block, 0
+            self.block_masks = len(self._candidates)
+
+    @property
+    def finished(self) -> bool:
+        """No mask is left, or everything up to and including an end-of-text is settled."""
+        return self.settled == self.canvas.layout.gen_length or (self.end is not None and self.settled > self.end)
+
+    @property
+    def completion_tokens(self) -> int:
+        """Settled tokens up to and including the first end-of-text: what counts as generated."""
+        return self.settled if self.end is None else min(self.settled, self.end + 1)
+
+    def text_tokens(self) -> list[int]:
+        """The settled tokens before the end-of-text."""
+        count = self.settled if self.end is None else min(self.settled, self.end)
+        tokens: list[int] = self.canvas.generated[:count].tolist()
+        return tokens
+
+    def feed(self) -> Feed:
+        """What the next forward computes of this canvas."""
+        return feed(self.cache, self._memory, self.canvas.layout, self.block, self.block_step)
+
+    def asked(self, fed: Feed) -> Tensor:
+        """Positions that the sampler wants to be told of, of those that a forward computes."""
+        layout = self.canvas.layout
+        if self.sampler.region:
+            first = max(0, fed.start - layout.prompt_length)
+            return torch.arange(first, min(layout.gen_length, fed.stop - layout.prompt_length))
+        if self.sampler.revises:
+            start = self.block * layout.block_length
+            return torch.arange(start, start + layout.block_size(self.block))
+        return self._candidates
+
+    @property
+    def last_chance(self) -> bool:
+        """Whether a block that is revised has had all the forwards it may have, but for the next."""
+        bound = 2 * self.canvas.layout.block_size(self.block) + self.sampler.post_steps(self.params)
+        return self.sampler.revises and self.block_step + 1 >= bound
+
+    def candidates(self) -> Tensor:
+        """Masked positions of the active block, relative to the generation region."""
+        return self._candidates
+
+    def commit(self, positions: Tensor, tokens: Tensor) -> list[int]:
+        """Fix positions to tokens; returns the positions after an end-of-text that this settles as padding."""
+        self._write(positions, tokens)
+        self._note_end(positions.tolist(), tokens.tolist())
+        return self._turn()
+
+    def revise(self, positions: Tensor, tokens: Tensor, remask: Tensor, done: bool) -> list[int]:
+        """Fix positions to tokens, whatever is there, mask others again, and close the block if it is done.
+
+        What it holds counts from then on, end-of-text too; returns what that settles as padding.
+        """
+        self._write(positions, tokens)
+        self.canvas.generated[remask] = self._mask_id
+        self.canvas.masked[remask] = True
+        if done:
+            start = self._closed
+            self._closed = self.block * self.canvas.layout.block_length + self.canvas.layout.block_size(self.block)
+            block = torch.arange(start, self._closed)
+            self._note_end(block.tolist(), self.canvas.generated[block].tolist())
+        return self._turn()
+
+    def _write(self, positions: Tensor, tokens: Tensor) -> None:
+        self.canvas.generated[positions] = tokens
+        self.canvas.masked[positions] = False
+
+    def _note_end(self, positions: list[int], tokens: list[int]) -> None:
+        ends = [p for p, t in zip(positions, tokens, strict=True) if t in self.end_ids]
+        if ends:
+            self.end = min(ends) if self.end is None else min(self.end, *ends)
+
+    def _turn(self) -> list[int]:
+        """Settle what follows an end-of-text, count the forward, find the next candidates."""
+        filled: list[int] = []
+        if self.end is not None and self.fill_after_end:
+            after = self.canvas.masked.clone()
+            after[: self.end] = False
+            filled = after.nonzero()[:, 0].tolist()
+            self.canvas.generated[after] = self.canvas.generated[self.end]
+            self.canvas.masked[after] = False
+        self.forwards += 1
+        self.block_step += 1
+        self._enter_block()
+        return filled
