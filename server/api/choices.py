@@ -136,6 +136,8 @@ class Choice:
             token_texts=[self._codec.token(token) for token in event.tokens],
             confidences=event.confidences,
             filled=event.filled,
+            replaced=event.replaced,
+            remasked=event.remasked,
         )
 
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 import anyio.to_thread
 
 from policies.store import UnknownPolicyError
-from samplers import SamplerParams, TokenChoice
+from samplers import CacheMode, SamplerParams, TokenChoice
 from samplers.policy import PolicyParams
 from server.api.catalogue import Rule
 from server.api.choices import Choice
@@ -111,6 +111,7 @@ def _requests(serving: Serving, body: GenerationBody, rule: Rule, job: Job) -> t
     choice = TokenChoice(body.temperature or 0.0, body.top_p or 1.0, max(0, body.top_k or 0))
     seeds = _seeds(body.seed, len(job.prompts), number)
     fill_after_end = body.fill_after_end is not False
+    cache = CacheMode(body.cache or serving.settings.cache)
     check_ids("stop_token_ids", body.stop_token_ids or [], info.vocab_size)
     requests = [
         GenerationRequest(
@@ -124,6 +125,7 @@ def _requests(serving: Serving, body: GenerationBody, rule: Rule, job: Job) -> t
             seed=seeds[i * number + j],
             end_ids=ends | frozenset(body.stop_token_ids or []),
             fill_after_end=fill_after_end,
+            cache=cache,
             timeout=serving.settings.request_timeout,
             counts_prompt=j == 0,
         )
@@ -136,6 +138,7 @@ def _requests(serving: Serving, body: GenerationBody, rule: Rule, job: Job) -> t
         block_length=block_length,
         max_tokens=[request.max_tokens for request in requests],
         fill_after_end=fill_after_end,
+        cache=cache.value,
         temperature=choice.temperature,
         seeds=seeds,
         warnings=_warnings(serving, params, block_length, lengths),

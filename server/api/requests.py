@@ -118,6 +118,11 @@ class GenerationBody(Body):
         None,
         description="Settle all after a committed end-of-text at once, do not denoise padding. Default: true.",
     )
+    cache: Literal["none", "prefix", "dual"] | None = Field(
+        None,
+        description="Keys and values kept from a block's first forward for its others. none: exact; prefix: of all "
+        "before the block; dual: of all but the block. Default: the server's (--cache).",
+    )
     return_trajectory: bool | None = Field(None, description="Add what each forward pass committed.")
 
 

@@ -53,6 +53,7 @@ class Used(BaseModel):
     block_length: int | None = Field(description="null: full diffusion")
     max_tokens: list[int] = Field(description="By choice: length of the generation region.")
     fill_after_end: bool
+    cache: Literal["none", "prefix", "dual"] = Field(description="none: every forward pass was a full one.")
     temperature: float
     seeds: list[int] = Field(description="By choice: sent as `seed` with n = 1, it gives that choice again.")
     warnings: list[str] = Field([], exclude_if=_empty, description="What may make the answer worse than it could be.")
@@ -67,6 +68,10 @@ class ForwardPass(BaseModel):
     token_texts: list[str]
     confidences: list[float]
     filled: list[int] = Field(description="Positions after an end-of-text that were settled as padding.")
+    replaced: list[int] = Field(
+        [], exclude_if=_empty, description="Those of the positions that had another token before."
+    )
+    remasked: list[int] = Field([], exclude_if=_empty, description="Positions that were masked again.")
 
 
 class CompletionLogprobs(BaseModel):

@@ -113,14 +113,18 @@ class Engine:
             request.prompt, request.max_tokens, self.info.mask_id, request.block_length, request.suffix
         )
         try:
+            sampler = self.policies.sampler(request.sampler, request.params)
+            if sampler.greedy and request.choice.temperature > 0:
+                raise RequestError("temperature", f"sampler {sampler.name} chooses tokens itself; use temperature 0")
             return Denoising(
                 canvas,
-                self.policies.sampler(request.sampler, request.params),
+                sampler,
                 request.params,
                 request.choice,
                 request.seed,
                 request.end_ids,
                 request.fill_after_end,
+                request.cache,
             )
         except ParameterError as error:
             raise RequestError(f"sampler_params.{error.field}", str(error)) from None
@@ -281,7 +285,7 @@ class Engine:
         if generation.counted and generation.first_token is None:
             generation.first_token = time.monotonic()
             self._metrics.first_token(generation.first_token - generation.submitted)
-        self._metrics.committed(sampler, len(outcome.positions), generation.counted - before)
+        self._metrics.committed(sampler, len(outcome.positions) - len(outcome.replaced), generation.counted - before)
         generation.deliver(
             Committed(
                 row.forwards,
@@ -291,6 +295,8 @@ class Engine:
                 outcome.filled,
                 generation.counted,
                 known[before:],
+                outcome.replaced,
+                outcome.remasked,
             )
         )
         if row.finished:

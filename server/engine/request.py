@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from samplers import SamplerParams, TokenChoice
+from samplers import CacheMode, SamplerParams, TokenChoice
 
 
 class FinishReason(StrEnum):
@@ -28,6 +28,7 @@ class GenerationRequest:
         choice, seed: how tokens are chosen, and the generation's random stream.
         end_ids: tokens that end the text; empty: denoise the whole region.
         fill_after_end: settle everything after an end-of-text at once.
+        cache: what is kept from a block's first forward for its others.
         timeout: seconds from submission after which it is ended; None: never.
         counts_prompt: False where another generation of the same request has the same prompt.
     """
@@ -42,6 +43,7 @@ class GenerationRequest:
     seed: int = 0
     end_ids: frozenset[int] = frozenset()
     fill_after_end: bool = True
+    cache: CacheMode = CacheMode.NONE
     timeout: float | None = None
     counts_prompt: bool = True
 
@@ -53,6 +55,8 @@ class Committed:
     Attributes:
         forward: number of this generation's forward pass, from 1.
         filled: positions after the end-of-text that became padding.
+        replaced: those of the positions that had another token before.
+        remasked: positions that were masked again.
         settled: length of the prefix that can no longer change, end-of-text included, padding not.
         text_tokens: the settled tokens that became known with this pass, end-of-text not included.
     """
@@ -64,6 +68,8 @@ class Committed:
     filled: list[int]
     settled: int
     text_tokens: list[int]
+    replaced: list[int] = field(default_factory=list)
+    remasked: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -242,6 +242,37 @@ def test_block_length_null_is_full_diffusion(server: Running) -> None:
     assert order == sorted(order)
 
 
+@pytest.mark.parametrize("mode", ["prefix", "dual"])
+def test_a_cache_is_chosen_and_told(server: Running, mode: str) -> None:
+    fields = {"block_length": 8, "max_tokens": 32, "sampler_params": {"k": 2}}
+    exact, cached = server.complete(**fields), server.complete(cache=mode, **fields)
+    assert exact["unmask"]["cache"] == "none" and cached["unmask"]["cache"] == mode
+    assert cached["usage"]["completion_tokens_details"]["forward_passes"] == 16
+    assert cached["choices"] == server.complete(cache=mode, **fields)["choices"]
+
+
+def test_a_sampler_that_changes_its_mind(server: Running) -> None:
+    """Text only comes once a block is done, and the trajectory tells what was replaced."""
+    fields = {
+        "sampler": "edit",
+        "sampler_params": {"threshold": 0.05, "edit_threshold": 0.0, "max_post_steps": 3},
+        "block_length": 8,
+        "max_tokens": 24,
+        "return_trajectory": True,
+    }
+    answer = server.complete(**fields)
+    (choice,) = answer["choices"]
+    assert any(step.get("replaced") for step in choice["trajectory"])
+    final: dict[int, int] = {}
+    for step in choice["trajectory"]:
+        assert set(step.get("replaced", [])) <= set(final)
+        final |= dict(zip(step["positions"], step["tokens"], strict=True))
+    assert sorted(final) == list(range(24)) and answer["usage"]["completion_tokens"] == 24
+    streamed = server.post("/v1/completions", {"prompt": PROMPT, "stream": True, **fields})
+    chunks = [json.loads(line[6:]) for line in streamed.text.splitlines() if line.startswith("data: {")]
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == choice["text"]
+
+
 def test_fields_that_change_nothing_are_accepted(server: Running) -> None:
     neutral = {
         "best_of": 1,

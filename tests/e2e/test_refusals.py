@@ -33,7 +33,7 @@ def refused(capsys: pytest.CaptureFixture[str], status: int, *arguments: str) ->
         (["--max-batch", "0"], "'--max-batch'"),
         (["--port", "http"], "'--port'"),
         (["--engine", "vllm"], "'--engine'"),
-        (["--cache", "prefix"], "'--cache'"),
+        (["--cache", "always"], "'--cache'"),
         (["--dtype", "int4"], "'--dtype'"),
         (["--log-format", "xml"], "'--log-format'"),
         (["--sampler", "nope"], "'--sampler'"),
