@@ -75,14 +75,25 @@ def ask(rows: Sequence[Denoising]) -> Query:
         forwards = torch.tensor([row.forwards for row in rows])[index]
         numbers = uniform(seeds, forwards, relative, TOKENS)
     wanted = Wanted(
-        frozenset[Statistic]().union(*(row.sampler.statistics for row in rows)),
-        choices,
-        numbers,
-        max(row.sampler.top for row in rows),
-        _named(rows, found),
-        _bonus(rows, found),
+        statistics=frozenset[Statistic]().union(*(row.sampler.statistics for row in rows)),
+        only=_only(rows, index),
+        choices=choices,
+        uniform=numbers,
+        top=max(row.sampler.top for row in rows),
+        named=_named(rows, found),
+        bonus=_bonus(rows, found),
     )
     return Query([row.canvas for row in rows], feeds, index, relative + starts[index], wanted)
+
+
+def _only(rows: Sequence[Denoising], index: Tensor) -> dict[str, Tensor]:
+    """Of everything that not all samplers want, the positions of those that do."""
+    wishes: dict[str, list[bool]] = {
+        name: [name in row.sampler.statistics for row in rows]
+        for name in frozenset[Statistic]().union(*(row.sampler.statistics for row in rows))
+    }
+    wishes["top"] = [row.sampler.top > 0 for row in rows]
+    return {name: torch.tensor(wish)[index] for name, wish in wishes.items() if any(wish) and not all(wish)}
 
 
 def _named(rows: Sequence[Denoising], asked: list[Tensor]) -> Tensor | None:

@@ -1,7 +1,7 @@
 """What one forward pass says about each candidate position."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 import torch
@@ -63,6 +63,7 @@ class Wanted:
 
     Attributes:
         statistics: further numbers.
+        only: bool [n] for a statistic (or "top") that not all rows want; what it is for the others is undefined.
         choices: one per row; None chooses greedily everywhere.
         uniform: float [n] in [0, 1), a number for each row, needed where a choice has a temperature.
         top: how many of the largest probabilities to give; a vocabulary of fewer tokens is filled up with zeros.
@@ -71,6 +72,7 @@ class Wanted:
     """
 
     statistics: frozenset[Statistic] = frozenset()
+    only: Mapping[str, Tensor] = field(default_factory=dict)
     choices: Sequence[TokenChoice] | None = None
     uniform: Tensor | None = None
     top: int = 0
@@ -81,6 +83,7 @@ class Wanted:
         """Of rows `start` to `stop`."""
         return replace(
             self,
+            only={name: rows[start:stop] for name, rows in self.only.items()},
             choices=self.choices and self.choices[start:stop],
             uniform=None if self.uniform is None else self.uniform[start:stop],
             named=None if self.named is None else self.named[start:stop],
@@ -91,6 +94,7 @@ class Wanted:
         """With its tensors there."""
         return replace(
             self,
+            only={name: rows.to(device, non_blocking=True) for name, rows in self.only.items()},
             uniform=None if self.uniform is None else self.uniform.to(device, non_blocking=True),
             named=None if self.named is None else self.named.to(device, non_blocking=True),
             bonus=self.bonus and self.bonus.to(device),
@@ -120,125 +124,26 @@ class Prediction:
 
     @classmethod
     def join(cls, parts: "Sequence[Prediction]") -> "Prediction":
-        """All rows of several, on the CPU."""
+        """All rows of several."""
         top = [part.top for part in parts if part.top is not None]
         named = [part.named for part in parts if part.named is not None]
         return cls(
-            torch.cat([part.token for part in parts]).cpu(),
-            torch.cat([part.confidence for part in parts]).cpu(),
-            {name: torch.cat([part.extra[name] for part in parts]).cpu() for name in parts[0].extra},
-            torch.cat(top).cpu() if top else None,
-            torch.cat(named).cpu() if named else None,
+            torch.cat([part.token for part in parts]),
+            torch.cat([part.confidence for part in parts]),
+            {name: torch.cat([part.extra[name] for part in parts]) for name in parts[0].extra},
+            torch.cat(top) if top else None,
+            torch.cat(named) if named else None,
         )
 
-
-def _likeliest(scores: Tensor) -> Tensor:
-    """Index of the largest score of each row, the lowest index among equals."""
-    if scores.device.type == "cpu":
-        return scores.argmax(dim=-1)  # takes the first of equals on the CPU; elsewhere this is not promised
-    index = torch.arange(scores.shape[-1], device=scores.device)
-    largest = scores.amax(dim=-1, keepdim=True)
-    return index.where(scores == largest, scores.shape[-1]).amin(dim=-1).clamp(max=scores.shape[-1] - 1)
-
-
-def choosable(scores: Tensor, choices: Iterable[TokenChoice]) -> tuple[Tensor, Tensor]:
-    """What tokens are drawn from: softmax(scores / temperature), filtered by top-k, then top-p, not normalised.
-
-    Args:
-        scores: float32 [n, vocab], -inf where a token is banned.
-        choices: one per row; a temperature of 0 counts as 1.
-
-    Returns:
-        float64 [n, vocab], the likeliest first, and the tokens in that order.
-    """
-    choices = list(choices)
-
-    def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=scores.dtype, device=scores.device)[:, None]
-
-    top_k = column([c.top_k if c.top_k > 0 else scores.shape[-1] for c in choices])
-    top_p = column([c.top_p for c in choices])
-    ordered, order = scores.sort(dim=-1, descending=True, stable=True)
-    p = (ordered / column([c.temperature or 1.0 for c in choices])).softmax(dim=-1, dtype=torch.float64)
-    rank = torch.arange(scores.shape[-1], device=scores.device)
-    p = p.masked_fill(rank >= top_k, 0.0)
-    before = p.cumsum(dim=-1) - p
-    return p.masked_fill(before >= top_p * p.sum(dim=-1, keepdim=True), 0.0), order
-
-
-def draw_tokens(p: Tensor, order: Tensor, uniform: Tensor) -> Tensor:
-    """Draw one token per row of what is `choosable`.
-
-    Args:
-        uniform: float [n] in [0, 1), the row's own random number: one draw costs one number whatever the vocabulary.
-    """
-    reach = p.cumsum(dim=-1)
-    target = uniform.to(reach)[:, None] * reach[:, -1:]
-    chosen = (reach <= target).sum(dim=-1, keepdim=True)
-    # A target that rounds up to the whole mass would point past the last possible token.
-    chosen = chosen.minimum((p > 0).sum(dim=-1, keepdim=True) - 1).clamp(min=0)
-    return order.gather(1, chosen)[:, 0]
-
-
-def summarise(logits: Tensor, mask_id: int, wanted: Wanted = NOTHING) -> Prediction:
-    """Token, confidence and what else is wanted of each row of logits.
-
-    Args:
-        logits: [n, vocab] of any float type; computed on in float32.
-        mask_id: the token that is never chosen. Its probability still counts in the confidences of the others.
-    """
-    logits = logits.float()
-    statistics, uniform, bonus = wanted.statistics, wanted.uniform, wanted.bonus
-    if bonus is not None and len(bonus.index):
-        logits = logits.index_put((bonus.index, bonus.token), bonus.value.to(logits), accumulate=True)
-    logs = logits.log_softmax(dim=-1)
-    allowed = logits.clone()
-    allowed[:, mask_id] = -torch.inf
-    token = _likeliest(allowed)
-    choices = wanted.choices or [TokenChoice()] * len(logits)
-    drawn = [i for i, choice in enumerate(choices) if choice.temperature > 0]
-    # Rows that are shaped at all; without one of `CHOSEN`, a greedy row's shape does not matter.
-    shaped = [i for i, c in enumerate(choices) if c != TokenChoice()] if statistics & CHOSEN else drawn
-    extra: dict[Statistic, Tensor] = {}
-    if statistics & CHOSEN:
-        extra |= _chosen(logs.exp(), token, statistics)
-    if shaped:
-        rows = torch.tensor(shaped, device=logits.device)
-        p, order = choosable(allowed[rows], [choices[i] for i in shaped])
-        if drawn:
-            if uniform is None:
-                raise ValueError("drawing tokens at a temperature needs random numbers")
-            at = [shaped.index(i) for i in drawn]
-            token[drawn] = draw_tokens(p[at], order[at], uniform[drawn])
-        p = p / p.sum(dim=-1, keepdim=True)
-        place = (order == token[rows, None]).int().argmax(dim=-1)
-        for name, values in _chosen(p, place, statistics).items():
-            extra[name][rows] = values.float()
-    confidence = logs.gather(1, token[:, None])[:, 0].exp()
-    if Statistic.ENTROPY in statistics:
-        p = logs.exp()
-        extra[Statistic.ENTROPY] = -(p * logs.masked_fill(p == 0, 0.0)).sum(dim=-1)
-    if Statistic.MARGIN in statistics:
-        two = logs.topk(2, dim=-1).values.exp()
-        extra[Statistic.MARGIN] = two[:, 0] - two[:, 1]
-    largest = None
-    if top := wanted.top:
-        largest = logs.topk(min(top, logs.shape[-1]), dim=-1).values.exp()
-        largest = torch.nn.functional.pad(largest, (0, top - largest.shape[-1]))
-    known = None
-    if wanted.named is not None:
-        known = logs.gather(1, wanted.named.clamp(min=0)).exp().masked_fill(wanted.named < 0, 0.0)
-    return Prediction(token, confidence, extra, largest, known)
-
-
-def _chosen(p: Tensor, index: Tensor, statistics: frozenset[Statistic]) -> dict[Statistic, Tensor]:
-    """Those of `CHOSEN` that are wanted, of distributions [n, vocab] and the index of what was chosen of each."""
-    found: dict[Statistic, Tensor] = {}
-    if Statistic.CHOSEN_CONFIDENCE in statistics:
-        found[Statistic.CHOSEN_CONFIDENCE] = p.gather(1, index[:, None])[:, 0]
-    if Statistic.CHOSEN_ENTROPY in statistics:
-        found[Statistic.CHOSEN_ENTROPY] = torch.special.entr(p).sum(dim=-1)
-    if Statistic.CHOSEN_MARGIN in statistics:
-        two = p.topk(2, dim=-1).values
-        found[Statistic.CHOSEN_MARGIN] = two[:, 0] - two[:, 1]
-    return found
+    def cpu(self) -> "Prediction":
+        """On the CPU, in one copy: token ids fit float32 exactly up to a vocabulary of 2 ** 24."""
+        if self.token.device.type == "cpu":
+            return self
+        columns = [self.token.float()[:, None], self.confidence[:, None]]
+        columns += [values[:, None] for values in self.extra.values()]
+        columns += [values for values in (self.top, self.named) if values is not None]
+        widths = [column.shape[1] for column in columns]
+        token, confidence, *rest = torch.split(torch.cat(columns, dim=1).cpu(), widths, dim=1)
+        extra = {name: rest.pop(0)[:, 0] for name in self.extra}
+        top = rest.pop(0) if self.top is not None else None
+        return Prediction(token[:, 0].long(), confidence[:, 0], extra, top, rest.pop(0) if rest else None)

@@ -5,12 +5,13 @@ from torch import Tensor
 
 from samplers.cache import Memory
 from samplers.denoising import Query
-from samplers.prediction import Prediction, summarise
+from samplers.prediction import Prediction
+from samplers.summary import summarise
 from server.engine.backend import ModelInfo
 from server.models.llada import LLaDA
 from server.models.packed import KeyValues, Packed, Row
 
-LOGIT_ELEMENTS = 1 << 26
+LOGIT_ELEMENTS = 1 << 24
 """Logits held at a time: candidates are worked off in chunks of at most this many elements."""
 
 
@@ -38,7 +39,7 @@ class TorchBackend:
                 )
                 for start in range(0, len(back), size)
             ]
-        )
+        ).cpu()
 
     def pack(self, query: Query) -> tuple[Packed, Tensor]:
         """The forward of a query, and where in what it gives each of the query's positions is, [n]."""

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from samplers import Canvas, Layout, Sampler, TokenChoice, get_sampler
 from samplers.denoising import Denoising, Query
-from samplers.prediction import Prediction, Wanted, choosable
+from samplers.prediction import Prediction, Wanted
+from samplers.summary import choosable
 from tests.conformance.originals import InferCredit, InferThreshold, without_ban
 from tests.conformance.replay import compare_states, distinct, replay
 from tests.conformance.report import Difference

@@ -18,8 +18,9 @@ from samplers.credit import Credit
 from samplers.denoising import Query
 from samplers.entropy import Entropy
 from samplers.factor import Factor
-from samplers.prediction import NOTHING, Prediction, Wanted, summarise
+from samplers.prediction import NOTHING, Prediction, Wanted
 from samplers.schedule import passing_or_best
+from samplers.summary import summarise
 from samplers.threshold import Threshold
 
 Logits = Callable[[Sequence[Canvas], Sequence[Feed]], Tensor]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from samplers import CacheMode, Canvas, Statistic, TokenChoice, get_sampler
 from samplers.denoising import Denoising, advance, ask, denoise
-from samplers.prediction import summarise
+from samplers.summary import summarise
 from server.engine import Backend, torch_backend
 from server.engine.torch_backend import TorchBackend
 from server.models.loading import load_model

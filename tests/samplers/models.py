@@ -8,7 +8,8 @@ from torch import Tensor
 
 from samplers.canvas import Canvas
 from samplers.denoising import Query
-from samplers.prediction import Prediction, summarise
+from samplers.prediction import Prediction
+from samplers.summary import summarise
 
 MASK, VOCAB = 0, 12
 Logits = Callable[[Canvas], Tensor]

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from samplers import Statistic, TokenChoice
-from samplers.prediction import Wanted, choosable, draw_tokens, summarise
+from samplers.prediction import Wanted
 from samplers.randomness import POSITIONS, TOKENS, uniform
+from samplers.summary import choosable, draw_tokens, summarise
 
 LOGITS = [2.0, 0.5, 1.0, 1.9, -1.0, 0.0]
 
@@ -182,7 +183,9 @@ def test_statistics_of_what_tokens_are_drawn_from() -> None:
         TokenChoice(0.0, top_p=0.6),
         TokenChoice(1.5, 0.8, 6),
     ]
-    found = summarise(logits, 0, Wanted(frozenset(Statistic), choices, torch.full((5,), 0.4, dtype=torch.float64)))
+    found = summarise(
+        logits, 0, Wanted(frozenset(Statistic), choices=choices, uniform=torch.full((5,), 0.4, dtype=torch.float64))
+    )
     for i, choice in enumerate(choices):
         p = (logits[i] / (choice.temperature or 1.0)).double()
         if choice != TokenChoice():

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from samplers import Canvas, Sampler, SamplerError, SamplerParams, Selection, Step, TokenChoice, get_sampler
 from samplers.denoising import Denoising, advance, ask, denoise
-from samplers.prediction import summarise
+from samplers.summary import summarise
 from tests.samplers.models import MASK, VOCAB, predictor, random_logits, scripted
 
 
