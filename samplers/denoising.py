@@ -38,6 +38,12 @@ class Query:
     position: Tensor
     wanted: Wanted = NOTHING
 
+    def one(self, i: int) -> "Query":
+        """What it asks of a single one of its canvases; `row` ascends."""
+        start, stop = torch.searchsorted(self.row, torch.tensor([i, i + 1])).tolist()
+        row, position = torch.zeros(stop - start, dtype=torch.int64), self.position[start:stop]
+        return Query([self.canvases[i]], [self.feeds[i]], row, position, self.wanted.part(start, stop))
+
 
 @dataclass(frozen=True)
 class Outcome:

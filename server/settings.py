@@ -72,6 +72,15 @@ class Settings(BaseSettings):
     )
     max_model_len: int | None = Field(None, ge=2, description="Longest canvas, prompt included, in tokens.")
     max_batch: int = Field(16, ge=1, le=65536, description="Generations that share a forward pass.")
+    max_batch_tokens: int = Field(
+        8192,
+        ge=2,
+        description="Tokens of one forward pass over all its rows; what does not fit takes turns. "
+        "No canvas can be longer.",
+    )
+    batch_invariant: bool = Field(
+        False, description="Bitwise the same results whatever shares the batch: each row is computed on its own."
+    )
     max_queue: int = Field(256, ge=1, le=1_000_000, description="Generations that may wait; more are answered 429.")
     sampler: str = Field("threshold", description="Sampler of requests that name none.", examples=["NAME"])
     sampler_params: Annotated[dict[str, Any], NoDecode, BeforeValidator(_json_object)] = Field(

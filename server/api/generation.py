@@ -128,6 +128,7 @@ def _requests(serving: Serving, body: GenerationBody, rule: Rule, job: Job) -> t
             cache=cache,
             timeout=serving.settings.request_timeout,
             counts_prompt=j == 0,
+            priority=body.priority or 0,
         )
         for i, prompt in enumerate(job.prompts)
         for j in range(number)

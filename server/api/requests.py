@@ -118,6 +118,9 @@ class GenerationBody(Body):
         None,
         description="Settle all after a committed end-of-text at once, do not denoise padding. Default: true.",
     )
+    priority: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = Field(
+        None, description="Who waits with a smaller one is admitted first. Default: 0."
+    )
     cache: Literal["none", "prefix", "dual"] | None = Field(
         None,
         description="Keys and values kept from a block's first forward for its others. none: exact; prefix: of all "

@@ -57,7 +57,7 @@ def serve(**flags: Any) -> None:
 def _load_and_serve(settings: Settings, bound: socket.socket) -> bool:
     """Serve until a signal says to stop; whether everything that ran then could finish."""
     from server.app import create_app
-    from server.engine import Engine, RequestError
+    from server.engine import Engine, Limits, RequestError
     from server.lifecycle import serve as serve_app
     from server.metrics import Metrics
     from server.models.loading import ModelError, load_model
@@ -65,7 +65,12 @@ def _load_and_serve(settings: Settings, bound: socket.socket) -> bool:
 
     try:
         loaded = load_model(
-            settings.model, settings.engine, settings.device, settings.dtype, max_model_len=settings.max_model_len
+            settings.model,
+            settings.engine,
+            settings.device,
+            settings.dtype,
+            max_model_len=settings.max_model_len,
+            batch_invariant=settings.batch_invariant,
         )
     except ModelError as error:
         fail(error)
@@ -73,7 +78,8 @@ def _load_and_serve(settings: Settings, bound: socket.socket) -> bool:
         log.warning("whoever reaches this address may use the model; --api-key limits that", host=settings.host)
     metrics = Metrics(settings.served_name or loaded.name)
     policies = open_policies([(name, Path(folder)) for name, folder in settings.policy], settings.model, loaded)
-    engine = Engine(loaded.backend, metrics, settings.max_batch, settings.max_queue, policies)
+    limits = Limits(settings.max_batch, settings.max_queue, settings.max_batch_tokens)
+    engine = Engine(loaded.backend, metrics, limits, policies)
     try:
         app = create_app(engine, loaded.text, metrics, settings)
     except RequestError as error:

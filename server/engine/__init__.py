@@ -1,7 +1,8 @@
 """The engine: queue, scheduler and the loop that drives a backend. It knows no HTTP."""
 
 from server.engine.backend import Backend, ModelInfo
-from server.engine.engine import Engine, Generation
+from server.engine.engine import Engine
+from server.engine.generation import Generation
 from server.engine.request import (
     Committed,
     EngineError,
@@ -13,6 +14,7 @@ from server.engine.request import (
     QueueFullError,
     RequestError,
 )
+from server.engine.scheduler import Limits
 
 __all__ = [
     "Backend",
@@ -24,6 +26,7 @@ __all__ = [
     "Finished",
     "Generation",
     "GenerationRequest",
+    "Limits",
     "ModelInfo",
     "NotServingError",
     "QueueFullError",

@@ -2,9 +2,7 @@
 
 import threading
 import time
-from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import replace
 
 import structlog
 
@@ -12,9 +10,9 @@ from policies.store import Host, PolicyStore, UnknownPolicyError
 from samplers import Canvas, ParameterError, Prediction
 from samplers.denoising import Denoising, Outcome, Query, advance, ask
 from server.engine.backend import Backend
+from server.engine.generation import Deliver, Generation
 from server.engine.request import (
     Committed,
-    Event,
     Finished,
     FinishReason,
     GenerationRequest,
@@ -22,42 +20,22 @@ from server.engine.request import (
     QueueFullError,
     RequestError,
 )
+from server.engine.scheduler import Limits, Scheduler
 from server.metrics import Metrics
 
 log = structlog.get_logger(__name__)
-
-Deliver = Callable[[Event], None]
-
-
-@dataclass(eq=False)
-class Generation:
-    """A request on its way through the engine. Its events go to `deliver`, on the engine's thread."""
-
-    request: GenerationRequest
-    deliver: Deliver
-    row: Denoising
-    submitted: float = field(default_factory=time.monotonic)
-    first_token: float | None = None
-    cancelled: FinishReason | None = None
-    counted: int = 0
-
-    @property
-    def deadline(self) -> float:
-        timeout = self.request.timeout
-        return self.submitted + timeout if timeout is not None else float("inf")
 
 
 class Engine:
     """Runs generations through a backend.
 
     Every turn: retire what was cancelled or is out of time, admit waiting generations into free rows, one forward for
-    all of them, let each sampler commit, deliver events, retire what is finished.
+    as many of them as its tokens allow, let each sampler commit, deliver events, retire what is finished.
 
     Args:
         backend: where the model runs; closed by `stop`.
         metrics: where counts go.
-        max_batch: rows of one forward.
-        max_queue: generations that may wait.
+        limits: rows, tokens and queue; no canvas may be longer than a forward.
         policies: where the sampler `policy` finds its networks; without it, none is loaded.
     """
 
@@ -65,18 +43,16 @@ class Engine:
         self,
         backend: Backend,
         metrics: Metrics,
-        max_batch: int = 16,
-        max_queue: int = 256,
+        limits: Limits | None = None,
         policies: PolicyStore | None = None,
     ) -> None:
         self.backend = backend
-        self.info = backend.info
+        limits = limits or Limits()
+        self.info = replace(backend.info, max_length=min(backend.info.max_length, limits.tokens))
         self.policies = policies or PolicyStore(Host(self.info.architecture, self.info.vocab_size))
-        self.max_batch = max_batch
-        self.max_queue = max_queue
+        self.limits = limits
         self._metrics = metrics
-        self._waiting: deque[Generation] = deque()
-        self._running: list[Generation] = []
+        self._scheduler = Scheduler(limits)
         self._change = threading.Condition()
         self._draining = False
         self._stopping = False
@@ -147,9 +123,10 @@ class Engine:
         with self._change:
             if not self.accepting:
                 raise NotServingError("the server is shutting down" if self.alive else "the engine is not running")
-            if len(self._waiting) + len(generations) > self.max_queue:
-                raise QueueFullError(f"{len(self._waiting)} generations are waiting, the limit is {self.max_queue}")
-            self._waiting.extend(generations)
+            if not self._scheduler.room(len(generations)):
+                waiting = len(self._scheduler.waiting)
+                raise QueueFullError(f"{waiting} generations are waiting, the limit is {self.limits.queue}")
+            self._scheduler.add(generations)
             self._gauge()
             self._change.notify_all()
         for request in requests:
@@ -173,7 +150,7 @@ class Engine:
     def wait_idle(self, timeout: float | None = None) -> bool:
         """Wait until nothing is queued or running; whether that happened in time."""
         with self._change:
-            return self._change.wait_for(lambda: not (self._waiting or self._running) or not self.alive, timeout)
+            return self._change.wait_for(lambda: self.idle or not self.alive, timeout)
 
     def stop(self) -> None:
         """End everything that is queued or running, stop the thread, close the backend."""
@@ -185,7 +162,12 @@ class Engine:
         self.backend.close()
 
     def _gauge(self) -> None:
-        self._metrics.queue(running=len(self._running), waiting=len(self._waiting))
+        self._metrics.queue(running=len(self._scheduler.running), waiting=len(self._scheduler.waiting))
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is queued or running."""
+        return not (self._scheduler.waiting or self._scheduler.running)
 
     def _run(self) -> None:
         try:
@@ -196,8 +178,7 @@ class Engine:
             self._failure = error
         finally:
             with self._change:
-                left = [*self._running, *self._waiting]
-                self._running, self._waiting = [], deque()
+                left = self._scheduler.clear()
                 reason = FinishReason.ERROR if self._failure else FinishReason.ABORT
                 for generation in left:
                     self._finish(generation, reason, "the engine has stopped")
@@ -211,12 +192,10 @@ class Engine:
                 if self._stopping:
                     return False
                 self._retire_ended()
-                while self._waiting and len(self._running) < self.max_batch:
-                    generation = self._waiting.popleft()
+                for generation in self._scheduler.admit():
                     self._metrics.queue_time(time.monotonic() - generation.submitted)
-                    self._running.append(generation)
                 self._gauge()
-                if self._running:
+                if self._scheduler.running:
                     return True
                 self._change.notify_all()
                 self._change.wait()
@@ -224,18 +203,17 @@ class Engine:
     def _retire_ended(self) -> None:
         """Take out what was cancelled or is past its deadline, queued or running."""
         now = time.monotonic()
-        for queue in (self._running, self._waiting):
-            for generation in list(queue):
-                reason = generation.cancelled or (FinishReason.TIMEOUT if now > generation.deadline else None)
-                if reason is not None:
-                    queue.remove(generation)
-                    message = "the request's time is up" if reason is FinishReason.TIMEOUT else ""
-                    self._finish(generation, reason, message)
+        for generation in [*self._scheduler.running, *self._scheduler.waiting]:
+            reason = generation.cancelled or (FinishReason.TIMEOUT if now > generation.deadline else None)
+            if reason is not None:
+                self._scheduler.remove(generation)
+                message = "the request's time is up" if reason is FinishReason.TIMEOUT else ""
+                self._finish(generation, reason, message)
 
     def _turn(self) -> None:
-        """One step of everything that runs."""
+        """One step of what fits into a forward."""
         began = time.monotonic()
-        running = list(self._running)
+        running = self._scheduler.pick()
         model_seconds = sampler_seconds = 0.0
         for generations, query, result, seconds in self._predict(running):
             model_seconds += seconds
@@ -304,7 +282,7 @@ class Engine:
 
     def _remove(self, generation: Generation, reason: FinishReason, message: str = "") -> None:
         with self._change:
-            self._running.remove(generation)
+            self._scheduler.remove(generation)
             self._finish(generation, reason, message)
 
     def _finish(self, generation: Generation, reason: FinishReason, message: str = "") -> None:

@@ -31,6 +31,7 @@ class GenerationRequest:
         cache: what is kept from a block's first forward for its others.
         timeout: seconds from submission after which it is ended; None: never.
         counts_prompt: False where another generation of the same request has the same prompt.
+        priority: who waits with a smaller one is admitted first.
     """
 
     prompt: list[int]
@@ -46,6 +47,7 @@ class GenerationRequest:
     cache: CacheMode = CacheMode.NONE
     timeout: float | None = None
     counts_prompt: bool = True
+    priority: int = 0
 
 
 @dataclass(frozen=True)

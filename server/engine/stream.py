@@ -4,7 +4,8 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator
 
-from server.engine.engine import Engine, Generation
+from server.engine.engine import Engine
+from server.engine.generation import Generation
 from server.engine.request import Event, Finished, FinishReason, GenerationRequest
 
 

@@ -16,15 +16,25 @@ LOGIT_ELEMENTS = 1 << 24
 
 
 class TorchBackend:
-    """What each canvas feeds, packed into one forward; last outputs, head and statistics for candidates only."""
+    """What each canvas feeds, packed into one forward; last outputs, head and statistics for candidates only.
 
-    def __init__(self, network: LLaDA, info: ModelInfo) -> None:
+    Args:
+        batch_invariant: compute each canvas on its own, since matrix products round differently with their size.
+    """
+
+    def __init__(self, network: LLaDA, info: ModelInfo, batch_invariant: bool = False) -> None:
+        self.batch_invariant = batch_invariant
         self.network = network.eval()
         self.info = info
         self.device = torch.device(info.device)
 
     @torch.inference_mode()
     def predict(self, query: Query) -> Prediction:
+        if self.batch_invariant:
+            return Prediction.join([self._together(query.one(i)) for i in range(len(query.canvases))]).cpu()
+        return self._together(query).cpu()
+
+    def _together(self, query: Query) -> Prediction:
         batch, back = self.pack(query)
         hidden = self.network.packed(batch)
         back = back.to(self.device, non_blocking=True)
@@ -39,7 +49,7 @@ class TorchBackend:
                 )
                 for start in range(0, len(back), size)
             ]
-        ).cpu()
+        )
 
     def pack(self, query: Query) -> tuple[Packed, Tensor]:
         """The forward of a query, and where in what it gives each of the query's positions is, [n]."""

@@ -39,6 +39,7 @@ def load_model(
     device: str = "auto",
     dtype: str = "auto",
     max_model_len: int | None = None,
+    batch_invariant: bool = False,
 ) -> LoadedModel:
     """Load a model for inference. Raises ModelError, one line, for whatever is wrong with it.
 
@@ -48,6 +49,7 @@ def load_model(
         device: "cpu", "cuda", "cuda:N", or "auto": a GPU if there is one.
         dtype: "float32", "bfloat16", "float16", or "auto": bfloat16 where the device computes in it, else float32.
         max_model_len: a limit on the canvas below the model's own.
+        batch_invariant: results are bitwise the same whatever shares the batch.
     """
     if engine not in ENGINES:
         raise ModelError(f"unknown engine {engine!r}; choose from {', '.join(ENGINES)}")
@@ -73,7 +75,7 @@ def load_model(
         dtype=str(kind).removeprefix("torch."),
         parameters=sum(p.numel() for p in network.parameters()),
     )
-    return LoadedModel(name, TorchBackend(network, info), text)
+    return LoadedModel(name, TorchBackend(network, info, batch_invariant), text)
 
 
 def load_network(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[str, Family, LLaDA]:

@@ -29,7 +29,9 @@ def ask(running: Running, **fields: object) -> socket.socket:
 
 def all_cancelled(running: Running) -> bool:
     """Whether everything that is queued or running has been told to end."""
-    return all(generation.cancelled for generation in [*running.engine._running, *running.engine._waiting])
+    return all(
+        generation.cancelled for generation in [*running.engine._scheduler.running, *running.engine._scheduler.waiting]
+    )
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -64,7 +66,7 @@ def test_a_request_dropped_in_the_queue_never_reaches_the_model(tiny_model: Path
             dropped = ask(running, prompt="#### 8")
             until(lambda: running.gauges() == (1, 1))
             dropped.close()
-            until(lambda: running.engine._waiting[0].cancelled)
+            until(lambda: running.engine._scheduler.waiting[0].cancelled)
         until(lambda: running.gauges() == (0, 0))
         first.close()
         assert running.gate.seen and running.text.encode("#### 8") not in running.gate.seen

@@ -161,7 +161,7 @@ async def test_a_reader_that_does_not_read_slows_nobody(server: Running) -> None
 
     scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
     asking = asyncio.create_task(server.app(scope, receive, send))
-    while server.engine._running or server.engine._waiting or not sent:
+    while not (server.engine.idle and sent):
         await asyncio.sleep(0.01)
     assert len(sent) == 1, "all of it was generated although nothing but the head was taken"
     reads.set()

@@ -17,6 +17,7 @@ from server.engine import (
     Engine,
     FinishReason,
     GenerationRequest,
+    Limits,
     NotServingError,
     QueueFullError,
     RequestError,
@@ -33,8 +34,8 @@ def serve() -> Iterator[Serve]:
     """Starts engines, and stops them at the end."""
     engines: list[Engine] = []
 
-    def started(backend: Backend, **options: Any) -> Engine:
-        engine = Engine(backend, Metrics("test"), **options)
+    def started(backend: Backend, **limits: int) -> Engine:
+        engine = Engine(backend, Metrics("test"), Limits(**limits))
         engines.append(engine)
         engine.start()
         return engine
@@ -147,7 +148,7 @@ def test_end_of_text_is_not_part_of_the_text(serve: Serve) -> None:
 
 def test_more_requests_than_rows_wait_their_turn(serve: Serve) -> None:
     backend = CheapBackend()
-    listeners = run(serve(backend, max_batch=3), [request(i) for i in range(8)])
+    listeners = run(serve(backend, rows=3), [request(i) for i in range(8)])
     assert max(len(batch) for batch in backend.batches) == 3
     for i, listener in enumerate(listeners):
         assert listener.tokens(6 + i) == tokens_alone(i)
@@ -156,7 +157,7 @@ def test_more_requests_than_rows_wait_their_turn(serve: Serve) -> None:
 def test_a_request_cancelled_in_the_queue_never_reaches_the_model(serve: Serve) -> None:
     gate = Gate()
     backend = CheapBackend(before=gate)
-    engine = serve(backend, max_batch=1)
+    engine = serve(backend, rows=1)
     first, second, third = Listener(), Listener(), Listener()
     engine.submit(request(0), first)
     gate.wait()
@@ -176,7 +177,7 @@ def test_a_request_cancelled_in_the_queue_never_reaches_the_model(serve: Serve) 
 def test_a_cancelled_row_is_free_within_one_step(serve: Serve) -> None:
     gate = Gate()
     backend = CheapBackend(before=gate)
-    engine = serve(backend, max_batch=1)
+    engine = serve(backend, rows=1)
     first, second = Listener(), Listener()
     running = engine.submit(request(0, max_tokens=40), first)
     engine.submit(request(1), second)
@@ -282,7 +283,7 @@ def test_a_batch_too_large_for_memory_is_split(serve: Serve) -> None:
 
 def test_a_full_queue_refuses_and_takes_none_of_several(serve: Serve) -> None:
     gate = Gate()
-    engine = serve(CheapBackend(before=gate), max_batch=1, max_queue=2)
+    engine = serve(CheapBackend(before=gate), rows=1, queue=2)
     running = Listener()
     engine.submit(request(0), running)
     gate.wait()
@@ -301,7 +302,7 @@ def test_a_full_queue_refuses_and_takes_none_of_several(serve: Serve) -> None:
 
 def test_draining_finishes_what_there_is_and_takes_no_more(serve: Serve) -> None:
     gate = Gate()
-    engine = serve(CheapBackend(before=gate), max_batch=1)
+    engine = serve(CheapBackend(before=gate), rows=1)
     listeners = [Listener(), Listener()]
     for i, listener in enumerate(listeners):
         engine.submit(request(i), listener)
@@ -319,7 +320,7 @@ def test_draining_finishes_what_there_is_and_takes_no_more(serve: Serve) -> None
 def test_stopping_ends_what_runs_and_waits_and_closes_the_backend() -> None:
     gate = Gate()
     backend = CheapBackend(before=gate)
-    engine = Engine(backend, Metrics("test"), max_batch=1)
+    engine = Engine(backend, Metrics("test"), Limits(rows=1))
     engine.start()
     listeners = [Listener(), Listener()]
     for i, listener in enumerate(listeners):
@@ -339,7 +340,7 @@ def test_stopping_ends_what_runs_and_waits_and_closes_the_backend() -> None:
 
 def test_a_deadline_ends_running_and_waiting_requests(serve: Serve) -> None:
     gate = Gate()
-    engine = serve(CheapBackend(before=gate), max_batch=1)
+    engine = serve(CheapBackend(before=gate), rows=1)
     running, waiting, patient = Listener(), Listener(), Listener()
     late = [engine.submit(request(0, timeout=60), running), engine.submit(request(1, timeout=60), waiting)]
     engine.submit(request(2, timeout=60), patient)
@@ -368,7 +369,7 @@ def test_a_dead_engine_says_so_to_everyone(serve: Serve) -> None:
         raise Fatal
 
     gate = Gate()
-    engine = serve(CheapBackend(before=before), max_batch=1)
+    engine = serve(CheapBackend(before=before), rows=1)
     listeners = [Listener(), Listener()]
     for i, listener in enumerate(listeners):
         engine.submit(request(i), listener)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from server.engine import Committed, Engine, Finished, FinishReason, GenerationRequest, QueueFullError
+from server.engine import Committed, Engine, Finished, FinishReason, GenerationRequest, Limits, QueueFullError
 from server.engine.stream import EventStream, submit_to
 from server.metrics import Metrics
 from tests.engine.backends import CheapBackend, Gate
@@ -19,7 +19,7 @@ def gate() -> Gate:
 
 @pytest.fixture
 def engine(gate: Gate) -> Iterator[Engine]:
-    engine = Engine(CheapBackend(before=gate), Metrics("test"), max_batch=4, max_queue=4)
+    engine = Engine(CheapBackend(before=gate), Metrics("test"), Limits(rows=4, queue=4))
     engine.start()
     yield engine
     gate.open()

@@ -194,3 +194,27 @@ def test_generations_end_at_the_models_end_of_text(ending_model: Path) -> None:
 def test_it_is_a_backend(backend: TorchBackend) -> None:
     seam: Backend = backend
     assert seam.info.device == "cpu" and seam.info.dtype == "float32"
+
+
+def test_batch_invariance_is_bit_for_bit(tiny_model: Path) -> None:
+    """Committed probabilities alone, with 2 and 7 others, and with arrivals in mid-run."""
+    backend = load_model(str(tiny_model), device="cpu", dtype="float32", batch_invariant=True).backend
+
+    def confidences(count: int, late: int = 0) -> list[tuple[list[int], list[float]]]:
+        running = rows(count, temperature=0.6)
+        for i, row in enumerate(running):
+            row.cache = (CacheMode.NONE, CacheMode.DUAL, CacheMode.PREFIX)[i % 3]
+        watched, told = running[1 % count], []
+        turn = 0
+        while not watched.finished:
+            live = [r for i, r in enumerate(running) if not r.finished and (r is watched or i < 2 or turn >= late)]
+            query = ask(live)
+            outcome = advance(live, query, backend.predict(query))[live.index(watched)]
+            told.append((outcome.positions, outcome.confidences))
+            turn += 1
+        return told
+
+    reference = confidences(2)
+    assert len(reference) > 3
+    for count, late in ((3, 0), (8, 0), (8, 2)):
+        assert confidences(count, late) == reference
