@@ -10,7 +10,7 @@ from server.packages import foreign_packages
 
 def create_cli() -> typer.Typer:
     """All commands."""
-    from server.commands import catalogue, evaluate, generate, serve, train, train_policy
+    from server.commands import bench, catalogue, evaluate, generate, serve, train, train_policy
 
     cli = typer.Typer(
         name="unmask",
@@ -20,7 +20,7 @@ def create_cli() -> typer.Typer:
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
     )
-    for commands in (serve, generate, catalogue, evaluate, train, train_policy):
+    for commands in (serve, generate, catalogue, evaluate, bench, train, train_policy):
         commands.register(cli)
     return cli
 

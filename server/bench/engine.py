@@ -1,0 +1,205 @@
+"""The engine alone: against the plain loop, by parts, with many samplers, its model against bare matrix products."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from samplers import Canvas, get_sampler
+from samplers.denoising import Denoising, ask
+from server.bench.reference import generate
+from server.bench.results import Result, alternate, ratio_of, spread
+from server.bench.subjects import Subject
+from server.engine import Engine, Finished, GenerationRequest, Limits
+from server.engine.request import Event
+from server.metrics import Metrics
+
+MIXED: list[tuple[str, dict[str, Any]]] = [
+    ("topk", {"k": 2}),
+    ("random", {"k": 2}),
+    ("sequential", {"k": 2}),
+    ("margin", {"k": 2}),
+    ("entropy", {"k": 2}),
+    ("threshold", {"threshold": 1.0, "k": 2}),
+    ("dream", {"alg": "topk_margin"}),
+    ("entropy_bound", {"gamma": 0.0}),
+]
+
+
+class Running:
+    """An engine around a subject's backend, and how long its parts took."""
+
+    def __init__(self, subject: Subject) -> None:
+        self._metrics = Metrics(subject.name)
+        self._name = subject.name
+        self._subject = subject
+        self.engine = Engine(subject.backend, self._metrics, Limits(rows=64, queue=1024, tokens=1 << 20))
+        self.engine.start()
+
+    def requests(self, prompts: list[list[int]], sampler: str, params: dict[str, Any], ends: bool) -> list[Any]:
+        chosen = get_sampler(sampler)
+        end_ids = self._subject.backend.info.end_ids if ends else frozenset[int]()
+        return [
+            GenerationRequest(
+                prompt,
+                self._subject.gen_length,
+                sampler,
+                chosen.Params(**params),
+                block_length=self._subject.block_length,
+                end_ids=end_ids,
+            )
+            for prompt in prompts
+        ]
+
+    def run(self, requests: list[GenerationRequest]) -> tuple[float, int, int]:
+        """Seconds until all are done, tokens and forwards of all."""
+        done = threading.Semaphore(0)
+        finished: list[Finished] = []
+
+        def deliver(event: Event) -> None:
+            if isinstance(event, Finished):
+                finished.append(event)
+                done.release()
+
+        began = time.perf_counter()
+        self.engine.submit_all(requests, [deliver] * len(requests))
+        for _ in requests:
+            done.acquire()
+        seconds = time.perf_counter() - began
+        return seconds, sum(each.completion_tokens for each in finished), sum(each.forwards for each in finished)
+
+    def parts(self) -> dict[str, float]:
+        """Seconds so far, by part of a step."""
+        sample = self._metrics.registry.get_sample_value
+        return {
+            part: sample("dllm_step_seconds_sum", {"model_name": self._name, "part": part}) or 0.0
+            for part in ("model", "sampler", "rest")
+        }
+
+
+def measure_engine(subject: Subject, rounds: int, concurrent: tuple[int, ...] = (1, 4, 16)) -> Iterator[Result]:
+    """All measurements of one model."""
+    running = Running(subject)
+    detail = {
+        "model": subject.name,
+        "gen_length": subject.gen_length,
+        "block_length": subject.block_length,
+        "steps": subject.steps,
+        "prompt_length": len(subject.prompts[0]),
+    }
+    for count in concurrent:
+        yield _against_reference(running, subject, subject.prompts[:count], rounds, False, detail)
+        if subject.ends:
+            yield _against_reference(running, subject, subject.ends[:count], rounds, True, detail)
+    yield _parts(running, subject, rounds, detail)
+    yield _mixed(running, subject, rounds, detail)
+    yield _matmul(subject, rounds, detail)
+    running.engine.drain()
+    running.engine.wait_idle()
+
+
+def _against_reference(
+    running: Running, subject: Subject, prompts: list[list[int]], rounds: int, ends: bool, detail: dict[str, Any]
+) -> Result:
+    """Tokens a second; where answers end early, only tokens before the end count, for both."""
+    requests = running.requests(prompts, "topk", {"steps": subject.steps}, ends)
+    tokens = running.run(requests)[1]
+
+    def plain() -> float:
+        began = time.perf_counter()
+        generate(
+            subject.backend.network,
+            torch.tensor(prompts),
+            subject.gen_length,
+            subject.block_length,
+            subject.steps,
+            subject.backend.info.mask_id,
+        )
+        return tokens / (time.perf_counter() - began)
+
+    def ours() -> float:
+        seconds, _, _ = running.run(requests)
+        return tokens / seconds
+
+    fast, slow = alternate(ours, plain, rounds)
+    name = f"engine_vs_reference_{len(prompts)}" + ("_ends_early" if ends else "")
+    return ratio_of(name, "throughput ratio", fast, slow, **detail, tokens=tokens, reference_tokens_per_second=slow[0])
+
+
+def _parts(running: Running, subject: Subject, rounds: int, detail: dict[str, Any]) -> Result:
+    """Share of sampler and rest in a step of 16 requests of eight samplers."""
+    shares, model = [], []
+    for _ in range(rounds):
+        before = running.parts()
+        running.run(_many(running, subject, MIXED))
+        spent = {part: seconds - before[part] for part, seconds in running.parts().items()}
+        shares.append((spent["sampler"] + spent["rest"]) / sum(spent.values()))
+        model.append(spent["model"] / sum(spent.values()))
+    return spread("sampler_and_rest_share", "share of step time", shares, **detail, rows=16, model_share=model[0])
+
+
+def _many(running: Running, subject: Subject, rules: list[tuple[str, dict[str, Any]]]) -> list[GenerationRequest]:
+    """Sixteen requests, two or more of each rule."""
+    found: list[GenerationRequest] = []
+    for i in range(16):
+        name, params = rules[i % len(rules)]
+        if name == "dream":
+            params = params | {"steps": subject.gen_length // 2}
+        found += running.requests([subject.prompts[i]], name, params, False)
+    return found
+
+
+def _mixed(running: Running, subject: Subject, rounds: int, detail: dict[str, Any]) -> Result:
+    """Seconds a row and forward: eight samplers in the batch over one."""
+
+    def cost(rules: list[tuple[str, dict[str, Any]]]) -> Callable[[], float]:
+        def measured() -> float:
+            seconds, _, forwards = running.run(_many(running, subject, rules))
+            return seconds / forwards
+
+        return measured
+
+    mixed, one = alternate(cost(MIXED), cost(MIXED[:1]), rounds)
+    return ratio_of("mixed_samplers_cost", "seconds a row and forward, ratio", mixed, one, **detail, rows=16)
+
+
+def _matmul(subject: Subject, rounds: int, detail: dict[str, Any]) -> Result:
+    """The matrix products of a forward alone, over the forward: the share of what the machine can do."""
+    backend, config = subject.backend, subject.backend.network.config
+    sampler = get_sampler("topk")
+    rows = [
+        Denoising(
+            Canvas.blank(prompt, subject.gen_length, backend.info.mask_id, subject.block_length),
+            sampler,
+            sampler.Params(),
+        )
+        for prompt in subject.prompts[:16]
+    ]
+    query = ask(rows)
+    tokens, wanted = sum(row.canvas.layout.length for row in rows), len(query.row)
+    shapes = [(tokens, config.d_model, config.d_model)] * 4 + [(tokens, config.d_model, config.mlp_width)] * 2
+    shapes += [(tokens, config.mlp_width, config.d_model)]
+    last = [(tokens, config.d_model, config.d_model)] * 2 + [(wanted, n, k) for _, n, k in shapes[2:]]
+    shapes = shapes * (config.n_layers - 1) + last + [(wanted, config.d_model, config.rows)]
+    weights = {(n, k): torch.randn(k, n) for _, n, k in shapes}
+    inputs = {(m, n): torch.randn(m, n) for m, n, _ in shapes}
+
+    def bare() -> float:
+        began = time.perf_counter()
+        with torch.inference_mode():
+            for m, n, k in shapes:
+                torch.nn.functional.linear(inputs[m, n], weights[n, k])
+        return time.perf_counter() - began
+
+    def model() -> float:
+        began = time.perf_counter()
+        backend.predict(query)
+        return time.perf_counter() - began
+
+    alone, whole = alternate(bare, model, rounds)
+    flops = 2.0 * sum(m * n * k for m, n, k in shapes)
+    return ratio_of(
+        "model_vs_matmul", "share of the model's time", alone, whole, **detail, rows=16, gflops=flops / alone[0] / 1e9
+    )

@@ -1,0 +1,63 @@
+"""Ratios of alternating measurements, and the file they go to."""
+
+import json
+import os
+import platform
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Measure = Callable[[], float]
+"""Do a thing once; what it was worth: seconds, or tokens a second."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A ratio: median, quartiles, what it is a ratio of, and how it came about."""
+
+    name: str
+    ratio: float
+    low: float
+    high: float
+    unit: str
+    detail: dict[str, Any] = field(default_factory=dict)
+
+
+def alternate(first: Measure, second: Measure, rounds: int) -> tuple[list[float], list[float]]:
+    """Both measured `rounds` times in turn, after one round that does not count."""
+    first()
+    second()
+    found = [(first(), second()) for _ in range(rounds)]
+    return [a for a, _ in found], [b for _, b in found]
+
+
+def ratio_of(name: str, unit: str, over: list[float], under: list[float], **detail: Any) -> Result:
+    """The median of over / under, round by round."""
+    return spread(name, unit, [a / b for a, b in zip(over, under, strict=True)], **detail)
+
+
+def spread(name: str, unit: str, ratios: list[float], **detail: Any) -> Result:
+    """Median and quartiles of ratios."""
+    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
+    rounded = {key: round(value, 4) if isinstance(value, float) else value for key, value in detail.items()}
+    return Result(name, round(middle, 4), round(low, 4), round(high, 4), unit, rounded | {"rounds": len(ratios)})
+
+
+def machine() -> dict[str, Any]:
+    """What it was measured on."""
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
+
+
+def write_results(path: Path, results: Iterable[Result]) -> None:
+    content = {"machine": machine(), "results": [asdict(result) for result in results]}
+    path.write_text(json.dumps(content, indent=1) + "\n")

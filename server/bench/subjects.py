@@ -1,0 +1,98 @@
+"""What is measured: a model, and prompts of one length for it."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from policies.tasks import get_task
+from server.engine.backend import ModelInfo
+from server.engine.torch_backend import TorchBackend
+from server.models.llada import LLaDA, LLaDAConfig
+from server.models.loading import EMBEDDED_NAME, find_model, load_model
+
+RANDOM_NAME = "random-100m"
+RANDOM = {
+    "d_model": 640,
+    "n_layers": 10,
+    "n_heads": 10,
+    "mlp_hidden_size": 2048,
+    "vocab_size": 32_000,
+    "embedding_size": 32_000,
+    "max_sequence_length": 4096,
+    "mask_token_id": 31_999,
+    "eos_token_id": 31_998,
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model under measurement.
+
+    Attributes:
+        prompts: ids, as many as are ever asked at once, all of one length.
+        ends: such prompts whose answers end before `gen_length`; empty where the model knows no end.
+        gen_length, block_length, steps: how they are answered.
+    """
+
+    name: str
+    backend: TorchBackend
+    prompts: list[list[int]]
+    ends: list[list[int]]
+    gen_length: int
+    block_length: int
+    steps: int
+
+
+def embedded(count: int) -> Subject:
+    """The embedded model with word problems, and with short sums that end early."""
+    loaded = load_model(None, device="cpu", dtype="float32")
+    assert isinstance(loaded.backend, TorchBackend)
+
+    def prompts(task: str) -> list[list[int]]:
+        """Of the most frequent length."""
+        found: dict[int, list[list[int]]] = {}
+        for problem in get_task(task).problems(40 * count, 0, "train"):
+            ids = loaded.text.encode(problem.prompt)
+            found.setdefault(len(ids), []).append(ids)
+            if len(found[len(ids)]) == count:
+                return found[len(ids)]
+        raise ValueError(f"too few problems of {task} of one length")
+
+    return Subject(EMBEDDED_NAME, loaded.backend, prompts("chain"), prompts("totals"), 64, 64, 32)
+
+
+def random_model(count: int) -> Subject:
+    """About 100 M random weights and a vocabulary of 32,000, since a tiny model hides costs."""
+    torch.manual_seed(0)
+    network = LLaDA(LLaDAConfig.model_validate(RANDOM)).requires_grad_(False).eval()
+    for weight in network.parameters():
+        if weight.dim() == 2:
+            weight.data.normal_(std=weight.shape[1] ** -0.5)
+    config = network.config
+    info = ModelInfo(
+        architecture="LLaDAModelLM",
+        max_length=config.max_sequence_length,
+        vocab_size=config.rows,
+        mask_id=config.mask_token_id,
+        end_ids=config.end_ids,
+        block_length=None,
+        device="cpu",
+        dtype="float32",
+        parameters=sum(weight.numel() for weight in network.parameters()),
+    )
+    prompts = torch.randint(31_000, (count, 32), generator=torch.Generator().manual_seed(1)).tolist()
+    return Subject(RANDOM_NAME, TorchBackend(network, info), prompts, [], 64, 32, 16)
+
+
+def write_random_model(subject: Subject, folder: Path) -> None:
+    """The random model as a folder that a server can load, with the embedded model's tokenizer."""
+    _, source = find_model(None)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(source / name, folder / name)
+    config = {"architectures": [subject.backend.info.architecture], "model_type": "llada", **RANDOM}
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(subject.backend.network.state_dict(), folder / "model.safetensors")

@@ -1,0 +1,69 @@
+"""`unmask bench`: ratios measured in one run, on this machine."""
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from server.commands.options import Threads, check_parent, progress_console, use_threads
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from server.bench.results import Result
+
+Json = Annotated[Path | None, typer.Option("--json", help="Write the results there.", metavar="FILE")]
+Rounds = Annotated[int, typer.Option("--rounds", min=1, help="Rounds in which both sides of a ratio are measured.")]
+Small = Annotated[bool, typer.Option("--embedded-only", help="Leave out the random model of 100 M weights.")]
+
+
+def register(app: typer.Typer) -> None:
+    commands = typer.Typer(help="Measure on this machine; ratios of two things that alternate in one run.")
+    commands.command("engine")(engine)
+    commands.command("http")(http)
+    app.add_typer(commands, name="bench")
+
+
+def engine(json: Json = None, rounds: Rounds = 5, embedded_only: Small = False, threads: Threads = None) -> None:
+    """The engine alone: against a plain loop, by parts, with many samplers, against bare matrix products."""
+    from server.bench.engine import measure_engine
+    from server.bench.subjects import embedded, random_model
+
+    check_parent("--json", json)
+    use_threads(threads)
+    subjects = [embedded] if embedded_only else [embedded, random_model]
+    _tell((result for make in subjects for result in measure_engine(make(16), rounds)), json)
+
+
+def http(json: Json = None, rounds: Rounds = 5, embedded_only: Small = False, threads: Threads = None) -> None:
+    """The API over a socket, streaming, against the engine alone."""
+    from server.bench.http import measure_http
+    from server.bench.subjects import embedded, random_model, write_random_model
+
+    check_parent("--json", json)
+    use_threads(threads)
+
+    def results() -> "Iterable[Result]":
+        yield from measure_http(embedded(16), None, rounds, (1, 16))
+        if not embedded_only:
+            with tempfile.TemporaryDirectory() as folder:
+                subject = random_model(16)
+                write_random_model(subject, Path(folder))
+                yield from measure_http(subject, Path(folder), rounds, (1, 16))
+
+    _tell(results(), json)
+
+
+def _tell(results: "Iterable[Result]", json: Path | None) -> None:
+    """A line for each result as it comes, and all of them to the file."""
+    from server.bench.results import write_results
+
+    found: list[Result] = []
+    with progress_console().status("measuring"):
+        for result in results:
+            found.append(result)
+            spread = f"{result.low:.3f} ... {result.high:.3f}"
+            typer.echo(f"{result.detail['model']}: {result.name} {result.ratio:.3f} ({spread}), {result.unit}")
+    if json is not None:
+        write_results(json, found)

@@ -1,0 +1,68 @@
+"""The benchmarks measure what they say, at a size that takes no time; no time is asserted."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from samplers import Canvas, get_sampler
+from samplers.denoising import Denoising, denoise
+from server.bench.engine import measure_engine
+from server.bench.reference import generate
+from server.bench.results import alternate, ratio_of, write_results
+from server.bench.subjects import Subject, embedded
+from server.engine.torch_backend import TorchBackend
+from server.models.loading import load_model
+
+
+def tiny(folder: Path) -> Subject:
+    backend = load_model(str(folder), device="cpu", dtype="float32").backend
+    assert isinstance(backend, TorchBackend)
+    prompts = torch.randint(2, 60, (16, 5), generator=torch.Generator().manual_seed(0)).tolist()
+    return Subject("tiny", backend, prompts, prompts, 16, 8, 8)
+
+
+def test_the_plain_loop_gives_the_engines_tokens(tiny_model: Path) -> None:
+    subject = tiny(tiny_model)
+    info = subject.backend.info
+    canvases, forwards = generate(subject.backend.network, torch.tensor(subject.prompts), 16, 8, 8, info.mask_id)
+    topk = get_sampler("topk")
+    rows = [
+        Denoising(Canvas.blank(prompt, 16, info.mask_id, 8), topk, topk.Params(steps=8)) for prompt in subject.prompts
+    ]
+    denoise(rows, subject.backend.predict)
+    assert canvases.tolist() == [row.canvas.tokens.tolist() for row in rows]
+    assert forwards == 8 == rows[0].forwards
+
+
+def test_every_measurement_is_there(tiny_model: Path, tmp_path: Path) -> None:
+    results = list(measure_engine(tiny(tiny_model), rounds=2, concurrent=(1, 4)))
+    assert [result.name for result in results] == [
+        "engine_vs_reference_1",
+        "engine_vs_reference_1_ends_early",
+        "engine_vs_reference_4",
+        "engine_vs_reference_4_ends_early",
+        "sampler_and_rest_share",
+        "mixed_samplers_cost",
+        "model_vs_matmul",
+    ]
+    for result in results:
+        assert 0 < result.low <= result.ratio <= result.high and result.detail["model"] == "tiny"
+    write_results(tmp_path / "out.json", results)
+    content = json.loads((tmp_path / "out.json").read_text())
+    assert content["machine"]["cores"] >= 1 and len(content["results"]) == len(results)
+    assert set(content["results"][0]) == {"name", "ratio", "low", "high", "unit", "detail"}
+
+
+def test_ratios_are_taken_round_by_round() -> None:
+    first, second = iter([9.0, 2.0, 4.0, 6.0]), iter([9.0, 1.0, 1.0, 1.0])
+    over, under = alternate(lambda: next(first), lambda: next(second), 3)
+    result = ratio_of("a", "b", over, under, model="c")
+    assert (over, under) == ([2.0, 4.0, 6.0], [1.0, 1.0, 1.0])
+    assert result.ratio == 4.0 and result.low <= 4.0 <= result.high and result.detail["rounds"] == 3
+
+
+def test_prompts_are_of_one_length() -> None:
+    subject = embedded(4)
+    for prompts in (subject.prompts, subject.ends):
+        assert len(prompts) == 4 and len({len(prompt) for prompt in prompts}) == 1
