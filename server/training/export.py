@@ -58,8 +58,10 @@ def model_json(config: LLaDAConfig) -> dict[str, Any]:
 def model_card(trainer: Trainer, recipe_text: str, threads: int, note: str, size: int) -> str:
     """What the model is, how it was trained and how to measure it; `size` is of its weights in bytes."""
     parameters = sum(p.numel() for p in trainer.model.parameters())
-    tasks = "\n".join(f"- `{task.name}`: {task.description}" for task in embedded_tasks())
-    example = embedded_tasks()[0].problems(1, 0, "heldout")[0]
+    taught = {name for batch in trainer.recipe.micro_batch for name in batch.rows}
+    known = [task for task in embedded_tasks() if task.name in taught] or embedded_tasks()
+    tasks = "\n".join(f"- `{task.name}`: {task.description}" for task in known)
+    example = known[0].problems(1, 0, "heldout")[0]
     remark = f"\n{note.strip()}\n" if note else ""
     return f"""---
 license: apache-2.0

@@ -68,6 +68,8 @@ def test_a_recipe_becomes_a_model_that_is_served(recipe: Path, tmp_path: Path) -
         os.stat(path).st_mode & 0o044 == 0o044 for path in out.iterdir() if path.name != "checkpoint.safetensors"
     )
     assert not list(out.glob("*.partial"))
+    card = (out / "README.md").read_text()
+    assert "- `sort`:" in card and "- `reverse`:" in card and "- `sudoku`:" not in card
 
     card = Card.read(out)
     assert RECIPE.strip() in card.before
