@@ -25,7 +25,7 @@ def test_one_sampler_with_its_parameters() -> None:
 
 
 def test_an_unknown_sampler_is_wrong_use() -> None:
-    assert "unknown sampler 'best'; choose from random, topk, threshold" in refused(2, "samplers", "best")
+    assert "unknown sampler 'best'; choose from random, sequential, topk" in refused(2, "samplers", "best")
 
 
 def test_tasks_are_listed() -> None:

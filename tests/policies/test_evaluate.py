@@ -119,7 +119,7 @@ def test_specs() -> None:
     assert (spec.name, spec.stated()) == ("threshold", {"threshold": 0.75})
     assert SamplerSpec.parse("topk:steps=4").stated() == {"steps": 4}
     assert [SamplerSpec.parse(text).name for text in FRONTIER].count("threshold") == 7
-    with pytest.raises(UnknownSamplerError, match="choose from random, topk, threshold"):
+    with pytest.raises(UnknownSamplerError, match="choose from random, sequential, topk"):
         SamplerSpec.parse("best")
 
 
