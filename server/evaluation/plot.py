@@ -5,7 +5,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from policies.evaluate import Row
 from policies.oracle import Oracle
@@ -44,6 +44,8 @@ def draw(rows: list[Row], model: str, path: Path) -> None:
             _panel(axes, [row for row in group if column(row) == task], names)
             axes.set_title(f"{task}, {setting.title().partition(';')[0].lower()}", fontsize=9)
         line[0].set_ylabel("accuracy, %")
+    lowest = min((row.accuracy_low for row in rows), default=0.0)
+    panels[0][0].set_ylim(max(-3, 100 * lowest - 4), 103)
     for axes in panels[-1]:
         axes.set_xlabel("tokens per forward")
     handles = {handle.get_label(): handle for axes in panels.flat for handle in axes.get_legend_handles_labels()[0]}
@@ -88,5 +90,6 @@ def _panel(axes: Axes, rows: list[Row], names: list[str]) -> None:
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda tpf, _: f"{tpf:g}"))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_ylim(-3, 103)
+    if rows and max(row.tpf for row in rows) < 4 * min(row.tpf for row in rows):
+        axes.xaxis.set_major_locator(LogLocator(base=2, subs=(1.0, 1.25, 1.5, 1.75)))
     axes.grid(alpha=0.3)
