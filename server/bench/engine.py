@@ -17,15 +17,16 @@ from server.engine.request import Event
 from server.metrics import Metrics
 
 MIXED: list[tuple[str, dict[str, Any]]] = [
-    ("topk", {"k": 2}),
-    ("random", {"k": 2}),
-    ("sequential", {"k": 2}),
-    ("margin", {"k": 2}),
-    ("entropy", {"k": 2}),
-    ("threshold", {"threshold": 1.0, "k": 2}),
+    ("topk", {}),
+    ("random", {}),
+    ("sequential", {}),
+    ("margin", {}),
+    ("entropy", {}),
+    ("threshold", {"threshold": 1.0}),
     ("dream", {"alg": "topk_margin"}),
-    ("entropy_bound", {"gamma": 0.0}),
+    ("hierarchy", {"threshold": None, "low_threshold": None}),
 ]
+"""Eight rules; where one takes a number of steps, all take the same."""
 
 
 class Running:
@@ -145,8 +146,8 @@ def _many(running: Running, subject: Subject, rules: list[tuple[str, dict[str, A
     found: list[GenerationRequest] = []
     for i in range(16):
         name, params = rules[i % len(rules)]
-        if name == "dream":
-            params = params | {"steps": subject.gen_length // 2}
+        if name != "hierarchy":
+            params = params | {"steps": 8}
         found += running.requests([subject.prompts[i]], name, params, False)
     return found
 

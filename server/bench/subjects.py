@@ -85,7 +85,7 @@ def random_model(count: int) -> Subject:
         parameters=sum(weight.numel() for weight in network.parameters()),
     )
     prompts = torch.randint(31_000, (count, 32), generator=torch.Generator().manual_seed(1)).tolist()
-    return Subject(RANDOM_NAME, TorchBackend(network, info), prompts, [], 64, 32, 16)
+    return Subject(RANDOM_NAME, TorchBackend(network, info), prompts, [], 32, 32, 8)
 
 
 def write_random_model(subject: Subject, folder: Path) -> None:

@@ -80,9 +80,10 @@ class Packed:
             k, v: of all tokens, [tokens, heads, head_dim].
         """
         everything = len(q) == len(k)
-        out = torch.empty_like(q)
+        runs = self._runs if everything else self._last_runs
+        out = None if len(runs) == 1 else q.new_empty(q.shape)
         asked = first = 0
-        for run in self._runs if everything else self._last_runs:
+        for run in runs:
             rows, fed = len(run.rows), run.rows[0].fed
             queries = slice(asked, asked + rows * run.count)
             keys = slice(first, first + rows * fed)
@@ -103,7 +104,10 @@ class Packed:
                 row_k.view(shape).transpose(1, 2),
                 row_v.view(shape).transpose(1, 2),
             )
+            if out is None:
+                return mixed.transpose(1, 2).reshape(q.shape)
             out[queries].view(shape).copy_(mixed.transpose(1, 2))
+        assert out is not None
         return out
 
 
