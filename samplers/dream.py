@@ -6,13 +6,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from samplers.base import Sampler, SamplerParams, Selection, Step, best
-from samplers.canvas import Layout
+from samplers.base import SamplerParams, Selection, Step, best
 from samplers.prediction import Statistic
-from samplers.schedule import check_steps, share_of
+from samplers.schedule import ScheduledSampler, share_of
 
 
-class Dream(Sampler):
+class Dream(ScheduledSampler):
     """Unmask as Dream does: a share of the candidates that follows from the time, at random or the surest of them.
 
     Dream 7B, arXiv 2508.15487, its generation_utils.py. At step s of S the time falls from t to u on a straight line
@@ -36,9 +35,6 @@ class Dream(Sampler):
         alg_temp: float = Field(
             0.0, ge=0, le=100, description="draw positions from softmax(sureness / alg_temp); 0 takes the surest"
         )
-
-    def check(self, params: SamplerParams, layout: Layout) -> None:
-        check_steps(params, layout)
 
     def select(self, step: Step) -> Selection:
         kinds = [getattr(params, "alg", "entropy") for params in step.params]

@@ -1,19 +1,14 @@
 """Random order."""
 
-from samplers.base import Sampler, SamplerParams, Selection, Step, best
-from samplers.canvas import Layout
-from samplers.schedule import ScheduledParams, check_steps, quota
+from samplers.base import Selection, Step, best
+from samplers.schedule import ScheduledSampler, quota
 
 
-class Random(Sampler):
+class Random(ScheduledSampler):
     """Commit candidates in random order, a fixed number per forward pass; the baseline of every comparison."""
 
     name = "random"
     paper = "https://arxiv.org/abs/2502.09992"
-    Params = ScheduledParams
-
-    def check(self, params: SamplerParams, layout: Layout) -> None:
-        check_steps(params, layout)
 
     def select(self, step: Step) -> Selection:
         return Selection(commit=best(step.uniform(), step.candidate, quota(step)))

@@ -6,7 +6,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from samplers.base import ParameterError, SamplerParams, Selection, Step, best
+from samplers.base import ParameterError, Sampler, SamplerParams, Selection, Step, best
 from samplers.canvas import Layout
 
 
@@ -26,6 +26,27 @@ class ScheduledParams(SamplerParams):
         if self.k is not None and self.steps is not None:
             raise ValueError("give k or steps, not both")
         return self
+
+
+class NumberOrThresholdParams(ScheduledParams):
+    """A number of tokens, or a bound that all must pass."""
+
+    threshold: float | None = None
+
+    @model_validator(mode="after")
+    def _a_number_or_a_threshold(self) -> "NumberOrThresholdParams":
+        if self.threshold is not None and (self.k is not None or self.steps is not None):
+            raise ValueError("give threshold or a number of tokens, not both")
+        return self
+
+
+class ScheduledSampler(Sampler):
+    """A rule whose parameters may name a number of steps."""
+
+    Params = ScheduledParams
+
+    def check(self, params: SamplerParams, layout: Layout) -> None:
+        check_steps(params, layout)
 
 
 def check_steps(params: SamplerParams, layout: Layout) -> None:

@@ -2,12 +2,11 @@
 
 import torch
 
-from samplers.base import Sampler, SamplerParams, Selection, Step, best
-from samplers.canvas import Layout
-from samplers.schedule import ScheduledParams, check_steps, quota
+from samplers.base import Selection, Step, best
+from samplers.schedule import ScheduledSampler, quota
 
 
-class Sequential(Sampler):
+class Sequential(ScheduledSampler):
     """Commit the leftmost candidates, a fixed number per forward pass.
 
     SDAR's `sequential` (arXiv 2510.06303, its generate.py); with k = 1 the order of an autoregressive model.
@@ -15,10 +14,6 @@ class Sequential(Sampler):
 
     name = "sequential"
     paper = "https://arxiv.org/abs/2510.06303"
-    Params = ScheduledParams
-
-    def check(self, params: SamplerParams, layout: Layout) -> None:
-        check_steps(params, layout)
 
     def select(self, step: Step) -> Selection:
         place = -torch.arange(step.candidate.shape[1], dtype=torch.float32, device=step.candidate.device)

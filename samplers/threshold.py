@@ -2,12 +2,11 @@
 
 from pydantic import Field
 
-from samplers.base import Sampler, SamplerParams, Selection, Step, best
-from samplers.canvas import Layout
-from samplers.schedule import ScheduledParams, check_steps, quota
+from samplers.base import Selection, Step, best
+from samplers.schedule import ScheduledParams, ScheduledSampler, quota
 
 
-class Threshold(Sampler):
+class Threshold(ScheduledSampler):
     """Commit every candidate at least as sure as a threshold, and always the surest one.
 
     Fast-dLLM, arXiv 2505.22618, section 3.3. With `k` or `steps` at least so many a forward are committed: SDAR's
@@ -19,9 +18,6 @@ class Threshold(Sampler):
 
     class Params(ScheduledParams):
         threshold: float = Field(0.9, gt=0, le=1, description="commit candidates with confidence >= this")
-
-    def check(self, params: SamplerParams, layout: Layout) -> None:
-        check_steps(params, layout)
 
     def select(self, step: Step) -> Selection:
         least = best(step.confidence, step.candidate, quota(step))

@@ -1,11 +1,10 @@
 """The surest first, a fixed number per forward."""
 
-from samplers.base import Sampler, SamplerParams, Selection, Step, best
-from samplers.canvas import Layout
-from samplers.schedule import ScheduledParams, check_steps, quota
+from samplers.base import Selection, Step, best
+from samplers.schedule import ScheduledSampler, quota
 
 
-class TopK(Sampler):
+class TopK(ScheduledSampler):
     """Commit the surest candidates, a fixed number per forward pass (LLaDA's low-confidence remasking).
 
     LLaDA, arXiv 2502.09992, algorithm 5; `steps` is its schedule.
@@ -13,10 +12,6 @@ class TopK(Sampler):
 
     name = "topk"
     paper = "https://arxiv.org/abs/2502.09992"
-    Params = ScheduledParams
-
-    def check(self, params: SamplerParams, layout: Layout) -> None:
-        check_steps(params, layout)
 
     def select(self, step: Step) -> Selection:
         return Selection(commit=best(step.confidence, step.candidate, quota(step)))

@@ -9,10 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 from policies.tasks import get_task
-from server.engine.backend import ModelInfo
 from server.engine.torch_backend import TorchBackend
 from server.models.llada import LLaDA, LLaDAConfig
-from server.models.loading import EMBEDDED_NAME, find_model, load_model
+from server.models.loading import EMBEDDED_NAME, describe, find_model, load_model
 
 RANDOM_NAME = "random-100m"
 RANDOM = {
@@ -72,18 +71,7 @@ def random_model(count: int) -> Subject:
     for weight in network.parameters():
         if weight.dim() == 2:
             weight.data.normal_(std=weight.shape[1] ** -0.5)
-    config = network.config
-    info = ModelInfo(
-        architecture="LLaDAModelLM",
-        max_length=config.max_sequence_length,
-        vocab_size=config.rows,
-        mask_id=config.mask_token_id,
-        end_ids=config.end_ids,
-        block_length=None,
-        device="cpu",
-        dtype="float32",
-        parameters=sum(weight.numel() for weight in network.parameters()),
-    )
+    info = describe("LLaDAModelLM", network)
     prompts = torch.randint(31_000, (count, 32), generator=torch.Generator().manual_seed(1)).tolist()
     return Subject(RANDOM_NAME, TorchBackend(network, info), prompts, [], 32, 32, 8)
 

@@ -1,7 +1,7 @@
 """From a folder or a hub id to a model that is ready to run."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from server.models.registry import Family, find_family
 from server.models.text import TextCodec
 from server.models.weights import SkipInit, load_weights
 
-__all__ = ["LoadedModel", "ModelError", "find_model", "load_model", "load_network"]
+__all__ = ["LoadedModel", "ModelError", "describe", "find_model", "load_model", "load_network"]
 
 EMBEDDED_NAME = "unmask-tiny"
 ENGINES = ("torch",)
@@ -64,18 +64,31 @@ def load_model(
             f"{folder / 'tokenizer.json'}: has token ids up to {text.vocab_size - 1}, but the model's vocabulary ends "
             f"at {config.rows - 1}"
         )
-    info = ModelInfo(
-        architecture=architecture,
+    info = replace(
+        describe(architecture, network),
         max_length=min(config.max_sequence_length, max_model_len or config.max_sequence_length),
-        vocab_size=config.rows,
-        mask_id=config.mask_token_id,
         end_ids=_end_ids(folder, network, family, text),
         block_length=family.block_length,
         device=str(place),
         dtype=str(kind).removeprefix("torch."),
-        parameters=sum(p.numel() for p in network.parameters()),
     )
     return LoadedModel(name, TorchBackend(network, info, batch_invariant), text)
+
+
+def describe(architecture: str, network: LLaDA) -> ModelInfo:
+    """What a network itself says of it, in full precision on the processor, in full diffusion."""
+    config = network.config
+    return ModelInfo(
+        architecture=architecture,
+        max_length=config.max_sequence_length,
+        vocab_size=config.rows,
+        mask_id=config.mask_token_id,
+        end_ids=config.end_ids,
+        block_length=None,
+        device="cpu",
+        dtype="float32",
+        parameters=sum(p.numel() for p in network.parameters()),
+    )
 
 
 def load_network(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[str, Family, LLaDA]:

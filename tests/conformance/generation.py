@@ -12,9 +12,8 @@ from torch import Tensor
 
 from samplers import CacheMode, Canvas, Sampler, get_sampler
 from samplers.denoising import Denoising, Predict
-from server.engine.backend import ModelInfo
 from server.engine.torch_backend import TorchBackend
-from server.models.loading import ModelError, load_network
+from server.models.loading import ModelError, describe, load_network
 from tests.conformance.forwards import CHECKS, fed_logits
 from tests.conformance.originals import Original, ReleasedFactor, stream_of
 from tests.conformance.replay import compare_states, replay
@@ -62,18 +61,7 @@ class Family:
                 architecture, _, network = load_network(self._folder / "checkpoint", device, torch.float32)
             except ModelError as error:
                 raise NotBuilt(str(error).rpartition("config.json: ")[2]) from None
-            config = network.config
-            info = ModelInfo(
-                architecture=architecture,
-                max_length=config.max_sequence_length,
-                vocab_size=config.rows,
-                mask_id=config.mask_token_id,
-                end_ids=config.end_ids,
-                block_length=None,
-                device="cpu",
-                dtype="float32",
-                parameters=sum(p.numel() for p in network.parameters()),
-            )
+            info = describe(architecture, network)
             self._backend = TorchBackend(network, info)
         return self._backend
 
