@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Protocol
 
+from samplers import BIDIRECTIONAL, CacheMode, Scheme
 from samplers.denoising import Query
 from samplers.prediction import Prediction
 
@@ -19,6 +20,7 @@ class ModelInfo:
         block_length: the family's default; None is full diffusion.
         device, dtype: where and how it computes.
         parameters: number of weights.
+        scheme: how it reads a canvas.
     """
 
     architecture: str
@@ -30,6 +32,12 @@ class ModelInfo:
     device: str
     dtype: str
     parameters: int
+    scheme: Scheme = BIDIRECTIONAL
+
+    @property
+    def cache(self) -> CacheMode:
+        """What is kept between forwards unless somebody chooses: all that can be kept exactly."""
+        return CacheMode.NONE if self.scheme.causal_block is None else CacheMode.PREFIX
 
 
 class Backend(Protocol):

@@ -16,14 +16,18 @@ from tests.conformance.report import Difference
 TOLERANCE = 1e-4
 
 Tensors = dict[str, Tensor]
+ForwardCheck = Callable[[TorchBackend, str, Tensors], None]
 
 
 def fed_logits(backend: TorchBackend, canvases: Sequence[Canvas], feeds: Sequence[Feed]) -> Tensor:
-    """Logits of everything that is fed, [rows, most fed, vocab], filled up with zeros at the right."""
+    """Logits of everything that is fed, [rows, most fed, vocab], filled up with zeros at the right.
+
+    They are the outputs at those positions, also where a model's output is about the next one.
+    """
     counts = [feed.stop - feed.start for feed in feeds]
     row = torch.arange(len(feeds)).repeat_interleave(torch.tensor(counts))
     position = torch.cat([torch.arange(feed.start, feed.stop) for feed in feeds])
-    batch, back = backend.pack(Query(list(canvases), list(feeds), row, position, frozenset()))
+    batch, back = backend.pack(Query(list(canvases), list(feeds), row, position + int(backend.network.scheme.shifted)))
     logits: Tensor = backend.network.head(backend.network.packed(batch)[back])
     return torch.nn.utils.rnn.pad_sequence(logits.split(counts), batch_first=True)
 
@@ -79,7 +83,7 @@ def compare(what: str, ours: Tensor, originals: Tensor) -> None:
         raise Difference(f"{what} are up to {apart:.2e} apart, {TOLERANCE:.0e} is allowed")
 
 
-CHECKS: dict[str, Callable[[TorchBackend, str, Tensors], None]] = {
+CHECKS: dict[str, ForwardCheck] = {
     "single": whole,
     "batch": whole,
     "batch_left_padded": whole,
