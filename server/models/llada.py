@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from server.models.layers import RMSNorm, attention, rope_tables, rotate
+from server.models.layers import RMSNorm, attention, gated, rope_tables, rotate
 from server.models.network import Network
 from server.models.packed import Packed
 
@@ -149,7 +149,7 @@ class Block(nn.Module):
         q = rotate(self._heads(self.q_proj(h)), cos, sin)
         x = x + self.attn_out(attend(q, k, v).flatten(-2))
         h = self.ff_norm(x)
-        out: Tensor = x + self.ff_out(F.silu(self.ff_proj(h)) * self.up_proj(h))
+        out: Tensor = x + self.ff_out(gated(self.ff_proj(h), self.up_proj(h)))
         return out
 
     def _heads(self, x: Tensor) -> Tensor:

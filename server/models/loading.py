@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
+from server.allocator import keep_freed_memory
 from server.engine.backend import Backend, ModelInfo
 from server.engine.torch_backend import TorchBackend
 from server.models.files import ModelError, read_json, read_optional_json
 from server.models.network import Network
-from server.models.packing import prepare_for_inference
+from server.models.packing import pack_linear_layers
 from server.models.registry import Family, find_family
 from server.models.text import TextCodec
 from server.models.weights import SkipInit, load_weights
@@ -57,6 +58,8 @@ def load_model(
     name, folder = find_model(model)
     place = choose_device(device)
     kind = choose_dtype(dtype, place)
+    if place.type == "cpu":
+        keep_freed_memory()  # before there are other threads, which would have heaps of their own
     text = TextCodec.load(folder)
     architecture, family, network = load_network(folder, place, kind)
     config = network.config
@@ -72,7 +75,7 @@ def load_model(
         device=str(place),
         dtype=str(kind).removeprefix("torch."),
     )
-    prepare_for_inference(network)
+    pack_linear_layers(network)
     return LoadedModel(name, TorchBackend(network, info, batch_invariant), text)
 
 
