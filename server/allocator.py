@@ -4,7 +4,7 @@ import ctypes
 import platform
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,10 +48,8 @@ def available_memory(device: torch.device) -> int:
     fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     found = [int(fields["MemAvailable"].split()[0]) * 1024]
     group = Path("/sys/fs/cgroup")
-    try:
+    with suppress(OSError, ValueError):  # no limit: no such file, or the word "max"
         found.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):  # no limit: no such file, or the word "max"
-        pass
     return max(0, min(found))
 
 

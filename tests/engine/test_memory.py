@@ -20,10 +20,10 @@ from tests.tiny import write_tiny_model
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def backend(tmp_path_factory: pytest.TempPathFactory) -> TorchBackend:
+@pytest.fixture
+def backend(tmp_path: Path) -> TorchBackend:
     shape = {"d_model": 256, "mlp_hidden_size": 768, "max_sequence_length": 1024}
-    folder = write_tiny_model(tmp_path_factory.mktemp("model") / "larger", **shape)
+    folder = write_tiny_model(tmp_path / "larger", **shape)
     backend = load_model(str(folder), device="cpu", dtype="float32").backend
     assert isinstance(backend, TorchBackend)
     return backend
