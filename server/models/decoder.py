@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -140,29 +140,40 @@ class GatedMLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and MLP, each behind a norm and added to what came in."""
+    """Attention and MLP, each behind a norm and added to what came in.
+
+    Attributes:
+        attention_name: what checkpoints call the attention.
+    """
+
+    attention_name: ClassVar[str] = "self_attn"
 
     def __init__(self, config: DecoderConfig, attention: nn.Module, mlp: nn.Module) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = attention
+        self.add_module(self.attention_name, attention)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = mlp
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, wanted: Tensor | None = None) -> Tensor:
         """States after this layer, of all tokens [tokens, width], or of the `wanted` ones (indices)."""
-        mixed = self.self_attn(self.input_layernorm(x), cos, sin, attend, wanted)
+        attention = self.get_submodule(self.attention_name)
+        mixed = attention(self.input_layernorm(x), cos, sin, attend, wanted)
         x = (x if wanted is None else x[wanted]) + mixed
-        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return x + self.feed_forward(self.post_attention_layernorm(x))
+
+    def feed_forward(self, h: Tensor) -> Tensor:
+        """What is added after attention, of normed states [tokens, width]."""
+        out: Tensor = self.mlp(h)
         return out
 
 
 class Decoder(nn.Module):
     """Embedding, layers and the last norm."""
 
-    def __init__(self, config: DecoderConfig, make_layer: Callable[[int], nn.Module]) -> None:
+    def __init__(self, config: DecoderConfig, make_layer: Callable[[int], nn.Module], embedding_name: str) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.add_module(embedding_name, nn.Embedding(config.vocab_size, config.hidden_size))
         self.layers = nn.ModuleList(make_layer(i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -171,14 +182,18 @@ class DecoderNetwork(Network):
     """A network whose tensors are `model.*` and `lm_head`. A family says what its layers are, in `make_layer`.
 
     Cosines and sines are float32 and, as the families' originals have it, rounded to the states' type before use.
+
+    Attributes:
+        embedding_name: what checkpoints call the embedding.
     """
 
     config: DecoderConfig
+    embedding_name: ClassVar[str] = "embed_tokens"
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.model = Decoder(config, self.make_layer)
+        self.model = Decoder(config, self.make_layer, self.embedding_name)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self._tables: tuple[Tensor, Tensor] | None = None
@@ -196,7 +211,9 @@ class DecoderNetwork(Network):
 
     @property
     def embedding(self) -> nn.Embedding:
-        return self.model.embed_tokens
+        embedding = self.model.get_submodule(self.embedding_name)
+        assert isinstance(embedding, nn.Embedding)
+        return embedding
 
     @property
     def cache_shape(self) -> tuple[int, int, int]:
