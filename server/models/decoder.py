@@ -31,6 +31,7 @@ class DecoderConfig(BaseModel):
     vocab_size: int = Field(gt=0)
     max_position_embeddings: int = Field(gt=0)
     rope_theta: float = Field(gt=0)
+    partial_rotary_factor: float = Field(1.0, gt=0, le=1)
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
     mask_token_id: int
@@ -47,8 +48,8 @@ class DecoderConfig(BaseModel):
         if not isinstance(data, dict) or not isinstance(rope := data.get("rope_parameters"), dict):
             return data
         scaling = None if rope.get("rope_type", "default") == "default" else rope
-        theta = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
-        return {"rope_scaling": scaling, **theta, **data}
+        numbers = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+        return {"rope_scaling": scaling, **numbers, **data}
 
     @model_validator(mode="after")
     def _refuse_variants(self) -> Self:
@@ -57,8 +58,12 @@ class DecoderConfig(BaseModel):
                 raise ValueError(f"{key} = {getattr(self, key)!r} is a variant that is not built (only {value!r} is)")
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(f"hidden_size = {self.hidden_size} does not divide into {self.num_attention_heads} heads")
-        if self.head_size % 2:
-            raise ValueError(f"head_dim = {self.head_size} is odd")
+        if self.rotated_size % 2 or not self.rotated_size:
+            raise ValueError(
+                f"head_dim = {self.head_size} is odd"
+                if self.partial_rotary_factor == 1
+                else f"partial_rotary_factor = {self.partial_rotary_factor} of head_dim = {self.head_size} is not even"
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads = {self.num_attention_heads} is no multiple of num_key_value_heads = "
@@ -90,6 +95,11 @@ class DecoderConfig(BaseModel):
     @property
     def head_size(self) -> int:
         return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def rotated_size(self) -> int:
+        """How many of a head's numbers, from its first, are rotated by position."""
+        return int(self.head_size * self.partial_rotary_factor)
 
 
 class Attention(nn.Module):
@@ -205,11 +215,6 @@ class DecoderNetwork(Network):
         )
 
     @property
-    def rotated_size(self) -> int:
-        """How many of a head's numbers, from its first, are rotated by position."""
-        return self.config.head_size
-
-    @property
     def embedding(self) -> nn.Embedding:
         embedding = self.model.get_submodule(self.embedding_name)
         assert isinstance(embedding, nn.Embedding)
@@ -224,7 +229,7 @@ class DecoderNetwork(Network):
         device = self.embedding.weight.device
         if self._tables is None or self._tables[0].shape[0] < length or self._tables[0].device != device:
             reach = max(length, min(self.config.max_length, 4096))
-            self._tables = rope_tables(reach, self.rotated_size, self.config.rope_theta, device)
+            self._tables = rope_tables(reach, self.config.rotated_size, self.config.rope_theta, device)
         return self._tables[0][:, None].to(dtype), self._tables[1][:, None].to(dtype)
 
     def packed(self, batch: Packed) -> Tensor:

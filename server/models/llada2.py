@@ -2,6 +2,7 @@
 
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -61,11 +62,6 @@ class LLaDA2Config(DecoderConfig):
                 f"num_experts_per_tok = {self.num_experts_per_tok} is more than the {reach} experts of "
                 f"topk_group = {self.topk_group} groups"
             )
-        if self.rotated_size % 2 or not self.rotated_size:
-            raise ValueError(
-                f"partial_rotary_factor = {self.partial_rotary_factor} rotates {self.rotated_size} of the "
-                f"{self.head_size} numbers of a head"
-            )
         return self
 
     @property
@@ -84,10 +80,6 @@ class LLaDA2Config(DecoderConfig):
             "expert_capacity": None,
             "block_size": None,
         }
-
-    @property
-    def rotated_size(self) -> int:
-        return int(self.head_size * self.partial_rotary_factor)
 
 
 class FusedAttention(nn.Module):
@@ -117,6 +109,8 @@ class FusedAttention(nn.Module):
 class Router(nn.Module):
     """Chooses a token's experts, of the best groups only, in float32."""
 
+    expert_bias: Tensor
+
     def __init__(self, config: LLaDA2Config) -> None:
         super().__init__()
         self.count, self.groups, self.kept = config.num_experts_per_tok, config.n_group, config.topk_group
@@ -137,7 +131,7 @@ class Router(nn.Module):
         biased = scores + self.expert_bias
         grouped = biased.view(len(x), self.groups, -1)
         best = highest(grouped.topk(2, dim=-1).values.sum(dim=-1), self.kept)
-        out = grouped.new_ones(len(x), self.groups, dtype=bool).scatter(1, best, False)
+        out = grouped.new_ones(len(x), self.groups, dtype=torch.bool).scatter(1, best, False)
         chosen = highest(grouped.masked_fill(out[..., None], -float("inf")).flatten(1), self.count)
         weight = scores.gather(1, chosen)
         if self.count > 1:
@@ -180,7 +174,3 @@ class LLaDA2(DecoderNetwork):
         dense = index < config.first_k_dense_replace
         mlp = GatedMLP(config.hidden_size, config.intermediate_size) if dense else Mixture(config)
         return LLaDA2Layer(config, FusedAttention(config), mlp)
-
-    @property
-    def rotated_size(self) -> int:
-        return self.config.rotated_size

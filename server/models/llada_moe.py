@@ -27,7 +27,6 @@ class LLaDAMoEConfig(DecoderConfig):
     moe_router_enable_expert_bias: bool | None = None
     qk_layernorm: bool | None = None
     rms_norm_eps: float = 1e-5
-    partial_rotary_factor: float = Field(1.0, gt=0, le=1)
 
     attention_bias: bool = False
     clip_qkv: float | None = None
@@ -47,10 +46,9 @@ class LLaDAMoEConfig(DecoderConfig):
 
     @model_validator(mode="after")
     def _check_layers(self) -> "LLaDAMoEConfig":
-        if len(self.moe_layer_freq) != self.num_hidden_layers:
-            raise ValueError(
-                f"moe_layer_freq has {len(self.moe_layer_freq)} entries for num_hidden_layers = {self.num_hidden_layers}"
-            )
+        given, layers = len(self.moe_layer_freq), self.num_hidden_layers
+        if given != layers:
+            raise ValueError(f"moe_layer_freq has {given} entries for num_hidden_layers = {layers}")
         if self.num_experts_per_tok > self.num_experts:
             raise ValueError(
                 f"num_experts_per_tok = {self.num_experts_per_tok} is more than num_experts = {self.num_experts}"
@@ -114,7 +112,3 @@ class LLaDAMoE(DecoderNetwork):
         inner = config.shared_expert_intermediate_size
         shared = None if inner is None else GatedMLP(config.hidden_size, inner)
         return MoELayer(config, attention, Mixture(config), shared)
-
-    @property
-    def rotated_size(self) -> int:
-        return int(self.config.head_size * self.config.partial_rotary_factor)
