@@ -69,7 +69,7 @@ def cached_prefix(backend: TorchBackend, name: str, tensors: Tensors) -> None:
     compare("logits of the block", block, tensors[f"{name}.block_logits_with_cache"][0])
 
 
-class Everywhere(dict[str, ForwardCheck]):
+class ByBeginning(dict[str, ForwardCheck]):
     """Finds a check by how a forward's name begins."""
 
     def __missing__(self, name: str) -> ForwardCheck:
@@ -91,7 +91,7 @@ class WholeBlockQuota(Denoising):
 class LLaDA2Family(Family):
     """The folder. Both versions share a checkpoint; a case's origin says which one was recorded."""
 
-    forwards: ClassVar[dict[str, ForwardCheck]] = Everywhere({"block": blocks, "cached_prefix": cached_prefix})
+    forwards: ClassVar[dict[str, ForwardCheck]] = ByBeginning({"block": blocks, "cached_prefix": cached_prefix})
 
     def _generate(self, case: dict[str, Any]) -> None:
         edits = "2.1" in case["origin"]
