@@ -220,7 +220,8 @@ class BoundedThreshold(Threshold):
             turn = Turn(int(step.candidate.sum()) // params.steps, 0, params.steps)
         most = turn.number + turn.left
         commit = self._draws.surest(step.confidence, step.candidate, most) & (step.confidence >= params.threshold)
-        commit |= best(step.confidence, step.candidate, torch.ones(1, 1))
+        if not commit.any():
+            commit = best(step.confidence, step.candidate, torch.ones(1, 1))
         left = most - int(commit.sum())
         last = left > 0 and turn.at == turn.steps - 1
         return Selection(commit, states=[Turn(0 if last else turn.number, left, turn.steps + last, turn.at + 1)])
