@@ -17,16 +17,18 @@ class Family:
         network: its class; `network.Config` validates `config.json`.
         model_type: the `model_type` of its configurations.
         end_tokens: names of tokens that end a text beside those that the configuration gives.
+        mask_token: name of the mask token, for configurations that do not give it.
     """
 
     network: type[Network]
     model_type: str
     end_tokens: tuple[str, ...] = ()
+    mask_token: str | None = None
 
 
 ARCHITECTURES: dict[str, Family] = {
     "LLaDAModelLM": Family(LLaDA, "llada", end_tokens=("<|eot_id|>",)),
-    "DreamModel": Family(Dream, "Dream", end_tokens=("<|im_end|>",)),
+    "DreamModel": Family(Dream, "Dream", end_tokens=("<|im_end|>",), mask_token="<|mask|>"),
     "SDARForCausalLM": Family(SDAR, "sdar", end_tokens=("<|im_end|>",)),
 }
 
