@@ -30,7 +30,7 @@ class DreamFamily(Family):
         if case["params"].get("mask_token_id", mask_id) != mask_id:
             raise NotBuilt("generation with another mask token")
         params = self._complete(case["params"])
-        in_blocks = case["origin"].endswith("generation_utils_block.py")
+        in_blocks = "generation_utils_block" in case["origin"]
         cache = CacheMode.NONE
         if in_blocks:
             cache = CacheMode.DUAL if params.get("dual_cache") else CacheMode.PREFIX
@@ -80,8 +80,6 @@ def rule(draws: Draws, in_blocks: bool) -> tuple[Sampler, dict[str, Any]]:
         # With blocks every other name means this one.
         return ReleasedDream(draws), names | {"alg": "entropy" if in_blocks else params["alg"]}
     bound = {"threshold": params["threshold"]}
-    return (
-        (get_sampler("threshold"), bound)
-        if in_blocks
-        else (BoundedThreshold(draws), bound | {"steps": params["steps"]})
-    )
+    if in_blocks:
+        return get_sampler("threshold"), bound
+    return BoundedThreshold(draws), bound | {"steps": params["steps"]}
