@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from samplers import CacheMode, Canvas, Sampler, get_sampler
-from tests.conformance.dream_rules import BOUNDED, DEFAULTS, BoundedThreshold, Draws, ReleasedDream, Reopening
+from tests.conformance.dream_rules import BOUNDED, DEFAULTS, BoundedThreshold, Draws, ReleasedDream, ReleasedRow
 from tests.conformance.generation import Family
 from tests.conformance.originals import stream_of
 from tests.conformance.replay import compare_states, distinct, replay
@@ -44,18 +44,22 @@ class DreamFamily(Family):
         sampler, chosen = rule(draws, in_blocks)
         block_length = params.get("block_length") if in_blocks else None
         scheme = self.backend().info.scheme
+        limit = None
+        if params["alg"] != BOUNDED:
+            blocks = (length - given) // block_length if block_length else 1
+            limit = params["steps"] // blocks + in_blocks
         draws.rows = rows = [
-            Reopening(
+            ReleasedRow(
                 Canvas.blank(prompt[cut:], length - given, mask_id, block_length, scheme=scheme),
                 sampler,
                 sampler.Params(**chosen),
                 fill_after_end=False,
                 cache=cache,
+                limit=limit,
             )
             for prompt, cut in each
         ]
-        # An original that gives up leaves masks, and says so; ours would go on. One forward more is a difference.
-        recording = replay(rows, draws, most=case["nfe"] + (not case["masks_left"]))
+        recording = replay(rows, draws, most=case["nfe"] + 1)  # one more is a difference
         for i, (states, (_, cut)) in enumerate(zip(recording.states, each, strict=True)):
             compare_states(distinct(states), [canvas[i][cut:] for canvas in case["trajectory"]], i)
             compare_states(states[-1:], [case["output"][i][cut:]], i)

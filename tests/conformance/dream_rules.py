@@ -30,12 +30,25 @@ DEFAULTS: dict[str, Any] = {
 BOUNDED = "confidence_threshold"
 
 
-class Reopening(Denoising):
-    """A generation in which the mask token can be drawn, as in the originals: the position then stays masked."""
+@dataclass(eq=False)
+class ReleasedRow(Denoising):
+    """A generation as the originals have it: the mask token can be drawn, and a block can be given up.
+
+    Attributes:
+        limit: forwards after which a block keeps what masks it has; None for no limit.
+    """
+
+    limit: int | None = None
 
     def _write(self, positions: Tensor, tokens: Tensor) -> None:
         super()._write(positions, tokens)
         self.canvas.masked[positions] = tokens == self._mask_id
+
+    def _turn(self) -> list[int]:
+        if self.limit is not None and self.block_step + 1 >= self.limit:
+            layout = self.canvas.layout
+            self.canvas.masked[layout.block_start(self.block) : layout.block_stop(self.block)] = False
+        return super()._turn()
 
 
 @dataclass(eq=False)
@@ -62,11 +75,14 @@ class Draws:
     def __call__(self, query: Query) -> Prediction:
         self._query = query
         temperature, top_p, top_k = (self.params[name] for name in ("temperature", "top_p", "top_k"))
+        temperature = 0.0 if self.spent else temperature
         wide = self._widened() if temperature else query
         logits = self._logits(wide)
         drawn = torch.ones(len(logits), dtype=torch.bool)
         if self.params["alg"] == "origin" and not self.opens:
             drawn = self._draw_positions()
+        if not temperature:
+            drawn = torch.zeros_like(drawn)
         if temperature or (top_p < 1 and top_k):
             found = self._drawn(dream_filtered(logits, temperature, top_p, top_k), drawn)
         else:
@@ -87,6 +103,14 @@ class Draws:
         """Whether this forward is a block's first, which decides one position and fills the cache."""
         row = self.running[0]
         return row.cache is not CacheMode.NONE and row.block_step == 0
+
+    @property
+    def spent(self) -> bool:
+        """Whether this forward is one too many, with which a block of Fast-dLLM's ends that still has masks."""
+        row = self.running[0]
+        if row.cache is CacheMode.NONE or self.params["alg"] == BOUNDED:
+            return False
+        return row.block_step >= self.params["steps"] // row.canvas.layout.blocks
 
     def _widened(self) -> Query:
         """The query with all positions that tokens are drawn for, whether they are used or not."""
@@ -121,7 +145,7 @@ class Draws:
     def _drawn(self, p: Tensor, drawn: Tensor) -> Prediction:
         """Tokens of the `drawn` positions [n], and what these probabilities [n, vocab] say of all."""
         token = p.argmax(dim=-1)
-        if self.params["temperature"] and drawn.any():
+        if drawn.any():
             chances = p[drawn] / p[drawn].sum(dim=-1, keepdim=True)
             token[drawn] = torch.multinomial(chances, 1, replacement=True, generator=self.stream)[:, 0]
         confidence, two = p.gather(1, token[:, None])[:, 0], p.topk(2, dim=-1).values
@@ -172,6 +196,8 @@ class ReleasedDream(Dream):
     def select(self, step: Step) -> Selection:
         if self._draws.opens:
             return Selection(step.candidate, waits=True)
+        if self._draws.spent:
+            return Selection(torch.zeros_like(step.candidate), waits=True)
         return replace(super().select(step), waits=True)
 
     def count(self, step: Step, share: Tensor) -> Tensor:
