@@ -61,12 +61,12 @@ def load_model(
     if place.type == "cpu":
         keep_freed_memory()  # before there are other threads, which would have heaps of their own
     text = TextCodec.load(folder)
-    architecture, family, network = load_network(folder, place, kind)
+    architecture, family, network = load_network(folder, place, kind, text=text)
     config = network.config
     if text.vocab_size > config.rows:
         raise ModelError(
-            f"{folder / 'tokenizer.json'}: has token ids up to {text.vocab_size - 1}, but the model's vocabulary ends "
-            f"at {config.rows - 1}"
+            f"{folder}: the tokenizer has token ids up to {text.vocab_size - 1}, but the model's vocabulary ends at "
+            f"{config.rows - 1}"
         )
     info = replace(
         describe(architecture, network),
@@ -97,17 +97,24 @@ def describe(architecture: str, network: Network) -> ModelInfo:
 
 
 def load_network(
-    folder: Path, device: torch.device, dtype: torch.dtype, settings: dict[str, Any] | None = None
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    settings: dict[str, Any] | None = None,
+    text: TextCodec | None = None,
 ) -> tuple[str, Family, Network]:
     """Architecture, family and the network itself, from `config.json` and the weights. Raises ModelError.
 
     Args:
         settings: entries in place of those of `config.json`.
+        text: whose mask token it is where `config.json` names none.
     """
     path = folder / "config.json"
     config = read_json(path) | (settings or {})
     try:
         architecture, family = find_family(config)
+        if config.get("mask_token_id") is None and text is not None and family.mask_token is not None:
+            config["mask_token_id"] = text.token_id(family.mask_token)
         parsed = family.network.Config.model_validate(config)
     except ValidationError as error:
         first = error.errors()[0]
@@ -180,7 +187,9 @@ def _download(name: str) -> Path:
     try:
         # Never code, never pickles, and no second copies in sub-folders.
         return Path(
-            snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.jinja"], ignore_patterns=["*/*"])
+            snapshot_download(
+                name, allow_patterns=["*.safetensors", "*.json", "*.jinja", "merges.txt"], ignore_patterns=["*/*"]
+            )
         )
     except HFValidationError:
         raise ModelError(f"{name}: neither a folder nor the id of a model on the Hugging Face hub") from None

@@ -20,19 +20,21 @@ class Family:
         model_type: the `model_type` of its configurations.
         end_tokens: names of tokens that end a text beside those that the configuration gives.
         experts: whether its layers are mixtures of experts.
+        mask_token: name of the mask token, for configurations that do not give it.
     """
 
     network: type[Network]
     model_type: str
     end_tokens: tuple[str, ...] = ()
     experts: bool = False
+    mask_token: str | None = None
 
 
 ARCHITECTURES: dict[str, Family] = {
     "LLaDAModelLM": Family(LLaDA, "llada", end_tokens=("<|eot_id|>",)),
     "LLaDAMoEModelLM": Family(LLaDAMoE, "lladamoe", end_tokens=("<|role_end|>",), experts=True),
     "LLaDA2MoeModelLM": Family(LLaDA2, "llada2_moe", end_tokens=("<|role_end|>",), experts=True),
-    "DreamModel": Family(Dream, "Dream", end_tokens=("<|im_end|>",)),
+    "DreamModel": Family(Dream, "Dream", end_tokens=("<|im_end|>",), mask_token="<|mask|>"),
     "SDARForCausalLM": Family(SDAR, "sdar", end_tokens=("<|im_end|>",)),
 }
 EARLY_LLADA_MOE = {

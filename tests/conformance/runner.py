@@ -9,6 +9,7 @@ from pathlib import Path
 from safetensors import safe_open
 
 from tests.conformance.dinfer import InferFamily
+from tests.conformance.dream import DreamFamily
 from tests.conformance.generation import Family
 from tests.conformance.llada2 import LLaDA2Family
 from tests.conformance.report import Difference, NotBuilt, Result, Status
@@ -16,6 +17,7 @@ from tests.conformance.sampler_only import SamplerOnly
 
 FAMILIES: dict[str, type[Family] | type[SamplerOnly]] = {
     "dinfer": InferFamily,
+    "dream": DreamFamily,
     "llada": Family,
     "llada_moe": Family,
     "llada2": LLaDA2Family,

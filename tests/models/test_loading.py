@@ -327,7 +327,7 @@ def test_only_data_is_downloaded(folder: Path, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     monkeypatch.chdir(tmp_path)
     assert load_model("someone/model").name == "someone/model"
-    assert asked["allow_patterns"] == ["*.safetensors", "*.json", "*.jinja"]
+    assert asked["allow_patterns"] == ["*.safetensors", "*.json", "*.jinja", "merges.txt"]
     assert "trust_remote_code" not in asked
 
 
