@@ -73,6 +73,7 @@ def _load_and_serve(settings: Settings, bound: socket.socket) -> bool:
             settings.dtype,
             max_model_len=settings.max_model_len,
             batch_invariant=settings.batch_invariant,
+            compile_for=settings.max_batch_tokens if settings.compile else None,
         )
     except ModelError as error:
         fail(error)

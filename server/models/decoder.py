@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Protocol, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -102,8 +102,18 @@ class DecoderConfig(BaseModel):
         return int(self.head_size * self.partial_rotary_factor)
 
 
+class Projections(Protocol):
+    """An attention's part in a layer, but for the attention itself."""
+
+    def project(self, h: Tensor, cos: Tensor, sin: Tensor, wanted: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Of normed states [tokens, width]: queries of the wanted ones, keys and values, [n, heads, head_dim]."""
+
+    def output(self, read: Tensor) -> Tensor:
+        """What is added to the states, of what the queries found."""
+
+
 class Attention(nn.Module):
-    """Grouped-query attention.
+    """Grouped-query attention: what is before and after it.
 
     Args:
         bias: of queries, keys and values; the output has none.
@@ -123,12 +133,14 @@ class Attention(nn.Module):
         self.q_norm = norm(size, config.rms_norm_eps) if norm else nn.Identity()
         self.k_norm = norm(size, config.rms_norm_eps) if norm else nn.Identity()
 
-    def forward(self, h: Tensor, cos: Tensor, sin: Tensor, attend: Attend, wanted: Tensor | None) -> Tensor:
+    def project(self, h: Tensor, cos: Tensor, sin: Tensor, wanted: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         k, v = rotate(self.k_norm(self._heads(self.k_proj(h))), cos, sin), self._heads(self.v_proj(h))
         if wanted is not None:
             h, cos, sin = h[wanted], cos[wanted], sin[wanted]
-        q = rotate(self.q_norm(self._heads(self.q_proj(h))), cos, sin)
-        out: Tensor = self.o_proj(attend(q, k, v).flatten(-2))
+        return rotate(self.q_norm(self._heads(self.q_proj(h))), cos, sin), k, v
+
+    def output(self, read: Tensor) -> Tensor:
+        out: Tensor = self.o_proj(read.flatten(-2))
         return out
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -158,18 +170,29 @@ class Layer(nn.Module):
 
     attention_name: ClassVar[str] = "self_attn"
 
-    def __init__(self, config: DecoderConfig, attention: nn.Module, mlp: nn.Module) -> None:
+    def __init__(self, config: DecoderConfig, attention: Projections, mlp: nn.Module) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.add_module(self.attention_name, attention)
+        self.add_module(self.attention_name, cast(nn.Module, attention))
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = mlp
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, wanted: Tensor | None = None) -> Tensor:
         """States after this layer, of all tokens [tokens, width], or of the `wanted` ones (indices)."""
-        attention = self.get_submodule(self.attention_name)
-        mixed = attention(self.input_layernorm(x), cos, sin, attend, wanted)
-        x = (x if wanted is None else x[wanted]) + mixed
+        q, k, v = self.project(x, cos, sin, wanted)
+        return self.finish(x if wanted is None else x[wanted], attend(q, k, v))
+
+    @property
+    def projections(self) -> Projections:
+        return cast(Projections, self.get_submodule(self.attention_name))
+
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor, wanted: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, of the wanted tokens, keys and values: what is before attention."""
+        return self.projections.project(self.input_layernorm(x), cos, sin, wanted)
+
+    def finish(self, x: Tensor, read: Tensor) -> Tensor:
+        """What is after attention, `read` being what the queries found."""
+        x = x + self.projections.output(read)
         return x + self.feed_forward(self.post_attention_layernorm(x))
 
     def feed_forward(self, h: Tensor) -> Tensor:
@@ -238,7 +261,7 @@ class DecoderNetwork(Network):
         cos, sin = (table[batch.position] for table in self._rotation(longest, x.dtype))
         last = len(self.model.layers) - 1
         for index, layer in enumerate(self.model.layers):
-            attend = partial(batch.attend, index)
+            attend = partial(batch.attend, index, index == last)
             x = layer(x, cos, sin, attend, batch.wanted if index == last else None)
         out: Tensor = self.model.norm(x)
         return out

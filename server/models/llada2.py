@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from samplers import Scheme
-from server.models.decoder import Attend, DecoderConfig, DecoderNetwork, GatedMLP, Layer
+from server.models.decoder import DecoderConfig, DecoderNetwork, GatedMLP, Layer
 from server.models.experts import highest, mix
 from server.models.layers import RMSNorm, rotate
 
@@ -95,14 +95,16 @@ class FusedAttention(nn.Module):
         self.key_layernorm = RMSNorm(self.head_dim, config.rms_norm_eps)
         self.dense = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
 
-    def forward(self, h: Tensor, cos: Tensor, sin: Tensor, attend: Attend, wanted: Tensor | None) -> Tensor:
+    def project(self, h: Tensor, cos: Tensor, sin: Tensor, wanted: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         mixed = self.query_key_value(h).view(len(h), -1, self.head_dim)
         q, k, v = mixed.split([self.heads, self.key_heads, self.key_heads], dim=1)
         k = rotate(self.key_layernorm(k), cos, sin)
         if wanted is not None:
             q, cos, sin = q[wanted], cos[wanted], sin[wanted]
-        q = rotate(self.query_layernorm(q), cos, sin)
-        out: Tensor = self.dense(attend(q, k, v).flatten(-2))
+        return rotate(self.query_layernorm(q), cos, sin), k, v
+
+    def output(self, read: Tensor) -> Tensor:
+        out: Tensor = self.dense(read.flatten(-2))
         return out
 
 

@@ -5,7 +5,7 @@ from typing import Any
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from server.models.decoder import Attention, DecoderConfig, DecoderNetwork, GatedMLP, Layer
+from server.models.decoder import Attention, DecoderConfig, DecoderNetwork, GatedMLP, Layer, Projections
 from server.models.experts import highest, mix
 from server.models.layers import RMSNorm
 
@@ -89,7 +89,9 @@ class Mixture(nn.Module):
 class MoELayer(Layer):
     """A layer whose MLP may stand beside an expert that all tokens share."""
 
-    def __init__(self, config: LLaDAMoEConfig, attention: nn.Module, mlp: nn.Module, shared: nn.Module | None) -> None:
+    def __init__(
+        self, config: LLaDAMoEConfig, attention: Projections, mlp: nn.Module, shared: nn.Module | None
+    ) -> None:
         super().__init__(config, attention, mlp)
         self.shared_expert = shared
 

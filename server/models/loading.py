@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from server.allocator import keep_freed_memory
 from server.engine.backend import Backend, ModelInfo
 from server.engine.torch_backend import TorchBackend
+from server.models.compiling import compile_layers
 from server.models.files import ModelError, read_json, read_optional_json
 from server.models.network import Network
 from server.models.packing import pack_linear_layers
@@ -42,6 +43,7 @@ def load_model(
     dtype: str = "auto",
     max_model_len: int | None = None,
     batch_invariant: bool = False,
+    compile_for: int | None = None,
 ) -> LoadedModel:
     """Load a model for inference. Raises ModelError, one line, for whatever is wrong with it.
 
@@ -52,6 +54,7 @@ def load_model(
         dtype: "float32", "bfloat16", "float16", or "auto": bfloat16 where the device computes in it, else float32.
         max_model_len: a limit on the canvas below the model's own.
         batch_invariant: results are bitwise the same whatever shares the batch.
+        compile_for: compile the layers, for forwards of at most so many tokens.
     """
     if engine not in ENGINES:
         raise ModelError(f"unknown engine {engine!r}; choose from {', '.join(ENGINES)}")
@@ -75,8 +78,12 @@ def load_model(
         device=str(place),
         dtype=str(kind).removeprefix("torch."),
     )
-    pack_linear_layers(network)
-    return LoadedModel(name, TorchBackend(network, info, batch_invariant), text)
+    if compile_for is None:
+        pack_linear_layers(network)
+    else:
+        compile_layers(network, compile_for)
+    backend = TorchBackend(network, info, batch_invariant, static_shapes=compile_for is not None)
+    return LoadedModel(name, backend, text)
 
 
 def describe(architecture: str, network: Network) -> ModelInfo:
