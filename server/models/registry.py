@@ -4,9 +4,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from server.models.dream import Dream
+from server.models.fast_dllm_v2 import FastDLLM
 from server.models.llada import LLaDA
 from server.models.network import Network
 from server.models.sdar import SDAR
+from server.models.sdar_moe import SDARMoE
 
 
 @dataclass(frozen=True)
@@ -17,17 +19,21 @@ class Family:
         network: its class; `network.Config` validates `config.json`.
         model_type: the `model_type` of its configurations.
         end_tokens: names of tokens that end a text beside those that the configuration gives.
+        experts: whether its layers are mixtures of experts.
     """
 
     network: type[Network]
     model_type: str
     end_tokens: tuple[str, ...] = ()
+    experts: bool = False
 
 
 ARCHITECTURES: dict[str, Family] = {
     "LLaDAModelLM": Family(LLaDA, "llada", end_tokens=("<|eot_id|>",)),
     "DreamModel": Family(Dream, "Dream", end_tokens=("<|im_end|>",)),
     "SDARForCausalLM": Family(SDAR, "sdar", end_tokens=("<|im_end|>",)),
+    "SDARMoeForCausalLM": Family(SDARMoE, "sdar_moe", end_tokens=("<|im_end|>",), experts=True),
+    "Fast_dLLM_QwenForCausalLM": Family(FastDLLM, "Fast_dLLM_Qwen", end_tokens=("<|im_end|>",)),
 }
 
 
@@ -44,7 +50,7 @@ def find_family(config: dict[str, Any]) -> tuple[str, Family]:
         raise ValueError(f"architecture {name!r} is not supported; supported: {supported}")
     family = ARCHITECTURES[name]
     # Early LLaDA-MoE configurations carry the dense model's architecture name.
-    if config.get("num_experts"):
+    if config.get("num_experts") and not family.experts:
         raise ValueError(f"architecture {name!r} with experts (num_experts = {config['num_experts']}) is not supported")
     if model_type not in (None, family.model_type):
         raise ValueError(f"model_type {model_type!r} is not supported for architecture {name!r}")
