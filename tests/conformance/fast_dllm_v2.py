@@ -160,9 +160,7 @@ def row_of(prompt: Tokens, length: int, params: dict[str, Any], cache: CacheMode
     """A generation up to a canvas of this length."""
     # Its block can be shorter than the model's own: the original is told so at each call.
     scheme = replace(run.backend.info.scheme, causal_block=params["block_size"])
-    canvas = Canvas.blank(
-        prompt, length - len(prompt), params["mask_id"], params["small_block_size"], scheme=scheme
-    )
+    canvas = Canvas.blank(prompt, length - len(prompt), params["mask_id"], params["small_block_size"], scheme=scheme)
     sampler = Strict()
     return Row(canvas, sampler, Strict.Params(threshold=float(params["threshold"])), cache=cache, own=own)
 
