@@ -1,6 +1,6 @@
 """SDAR with mixtures of experts (JetAstra `modeling_sdar_moe.py`): Qwen3-MoE that sees both ways within a block."""
 
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -62,7 +62,7 @@ class Mixture(nn.Module):
 class SDARMoE(SDAR):
     """The network."""
 
-    Config = SDARMoEConfig
+    Config: ClassVar[type[SDARMoEConfig]] = SDARMoEConfig
     config: SDARMoEConfig
 
     def make_layer(self, index: int) -> nn.Module:

@@ -166,7 +166,7 @@ def row_of(prompt: Tokens, length: int, params: dict[str, Any], cache: CacheMode
 
 
 def generate(run: Run, case: dict[str, Any], params: dict[str, Any], cache: CacheMode) -> list[Tokens]:
-    """One prompt, up to the stop token; every block but the first begins with a token that the one before it decided."""
+    """One prompt, up to the stop token; the forward that stores a finished block decides the next one's first token."""
     (prompt,) = case["prompt"]
     size = params["block_size"]
     new = params["max_new_tokens"]
