@@ -4,6 +4,7 @@ The second opinion is transformers' own network under an explicit mask over the 
 every position of every forward, on Python lists.
 """
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -326,14 +327,17 @@ def test_one_that_is_cancelled_in_mid_run_leaves_the_others_alone(model: str) ->
         for i, row in enumerate(expected)
     ]
     listeners = [Listener() for _ in requests]
+    submitted = threading.Event()
 
     def cancel_in_the_midst(event: Event) -> None:
         listeners[1](event)
+        assert submitted.wait(timeout=30)
         if len(listeners[1].commits) == 4:
             engine.cancel(generations[1])
 
     engine.start()
     generations = engine.submit_all(requests, [listeners[0], cancel_in_the_midst, listeners[2]])
+    submitted.set()
     reasons = [each.finish().reason for each in listeners]
     engine.stop()
     assert reasons == [FinishReason.LENGTH, FinishReason.ABORT, FinishReason.LENGTH]
