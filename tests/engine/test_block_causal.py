@@ -180,7 +180,7 @@ caches = st.lists(st.sampled_from([CacheMode.NONE, CacheMode.PREFIX]), min_size=
 
 
 @pytest.mark.parametrize("model", MODELS)
-@settings(max_examples=4)
+@settings(max_examples=10)
 @given(data=st.data(), arrivals=arrivals, caches=caches)
 def test_the_same_tokens_as_the_slow_loop(
     model: str, data: st.DataObject, arrivals: list[int], caches: list[CacheMode]
