@@ -84,6 +84,10 @@ class Layout:
         """The block of a position of the generation region."""
         return (position + self._shared) // self.block_length
 
+    def block_place(self, block: int) -> int:
+        """First position of a block on the canvas; the prompt may hold it."""
+        return self.prompt_length - self._shared + block * self.block_length
+
     def block_start(self, block: int) -> int:
         """First position of a block, relative to the generation region."""
         return max(0, block * self.block_length - self._shared)

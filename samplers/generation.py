@@ -84,8 +84,14 @@ class Denoising:
         self._opens = self._opens_block()
         if self._opens:
             self._candidates = self._candidates[:1]
-        first_masked = bool(self.canvas.masked[layout.block_start(self.block)])
-        self._feed = self._cache.feed(layout, self.block, self.block_step, self._opens, first_masked)
+        self._feed = self._cache.feed(layout, self.block, self.block_step, self._opens, self._first_open())
+
+    def _first_open(self) -> bool:
+        """Whether the block's first position is masked, and is decided by the output at the position before it."""
+        layout = self.canvas.layout
+        start, place = layout.block_start(self.block), layout.block_place(self.block)
+        given = place < layout.prompt_length + start
+        return layout.scheme.shifted and place > 0 and not given and bool(self.canvas.masked[start])
 
     def _opens_block(self) -> bool:
         """Whether the next forward decides the block's first position only.
@@ -93,12 +99,12 @@ class Denoising:
         Where outputs are about the next position, that one is decided by the position before it, which forwards that
         feed no more than the block do not compute (Fast-dLLM for Dream, and v2).
         """
-        layout, scheme = self.canvas.layout, self.canvas.layout.scheme
-        start = layout.block_start(self.block)
-        place = layout.prompt_length + start
-        if not scheme.shifted or self.block_step or place == 0 or not bool(self.canvas.masked[start]):
+        size = self.canvas.layout.scheme.causal_block
+        if self.block_step or not self._first_open():
             return False
-        return self.cache is not CacheMode.NONE if scheme.causal_block is None else place % scheme.causal_block == 0
+        if size is None:
+            return self.cache is not CacheMode.NONE
+        return self.canvas.layout.block_place(self.block) % size == 0
 
     @property
     def finished(self) -> bool:
@@ -121,15 +127,24 @@ class Denoising:
         return self._feed
 
     def asked(self, fed: Feed) -> Tensor:
-        """Positions that the sampler wants to be told of, of those that a forward computes."""
+        """Positions that the sampler wants to be told of, of those that a forward decides."""
         layout = self.canvas.layout
+        if self._opens or not (self.sampler.region or self.sampler.revises):
+            return self._candidates
+        first, stop = layout.block_start(self.block), layout.block_stop(self.block)
+        lowest = max(fed.start, self._model_block)
         if self.sampler.region:
-            first = max(0, fed.start - layout.prompt_length)
-            stop = fed.stop + (self._opens and fed.stop < layout.length)
-            return torch.arange(first, min(layout.gen_length, stop - layout.prompt_length))
-        if self.sampler.revises and not self._opens:
-            return torch.arange(layout.block_start(self.block), layout.block_stop(self.block))
-        return self._candidates
+            first, stop = max(0, lowest - layout.prompt_length), min(layout.gen_length, fed.stop - layout.prompt_length)
+        if layout.scheme.shifted and layout.prompt_length + first == lowest > 0:
+            first += 1  # what the output before it says is not computed, or another block's to say
+        return torch.arange(first, stop)
+
+    @property
+    def _model_block(self) -> int:
+        """Place of the first of those positions that the active block sees, and that see it; all of them is 0."""
+        layout = self.canvas.layout
+        size = layout.scheme.causal_block
+        return 0 if size is None else layout.block_place(self.block) // size * size
 
     @property
     def last_chance(self) -> bool:

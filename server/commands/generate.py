@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from server.commands.options import (
+    Cache,
     Chat,
     Device,
     Dtype,
@@ -54,6 +55,7 @@ def generate(
     top_k: Annotated[int, typer.Option("--top-k", min=0, help="Draw from this many likeliest; 0: all.")] = 0,
     seed: Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="The generation's random stream.")] = 0,
     policy: Policies = None,
+    cache: Cache = None,
     fill_after_end: FillAfterEnd = True,
     chat: Chat = False,
     watch: Annotated[bool, typer.Option("--watch", help="Show the canvas settle, on standard error.")] = False,
@@ -69,7 +71,7 @@ def generate(
     if top_p == 0:
         wrong("--top-p", "must be above 0")
     from policies.store import UnknownPolicyError
-    from samplers import Canvas, ParameterError, TokenChoice
+    from samplers import CacheMode, Canvas, ParameterError, TokenChoice
     from samplers.denoising import Denoising
 
     use_threads(threads)
@@ -78,7 +80,8 @@ def generate(
     ids = text.encode(_prompt_text(prompt, chat, text))
     if len(ids) + max_tokens > info.max_length:
         wrong("--max-tokens", f"{max_tokens} and a prompt of {len(ids)} tokens exceed the model's {info.max_length}")
-    block = block if block_length is not None else info.block_length
+    if block_length is None or info.scheme.causal_block is not None:
+        block = block or info.block_length
     try:
         canvas = Canvas.blank(ids, max_tokens, info.mask_id, block, scheme=info.scheme)
     except ValueError as error:
@@ -87,7 +90,8 @@ def generate(
     policies = open_policies(named, model, loaded)
     try:
         rule = policies.sampler(spec.name, spec.params)
-        row = Denoising(canvas, rule, spec.params, choice, seed, info.end_ids, fill_after_end)
+        mode = CacheMode(cache or info.cache)
+        row = Denoising(canvas, rule, spec.params, choice, seed, info.end_ids, fill_after_end, mode)
     except (ParameterError, UnknownPolicyError) as error:
         wrong("--sampler-params", error)
     if watch and sys.stderr.isatty():

@@ -10,18 +10,22 @@ from safetensors import safe_open
 
 from tests.conformance.dinfer import InferFamily
 from tests.conformance.dream import DreamFamily
+from tests.conformance.fast_dllm_v2 import FastDLLMFamily
 from tests.conformance.generation import Family
 from tests.conformance.llada2 import LLaDA2Family
 from tests.conformance.report import Difference, NotBuilt, Result, Status
 from tests.conformance.sampler_only import SamplerOnly
+from tests.conformance.sdar import SDARFamily
 
 FAMILIES: dict[str, type[Family] | type[SamplerOnly]] = {
     "dinfer": InferFamily,
     "dream": DreamFamily,
+    "fast_dllm_v2": FastDLLMFamily,
     "llada": Family,
     "llada_moe": Family,
     "llada2": LLaDA2Family,
     "sampler_only": SamplerOnly,
+    "sdar": SDARFamily,
 }
 KNOWN_DIFFERENCES = Path(__file__).with_name("known_differences.toml")
 
