@@ -11,19 +11,20 @@ PART = 1 << 20
 """Logits worked on at a time: what is written in one pass is still in the cache in the next."""
 
 
-def summarise(logits: Tensor, mask_id: int, wanted: Wanted = NOTHING) -> Prediction:
+def summarise(logits: Tensor, mask_id: int | None, wanted: Wanted = NOTHING) -> Prediction:
     """Token, confidence and what else is wanted of each row of logits.
 
     Args:
         logits: [n, vocab] of any float type; computed on in float32.
-        mask_id: the token that is never chosen. Its probability still counts in the confidences of the others.
+        mask_id: the token that is never chosen, if there is one. Its probability still counts in the confidences of
+            the others.
     """
     size = max(1, PART // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
     starts = range(0, max(1, len(logits)), max(1, size))
     return Prediction.join([_part(logits[i : i + size], mask_id, wanted.part(i, i + size)) for i in starts])
 
 
-def _part(logits: Tensor, mask_id: int, wanted: Wanted) -> Prediction:
+def _part(logits: Tensor, mask_id: int | None, wanted: Wanted) -> Prediction:
     logits = logits.float()
     bonus = wanted.bonus
     if bonus is not None and len(bonus.index):
@@ -34,6 +35,8 @@ def _part(logits: Tensor, mask_id: int, wanted: Wanted) -> Prediction:
     total = relative.sum(dim=-1, keepdim=True)
     token = _likeliest(logits, mask_id)
     extra: dict[Statistic, Tensor] = {}
+    if Statistic.LIKELIEST in wanted.statistics:
+        extra[Statistic.LIKELIEST] = token.float()  # exact up to a vocabulary of 2 ** 24
     for name, (chosen_name, value) in _VALUES.items():
         if {name, chosen_name} & wanted.statistics:
             extra[name] = _of(_rows(wanted, name, chosen_name), logits, total, value)
@@ -54,9 +57,11 @@ def _part(logits: Tensor, mask_id: int, wanted: Wanted) -> Prediction:
     return Prediction(token, confidence, {name: extra[name] for name in wanted.statistics}, top, named)
 
 
-def _likeliest(logits: Tensor, mask_id: int) -> Tensor:
+def _likeliest(logits: Tensor, mask_id: int | None) -> Tensor:
     """Index of the largest logit of each row that is not the mask's, the lowest index among equals."""
     token = _first_of_largest(logits)
+    if mask_id is None:
+        return token
     wrong = (token == mask_id).nonzero()[:, 0]
     if len(wrong):
         without = logits[wrong]
@@ -120,7 +125,7 @@ def _of(rows: Tensor | None, logits: Tensor, total: Tensor, value: Value, width:
 
 
 def _choose(
-    logits: Tensor, token: Tensor, mask_id: int, wanted: Wanted
+    logits: Tensor, token: Tensor, mask_id: int | None, wanted: Wanted
 ) -> tuple[Tensor, dict[Statistic, tuple[Tensor, Tensor]]]:
     """Tokens, those of rows with a temperature drawn, and statistics of rows whose distribution is shaped."""
     greedy = TokenChoice()
@@ -132,7 +137,8 @@ def _choose(
         return token, {}
     rows = torch.tensor(shaped, device=logits.device)
     scores = logits[rows]
-    scores[:, mask_id] = -torch.inf
+    if mask_id is not None:
+        scores[:, mask_id] = -torch.inf
     p, order = choosable(scores, [choices[i] for i in shaped])
     drawn = [n for n, i in enumerate(shaped) if choices[i].temperature > 0]
     if drawn:
