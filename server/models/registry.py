@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from server.models.diffusion_gemma import DiffusionGemma
 from server.models.dream import Dream
 from server.models.llada import LLaDA
 from server.models.network import Network
@@ -28,6 +29,7 @@ ARCHITECTURES: dict[str, Family] = {
     "LLaDAModelLM": Family(LLaDA, "llada", end_tokens=("<|eot_id|>",)),
     "DreamModel": Family(Dream, "Dream", end_tokens=("<|im_end|>",)),
     "SDARForCausalLM": Family(SDAR, "sdar", end_tokens=("<|im_end|>",)),
+    "DiffusionGemmaForBlockDiffusion": Family(DiffusionGemma, "diffusion_gemma"),
 }
 
 
