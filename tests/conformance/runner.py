@@ -8,12 +8,14 @@ from pathlib import Path
 
 from safetensors import safe_open
 
+from tests.conformance.diffusion_gemma import GemmaFamily
 from tests.conformance.dinfer import InferFamily
 from tests.conformance.generation import Family
 from tests.conformance.report import Difference, NotBuilt, Result, Status
 from tests.conformance.sampler_only import SamplerOnly
 
 FAMILIES: dict[str, type[Family] | type[SamplerOnly]] = {
+    "diffusion_gemma": GemmaFamily,
     "dinfer": InferFamily,
     "llada": Family,
     "llada_moe": Family,
