@@ -18,12 +18,14 @@ class Scheme:
         noise: of a model without a mask token, how many tokens there are: positions that are not settled hold any of
             them at random, and are all drafted anew each step until the whole block is settled. Such a model reads all
             before the block causally, token by token. None: positions that are not settled hold the mask token.
+        drafted: length of the blocks of such a model unless somebody says otherwise.
     """
 
     causal_block: int | None = None
     fixed: bool = False
     shifted: bool = False
     noise: int | None = None
+    drafted: int | None = None
 
     @property
     def causal(self) -> bool:
@@ -133,13 +135,13 @@ class Canvas:
     ) -> "Canvas":
         """A canvas whose whole generation region is masked.
 
-        No `block_length` means full diffusion; with a block-causal model, that model's blocks. A model without a mask
+        No `block_length` means full diffusion; with a causal model, that model's blocks. A model without a mask
         token has None for a `mask_id`: what its blocks begin with is drawn when their turn comes.
         """
         suffix = suffix or []
         scheme = scheme.with_blocks(block_length)
         if scheme.causal_block is None:
-            length = min(block_length or gen_length, gen_length)
+            length = min(block_length or scheme.drafted or gen_length, gen_length)
         else:
             length = block_length or scheme.causal_block
         layout = Layout(len(prompt), gen_length, length, len(suffix), scheme)

@@ -53,6 +53,8 @@ class Outcome:
         positions, tokens, confidences: what was committed; `replaced` are those of them that had another token before.
         filled: what became padding.
         remasked: what was masked again.
+        draft: where a sampler drafts, what it would commit by now at each candidate that stays one, in order; none of
+            these is settled, and the canvas holds them in part.
     """
 
     positions: list[int] = field(default_factory=list)
@@ -61,6 +63,7 @@ class Outcome:
     filled: list[int] = field(default_factory=list)
     replaced: list[int] = field(default_factory=list)
     remasked: list[int] = field(default_factory=list)
+    draft: list[int] = field(default_factory=list)
     error: SamplerError | None = None
 
 
@@ -290,8 +293,11 @@ def _commit(row: Denoising, step: Step, i: int, selection: Selection) -> Outcome
             row.draft(selection.draft)
             selection = replace(selection, commit=step.candidate[i]) if row.last_chance else selection
         positions = selection.commit.nonzero()[:, 0]
+        said = token[step.candidate[i] & ~selection.commit].tolist() if row.sampler.drafts else []
         filled = row.commit(positions, token[positions])
-        return Outcome(positions.tolist(), token[positions].tolist(), confidence[positions].tolist(), filled)
+        return Outcome(
+            positions.tolist(), token[positions].tolist(), confidence[positions].tolist(), filled, draft=said
+        )
     commit, changed, remask, done = selection.commit, selection.replace, selection.remask, selection.done
     assert changed is not None and remask is not None and done is not None
     if row.last_chance:
