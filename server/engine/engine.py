@@ -287,6 +287,7 @@ class Engine:
                 known[before:],
                 outcome.replaced,
                 outcome.remasked,
+                outcome.draft,
             )
         )
         if row.finished:

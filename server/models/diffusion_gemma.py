@@ -230,7 +230,7 @@ class DiffusionGemma(Network):
         super().__init__()
         self.config = config
         text = config.text_config
-        self.scheme = Scheme(noise=text.vocab_size)
+        self.scheme = Scheme(noise=text.vocab_size, drafted=config.canvas_length)
         self.block_length = config.canvas_length
         self.model = Model(text)
         self._tables: dict[Kind, tuple[Tensor, Tensor]] = {}
@@ -282,7 +282,7 @@ class DiffusionGemma(Network):
 
     def _embedded(self, batch: Packed, drafted: Tensor) -> Tensor:
         """What goes into the first layer: of a draft, with what was said of it before."""
-        x = self.decoder.embed_tokens(batch.tokens) * self._factor
+        x: Tensor = self.decoder.embed_tokens(batch.tokens) * self._factor
         enter = self.decoder.self_conditioning
         out = x.where(~drafted, enter(x))
         first = 0
@@ -296,8 +296,9 @@ class DiffusionGemma(Network):
 
     def head(self, hidden: Tensor) -> Tensor:
         cap = self.config.text_config.final_logit_softcapping
-        logits = F.linear(hidden, self.decoder.embed_tokens.weight).float()
-        return (logits / cap).tanh() * cap
+        logits: Tensor = F.linear(hidden, self.decoder.embed_tokens.weight).float()
+        capped: Tensor = (logits / cap).tanh() * cap
+        return capped
 
     def remembered(self, logits: Tensor, wanted: Wanted) -> Tensor:
         """The mean embedding under the probabilities that tokens are drawn with, which is all the next forward needs.
