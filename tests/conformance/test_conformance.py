@@ -14,7 +14,7 @@ from tests.conformance.runner import find_families, run
 FIXTURES = Path(os.environ.get("UNMASK_FIXTURES", Path(__file__).parents[3] / "shared" / "fixtures"))
 needs_fixtures = pytest.mark.skipif(not FIXTURES.is_dir(), reason=f"no fixtures at {FIXTURES} (UNMASK_FIXTURES)")
 
-WHOLE = ("llada", "dinfer", "sampler_only")
+WHOLE = ("llada", "diffusion_gemma", "dinfer", "sampler_only")
 """Families of which everything is built."""
 
 
