@@ -63,7 +63,7 @@ class Row:
 class _Run:
     """Rows of one shape side by side, how many queries each has, and where those are, [rows, 1, count, 1].
 
-    `masks` are which keys they see, [rows, 1, count, keys], for each window that was asked for.
+    `masks` are which keys they see from the first on, [rows, 1, count, keys], for each window that was asked for.
     """
 
     rows: Sequence[Row]
@@ -71,9 +71,14 @@ class _Run:
     places: Tensor
     masks: dict[int | None, Tensor | None] = field(default_factory=dict)
 
+    def first_key(self, window: int | None) -> int:
+        """Where what these queries can see begins; rows that are whole are computed whole."""
+        row = self.rows[0]
+        return 0 if window is None or row.whole else max(0, min(row.start, row.draft) - window + 1)
+
     def mask(self, window: int | None) -> Tensor | None:
         if window not in self.masks:
-            self.masks[window] = _mask(self.rows[0], self.places, window)
+            self.masks[window] = _mask(self.rows[0], self.places, window, self.first_key(window))
         return self.masks[window]
 
 
@@ -123,7 +128,7 @@ class Packed:
             only = run.rows[0]
             if not only.whole:
                 assert only.memory is not None
-                row_k, row_v = only.memory.states[layer][:, : only.visible]
+                row_k, row_v = only.memory.states[layer][:, run.first_key(window) : only.visible]
             mixed = F.scaled_dot_product_attention(
                 _heads_first(q[queries], rows),
                 _heads_first(row_k, rows),
@@ -162,16 +167,16 @@ def _runs(rows: Sequence[Row], queries: Sequence[int], position: Tensor) -> list
     return runs
 
 
-def _mask(row: Row, places: Tensor, window: int | None) -> Tensor | None:
-    """Which of the visible positions each of these places sees; None where that is all of them."""
+def _mask(row: Row, places: Tensor, window: int | None, first: int) -> Tensor | None:
+    """Which of the visible positions from the first on each of these places sees; None where that is all of them."""
     size = row.causal_block
     if size is not None and row.start // size == (row.visible - 1) // size:
         size = None
-    if window is not None and row.draft < window:
+    if window is not None and row.draft - window < first:
         window = None
     if size is window is None and row.start >= row.draft:
         return None
-    keys = torch.arange(row.visible, device=places.device)
+    keys = torch.arange(first, row.visible, device=places.device)
     sees = (keys <= places) | (places >= row.draft)
     if size is not None:
         sees &= keys // size <= places // size

@@ -1,10 +1,12 @@
 """DiffusionGemma as transformers runs it: batches in lockstep, one stream of random numbers, padding after an end.
 
-Forwards are told of left padding, which ours never have: it is cut off, here and from the record.
+Forwards are told of left padding, which ours never have: it is cut off, here and from the record. What is settled is
+encoded in a forward of its own, which our loop saves: the numbers are the same but for their last bits, yet at low
+temperatures a canvas tells itself of those in every step, and amplifies them.
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -73,6 +75,21 @@ class OriginalNoise(DiffusionGemma):
         return torch.zeros_like(step.token).masked_scatter(step.candidate, fresh[self._backend.places])
 
 
+class Encoded(Denoising):
+    """A generation whose forwards feed the draft alone, since what is before it was encoded."""
+
+    def feed(self) -> Feed:
+        whole = super().feed()
+        assert whole.draft is not None
+        return replace(whole, start=whole.draft)
+
+    def unencoded(self) -> Feed:
+        """What is to be encoded before the block's first step."""
+        whole = super().feed()
+        assert whole.draft is not None
+        return replace(whole, stop=whole.draft, visible=whole.draft)
+
+
 @dataclass(eq=False)
 class Sequence:
     """One row of the original's batch.
@@ -85,7 +102,7 @@ class Sequence:
     """
 
     prompt: Tokens
-    row: Denoising
+    row: Encoded
     written: Tokens = field(default_factory=list)
     forwards: int = 0
     ended: bool = False
@@ -144,9 +161,9 @@ class GemmaFamily(Family):
             chosen["entropy_bound"] = float(params["sampler_config"]["entropy_bound"])
         rule = get_sampler("diffusion_gemma").Params(**chosen)
 
-        def begin(prompt: Tokens, canvases: int) -> Denoising:
+        def begin(prompt: Tokens, canvases: int) -> Encoded:
             canvas = Canvas.blank(prompt, canvases * length, None, length, scheme=backend.info.scheme)
-            return Denoising(canvas, sampler, rule, end_ids=end_ids, cache=CacheMode.PREFIX)
+            return Encoded(canvas, sampler, rule, end_ids=end_ids, cache=CacheMode.PREFIX)
 
         cuts = [row.index(1) for row in case["attention_mask"] or [[1]] * backend.batch]
         prompts = [prompt[cut:] for prompt, cut in zip(case["prompt"], cuts, strict=True)]
@@ -169,6 +186,8 @@ class GemmaFamily(Family):
         """One canvas of every row, each step for those that have not finished it."""
         length = self.cases["canvas_length"]
         first = torch.randint(0, backend.info.vocab_size, (backend.batch, length), generator=backend.stream)
+        with torch.inference_mode():
+            fed_logits(backend, [each.row.canvas for each in everyone], [each.row.unencoded() for each in everyone])
         blocks = [each.row.block for each in everyone]
         for each, noise in zip(everyone, first, strict=True):
             each.row.draft(torch.zeros(each.row.canvas.layout.gen_length, dtype=torch.int64).index_copy(
