@@ -24,7 +24,7 @@ MIXED: list[tuple[str, dict[str, Any]]] = [
     ("entropy", {}),
     ("threshold", {"threshold": 1.0}),
     ("dream", {"alg": "topk_margin"}),
-    ("hierarchy", {"threshold": None, "low_threshold": None}),
+    ("dream", {"alg": "entropy"}),
 ]
 """Eight rules; where one takes a number of steps, all take the same."""
 
@@ -111,7 +111,7 @@ def _against_reference(
     def plain() -> float:
         began = time.perf_counter()
         generate(
-            subject.network,
+            subject.plain,
             torch.tensor(prompts),
             subject.gen_length,
             subject.block_length,
@@ -168,7 +168,7 @@ def _mixed(running: Running, subject: Subject, rounds: int, detail: dict[str, An
 
 def _matmul(subject: Subject, rounds: int, detail: dict[str, Any]) -> Result:
     """The matrix products of a forward alone, over the forward: the share of what the machine can do."""
-    backend, config = subject.backend, subject.network.config
+    backend, config = subject.backend, subject.plain.config
     sampler = get_sampler("topk")
     rows = [
         Denoising(

@@ -222,5 +222,7 @@ class DecoderNetwork(Network):
         return out
 
     def head(self, hidden: Tensor) -> Tensor:
-        weight = self.embedding.weight if self.config.tie_word_embeddings else self.lm_head.weight
-        return F.linear(hidden, weight)
+        if self.config.tie_word_embeddings:
+            return F.linear(hidden, self.embedding.weight)
+        logits: Tensor = self.lm_head(hidden)
+        return logits

@@ -219,6 +219,7 @@ class LLaDA(Network):
         return out
 
     def head(self, hidden: Tensor) -> Tensor:
-        weight = self.transformer.wte.weight if self.config.weight_tying else self.transformer.ff_out.weight
-        logits: Tensor = F.linear(hidden, weight)
+        if self.config.weight_tying:
+            return F.linear(hidden, self.transformer.wte.weight)
+        logits: Tensor = self.transformer.ff_out(hidden)
         return logits

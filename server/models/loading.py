@@ -13,6 +13,7 @@ from server.engine.backend import Backend, ModelInfo
 from server.engine.torch_backend import TorchBackend
 from server.models.files import ModelError, read_json, read_optional_json
 from server.models.network import Network
+from server.models.packing import prepare_for_inference
 from server.models.registry import Family, find_family
 from server.models.text import TextCodec
 from server.models.weights import SkipInit, load_weights
@@ -71,6 +72,7 @@ def load_model(
         device=str(place),
         dtype=str(kind).removeprefix("torch."),
     )
+    prepare_for_inference(network)
     return LoadedModel(name, TorchBackend(network, info, batch_invariant), text)
 
 

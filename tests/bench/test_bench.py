@@ -12,20 +12,23 @@ from server.bench.reference import generate
 from server.bench.results import alternate, ratio_of, write_results
 from server.bench.subjects import Subject, embedded
 from server.engine.torch_backend import TorchBackend
-from server.models.loading import load_model
+from server.models.llada import LLaDA
+from server.models.loading import load_model, load_network
 
 
 def tiny(folder: Path) -> Subject:
     backend = load_model(str(folder), device="cpu", dtype="float32").backend
     assert isinstance(backend, TorchBackend)
+    _, _, plain = load_network(folder, torch.device("cpu"), torch.float32)
+    assert isinstance(plain, LLaDA)
     prompts = torch.randint(2, 60, (16, 5), generator=torch.Generator().manual_seed(0)).tolist()
-    return Subject("tiny", backend, backend.network, prompts, prompts, 16, 8, 8)
+    return Subject("tiny", backend, plain, prompts, prompts, 16, 8, 8)
 
 
 def test_the_plain_loop_gives_the_engines_tokens(tiny_model: Path) -> None:
     subject = tiny(tiny_model)
     info = subject.backend.info
-    canvases, forwards = generate(subject.backend.network, torch.tensor(subject.prompts), 16, 8, 8, info.mask_id)
+    canvases, forwards = generate(subject.plain, torch.tensor(subject.prompts), 16, 8, 8, info.mask_id)
     topk = get_sampler("topk")
     rows = [
         Denoising(Canvas.blank(prompt, 16, info.mask_id, 8), topk, topk.Params(steps=8)) for prompt in subject.prompts

@@ -14,6 +14,7 @@ from samplers import CacheMode, Canvas, Sampler, get_sampler
 from samplers.denoising import Denoising, Predict
 from server.engine.torch_backend import TorchBackend
 from server.models.loading import ModelError, describe, load_network
+from server.models.packing import prepare_for_inference
 from tests.conformance.forwards import CHECKS, ForwardCheck, fed_logits
 from tests.conformance.originals import Original, ReleasedFactor, stream_of
 from tests.conformance.replay import compare_states, replay
@@ -70,6 +71,7 @@ class Family:
             except ModelError as error:
                 raise NotBuilt(str(error).rpartition("config.json: ")[2]) from None
             info = describe(architecture, network)
+            prepare_for_inference(network)
             self._backend = TorchBackend(network, info)
         return self._backend
 

@@ -14,9 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from samplers import Canvas, get_sampler
 from samplers.denoising import Denoising, ask
-from server.engine.torch_backend import TorchBackend
 from server.models import loading
-from server.models.loading import ModelError, choose_device, choose_dtype, load_model
+from server.models.loading import ModelError, choose_device, choose_dtype, load_model, load_network
 from tests.tiny import tiny_tokenizer, write_tiny_model
 
 Break = Callable[[Path], object]
@@ -29,10 +28,8 @@ def folder(tmp_path: Path) -> Path:
     return write_tiny_model(tmp_path / "model")
 
 
-def network_of(model: Path, **options: Any) -> torch.nn.Module:
-    backend = load_model(str(model), device="cpu", **options).backend
-    assert isinstance(backend, TorchBackend)
-    return backend.network
+def network_of(model: Path, dtype: str = "float32") -> torch.nn.Module:
+    return load_network(model, torch.device("cpu"), getattr(torch, dtype))[2]
 
 
 def edit_json(path: Path, **changes: Any) -> None:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from samplers import BIDIRECTIONAL, Canvas, Sampler, SamplerParams, Scheme, TokenChoice, list_samplers
-from samplers.denoising import Denoising, Predict, _step, advance, ask, denoise
+from samplers.denoising import Denoising, Predict, advance, ask, denoise
+from samplers.grid import Grid
 from tests.policies import tiny
 from tests.samplers.models import MASK, VOCAB, Logits, predictor, random_logits
 
@@ -236,7 +237,7 @@ def test_the_same_alone_and_in_a_batch_of_eight(sampler: Sampler, data: st.DataO
 def test_select_changes_nothing_and_repeats_itself(sampler: Sampler, data: st.DataObject) -> None:
     rows = [start.row(sampler) for start in data.draw(st.lists(starts(sampler), min_size=1, max_size=4))]
     query = ask(rows)
-    step = _step(rows, list(range(len(rows))), query, predict_for(sampler)(query))
+    step = Grid(rows, query.row, query.position, predict_for(sampler)(query)).step(range(len(rows)))
 
     def tensors() -> list[Tensor]:
         return [*(v for v in vars(step).values() if isinstance(v, Tensor)), *step.extra.values()]
