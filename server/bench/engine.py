@@ -116,7 +116,7 @@ def _against_reference(
             subject.gen_length,
             subject.block_length,
             subject.steps,
-            subject.network.config.mask_token_id,
+            subject.plain.config.mask_token_id,
         )
         return tokens / (time.perf_counter() - began)
 
