@@ -28,7 +28,7 @@ class DiffusionGemma(Sampler):
     """
 
     name = "diffusion_gemma"
-    paper = "https://huggingface.co/docs/transformers/model_doc/diffusion_gemma"
+    paper = "https://arxiv.org/abs/2505.24857"
     statistics = frozenset({Statistic.CHOSEN_ENTROPY, Statistic.LIKELIEST})
     top = 1
     greedy = True

@@ -137,6 +137,19 @@ def test_alone_and_among_others_of_other_ages() -> None:
     assert all(a.canvas.tokens.equal(b.canvas.tokens) for a, b in zip(late, together, strict=False))
 
 
+def test_bitwise_the_same_whoever_shares_the_batch() -> None:
+    """`--batch-invariant`: each row on its own, what is kept of it too."""
+    backend = small()
+    strict = TorchBackend(backend.network, backend.info, batch_invariant=True)
+    together, alone = [row(strict, seed) for seed in range(3)], row(strict, 1)
+    for _ in range(6):
+        query, single = ask(together), ask([alone])
+        said, only = strict.predict(query), strict.predict(single)
+        assert said.confidence[query.row == 1].equal(only.confidence)
+        advance(together, query, said)
+        advance([alone], single, only)
+
+
 def test_what_was_said_before_counts_within_a_canvas_and_not_beyond(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without it the second step of a canvas says something else, and the first the same."""
     backend = small()
