@@ -13,7 +13,7 @@ from policies.tasks import get_task
 from server.engine.torch_backend import TorchBackend
 from server.models.llada import LLaDA, LLaDAConfig
 from server.models.loading import EMBEDDED_NAME, describe, find_model, load_model, load_network
-from server.models.packing import prepare_for_inference
+from server.models.packing import pack_linear_layers
 
 RANDOM_NAME = "random-100m"
 RANDOM = {
@@ -79,7 +79,7 @@ def random_model(count: int) -> Subject:
             weight.data.normal_(std=weight.shape[1] ** -0.5)
     info = describe("LLaDAModelLM", plain)
     network = deepcopy(plain)
-    prepare_for_inference(network)
+    pack_linear_layers(network)
     prompts = torch.randint(31_000, (count, 32), generator=torch.Generator().manual_seed(1)).tolist()
     return Subject(RANDOM_NAME, TorchBackend(network, info), plain, prompts, [], 32, 32, 8)
 

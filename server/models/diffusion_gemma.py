@@ -20,6 +20,7 @@ from samplers import Scheme
 from samplers.prediction import Wanted
 from server.models.decoder import Attend
 from server.models.diffusion_gemma_config import DiffusionGemmaConfig, Kind, TextConfig
+from server.models.experts import highest, mix
 from server.models.layers import rotate
 from server.models.network import Network
 from server.models.packed import Packed
@@ -88,8 +89,9 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Weights, float32, and experts, both [tokens, chosen], of states [tokens, width]."""
-        scores = self.proj(self.norm(x) * self.scale * x.shape[-1] ** -0.5)
-        weights, experts = scores.softmax(dim=-1, dtype=torch.float32).topk(self.chosen, dim=-1)
+        scores = self.proj(self.norm(x) * self.scale * x.shape[-1] ** -0.5).softmax(dim=-1, dtype=torch.float32)
+        experts = highest(scores, self.chosen)
+        weights = scores.gather(1, experts)
         weights = weights / weights.sum(dim=-1, keepdim=True)
         return weights * self.per_expert_scale[experts], experts
 
@@ -105,20 +107,12 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
         """Weighted sums [tokens, width]; arguments as of what `Router` gives."""
-        out = torch.zeros_like(x)
-        order = experts.flatten().argsort(stable=True)
-        tokens = order // experts.shape[1]
-        counts = torch.bincount(experts.flatten(), minlength=len(self.gate_up_proj)).tolist()
-        share = weights.flatten()[order][:, None]
-        first = 0
-        for expert, count in enumerate(counts):
-            if count:
-                at = slice(first, first + count)
-                gate, up = F.linear(x[tokens[at]], self.gate_up_proj[expert]).chunk(2, dim=-1)
-                said = F.linear(gelu(gate) * up, self.down_proj[expert]) * share[at]
-                out.index_add_(0, tokens[at], said.to(out.dtype))
-                first += count
-        return out
+        each = [partial(self._one, index) for index in range(len(self.gate_up_proj))]
+        return mix(each, x, experts, weights).to(x.dtype)
+
+    def _one(self, index: int, x: Tensor) -> Tensor:
+        gate, up = F.linear(x, self.gate_up_proj[index]).chunk(2, dim=-1)
+        return F.linear(gelu(gate) * up, self.down_proj[index])
 
 
 class Attention(nn.Module):
@@ -136,15 +130,14 @@ class Attention(nn.Module):
         self.k_norm = Norm(size, config.rms_norm_eps)
         self.v_norm = Norm(size, config.rms_norm_eps, weighted=False)
 
-    def forward(self, h: Tensor, cos: Tensor, sin: Tensor, attend: Attend, wanted: Tensor | None) -> Tensor:
+    def project(self, h: Tensor, cos: Tensor, sin: Tensor, wanted: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, of the wanted tokens, keys and values, all [tokens, heads, head_dim]."""
         k = self._heads(self.k_proj(h))
         v = k if self.v_proj is None else self._heads(self.v_proj(h))
         k, v = rotate(self.k_norm(k), cos, sin), self.v_norm(v)
         if wanted is not None:
             h, cos, sin = h[wanted], cos[wanted], sin[wanted]
-        q = rotate(self.q_norm(self._heads(self.q_proj(h))), cos, sin)
-        out: Tensor = self.o_proj(attend(q, k, v).flatten(-2))
-        return out
+        return rotate(self.q_norm(self._heads(self.q_proj(h))), cos, sin), k, v
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:-1], -1, self.head_dim)
@@ -174,8 +167,16 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, wanted: Tensor | None = None) -> Tensor:
         """States of all tokens [tokens, width], or of the `wanted` ones, before the layer's own factor."""
-        mixed = self.self_attn(self.input_layernorm(x), cos, sin, attend, wanted)
-        x = (x if wanted is None else x[wanted]) + self.post_attention_layernorm(mixed)
+        q, k, v = self.project(x, cos, sin, wanted)
+        return self.finish(x if wanted is None else x[wanted], attend(q, k, v))
+
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor, wanted: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, of the wanted tokens, keys and values: what is before attention."""
+        return self.self_attn.project(self.input_layernorm(x), cos, sin, wanted)
+
+    def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """What is after attention, of states and what they attended to, [tokens, heads, head_dim]."""
+        x = x + self.post_attention_layernorm(self.self_attn.o_proj(mixed.flatten(-2)))
         dense = self.post_feedforward_layernorm_1(self.mlp(self.pre_feedforward_layernorm(x)))
         sparse = self.experts(self.pre_feedforward_layernorm_2(x), *self.router(x))
         out: Tensor = x + self.post_feedforward_layernorm(dense + self.post_feedforward_layernorm_2(sparse))
@@ -263,6 +264,7 @@ class DiffusionGemma(Network):
     def packed(self, batch: Packed) -> Tensor:
         text = self.config.text_config
         drafted = torch.cat([torch.arange(row.start, row.stop) >= row.draft for row in batch.rows])
+        drafted = F.pad(drafted, (0, len(batch.tokens) - len(drafted)))
         drafted = drafted.to(batch.tokens.device, non_blocking=True)[:, None]
         x = self._embedded(batch, drafted)
         longest = max(row.visible for row in batch.rows)
@@ -272,7 +274,7 @@ class DiffusionGemma(Network):
         for index, (layer, encoding) in enumerate(zip(self.decoder.layers, self.model.factors, strict=True)):
             kind = text.kind(index)
             window = text.sliding_window if kind is Kind.SLIDING else None
-            attend = partial(batch.attend, index, scale=1.0, window=window)
+            attend = partial(batch.attend, index, index == last, scale=1.0, window=window)
             wanted = batch.wanted if index == last else None
             x = layer(x, *tables[kind], attend, wanted)
             where = drafted if wanted is None else drafted[wanted]

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
+from server.allocator import keep_freed_memory
 from server.engine.backend import Backend, ModelInfo
 from server.engine.torch_backend import TorchBackend
+from server.models.compiling import compile_layers
 from server.models.files import ModelError, read_json, read_optional_json
 from server.models.network import Network
-from server.models.packing import prepare_for_inference
+from server.models.packing import pack_linear_layers
 from server.models.registry import Family, find_family
 from server.models.text import TextCodec
 from server.models.weights import SkipInit, load_weights
@@ -41,6 +43,7 @@ def load_model(
     dtype: str = "auto",
     max_model_len: int | None = None,
     batch_invariant: bool = False,
+    compile_for: int | None = None,
 ) -> LoadedModel:
     """Load a model for inference. Raises ModelError, one line, for whatever is wrong with it.
 
@@ -51,19 +54,22 @@ def load_model(
         dtype: "float32", "bfloat16", "float16", or "auto": bfloat16 where the device computes in it, else float32.
         max_model_len: a limit on the canvas below the model's own.
         batch_invariant: results are bitwise the same whatever shares the batch.
+        compile_for: compile the layers, for forwards of at most so many tokens.
     """
     if engine not in ENGINES:
         raise ModelError(f"unknown engine {engine!r}; choose from {', '.join(ENGINES)}")
     name, folder = find_model(model)
     place = choose_device(device)
     kind = choose_dtype(dtype, place)
+    if place.type == "cpu":
+        keep_freed_memory()  # before there are other threads, which would have heaps of their own
     text = TextCodec.load(folder)
-    architecture, family, network = load_network(folder, place, kind)
+    architecture, family, network = load_network(folder, place, kind, text=text)
     config = network.config
     if text.vocab_size > config.rows:
         raise ModelError(
-            f"{folder / 'tokenizer.json'}: has token ids up to {text.vocab_size - 1}, but the model's vocabulary ends "
-            f"at {config.rows - 1}"
+            f"{folder}: the tokenizer has token ids up to {text.vocab_size - 1}, but the model's vocabulary ends at "
+            f"{config.rows - 1}"
         )
     info = replace(
         describe(architecture, network),
@@ -72,8 +78,12 @@ def load_model(
         device=str(place),
         dtype=str(kind).removeprefix("torch."),
     )
-    prepare_for_inference(network)
-    return LoadedModel(name, TorchBackend(network, info, batch_invariant), text)
+    if compile_for is None:
+        pack_linear_layers(network)
+    else:
+        compile_layers(network, compile_for)
+    backend = TorchBackend(network, info, batch_invariant, static_shapes=compile_for is not None)
+    return LoadedModel(name, backend, text)
 
 
 def describe(architecture: str, network: Network) -> ModelInfo:
@@ -94,17 +104,24 @@ def describe(architecture: str, network: Network) -> ModelInfo:
 
 
 def load_network(
-    folder: Path, device: torch.device, dtype: torch.dtype, settings: dict[str, Any] | None = None
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    settings: dict[str, Any] | None = None,
+    text: TextCodec | None = None,
 ) -> tuple[str, Family, Network]:
     """Architecture, family and the network itself, from `config.json` and the weights. Raises ModelError.
 
     Args:
         settings: entries in place of those of `config.json`.
+        text: whose mask token it is where `config.json` names none.
     """
     path = folder / "config.json"
     config = read_json(path) | (settings or {})
     try:
         architecture, family = find_family(config)
+        if config.get("mask_token_id") is None and text is not None and family.mask_token is not None:
+            config["mask_token_id"] = text.token_id(family.mask_token)
         parsed = family.network.Config.model_validate(config)
     except ValidationError as error:
         first = error.errors()[0]
@@ -177,7 +194,9 @@ def _download(name: str) -> Path:
     try:
         # Never code, never pickles, and no second copies in sub-folders.
         return Path(
-            snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.jinja"], ignore_patterns=["*/*"])
+            snapshot_download(
+                name, allow_patterns=["*.safetensors", "*.json", "*.jinja", "merges.txt"], ignore_patterns=["*/*"]
+            )
         )
     except HFValidationError:
         raise ModelError(f"{name}: neither a folder nor the id of a model on the Hugging Face hub") from None

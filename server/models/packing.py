@@ -3,8 +3,6 @@
 import torch
 from torch import Tensor, nn
 
-from server.allocator import keep_freed_memory
-
 PACKED_TYPES = (torch.float32, torch.bfloat16)
 
 
@@ -24,13 +22,6 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return out
-
-
-def prepare_for_inference(network: nn.Module) -> None:
-    """What makes a network on a processor fast, and unable to learn."""
-    if any(weight.device.type == "cpu" for weight in network.parameters()):
-        keep_freed_memory()
-        pack_linear_layers(network)
 
 
 def pack_linear_layers(network: nn.Module) -> None:

@@ -7,6 +7,7 @@ import torch
 
 from samplers import Canvas, get_sampler
 from samplers.denoising import Denoising, denoise
+from server.bench.curves import measure_growth
 from server.bench.engine import measure_engine
 from server.bench.reference import generate
 from server.bench.results import alternate, ratio_of, write_results
@@ -48,6 +49,7 @@ def test_every_measurement_is_there(tiny_model: Path, tmp_path: Path) -> None:
         "sampler_and_rest_share",
         "mixed_samplers_cost",
         "model_vs_matmul",
+        "batch_invariant_cost",
     ]
     for result in results:
         assert 0 < result.low <= result.ratio <= result.high and result.detail["model"] == "tiny"
@@ -55,6 +57,16 @@ def test_every_measurement_is_there(tiny_model: Path, tmp_path: Path) -> None:
     content = json.loads((tmp_path / "out.json").read_text())
     assert content["machine"]["cores"] >= 1 and len(content["results"]) == len(results)
     assert set(content["results"][0]) == {"name", "ratio", "low", "high", "unit", "detail"}
+
+
+def test_growth_has_a_point_for_each_size() -> None:
+    results = list(measure_growth(2, lengths=(64, 128), batches=(1, 4), vocabularies=(100, 200, 300)))
+    assert [(result.name, list(result.detail["seconds"])) for result in results] == [
+        ("growth_canvas_length", ["64", "128"]),
+        ("growth_batch", ["1", "4"]),
+        ("growth_vocabulary", ["100", "200", "300"]),
+    ]
+    assert all(seconds > 0 for result in results for seconds in result.detail["seconds"].values())
 
 
 def test_ratios_are_taken_round_by_round() -> None:

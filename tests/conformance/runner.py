@@ -10,15 +10,19 @@ from safetensors import safe_open
 
 from tests.conformance.diffusion_gemma import GemmaFamily
 from tests.conformance.dinfer import InferFamily
+from tests.conformance.dream import DreamFamily
 from tests.conformance.generation import Family
+from tests.conformance.llada2 import LLaDA2Family
 from tests.conformance.report import Difference, NotBuilt, Result, Status
 from tests.conformance.sampler_only import SamplerOnly
 
 FAMILIES: dict[str, type[Family] | type[SamplerOnly]] = {
     "diffusion_gemma": GemmaFamily,
     "dinfer": InferFamily,
+    "dream": DreamFamily,
     "llada": Family,
     "llada_moe": Family,
+    "llada2": LLaDA2Family,
     "sampler_only": SamplerOnly,
 }
 KNOWN_DIFFERENCES = Path(__file__).with_name("known_differences.toml")

@@ -146,8 +146,8 @@ BROKEN: dict[str, tuple[Break, str]] = {
     ),
     "other type": (lambda f: edit_json(f / "config.json", model_type="llama"), "model_type 'llama' is not supported"),
     "experts": (
-        lambda f: edit_json(f / "config.json", num_experts=64),
-        "architecture 'LLaDAModelLM' with experts (num_experts = 64) is not supported",
+        lambda f: edit_json(f / "config.json", architectures=["DreamModel"], model_type="Dream", num_experts=64),
+        "architecture 'DreamModel' with experts (num_experts = 64) is not supported",
     ),
     "a key missing": (
         lambda f: (f / "config.json").write_text(
@@ -327,7 +327,7 @@ def test_only_data_is_downloaded(folder: Path, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     monkeypatch.chdir(tmp_path)
     assert load_model("someone/model").name == "someone/model"
-    assert asked["allow_patterns"] == ["*.safetensors", "*.json", "*.jinja"]
+    assert asked["allow_patterns"] == ["*.safetensors", "*.json", "*.jinja", "merges.txt"]
     assert "trust_remote_code" not in asked
 
 

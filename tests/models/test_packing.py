@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from server.models.llada import LLaDA, LLaDAConfig
-from server.models.packing import PackedLinear, prepare_for_inference
+from server.models.packing import PackedLinear, pack_linear_layers
 from tests.tiny import tiny_config
 
 
@@ -32,7 +32,7 @@ def test_a_network_says_the_same(weight_tying: bool) -> None:
     torch.manual_seed(0)
     plain = LLaDA(LLaDAConfig.model_validate(tiny_config(64, weight_tying=weight_tying))).requires_grad_(False)
     packed = deepcopy(plain)
-    prepare_for_inference(packed)
+    pack_linear_layers(packed)
     left = [name for name, module in packed.named_modules() if type(module) is nn.Linear]
     assert left == [] and isinstance(packed, LLaDA)
     tokens = torch.arange(24).view(2, 12)

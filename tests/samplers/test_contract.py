@@ -43,6 +43,7 @@ PARAMETERS: dict[str, st.SearchStrategy[dict[str, Any]]] = {
         {},
         optional={
             "threshold": st.floats(0, 0.99),
+            "k": st.integers(1, 4),
             "edit_threshold": st.one_of(st.none(), st.floats(0, 1.0)),
             "max_post_steps": st.integers(0, 5),
             "penalty": st.floats(0, 3.0),
