@@ -15,6 +15,7 @@ from samplers import CacheMode, Canvas, get_sampler
 from samplers.denoising import Denoising, advance, ask, denoise
 from samplers.prediction import NOTHING
 from server.engine.torch_backend import TorchBackend
+from server.models.compiling import compile_layers
 from server.models.diffusion_gemma import DiffusionGemma, DiffusionGemmaConfig
 from server.models.files import ModelError
 from server.models.loading import describe, load_model, load_network
@@ -204,6 +205,18 @@ def test_logits_worked_off_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.engine.torch_backend.LOGIT_ELEMENTS", 3 * VOCABULARY)
     denoise([parts], backend.predict)
     assert parts.canvas.tokens.equal(whole.canvas.tokens)
+
+
+def test_compiled_layers_say_the_same() -> None:
+    """In padded forwards; the compiler's front is real, its code generator is left out."""
+    plain = small()
+    traced = tiny_gemma(tiny_gemma_config(VOCABULARY))
+    compile_layers(traced, 128, backend="eager")
+    compiled = TorchBackend(traced, plain.info, static_shapes=True)
+    ours, theirs = row(plain, 1), row(compiled, 1)
+    denoise([ours], plain.predict)
+    denoise([theirs], compiled.predict)
+    assert ours.canvas.tokens.equal(theirs.canvas.tokens)
 
 
 def test_half_precision_runs() -> None:
