@@ -41,6 +41,8 @@ class Feed:
     Attributes:
         visible: length of the part of the canvas that attention reads; None is all of it.
         causal_block: as in `Scheme`.
+        draft: position at which the block begins that a model without a mask token drafts. What is fed before it is
+            settled, and read causally.
     """
 
     start: int
@@ -48,6 +50,7 @@ class Feed:
     memory: Memory | None = None
     visible: int | None = None
     causal_block: int | None = None
+    draft: int | None = None
 
 
 @dataclass(eq=False)
@@ -56,7 +59,7 @@ class Cache:
 
     Attributes:
         mode: what is kept.
-        final: positions from the canvas's start whose keys and values can no longer change; block-causal models only.
+        final: positions from the canvas's start whose keys and values can no longer change; causal models only.
         known: positions from its start of which there are any in memory.
     """
 
@@ -75,6 +78,10 @@ class Cache:
         """
         start = layout.prompt_length + layout.block_start(block)
         stop = layout.prompt_length + layout.block_stop(block)
+        if layout.scheme.noise is not None:
+            # Always with a memory: it also holds what the model said of the draft before.
+            first = 0 if self.mode is CacheMode.NONE else self.final
+            return Feed(first, stop, self.memory, stop, draft=start)
         if layout.scheme.causal_block is None:
             if self.mode is CacheMode.NONE:
                 return Feed(0, layout.length)
@@ -93,6 +100,8 @@ class Cache:
     def note(self, fed: Feed, layout: Layout, block: int) -> None:
         """That this feed was computed, `block` being the active one."""
         size = layout.scheme.causal_block
+        if fed.draft is not None:
+            self.final = fed.draft
         if size is not None and fed.memory is not None:
             if fed.start <= self.final:
                 self.final = (layout.prompt_length + layout.block_start(block)) // size * size

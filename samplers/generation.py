@@ -10,6 +10,7 @@ from samplers.base import ParameterError, Sampler, SamplerParams
 from samplers.cache import Cache, CacheMode, Feed
 from samplers.canvas import Canvas
 from samplers.prediction import TokenChoice
+from samplers.randomness import NOISE, uniform
 
 GREEDY = TokenChoice()
 
@@ -59,6 +60,8 @@ class Denoising:
     """Position of the first committed end-of-text in the generation region."""
 
     def __post_init__(self) -> None:
+        if misfit := self.sampler.misfit(self.canvas.layout.scheme):
+            raise ParameterError("sampler", misfit)
         self.sampler.check(self.params, self.canvas.layout)
         if self.sampler.greedy and self.choice.temperature > 0:
             raise ParameterError("sampler", f"sampler {self.sampler.name} chooses tokens itself; use temperature 0")
@@ -81,6 +84,8 @@ class Denoising:
         if self.block_masks == 0 or block != self.block:
             self.block, self.block_step = block, 0
             self.block_masks = len(self._candidates)
+            if layout.scheme.noise is not None:
+                self.canvas.generated[self._candidates] = self._noise(layout.scheme.noise)
         self._opens = self._opens_block()
         if self._opens:
             self._candidates = self._candidates[:1]
@@ -92,6 +97,11 @@ class Denoising:
         start, place = layout.block_start(self.block), layout.block_place(self.block)
         given = place < layout.prompt_length + start
         return layout.scheme.shifted and place > 0 and not given and bool(self.canvas.masked[start])
+
+    def _noise(self, vocabulary: int) -> Tensor:
+        """What the candidates of a new block hold where there is no mask token."""
+        numbers = uniform(torch.tensor(self.seed), torch.tensor(self.forwards), self._candidates, NOISE)
+        return (numbers * vocabulary).long()
 
     def _opens_block(self) -> bool:
         """Whether the next forward decides the block's first position only.
@@ -147,14 +157,25 @@ class Denoising:
         return 0 if size is None else layout.block_place(self.block) // size * size
 
     @property
+    def token_choice(self) -> TokenChoice:
+        """How the next forward chooses tokens."""
+        return self.sampler.choice(self.params, self.block_step) or self.choice
+
+    @property
     def last_chance(self) -> bool:
-        """Whether a block that is revised has had all the forwards it may have, but for the next."""
+        """Whether a block that is revised or drafted has had all the forwards it may have, but for the next."""
+        if self.sampler.drafts:
+            return self.block_step + 1 >= self.sampler.draft_steps(self.params)
         bound = 2 * self.canvas.layout.block_size(self.block) + self.sampler.post_steps(self.params)
         return self.sampler.revises and self.block_step + 1 >= bound
 
     def candidates(self) -> Tensor:
         """Masked positions of the active block, relative to the generation region."""
         return self._candidates
+
+    def draft(self, tokens: Tensor) -> None:
+        """Write tokens [gen_length or more] where the candidates are, which stay candidates."""
+        self.canvas.generated[self._candidates] = tokens[self._candidates]
 
     def commit(self, positions: Tensor, tokens: Tensor) -> list[int]:
         """Fix positions to tokens; returns the positions after an end-of-text that this settles as padding."""

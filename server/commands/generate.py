@@ -41,7 +41,9 @@ def register(app: typer.Typer) -> None:
 def generate(
     prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
     model: Model = None,
-    sampler: Annotated[str, typer.Option("--sampler", help="See `unmask samplers`.")] = "threshold",
+    sampler: Annotated[
+        str | None, typer.Option("--sampler", help="See `unmask samplers`. Default: threshold, or the model's own.")
+    ] = None,
     sampler_params: Annotated[
         str, typer.Option("--sampler-params", help="The sampler's parameters.", metavar="JSON")
     ] = "{}",
@@ -66,7 +68,7 @@ def generate(
 ) -> None:
     """Complete a prompt: the text on standard output, what it took on standard error."""
     block = parse_block_length(block_length) if block_length is not None else None
-    spec = _spec(sampler, sampler_params)
+    spec = None if sampler is None else _spec(sampler, sampler_params)
     named = split_policies(policy)
     if top_p == 0:
         wrong("--top-p", "must be above 0")
@@ -77,6 +79,7 @@ def generate(
     use_threads(threads)
     loaded = open_model(model, device, dtype)
     info, text = loaded.backend.info, loaded.text
+    spec = spec or _spec(info.sampler, sampler_params)
     ids = text.encode(_prompt_text(prompt, chat, text))
     if len(ids) + max_tokens > info.max_length:
         wrong("--max-tokens", f"{max_tokens} and a prompt of {len(ids)} tokens exceed the model's {info.max_length}")
@@ -93,7 +96,7 @@ def generate(
         mode = CacheMode(cache or info.cache)
         row = Denoising(canvas, rule, spec.params, choice, seed, info.end_ids, fill_after_end, mode)
     except (ParameterError, UnknownPolicyError) as error:
-        wrong("--sampler-params", error)
+        wrong("--sampler" if getattr(error, "field", None) == "sampler" else "--sampler-params", error)
     if watch and sys.stderr.isatty():
         seconds = _watch(row, loaded.backend.predict, text.token, pause)
     else:

@@ -34,14 +34,14 @@ def serve(**flags: Any) -> None:
     config: Path | None = flags.pop("config")
     settings = _settings({name: value for name, value in flags.items() if value not in (None, [])}, config)
 
-    from server.api.catalogue import default_rule
+    from server.api.catalogue import check_rule
     from server.engine import RequestError
     from server.lifecycle import listen
     from server.logging import configure_logging
 
     configure_logging(settings.log_format)
     try:
-        default_rule(settings)
+        check_rule(settings)
     except RequestError as error:
         wrong(flag(error.field.partition(".")[0]), error)
     try:

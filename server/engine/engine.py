@@ -85,7 +85,7 @@ class Engine:
                 f"{request.max_tokens}: shorten the prompt or lower max_tokens",
                 "context_length_exceeded",
             )
-        if request.suffix and self.info.scheme.causal_block is not None:
+        if request.suffix and self.info.scheme.causal:
             raise RequestError("suffix", "this model cannot see what comes after the text that it writes")
         try:
             canvas = Canvas.blank(
@@ -100,6 +100,8 @@ class Engine:
             raise RequestError("block_length", str(error)) from None
         try:
             sampler = self.policies.sampler(request.sampler, request.params)
+            if misfit := sampler.misfit(self.info.scheme):
+                raise RequestError("sampler", misfit)
             if sampler.greedy and request.choice.temperature > 0:
                 raise RequestError("temperature", f"sampler {sampler.name} chooses tokens itself; use temperature 0")
             return Denoising(
@@ -285,6 +287,7 @@ class Engine:
                 known[before:],
                 outcome.replaced,
                 outcome.remasked,
+                outcome.draft,
             )
         )
         if row.finished:

@@ -133,7 +133,7 @@ def load_network(
         raise ModelError(f"{path}: {error}") from None
     with torch.device("meta"), SkipInit():
         network = family.network(parsed)
-    load_weights(network, folder, device, dtype)
+    load_weights(network, folder, device, dtype, network.ignored)
     return architecture, family, network
 
 

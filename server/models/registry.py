@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from server.models.diffusion_gemma import DiffusionGemma
 from server.models.dream import Dream
 from server.models.fast_dllm_v2 import FastDLLM
 from server.models.llada import LLaDA
@@ -40,6 +41,7 @@ ARCHITECTURES: dict[str, Family] = {
     "SDARForCausalLM": Family(SDAR, "sdar", end_tokens=("<|im_end|>",)),
     "SDARMoeForCausalLM": Family(SDARMoE, "sdar_moe", end_tokens=("<|im_end|>",), experts=True),
     "Fast_dLLM_QwenForCausalLM": Family(FastDLLM, "Fast_dLLM_Qwen", end_tokens=("<|im_end|>",)),
+    "DiffusionGemmaForBlockDiffusion": Family(DiffusionGemma, "diffusion_gemma"),
 }
 EARLY_LLADA_MOE = {
     (name, kind)

@@ -66,7 +66,7 @@ class Family:
             device = torch.device("cpu")
             try:
                 # Some tiny checkpoints leave out the mask token, whose published default they have no row for.
-                settings = {"mask_token_id": self.cases["mask_id"]}
+                settings = {"mask_token_id": self.cases["mask_id"]} if "mask_id" in self.cases else {}
                 architecture, _, network = load_network(self._folder / "checkpoint", device, torch.float32, settings)
             except ModelError as error:
                 raise NotBuilt(str(error).rpartition("config.json: ")[2]) from None

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
+from tests.conformance.diffusion_gemma import GemmaFamily
 from tests.conformance.dinfer import InferFamily
 from tests.conformance.dream import DreamFamily
 from tests.conformance.fast_dllm_v2 import FastDLLMFamily
@@ -18,6 +19,7 @@ from tests.conformance.sampler_only import SamplerOnly
 from tests.conformance.sdar import SDARFamily
 
 FAMILIES: dict[str, type[Family] | type[SamplerOnly]] = {
+    "diffusion_gemma": GemmaFamily,
     "dinfer": InferFamily,
     "dream": DreamFamily,
     "fast_dllm_v2": FastDLLMFamily,
