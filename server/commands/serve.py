@@ -71,6 +71,7 @@ def _load_and_serve(settings: Settings, bound: socket.socket) -> bool:
             settings.dtype,
             max_model_len=settings.max_model_len,
             batch_invariant=settings.batch_invariant,
+            load_format=settings.load_format,
         )
     except ModelError as error:
         fail(error)

@@ -15,12 +15,13 @@ from server.models.files import ModelError, read_json, read_optional_json
 from server.models.llada import LLaDA
 from server.models.registry import Family, find_family
 from server.models.text import TextCodec
-from server.models.weights import SkipInit, load_weights
+from server.models.weights import SkipInit, draw_weights, load_weights
 
 __all__ = ["LoadedModel", "ModelError", "describe", "find_model", "load_model", "load_network"]
 
 EMBEDDED_NAME = "unmask-tiny"
 ENGINES = ("torch",)
+LOAD_FORMATS = ("auto", "dummy")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -40,6 +41,7 @@ def load_model(
     dtype: str = "auto",
     max_model_len: int | None = None,
     batch_invariant: bool = False,
+    load_format: str = "auto",
 ) -> LoadedModel:
     """Load a model for inference. Raises ModelError, one line, for whatever is wrong with it.
 
@@ -50,6 +52,7 @@ def load_model(
         dtype: "float32", "bfloat16", "float16", or "auto": bfloat16 where the device computes in it, else float32.
         max_model_len: a limit on the canvas below the model's own.
         batch_invariant: results are bitwise the same whatever shares the batch.
+        load_format: "auto" reads safetensors, "dummy" draws random weights of the configuration's shapes.
     """
     if engine not in ENGINES:
         raise ModelError(f"unknown engine {engine!r}; choose from {', '.join(ENGINES)}")
@@ -57,7 +60,7 @@ def load_model(
     place = choose_device(device)
     kind = choose_dtype(dtype, place)
     text = TextCodec.load(folder)
-    architecture, family, network = load_network(folder, place, kind)
+    architecture, family, network = load_network(folder, place, kind, load_format)
     config = network.config
     if text.vocab_size > config.rows:
         raise ModelError(
@@ -91,8 +94,22 @@ def describe(architecture: str, network: LLaDA) -> ModelInfo:
     )
 
 
-def load_network(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[str, Family, LLaDA]:
+def load_network(
+    folder: Path, device: torch.device, dtype: torch.dtype, load_format: str = "auto"
+) -> tuple[str, Family, LLaDA]:
     """Architecture, family and the network itself, from `config.json` and the weights. Raises ModelError."""
+    if load_format not in LOAD_FORMATS:
+        raise ModelError(f"unknown load format {load_format!r}; choose from {', '.join(LOAD_FORMATS)}")
+    architecture, family, network = build_network(folder)
+    if load_format == "dummy":
+        draw_weights(network, device, dtype)
+    else:
+        load_weights(network, folder, device, dtype)
+    return architecture, family, network
+
+
+def build_network(folder: Path) -> tuple[str, Family, LLaDA]:
+    """Architecture, family and the network, without weights, from `config.json`. Raises ModelError."""
     path = folder / "config.json"
     config = read_json(path)
     try:
@@ -108,7 +125,6 @@ def load_network(folder: Path, device: torch.device, dtype: torch.dtype) -> tupl
         raise ModelError(f"{path}: {error}") from None
     with torch.device("meta"), SkipInit():
         network = family.network(parsed)
-    load_weights(network, folder, device, dtype)
     return architecture, family, network
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint's tensors: safetensors files only, every tensor checked before any is used."""
+"""A network's tensors: from safetensors files only, every one checked before any is used; or drawn at random."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,6 +13,7 @@ from server.models.files import ModelError, read_json
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 FLOATS = ("F64", "F32", "F16", "BF16")
+DRAWN_STD = 0.02
 
 
 class SkipInit(TorchFunctionMode):
@@ -49,6 +50,24 @@ def load_weights(network: nn.Module, folder: Path, device: torch.device, dtype: 
     for name, path in source.items():
         with _open(path) as file:
             tensors[name] = file.get_tensor(name).to(device=device, dtype=dtype, copy=True)
+    network.load_state_dict(tensors, assign=True)
+    network.requires_grad_(False).eval()
+
+
+def draw_weights(network: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Give a network that was built on the meta device random weights instead, the same ones every time.
+
+    Each is drawn in its own place: memory holds the weights once. Gains of norms are 1, biases 0, all else is normal.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    tensors = {}
+    for name, tensor in network.state_dict().items():
+        drawn = torch.empty(tensor.shape, device=device, dtype=dtype)
+        if tensor.dim() > 1:
+            drawn.normal_(0.0, DRAWN_STD, generator=generator)
+        else:
+            drawn.fill_(0.0 if name.endswith("bias") else 1.0)
+        tensors[name] = drawn
     network.load_state_dict(tensors, assign=True)
     network.requires_grad_(False).eval()
 
