@@ -1,6 +1,7 @@
 """`unmask serve`, `unmask health` and `unmask version`."""
 
 import inspect
+import os
 import socket
 import urllib.error
 import urllib.request
@@ -40,6 +41,8 @@ def serve(**flags: Any) -> None:
     from server.logging import configure_logging
 
     configure_logging(settings.log_format)
+    os.environ["UNMASK_LOG_FORMAT"] = settings.log_format  # processes that an engine starts log alike
+    _check_engine(settings)
     try:
         default_rule(settings)
     except RequestError as error:
@@ -54,10 +57,23 @@ def serve(**flags: Any) -> None:
             raise typer.Exit(1)
 
 
+def _check_engine(settings: Settings) -> None:
+    """Refuse what the chosen engine cannot do."""
+    if settings.engine != "vllm":
+        if settings.vllm_args:
+            wrong(flag("vllm_args"), "only --engine vllm takes these")
+        return
+    if settings.cache != "none":
+        wrong(flag("cache"), f"--engine vllm computes every step in full, so that cache {settings.cache} is not there")
+    if settings.batch_invariant:
+        wrong(flag("batch_invariant"), "--engine vllm cannot promise this")
+
+
 def _load_and_serve(settings: Settings, bound: socket.socket) -> bool:
     """Serve until a signal says to stop; whether everything that ran then could finish."""
     from server.app import create_app
     from server.engine import Engine, Limits, RequestError
+    from server.engine.vllm.backend import VllmOptions
     from server.lifecycle import serve as serve_app
     from server.metrics import Metrics
     from server.models.loading import ModelError, load_model
@@ -72,6 +88,7 @@ def _load_and_serve(settings: Settings, bound: socket.socket) -> bool:
             max_model_len=settings.max_model_len,
             batch_invariant=settings.batch_invariant,
             load_format=settings.load_format,
+            vllm=VllmOptions(settings.max_batch, settings.max_batch_tokens, settings.vllm_args),
         )
     except ModelError as error:
         fail(error)

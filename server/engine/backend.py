@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Protocol
 
+from samplers.cache import CacheMode
 from samplers.denoising import Query
 from samplers.prediction import Prediction
 
@@ -19,6 +20,7 @@ class ModelInfo:
         block_length: the family's default; None is full diffusion.
         device, dtype: where and how it computes.
         parameters: number of weights.
+        caches: what a backend can keep between forwards.
     """
 
     architecture: str
@@ -30,6 +32,11 @@ class ModelInfo:
     device: str
     dtype: str
     parameters: int
+    caches: frozenset[CacheMode] = frozenset(CacheMode)
+
+
+class BackendDeadError(Exception):
+    """The model runs no more, and no later forward can succeed."""
 
 
 class Backend(Protocol):

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,17 @@ from pydantic import ValidationError
 
 from server.engine.backend import Backend, ModelInfo
 from server.engine.torch_backend import TorchBackend
+from server.engine.vllm.backend import VllmBackend, VllmError, VllmOptions, check_supported
 from server.models.files import ModelError, read_json, read_optional_json
 from server.models.llada import LLaDA
 from server.models.registry import Family, find_family
 from server.models.text import TextCodec
-from server.models.weights import SkipInit, draw_weights, load_weights
+from server.models.weights import SkipInit, draw_weights, find_weights, load_weights
 
 __all__ = ["LoadedModel", "ModelError", "describe", "find_model", "load_model", "load_network"]
 
 EMBEDDED_NAME = "unmask-tiny"
-ENGINES = ("torch",)
+ENGINES = ("torch", "vllm")
 LOAD_FORMATS = ("auto", "dummy")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -42,6 +44,7 @@ def load_model(
     max_model_len: int | None = None,
     batch_invariant: bool = False,
     load_format: str = "auto",
+    vllm: VllmOptions | None = None,
 ) -> LoadedModel:
     """Load a model for inference. Raises ModelError, one line, for whatever is wrong with it.
 
@@ -53,14 +56,19 @@ def load_model(
         max_model_len: a limit on the canvas below the model's own.
         batch_invariant: results are bitwise the same whatever shares the batch.
         load_format: "auto" reads safetensors, "dummy" draws random weights of the configuration's shapes.
+        vllm: how the engine of that name runs it.
     """
     if engine not in ENGINES:
         raise ModelError(f"unknown engine {engine!r}; choose from {', '.join(ENGINES)}")
+    if load_format not in LOAD_FORMATS:
+        raise ModelError(f"unknown load format {load_format!r}; choose from {', '.join(LOAD_FORMATS)}")
+    if engine == "vllm" and find_spec("vllm") is None:
+        raise ModelError("the vllm engine needs vLLM, which is not installed: pip install 'unmask[vllm]'")
     name, folder = find_model(model)
     place = choose_device(device)
     kind = choose_dtype(dtype, place)
     text = TextCodec.load(folder)
-    architecture, family, network = load_network(folder, place, kind, load_format)
+    architecture, family, network = build_network(folder)
     config = network.config
     if text.vocab_size > config.rows:
         raise ModelError(
@@ -75,7 +83,25 @@ def load_model(
         device=str(place),
         dtype=str(kind).removeprefix("torch."),
     )
-    return LoadedModel(name, TorchBackend(network, info, batch_invariant), text)
+    backend: Backend
+    if engine == "vllm":
+        backend = _vllm(folder, network, info, load_format, vllm)
+    else:
+        give_weights(network, folder, place, kind, load_format)
+        backend = TorchBackend(network, info, batch_invariant)
+    return LoadedModel(name, backend, text)
+
+
+def _vllm(folder: Path, network: LLaDA, info: ModelInfo, load_format: str, options: VllmOptions | None) -> VllmBackend:
+    """A backend of vLLM's for what was found to be a whole model, which our own network is the measure of."""
+    try:
+        check_supported(info.architecture)
+        # A quantised checkpoint has other tensors, which vLLM knows.
+        if load_format == "auto" and "quantization_config" not in read_json(folder / "config.json"):
+            find_weights(network, folder)
+        return VllmBackend(folder, info, load_format, options)
+    except VllmError as error:
+        raise ModelError(str(error)) from None
 
 
 def describe(architecture: str, network: LLaDA) -> ModelInfo:
@@ -98,14 +124,19 @@ def load_network(
     folder: Path, device: torch.device, dtype: torch.dtype, load_format: str = "auto"
 ) -> tuple[str, Family, LLaDA]:
     """Architecture, family and the network itself, from `config.json` and the weights. Raises ModelError."""
-    if load_format not in LOAD_FORMATS:
-        raise ModelError(f"unknown load format {load_format!r}; choose from {', '.join(LOAD_FORMATS)}")
     architecture, family, network = build_network(folder)
+    give_weights(network, folder, device, dtype, load_format)
+    return architecture, family, network
+
+
+def give_weights(
+    network: LLaDA, folder: Path, device: torch.device, dtype: torch.dtype, load_format: str = "auto"
+) -> None:
+    """Weights for a network without, those of the folder or random ones. Raises ModelError."""
     if load_format == "dummy":
         draw_weights(network, device, dtype)
     else:
         load_weights(network, folder, device, dtype)
-    return architecture, family, network
 
 
 def build_network(folder: Path) -> tuple[str, Family, LLaDA]:

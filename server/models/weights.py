@@ -35,6 +35,16 @@ def load_weights(network: nn.Module, folder: Path, device: torch.device, dtype: 
     Tensors are copied one by one, and each lets go of its file again: memory holds the weights once, and a file that is
     overwritten later does not change a model that runs. Raises ModelError.
     """
+    tensors = {}
+    for name, path in find_weights(network, folder).items():
+        with _open(path) as file:
+            tensors[name] = file.get_tensor(name).to(device=device, dtype=dtype, copy=True)
+    network.load_state_dict(tensors, assign=True)
+    network.requires_grad_(False).eval()
+
+
+def find_weights(network: nn.Module, folder: Path) -> dict[str, Path]:
+    """Which file has which of a network's tensors, all of which are there and of the right shape. Raises ModelError."""
     wanted = {name: tensor.shape for name, tensor in network.state_dict().items()}
     source: dict[str, Path] = {}
     for path in _files(folder):
@@ -46,12 +56,7 @@ def load_weights(network: nn.Module, folder: Path, device: torch.device, dtype: 
                 if name in wanted:
                     _check_tensor(path, name, file.get_slice(name), wanted[name])
     _check_names(folder, wanted.keys(), source.keys())
-    tensors = {}
-    for name, path in source.items():
-        with _open(path) as file:
-            tensors[name] = file.get_tensor(name).to(device=device, dtype=dtype, copy=True)
-    network.load_state_dict(tensors, assign=True)
-    network.requires_grad_(False).eval()
+    return source
 
 
 def draw_weights(network: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
