@@ -12,9 +12,9 @@ from torch import Tensor
 
 from samplers import CacheMode, Canvas, Sampler, get_sampler
 from samplers.denoising import Denoising, Predict
-from server.engine.torch_backend import TorchBackend
-from server.models.loading import ModelError, describe, load_network
-from tests.conformance.forwards import CHECKS, fed_logits
+from server.engine import Backend
+from tests.conformance.forwards import CHECKS
+from tests.conformance.models import check_cache, fed_logits, open_backend
 from tests.conformance.originals import Original, ReleasedFactor, stream_of
 from tests.conformance.replay import compare_states, replay
 from tests.conformance.report import Difference, NotBuilt
@@ -40,10 +40,11 @@ def feeds_twice(case: dict[str, Any]) -> bool:
 class Family:
     """One folder: `checkpoint/`, `cases.json`, `forward.safetensors`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, engine: str = "torch") -> None:
         self.cases: dict[str, Any] = json.loads((folder / "cases.json").read_text())
         self._folder = folder
-        self._backend: TorchBackend | None = None
+        self._engine = engine
+        self._backend: Backend | None = None
 
     def checks(self) -> Iterator[tuple[str, Check]]:
         """Name and check of every case."""
@@ -53,17 +54,17 @@ class Family:
         for case in self.cases["cases"]:
             yield case["name"], lambda case=case: self._generate(case)  # type: ignore[misc]
 
-    def backend(self) -> TorchBackend:
+    def backend(self) -> Backend:
         """Our model of the checkpoint. Raises NotBuilt if its architecture is not built."""
         if self._backend is None:
-            device = torch.device("cpu")
-            try:
-                architecture, _, network = load_network(self._folder / "checkpoint", device, torch.float32)
-            except ModelError as error:
-                raise NotBuilt(str(error).rpartition("config.json: ")[2]) from None
-            info = describe(architecture, network)
-            self._backend = TorchBackend(network, info)
+            self._backend = open_backend(self._folder / "checkpoint", self._engine)
         return self._backend
+
+    def close(self) -> None:
+        """Give the model back."""
+        if self._backend is not None:
+            self._backend.close()
+            self._backend = None
 
     def _forward(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Logits at all positions that are not padding."""
@@ -76,6 +77,7 @@ class Family:
         function, params = case["function"], case["params"]
         if function not in FUNCTIONS:
             raise NotBuilt(function)
+        check_cache(backend, FUNCTIONS[function])
         if unknown := set(params) - PARAMETERS:
             raise NotBuilt(f"sampler with {', '.join(sorted(unknown))}")
         sampler: Sampler
@@ -106,7 +108,7 @@ class Family:
             if case[key] is not None and forwards != case[key]:
                 raise Difference(f"{forwards} forwards, the original's {key} is {case[key]}")
 
-    def _predict(self, case: dict[str, Any], backend: TorchBackend) -> Predict:
+    def _predict(self, case: dict[str, Any], backend: Backend) -> Predict:
         """What serves requests where that is enough, else the same model behind the original's quirks."""
         params = case["params"]
         quirks = ("cfg_scale", "logits_eos_inf", "confidence_eos_eot_inf")

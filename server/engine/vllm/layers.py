@@ -8,6 +8,8 @@ from torch import Tensor
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention import EncoderOnlyAttention
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from vllm.v1.attention.backend import AttentionType
+from vllm.v1.attention.selector import get_attn_backend
 
 from server.models.layers import rope_tables, rotate
 
@@ -34,10 +36,22 @@ class Rotation:
         return self._tables[0][positions], self._tables[1][positions]
 
 
+def kernel_size(size: int) -> int:
+    """The smallest size of heads, at least this, that vLLM's attention kernels here can do."""
+    some = 128  # which all of them can do
+    backend = get_attn_backend(some, torch.get_default_dtype(), "auto", attn_type=AttentionType.ENCODER_ONLY)
+    fitting = [each for each in backend.get_supported_head_sizes() if each >= size]
+    return min(fitting, default=size)
+
+
 class Heads:
-    """How many heads of which size there are, and how many of them one rank has."""
+    """How many heads of which size there are, and how many of them one rank has.
+
+    Heads that no kernel can do are filled up with zeros, which changes no product: small models have such.
+    """
 
     def __init__(self, width: int, queries: int, keys: int, size: int) -> None:
+        self.filled = kernel_size(size)
         ranks = get_tensor_model_parallel_world_size()
         self.width, self.queries, self.keys, self.size = width, queries, keys, size
         self.local_queries, self.local_keys = queries // ranks, max(1, keys // ranks)
@@ -58,7 +72,7 @@ class Heads:
         """Every position of a canvas reads all of it."""
         return EncoderOnlyAttention(
             self.local_queries,
-            self.size,
+            self.filled,
             self.size**-0.5,
             num_kv_heads=self.local_keys,
             cache_config=vllm_config.cache_config,
@@ -70,10 +84,12 @@ class Heads:
         """What this rank's heads read, [tokens, heads * size], from a projection [tokens, ...]."""
         queries, keys = self.local_queries * self.size, self.local_keys * self.size
         q, k, v = torch.split(projected, [queries, keys, keys], dim=-1)
-        q = rotate(q.reshape(len(q), -1, self.size), cos, sin).flatten(-2)
-        k = rotate(k.reshape(len(k), -1, self.size), cos, sin).flatten(-2)
-        mixed: Tensor = attention(q, k, v.contiguous())
-        return mixed
+        q, k, v = (x.reshape(len(x), -1, self.size) for x in (q, k, v))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if self.filled > self.size:
+            q, k, v = (F.pad(x, (0, self.filled - self.size)) for x in (q, k, v))
+        mixed: Tensor = attention(q.flatten(-2), k.flatten(-2), v.flatten(-2))
+        return mixed.view(len(mixed), -1, self.filled)[..., : self.size].flatten(-2)
 
 
 def gate_and_up(width: int, inner: int, vllm_config: Any, prefix: str) -> Any:
