@@ -20,7 +20,7 @@ from samplers.cache import CacheMode
 from samplers.denoising import Query
 from samplers.prediction import Prediction
 from server.engine.backend import BackendDeadError, ModelInfo
-from server.engine.vllm.instructions import INSTRUCTION, TASK, Instruction
+from server.engine.vllm.instructions import INSTRUCTION, TASK, Instruction, read
 from server.engine.vllm.plugin import CONFIG_FORMAT, LAST_WORDS, MODELS, limit_log
 
 log = structlog.get_logger(__name__)
@@ -220,9 +220,7 @@ class VllmBackend:
             if self._engine.errored:
                 raise BackendDeadError(f"vLLM has ended: {type(error).__name__}") from error
             raise
-        wanted = part.wanted
-        named = None if wanted.named is None else wanted.named.shape[1]
-        return Prediction.of_table(output.outputs.data, wanted.statistics, wanted.top or None, named)
+        return read(output.outputs.data, part.wanted)
 
     async def _shut_down(self) -> None:
         handler = self._engine.output_handler

@@ -19,7 +19,7 @@ from samplers.prediction import Prediction, Wanted
 from samplers.summary import summarise
 from server.engine.torch_backend import LOGIT_ELEMENTS
 from server.engine.vllm.config import parse
-from server.engine.vllm.instructions import INSTRUCTION, TASK, Instruction
+from server.engine.vllm.instructions import INSTRUCTION, TASK, Instruction, answers, together
 
 Scheduled = tuple[int, dict[str, Any]]
 """One request of a batch: its number of tokens and its pooling request's keyword arguments."""
@@ -111,16 +111,11 @@ class Denoiser(nn.Module):
             return hidden.new_full((len(hidden), 2), torch.nan, dtype=torch.float32)
         if first > len(hidden):
             raise RuntimeError(f"a batch of {first} tokens came in parts: {len(hidden)} in one forward")
-        counts = [len(each.position) for each in asked]
         rows = torch.cat([self.source(each.position) + start for each, start in zip(asked, starts, strict=True)])
-        prediction = self.answer(
-            hidden[rows.to(hidden.device, non_blocking=True)], Wanted.join([each.wanted for each in asked], counts)
-        )
+        prediction = self.answer(hidden[rows.to(hidden.device, non_blocking=True)], together(asked))
         out = hidden.new_zeros(len(hidden), max(each.columns for each in asked), dtype=torch.float32)
-        row = 0
-        for each, start, count in zip(asked, starts, counts, strict=True):
-            out[start : start + count, : each.columns] = prediction.part(row, row + count).table(each.wanted)
-            row += count
+        for start, answer in zip(starts, answers(asked, prediction), strict=True):
+            out[start : start + len(answer), : answer.shape[1]] = answer
         return out
 
     def source(self, position: Tensor) -> Tensor:

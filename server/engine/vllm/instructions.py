@@ -3,6 +3,7 @@
 Numbers travel as bytes: a list of a few hundred of them would take msgpack longer than the model takes for a step.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from samplers.prediction import Bonus, Statistic, TokenChoice, Wanted
+from samplers.prediction import Bonus, Prediction, Statistic, TokenChoice, Wanted
 
 TASK = "token_classify"
 """vLLM's pooling task that gives numbers for single positions."""
@@ -96,6 +97,27 @@ class Instruction:
             bonus=bonus,
         )
         return cls(position, wanted)
+
+
+def together(asked: Sequence[Instruction]) -> Wanted:
+    """What to say of all the positions of several, one after the other."""
+    return Wanted.join([each.wanted for each in asked], [len(each.position) for each in asked])
+
+
+def answers(asked: Sequence[Instruction], prediction: Prediction) -> list[Tensor]:
+    """What was said `together`, cut into an answer for each: float32 [n, columns]."""
+    found, first = [], 0
+    for each in asked:
+        stop = first + len(each.position)
+        found.append(prediction.part(first, stop).table(each.wanted))
+        first = stop
+    return found
+
+
+def read(answer: Tensor, wanted: Wanted) -> Prediction:
+    """An answer as a prediction of what was wanted."""
+    named = None if wanted.named is None else wanted.named.shape[1]
+    return Prediction.of_table(answer, wanted.statistics, wanted.top or None, named)
 
 
 def _pack(values: Tensor, dtype: torch.dtype) -> bytes:
