@@ -363,10 +363,11 @@ class Fatal(BaseException):
     """What no handler of ordinary errors catches."""
 
 
-def test_a_dead_engine_says_so_to_everyone(serve: Serve) -> None:
+@pytest.mark.parametrize("failure", [Fatal, BackendDeadError])
+def test_a_dead_engine_says_so_to_everyone(serve: Serve, failure: type[BaseException]) -> None:
     def before(query: Query) -> None:
         gate(query)
-        raise Fatal
+        raise failure
 
     gate = Gate()
     engine = serve(CheapBackend(before=before), rows=1)
@@ -383,6 +384,14 @@ def test_a_dead_engine_says_so_to_everyone(serve: Serve) -> None:
     with pytest.raises(NotServingError, match="not running"):
         engine.submit(request(2), Listener())
     assert value(engine, "dllm_requests_running") == value(engine, "dllm_requests_waiting") == 0
+
+
+def test_a_cache_that_the_backend_does_not_have_is_refused(serve: Serve) -> None:
+    backend = CheapBackend()
+    backend.info = replace(backend.info, caches=frozenset({CacheMode.NONE}))
+    with pytest.raises(RequestError, match="no dual cache; choose from none") as refused:
+        serve(backend).check(request(0, cache=CacheMode.DUAL))
+    assert refused.value.field == "cache"
 
 
 @pytest.mark.parametrize(
