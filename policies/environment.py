@@ -152,7 +152,8 @@ def rollout(
     rows = []
     for problem, seed in zip(problems, seeds, strict=True):
         prompt = subject.encode_prompt(problem.prompt)
-        canvas = Canvas.blank(prompt[-(prompt_length or len(prompt)) :], gen_length, subject.mask_id, block_length)
+        prompt = prompt[-(prompt_length or len(prompt)) :]
+        canvas = Canvas.blank(prompt, gen_length, subject.mask_id, block_length, scheme=subject.scheme)
         rows.append(Denoising(canvas, recorder, recorder.Params(), seed=seed, end_ids=subject.end_ids))
         if ask_oracle:
             recorder.oracles.append(Oracle.for_problem(task, problem, canvas, subject.encode, subject.end_ids))

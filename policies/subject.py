@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from samplers import BIDIRECTIONAL, Scheme
 from samplers.denoising import Predict
 
 
@@ -10,7 +11,8 @@ from samplers.denoising import Predict
 class Subject:
     """A model under test: a forward pass, its text codec, its special tokens, its longest canvas.
 
-    `template` makes a problem's text the model's prompt, such as the message of a chat.
+    `template` makes a problem's text the model's prompt, such as the message of a chat; `scheme` is how the model reads
+    a canvas.
     """
 
     predict: Predict
@@ -20,6 +22,7 @@ class Subject:
     end_ids: frozenset[int]
     max_length: int
     template: Callable[[str], str] = str
+    scheme: Scheme = BIDIRECTIONAL
 
     def encode_prompt(self, text: str) -> list[int]:
         """Token ids of a problem's prompt."""

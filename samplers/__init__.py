@@ -2,11 +2,12 @@
 
 from samplers.base import ParameterError, Sampler, SamplerError, SamplerParams, Selection, Step
 from samplers.cache import CacheMode
-from samplers.canvas import Canvas, Layout
+from samplers.canvas import BIDIRECTIONAL, Canvas, Layout, Scheme
 from samplers.prediction import Prediction, Statistic, TokenChoice
 from samplers.registry import UnknownSamplerError, get_sampler, list_samplers
 
 __all__ = [
+    "BIDIRECTIONAL",
     "CacheMode",
     "Canvas",
     "Layout",
@@ -15,6 +16,7 @@ __all__ = [
     "Sampler",
     "SamplerError",
     "SamplerParams",
+    "Scheme",
     "Selection",
     "Statistic",
     "Step",

@@ -1,6 +1,6 @@
 """Which positions of a canvas a forward computes anew, and which it knows from an earlier one."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from samplers.canvas import Layout
@@ -12,6 +12,10 @@ class CacheMode(StrEnum):
     `none`: every forward is a full one, exact. The others approximate: the keys and values of some positions are those
     of the block's first forward (Fast-dLLM, arXiv 2505.22618, section 3.2). `prefix`: of all before the block. `dual`:
     of all but the block.
+
+    A block-causal model never sees what comes later, so that `prefix` is exact: finished blocks are computed once.
+    `dual` is the same where its blocks are those denoised together; where they are longer, it keeps the rest of the
+    model's block too (Fast-dLLM v2, arXiv 2509.26328, section 3.3), which approximates.
     """
 
     NONE = "none"
@@ -30,19 +34,65 @@ class Memory:
 class Feed:
     """What a forward computes of one canvas: positions `start` to `stop`.
 
-    A forward over the whole canvas leaves its keys and values in `memory`, if there is one; any other reads them.
+    A forward over all that is visible leaves its keys and values in `memory`, if there is one; any other reads them,
+    and puts those of what it feeds in their place.
+
+    Attributes:
+        visible: length of the part of the canvas that attention reads; None is all of it.
+        causal_block: as in `Scheme`.
     """
 
     start: int
     stop: int
     memory: Memory | None = None
+    visible: int | None = None
+    causal_block: int | None = None
 
 
-def feed(mode: CacheMode, memory: Memory, layout: Layout, block: int, block_step: int) -> Feed:
-    """What the next forward of a generation feeds, on the `block_step`-th step of a block."""
-    if mode is CacheMode.NONE:
-        return Feed(0, layout.length)
-    if block_step == 0:
-        return Feed(0, layout.length, memory)
-    start = layout.prompt_length + block * layout.block_length
-    return Feed(start, start + layout.block_size(block) if mode is CacheMode.DUAL else layout.length, memory)
+@dataclass(eq=False)
+class Cache:
+    """What is known of one canvas from its forwards so far.
+
+    Attributes:
+        mode: what is kept.
+        final: positions from the canvas's start whose keys and values can no longer change; block-causal models only.
+        known: positions from its start of which there are any in memory.
+    """
+
+    mode: CacheMode = CacheMode.NONE
+    memory: Memory = field(default_factory=Memory)
+    final: int = 0
+    known: int = 0
+
+    def feed(self, layout: Layout, block: int, block_step: int, opens: bool, first_masked: bool) -> Feed:
+        """What the next forward of a generation feeds.
+
+        Args:
+            block, block_step: the active block, and forwards spent on it.
+            opens: whether this forward is about the block's first position only, which the one before it decides.
+            first_masked: whether that position is still masked.
+        """
+        start = layout.prompt_length + layout.block_start(block)
+        stop = layout.prompt_length + layout.block_stop(block)
+        if layout.scheme.causal_block is None:
+            if self.mode is CacheMode.NONE:
+                return Feed(0, layout.length)
+            if block_step == 0:
+                return Feed(0, layout.length, self.memory)
+            return Feed(start, stop if self.mode is CacheMode.DUAL else layout.length, self.memory)
+        size = layout.scheme.causal_block
+        first = start // size * size
+        visible = first if opens else min(first + size, layout.length)
+        if self.mode is CacheMode.NONE:
+            return Feed(0, visible, None, visible, size)
+        if self.mode is CacheMode.DUAL and self.known >= visible and not first_masked:
+            return Feed(start, stop, self.memory, visible, size)
+        return Feed(self.final, visible, self.memory, visible, size)
+
+    def note(self, fed: Feed, layout: Layout, block: int) -> None:
+        """That this feed was computed, `block` being the active one."""
+        size = layout.scheme.causal_block
+        if size is not None and fed.memory is not None:
+            if fed.start <= self.final:
+                self.final = (layout.prompt_length + layout.block_start(block)) // size * size
+            self.known = fed.visible or layout.length

@@ -1,9 +1,38 @@
 """The canvas: prompt, generation region and what is still masked."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a model reads a canvas.
+
+    Attributes:
+        causal_block: length of the blocks, counted from the canvas's first position, of which a later one is never
+            seen by an earlier one; within a block all see all. None: everything sees everything.
+        fixed: whether that length is the model's alone. If not, it is always that of the blocks denoised together.
+        shifted: whether the output at a position is about the next position. The first then stands for itself.
+    """
+
+    causal_block: int | None = None
+    fixed: bool = False
+    shifted: bool = False
+
+    def with_blocks(self, block_length: int | None) -> "Scheme":
+        """As it is for canvases of this block length. Raises ValueError if the model cannot have it."""
+        if self.causal_block is None:
+            return self
+        if not self.fixed:
+            return replace(self, causal_block=block_length or self.causal_block)
+        if block_length is not None and self.causal_block % block_length:
+            raise ValueError(f"block_length {block_length} does not divide the model's blocks of {self.causal_block}")
+        return self
+
+
+BIDIRECTIONAL = Scheme()
 
 
 @dataclass(frozen=True)
@@ -14,13 +43,17 @@ class Layout:
         prompt_length: given tokens before the generation region.
         gen_length: positions of the generation region.
         suffix_length: given tokens after it (infilling).
-        block_length: positions denoised together, blocks go left to right; `gen_length` is full diffusion.
+        block_length: positions denoised together, blocks go left to right; `gen_length` is full diffusion. Blocks are
+            counted from the generation region's start, but from the canvas's where the scheme is block-causal: the
+            first then holds the end of the prompt.
+        scheme: how the model reads it.
     """
 
     prompt_length: int
     gen_length: int
     block_length: int
     suffix_length: int = 0
+    scheme: Scheme = BIDIRECTIONAL
 
     def __post_init__(self) -> None:
         if min(self.prompt_length, self.suffix_length) < 0:
@@ -29,6 +62,8 @@ class Layout:
             raise ValueError(f"gen_length must be at least 1, got {self.gen_length}")
         if self.block_length < 1:
             raise ValueError(f"block_length must be at least 1, got {self.block_length}")
+        if self.scheme.causal_block is not None and self.scheme.causal_block % self.block_length:
+            raise ValueError(f"blocks of {self.block_length} do not divide those of {self.scheme.causal_block}")
 
     @property
     def length(self) -> int:
@@ -36,13 +71,30 @@ class Layout:
         return self.prompt_length + self.gen_length + self.suffix_length
 
     @property
+    def _shared(self) -> int:
+        """Positions of the first block that belong to the prompt."""
+        return 0 if self.scheme.causal_block is None else self.prompt_length % self.block_length
+
+    @property
     def blocks(self) -> int:
         """Number of blocks; the last one may be shorter."""
-        return -(-self.gen_length // self.block_length)
+        return -(-(self.gen_length + self._shared) // self.block_length)
+
+    def block_of(self, position: int) -> int:
+        """The block of a position of the generation region."""
+        return (position + self._shared) // self.block_length
+
+    def block_start(self, block: int) -> int:
+        """First position of a block, relative to the generation region."""
+        return max(0, block * self.block_length - self._shared)
+
+    def block_stop(self, block: int) -> int:
+        """One past its last position."""
+        return min(self.gen_length, (block + 1) * self.block_length - self._shared)
 
     def block_size(self, block: int) -> int:
         """Positions of one block."""
-        return min(self.block_length, self.gen_length - block * self.block_length)
+        return self.block_stop(block) - self.block_start(block)
 
 
 @dataclass(eq=False)
@@ -67,10 +119,19 @@ class Canvas:
         mask_id: int,
         block_length: int | None = None,
         suffix: list[int] | None = None,
+        scheme: Scheme = BIDIRECTIONAL,
     ) -> "Canvas":
-        """A canvas whose whole generation region is masked. No `block_length` means full diffusion."""
+        """A canvas whose whole generation region is masked.
+
+        No `block_length` means full diffusion; with a block-causal model, that model's blocks.
+        """
         suffix = suffix or []
-        layout = Layout(len(prompt), gen_length, min(block_length or gen_length, gen_length), len(suffix))
+        scheme = scheme.with_blocks(block_length)
+        if scheme.causal_block is None:
+            length = min(block_length or gen_length, gen_length)
+        else:
+            length = block_length or scheme.causal_block
+        layout = Layout(len(prompt), gen_length, length, len(suffix), scheme)
         tokens = torch.tensor([*prompt, *[mask_id] * gen_length, *suffix], dtype=torch.int64)
         return cls(layout, tokens, torch.ones(gen_length, dtype=torch.bool))
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from samplers.base import ParameterError, Sampler, SamplerParams
-from samplers.cache import CacheMode, Feed, Memory, feed
+from samplers.cache import Cache, CacheMode, Feed
 from samplers.canvas import Canvas
 from samplers.prediction import TokenChoice
 
@@ -51,7 +51,9 @@ class Denoising:
     given: Tensor = field(init=False, repr=False)
     _closed: int = field(default=0, init=False)
     _mask_id: int = field(default=-1, init=False)
-    _memory: Memory = field(default_factory=Memory, init=False, repr=False)
+    _cache: Cache = field(init=False, repr=False)
+    _opens: bool = field(default=False, init=False)
+    _feed: Feed = field(init=False, repr=False)
     _candidates: Tensor = field(init=False, repr=False)
     end: int | None = field(default=None, init=False)
     """Position of the first committed end-of-text in the generation region."""
@@ -61,6 +63,7 @@ class Denoising:
         if self.sampler.greedy and self.choice.temperature > 0:
             raise ParameterError("sampler", f"sampler {self.sampler.name} chooses tokens itself; use temperature 0")
         self.state = self.sampler.start(self.params)
+        self._cache = Cache(self.cache)
         self.given = ~self.canvas.masked
         open_tokens = self.canvas.generated[self.canvas.masked]
         self._mask_id = int(open_tokens[0]) if len(open_tokens) else -1
@@ -72,12 +75,30 @@ class Denoising:
         self.settled = self.canvas.settled
         if self.sampler.revises:
             self.settled = min(self.settled, self._closed)
-        block = min(self.settled // layout.block_length, layout.blocks - 1)
-        start = block * layout.block_length
-        self._candidates = self.canvas.masked[start : start + layout.block_length].nonzero()[:, 0] + start
+        block = min(layout.block_of(self.settled), layout.blocks - 1)
+        start = layout.block_start(block)
+        self._candidates = self.canvas.masked[start : layout.block_stop(block)].nonzero()[:, 0] + start
         if self.block_masks == 0 or block != self.block:
             self.block, self.block_step = block, 0
             self.block_masks = len(self._candidates)
+        self._opens = self._opens_block()
+        if self._opens:
+            self._candidates = self._candidates[:1]
+        first_masked = bool(self.canvas.masked[layout.block_start(self.block)])
+        self._feed = self._cache.feed(layout, self.block, self.block_step, self._opens, first_masked)
+
+    def _opens_block(self) -> bool:
+        """Whether the next forward decides the block's first position only.
+
+        Where outputs are about the next position, that one is decided by the position before it, which forwards that
+        feed no more than the block do not compute (Fast-dLLM for Dream, and v2).
+        """
+        layout, scheme = self.canvas.layout, self.canvas.layout.scheme
+        start = layout.block_start(self.block)
+        place = layout.prompt_length + start
+        if not scheme.shifted or self.block_step or place == 0 or not bool(self.canvas.masked[start]):
+            return False
+        return self.cache is not CacheMode.NONE if scheme.causal_block is None else place % scheme.causal_block == 0
 
     @property
     def finished(self) -> bool:
@@ -97,17 +118,17 @@ class Denoising:
 
     def feed(self) -> Feed:
         """What the next forward computes of this canvas."""
-        return feed(self.cache, self._memory, self.canvas.layout, self.block, self.block_step)
+        return self._feed
 
     def asked(self, fed: Feed) -> Tensor:
         """Positions that the sampler wants to be told of, of those that a forward computes."""
         layout = self.canvas.layout
         if self.sampler.region:
             first = max(0, fed.start - layout.prompt_length)
-            return torch.arange(first, min(layout.gen_length, fed.stop - layout.prompt_length))
-        if self.sampler.revises:
-            start = self.block * layout.block_length
-            return torch.arange(start, start + layout.block_size(self.block))
+            stop = fed.stop + (self._opens and fed.stop < layout.length)
+            return torch.arange(first, min(layout.gen_length, stop - layout.prompt_length))
+        if self.sampler.revises and not self._opens:
+            return torch.arange(layout.block_start(self.block), layout.block_stop(self.block))
         return self._candidates
 
     @property
@@ -122,6 +143,7 @@ class Denoising:
 
     def commit(self, positions: Tensor, tokens: Tensor) -> list[int]:
         """Fix positions to tokens; returns the positions after an end-of-text that this settles as padding."""
+        self._cache.note(self.feed(), self.canvas.layout, self.block)
         self._write(positions, tokens)
         self._note_end(positions.tolist(), tokens.tolist())
         return self._turn()
@@ -131,12 +153,13 @@ class Denoising:
 
         What it holds counts from then on, end-of-text too; returns what that settles as padding.
         """
+        self._cache.note(self.feed(), self.canvas.layout, self.block)
         self._write(positions, tokens)
         self.canvas.generated[remask] = self._mask_id
         self.canvas.masked[remask] = True
         if done:
             start = self._closed
-            self._closed = self.block * self.canvas.layout.block_length + self.canvas.layout.block_size(self.block)
+            self._closed = self.canvas.layout.block_stop(self.block)
             block = torch.arange(start, self._closed)
             self._note_end(block.tolist(), self.canvas.generated[block].tolist())
         return self._turn()

@@ -73,10 +73,10 @@ class Settings(BaseSettings):
     )
     device: str = Field("auto", description="cpu, cuda, cuda:N, or auto: a GPU if there is one.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="Number type of the weights.")
-    cache: Literal["none", "prefix", "dual"] = Field(
-        "none",
-        description="What is kept of a block's first step, where a request does not say: none, every step is exact; "
-        "prefix, all before the block; dual, all but the block.",
+    cache: Literal["none", "prefix", "dual"] | None = Field(
+        None,
+        description="What is kept of a block's first step, where a request does not say: none; prefix, all before the "
+        "block; dual, all but the block. Default: what is exact, prefix for a block-causal model and none for others.",
     )
     max_model_len: int | None = Field(None, ge=2, description="Longest canvas, prompt included, in tokens.")
     max_batch: int = Field(16, ge=1, le=65536, description="Generations that share a forward pass.")

@@ -104,6 +104,8 @@ def _requests(serving: Serving, body: GenerationBody, rule: Rule, job: Job) -> t
     info = serving.engine.info
     sampler, params = rule
     block_length = body.block_length if "block_length" in body.model_fields_set else info.block_length
+    if info.scheme.causal_block is not None:
+        block_length = block_length or info.block_length
     ends = frozenset() if body.ignore_eos else info.end_ids
     number = body.n or 1
     left = [info.max_length - len(prompt) - len(job.suffix) for prompt in job.prompts]
@@ -111,7 +113,7 @@ def _requests(serving: Serving, body: GenerationBody, rule: Rule, job: Job) -> t
     choice = TokenChoice(body.temperature or 0.0, body.top_p or 1.0, max(0, body.top_k or 0))
     seeds = _seeds(body.seed, len(job.prompts), number)
     fill_after_end = body.fill_after_end is not False
-    cache = CacheMode(body.cache or serving.settings.cache)
+    cache = CacheMode(body.cache or serving.settings.cache or info.cache)
     check_ids("stop_token_ids", body.stop_token_ids or [], info.vocab_size)
     requests = [
         GenerationRequest(

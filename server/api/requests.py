@@ -112,7 +112,7 @@ class GenerationBody(Body):
     block_length: Count | None = Field(
         None,
         description="Positions denoised together, blocks go left to right. "
-        "null: the whole region (full diffusion). Default: the model's own.",
+        "null: the whole region (full diffusion), or a block-causal model's own blocks. Default: the model's own.",
     )
     fill_after_end: bool | None = Field(
         None,
@@ -123,8 +123,8 @@ class GenerationBody(Body):
     )
     cache: Literal["none", "prefix", "dual"] | None = Field(
         None,
-        description="Keys and values kept from a block's first forward for its others. none: exact; prefix: of all "
-        "before the block; dual: of all but the block. Default: the server's (--cache).",
+        description="Keys and values kept from a block's first forward for its others. none; prefix: of all before "
+        "the block, exact for a block-causal model; dual: of all but the block. Default: the server's (--cache).",
     )
     return_trajectory: bool | None = Field(None, description="Add what each forward pass committed.")
 

@@ -111,7 +111,7 @@ def _against_reference(
     def plain() -> float:
         began = time.perf_counter()
         generate(
-            subject.backend.network,
+            subject.network,
             torch.tensor(prompts),
             subject.gen_length,
             subject.block_length,
@@ -168,7 +168,7 @@ def _mixed(running: Running, subject: Subject, rounds: int, detail: dict[str, An
 
 def _matmul(subject: Subject, rounds: int, detail: dict[str, Any]) -> Result:
     """The matrix products of a forward alone, over the forward: the share of what the machine can do."""
-    backend, config = subject.backend, subject.backend.network.config
+    backend, config = subject.backend, subject.network.config
     sampler = get_sampler("topk")
     rows = [
         Denoising(

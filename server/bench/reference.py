@@ -7,12 +7,12 @@ What the field runs today, and what the engine is measured against: low-confiden
 import torch
 from torch import Tensor
 
-from server.models.llada import LLaDA
+from server.models.network import Network
 
 
 @torch.inference_mode()
 def generate(
-    network: LLaDA, prompts: Tensor, gen_length: int, block_length: int, steps: int, mask_id: int
+    network: Network, prompts: Tensor, gen_length: int, block_length: int, steps: int, mask_id: int
 ) -> tuple[Tensor, int]:
     """Denoise rows of one length together.
 

@@ -39,6 +39,7 @@ class Subject:
 
     name: str
     backend: TorchBackend
+    network: LLaDA
     prompts: list[list[int]]
     ends: list[list[int]]
     gen_length: int
@@ -50,6 +51,8 @@ def embedded(count: int) -> Subject:
     """The embedded model with word problems, and with short sums that end early."""
     loaded = load_model(None, device="cpu", dtype="float32")
     assert isinstance(loaded.backend, TorchBackend)
+    network = loaded.backend.network
+    assert isinstance(network, LLaDA)
 
     def prompts(task: str) -> list[list[int]]:
         """Of the most frequent length."""
@@ -61,7 +64,7 @@ def embedded(count: int) -> Subject:
                 return found[len(ids)]
         raise ValueError(f"too few problems of {task} of one length")
 
-    return Subject(EMBEDDED_NAME, loaded.backend, prompts("chain"), prompts("totals"), 64, 64, 32)
+    return Subject(EMBEDDED_NAME, loaded.backend, network, prompts("chain"), prompts("totals"), 64, 64, 32)
 
 
 def random_model(count: int) -> Subject:
@@ -73,7 +76,7 @@ def random_model(count: int) -> Subject:
             weight.data.normal_(std=weight.shape[1] ** -0.5)
     info = describe("LLaDAModelLM", network)
     prompts = torch.randint(31_000, (count, 32), generator=torch.Generator().manual_seed(1)).tolist()
-    return Subject(RANDOM_NAME, TorchBackend(network, info), prompts, [], 32, 32, 8)
+    return Subject(RANDOM_NAME, TorchBackend(network, info), network, prompts, [], 32, 32, 8)
 
 
 def write_random_model(subject: Subject, folder: Path) -> None:

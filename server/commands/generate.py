@@ -78,7 +78,11 @@ def generate(
     ids = text.encode(_prompt_text(prompt, chat, text))
     if len(ids) + max_tokens > info.max_length:
         wrong("--max-tokens", f"{max_tokens} and a prompt of {len(ids)} tokens exceed the model's {info.max_length}")
-    canvas = Canvas.blank(ids, max_tokens, info.mask_id, block if block_length is not None else info.block_length)
+    block = block if block_length is not None else info.block_length
+    try:
+        canvas = Canvas.blank(ids, max_tokens, info.mask_id, block, scheme=info.scheme)
+    except ValueError as error:
+        wrong("--block-length", error)
     choice = TokenChoice(temperature, top_p, top_k)
     policies = open_policies(named, model, loaded)
     try:

@@ -137,4 +137,13 @@ def subject_of(loaded: "LoadedModel", chat: bool = False) -> "Subject":
     info, text = loaded.backend.info, loaded.text
     template = partial(chat_prompt, text) if chat else str
     end_ids = info.end_ids
-    return Subject(loaded.backend.predict, text.encode, text.decode, info.mask_id, end_ids, info.max_length, template)
+    return Subject(
+        loaded.backend.predict,
+        text.encode,
+        text.decode,
+        info.mask_id,
+        end_ids,
+        info.max_length,
+        template,
+        info.scheme,
+    )

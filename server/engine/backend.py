@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Protocol
 
-from samplers.cache import CacheMode
+from samplers import BIDIRECTIONAL, CacheMode, Scheme
 from samplers.denoising import Query
 from samplers.prediction import Prediction
 
@@ -21,6 +21,7 @@ class ModelInfo:
         device, dtype: where and how it computes.
         parameters: number of weights.
         caches: what a backend can keep between forwards.
+        scheme: how it reads a canvas.
     """
 
     architecture: str
@@ -32,7 +33,13 @@ class ModelInfo:
     device: str
     dtype: str
     parameters: int
+    scheme: Scheme = BIDIRECTIONAL
     caches: frozenset[CacheMode] = frozenset(CacheMode)
+
+    @property
+    def cache(self) -> CacheMode:
+        """What is kept between forwards unless somebody chooses: all that can be kept exactly."""
+        return CacheMode.NONE if self.scheme.causal_block is None else CacheMode.PREFIX
 
 
 class BackendDeadError(Exception):

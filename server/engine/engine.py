@@ -88,9 +88,19 @@ class Engine:
         if request.cache not in self.info.caches:
             modes = ", ".join(mode for mode in CacheMode if mode in self.info.caches)
             raise RequestError("cache", f"this server's engine has no {request.cache} cache; choose from {modes}")
-        canvas = Canvas.blank(
-            request.prompt, request.max_tokens, self.info.mask_id, request.block_length, request.suffix
-        )
+        if request.suffix and self.info.scheme.causal_block is not None:
+            raise RequestError("suffix", "this model cannot see what comes after the text that it writes")
+        try:
+            canvas = Canvas.blank(
+                request.prompt,
+                request.max_tokens,
+                self.info.mask_id,
+                request.block_length,
+                request.suffix,
+                self.info.scheme,
+            )
+        except ValueError as error:
+            raise RequestError("block_length", str(error)) from None
         try:
             sampler = self.policies.sampler(request.sampler, request.params)
             if sampler.greedy and request.choice.temperature > 0:

@@ -8,7 +8,7 @@ from samplers.denoising import Query
 from samplers.prediction import Prediction
 from samplers.summary import summarise
 from server.engine.backend import ModelInfo
-from server.models.llada import LLaDA
+from server.models.network import Network
 from server.models.packed import KeyValues, Packed, Row
 
 LOGIT_ELEMENTS = 1 << 24
@@ -22,7 +22,7 @@ class TorchBackend:
         batch_invariant: compute each canvas on its own, since matrix products round differently with their size.
     """
 
-    def __init__(self, network: LLaDA, info: ModelInfo, batch_invariant: bool = False) -> None:
+    def __init__(self, network: Network, info: ModelInfo, batch_invariant: bool = False) -> None:
         self.batch_invariant = batch_invariant
         self.network = network.eval()
         self.info = info
@@ -55,10 +55,17 @@ class TorchBackend:
         """The forward of a query, and where in what it gives each of the query's positions is, [n]."""
         counts = torch.bincount(query.row, minlength=len(query.canvases)).tolist()
         rows = [
-            Row(feed.start, feed.stop, count, canvas.layout.length, self._memory(feed.memory, canvas.layout.length))
+            Row(
+                feed.start,
+                feed.stop,
+                count,
+                feed.visible or canvas.layout.length,
+                self._memory(feed.memory, canvas.layout.length),
+                feed.causal_block,
+            )
             for canvas, feed, count in zip(query.canvases, query.feeds, counts, strict=True)
         ]
-        order = sorted(range(len(rows)), key=lambda i: (rows[i].fed, rows[i].whole, rows[i].wanted))
+        order = sorted(range(len(rows)), key=lambda i: (rows[i].shape, rows[i].wanted))
         first, asked = [0] * len(rows), [0] * len(rows)
         tokens = positions = 0
         for i in order:
@@ -69,7 +76,10 @@ class TorchBackend:
         place = torch.arange(len(query.row)) - (ends - torch.tensor(counts))[query.row]
         back = place + torch.tensor(asked)[query.row]
         wanted = torch.empty_like(back)
-        wanted[back] = query.position + torch.tensor(first)[query.row]
+        output = query.position
+        if self.network.scheme.shifted:
+            output = (output - 1).maximum(torch.tensor([row.start for row in rows])[query.row])
+        wanted[back] = output + torch.tensor(first)[query.row]
         ids = torch.cat([query.canvases[i].tokens[rows[i].start : rows[i].stop] for i in order])
         batch = Packed(
             [rows[i] for i in order],

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from server.models.layers import RMSNorm, attention, rope_tables, rotate
+from server.models.network import Network
 from server.models.packed import Packed
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -106,6 +107,10 @@ class LLaDAConfig(BaseModel):
         return frozenset((self.eos_token_id,) if isinstance(self.eos_token_id, int) else self.eos_token_id)
 
     @property
+    def max_length(self) -> int:
+        return self.max_sequence_length
+
+    @property
     def mlp_width(self) -> int:
         return self.mlp_hidden_size or self.mlp_ratio * self.d_model
 
@@ -161,10 +166,11 @@ class Transformer(nn.Module):
             self.ff_out = nn.Linear(config.d_model, config.rows, bias=False)
 
 
-class LLaDA(nn.Module):
+class LLaDA(Network):
     """The network. `hidden` runs the blocks, `head` turns any selection of its rows into logits."""
 
     Config = LLaDAConfig
+    config: LLaDAConfig
 
     def __init__(self, config: LLaDAConfig) -> None:
         super().__init__()
@@ -189,11 +195,10 @@ class LLaDA(nn.Module):
 
     @property
     def cache_shape(self) -> tuple[int, int, int]:
-        """Layers, heads and size of a head of the keys and values that a token leaves."""
         return self.config.n_layers, self.config.n_heads, self.config.head_dim
 
     def hidden(self, tokens: Tensor) -> Tensor:
-        """Normed last hidden states [batch, length, d_model] of rows of one length, ids [batch, length]."""
+        # Written out, so that training can take it back.
         x = self.transformer.wte(tokens)
         length = tokens.shape[1]
         cos, sin = (table[:length] for table in self._rotation(length, x.dtype))
@@ -203,9 +208,8 @@ class LLaDA(nn.Module):
         return out
 
     def packed(self, batch: Packed) -> Tensor:
-        """Normed last hidden states of the tokens that a packed batch wants, [wanted, d_model]."""
         x = self.transformer.wte(batch.tokens)
-        longest = max(row.length for row in batch.rows)
+        longest = max(row.visible for row in batch.rows)
         cos, sin = (table[batch.position] for table in self._rotation(longest, x.dtype))
         last = len(self.transformer.blocks) - 1
         for layer, block in enumerate(self.transformer.blocks):
@@ -215,10 +219,6 @@ class LLaDA(nn.Module):
         return out
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits [..., rows] of normed hidden states [..., d_model]."""
         weight = self.transformer.wte.weight if self.config.weight_tying else self.transformer.ff_out.weight
         logits: Tensor = F.linear(hidden, weight)
         return logits
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.head(self.hidden(tokens))

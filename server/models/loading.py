@@ -14,7 +14,7 @@ from server.engine.backend import Backend, ModelInfo
 from server.engine.torch_backend import TorchBackend
 from server.engine.vllm.backend import VllmBackend, VllmError, VllmOptions, check_supported
 from server.models.files import ModelError, read_json, read_optional_json
-from server.models.llada import LLaDA
+from server.models.network import Network
 from server.models.registry import Family, find_family
 from server.models.text import TextCodec
 from server.models.weights import SkipInit, draw_weights, find_weights, load_weights
@@ -77,9 +77,8 @@ def load_model(
         )
     info = replace(
         describe(architecture, network),
-        max_length=min(config.max_sequence_length, max_model_len or config.max_sequence_length),
+        max_length=min(config.max_length, max_model_len or config.max_length),
         end_ids=_end_ids(folder, network, family, text),
-        block_length=family.block_length,
         device=str(place),
         dtype=str(kind).removeprefix("torch."),
     )
@@ -92,7 +91,9 @@ def load_model(
     return LoadedModel(name, backend, text)
 
 
-def _vllm(folder: Path, network: LLaDA, info: ModelInfo, load_format: str, options: VllmOptions | None) -> VllmBackend:
+def _vllm(
+    folder: Path, network: Network, info: ModelInfo, load_format: str, options: VllmOptions | None
+) -> VllmBackend:
     """A backend of vLLM's for what was found to be a whole model, which our own network is the measure of."""
     try:
         check_supported(info.architecture)
@@ -104,33 +105,42 @@ def _vllm(folder: Path, network: LLaDA, info: ModelInfo, load_format: str, optio
         raise ModelError(str(error)) from None
 
 
-def describe(architecture: str, network: LLaDA) -> ModelInfo:
-    """What a network itself says of it, in full precision on the processor, in full diffusion."""
+def describe(architecture: str, network: Network) -> ModelInfo:
+    """What a network itself says of it, in full precision on the processor."""
     config = network.config
     return ModelInfo(
         architecture=architecture,
-        max_length=config.max_sequence_length,
+        max_length=config.max_length,
         vocab_size=config.rows,
         mask_id=config.mask_token_id,
         end_ids=config.end_ids,
-        block_length=None,
+        block_length=network.block_length,
         device="cpu",
         dtype="float32",
         parameters=sum(p.numel() for p in network.parameters()),
+        scheme=network.scheme,
     )
 
 
 def load_network(
-    folder: Path, device: torch.device, dtype: torch.dtype, load_format: str = "auto"
-) -> tuple[str, Family, LLaDA]:
-    """Architecture, family and the network itself, from `config.json` and the weights. Raises ModelError."""
-    architecture, family, network = build_network(folder)
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    settings: dict[str, Any] | None = None,
+    load_format: str = "auto",
+) -> tuple[str, Family, Network]:
+    """Architecture, family and the network itself, from `config.json` and the weights. Raises ModelError.
+
+    Args:
+        settings: entries in place of those of `config.json`.
+    """
+    architecture, family, network = build_network(folder, settings)
     give_weights(network, folder, device, dtype, load_format)
     return architecture, family, network
 
 
 def give_weights(
-    network: LLaDA, folder: Path, device: torch.device, dtype: torch.dtype, load_format: str = "auto"
+    network: Network, folder: Path, device: torch.device, dtype: torch.dtype, load_format: str = "auto"
 ) -> None:
     """Weights for a network without, those of the folder or random ones. Raises ModelError."""
     if load_format == "dummy":
@@ -139,10 +149,10 @@ def give_weights(
         load_weights(network, folder, device, dtype)
 
 
-def build_network(folder: Path) -> tuple[str, Family, LLaDA]:
+def build_network(folder: Path, settings: dict[str, Any] | None = None) -> tuple[str, Family, Network]:
     """Architecture, family and the network, without weights, from `config.json`. Raises ModelError."""
     path = folder / "config.json"
-    config = read_json(path)
+    config = read_json(path) | (settings or {})
     try:
         architecture, family = find_family(config)
         parsed = family.network.Config.model_validate(config)
@@ -229,7 +239,7 @@ def _download(name: str) -> Path:
         raise ModelError(f"{name}: no such folder, and the Hugging Face hub says: {why[0]}") from None
 
 
-def _end_ids(folder: Path, network: LLaDA, family: Family, text: TextCodec) -> frozenset[int]:
+def _end_ids(folder: Path, network: Network, family: Family, text: TextCodec) -> frozenset[int]:
     """Tokens that end a text, by both configuration files and by name. Raises ModelError if one is no token."""
     path = folder / "generation_config.json"
     ends = set(network.config.end_ids) | set(_ids(path, read_optional_json(path).get("eos_token_id")))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(eq=False)
 class KeyValues:
-    """Keys, rotated, and values of every position of one canvas, [layers, 2, length, heads, head_dim]."""
+    """Keys, rotated, and values of every position of one canvas, [layers, 2, length, key heads, head_dim]."""
 
     states: Tensor
 
@@ -27,16 +27,18 @@ class Row:
     Attributes:
         start, stop: positions of the canvas that are fed; the others are known from `memory`.
         wanted: how many of them are asked for.
-        memory: what is kept of this canvas. A row that feeds everything fills it, any other one reads it, with the
-            part that it feeds put in its place.
-        length: of the whole canvas.
+        visible: length of the part of the canvas that attention reads.
+        memory: what is kept of this canvas. A row that feeds all that is visible fills it, any other one reads it, with
+            the part that it feeds put in its place.
+        causal_block: a position sees no block of so many after its own; None: it sees everything visible.
     """
 
     start: int
     stop: int
     wanted: int
-    length: int
+    visible: int
     memory: KeyValues | None = None
+    causal_block: int | None = None
 
     @property
     def fed(self) -> int:
@@ -44,15 +46,21 @@ class Row:
 
     @property
     def whole(self) -> bool:
-        return self.fed == self.length
+        return self.fed == self.visible
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Rows of one shape, all of them whole, can share a call of attention."""
+        return self.fed, self.visible, self.causal_block or 0
 
 
 @dataclass(frozen=True)
 class _Run:
-    """Rows of one shape side by side, and how many queries each has."""
+    """Rows of one shape side by side, how many queries each has, and which keys those see, [rows, 1, count, keys]."""
 
     rows: Sequence[Row]
     count: int
+    mask: Tensor | None
 
 
 class Packed:
@@ -69,15 +77,15 @@ class Packed:
         self.tokens = tokens
         self.wanted = wanted
         self.position = torch.cat([torch.arange(row.start, row.stop) for row in rows]).to(tokens.device)
-        self._runs = _runs(rows, all_queries=True)
-        self._last_runs = _runs(rows, all_queries=False)
+        self._runs = _runs(rows, [row.fed for row in rows], self.position)
+        self._last_runs = _runs(rows, [row.wanted for row in rows], self.position[wanted])
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Bidirectional attention within each row, [queries, heads, head_dim].
+        """Attention within each row, [queries, heads, head_dim]; several heads of queries may share one of keys.
 
         Args:
             q: of all tokens, or of the wanted ones.
-            k, v: of all tokens, [tokens, heads, head_dim].
+            k, v: of all tokens, [tokens, key heads, head_dim].
         """
         everything = len(q) == len(k)
         runs = self._runs if everything else self._last_runs
@@ -97,29 +105,48 @@ class Packed:
             only = run.rows[0]
             if not only.whole:
                 assert only.memory is not None
-                row_k, row_v = only.memory.states[layer]
-            shape = (rows, -1, *q.shape[1:])
+                row_k, row_v = only.memory.states[layer, :, : only.visible]
             mixed = F.scaled_dot_product_attention(
-                q[queries].view(shape).transpose(1, 2),
-                row_k.view(shape).transpose(1, 2),
-                row_v.view(shape).transpose(1, 2),
-            )
+                _heads_first(q[queries], rows),
+                _heads_first(row_k, rows),
+                _heads_first(row_v, rows),
+                attn_mask=run.mask,
+                enable_gqa=q.shape[1] != k.shape[1],
+            ).transpose(1, 2)
             if out is None:
-                return mixed.transpose(1, 2).reshape(q.shape)
-            out[queries].view(shape).copy_(mixed.transpose(1, 2))
+                return mixed.reshape(q.shape)
+            out[queries].view(mixed.shape).copy_(mixed)
         assert out is not None
         return out
 
 
-def _runs(rows: Sequence[Row], all_queries: bool) -> list[_Run]:
-    """Neighbours that share a shape; a row with a past of its own stands alone."""
+def _heads_first(x: Tensor, rows: int) -> Tensor:
+    """[rows * length, heads, head_dim] to [rows, heads, length, head_dim]."""
+    return x.view(rows, -1, *x.shape[1:]).transpose(1, 2)
+
+
+def _runs(rows: Sequence[Row], queries: Sequence[int], position: Tensor) -> list[_Run]:
+    """Neighbours that share a shape; a row with a past of its own stands alone.
+
+    Args:
+        queries: how many each row has.
+        position: of every query on its canvas.
+    """
     runs: list[_Run] = []
-
-    def shape(row: Row) -> tuple[int, int]:
-        return row.fed, row.fed if all_queries else row.wanted
-
-    for (_, count), same in groupby(rows, key=shape):
-        for whole, members in groupby(same, key=lambda row: row.whole):
-            batch = list(members)
-            runs += [_Run(batch, count)] if whole else [_Run([row], count) for row in batch]
+    first = 0
+    for (_, count), same in groupby(zip(rows, queries, strict=True), key=lambda each: (each[0].shape, each[1])):
+        members = [row for row, _ in same]
+        for batch in [members] if members[0].whole else [[row] for row in members]:
+            places = position[first : first + count * len(batch)].view(len(batch), 1, count, 1)
+            first += count * len(batch)
+            runs.append(_Run(batch, count, _mask(batch[0], places)))
     return runs
+
+
+def _mask(row: Row, places: Tensor) -> Tensor | None:
+    """Which of the visible positions each of these places sees; None where that is all of them."""
+    size = row.causal_block
+    if size is None or row.start // size == (row.visible - 1) // size:
+        return None
+    keys = torch.arange(row.visible, device=places.device)
+    return keys // size <= places // size

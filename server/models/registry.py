@@ -3,7 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
+from server.models.dream import Dream
 from server.models.llada import LLaDA
+from server.models.network import Network
+from server.models.sdar import SDAR
 
 
 @dataclass(frozen=True)
@@ -14,17 +17,17 @@ class Family:
         network: its class; `network.Config` validates `config.json`.
         model_type: the `model_type` of its configurations.
         end_tokens: names of tokens that end a text beside those that the configuration gives.
-        block_length: the default; None is full diffusion.
     """
 
-    network: type[LLaDA]
+    network: type[Network]
     model_type: str
     end_tokens: tuple[str, ...] = ()
-    block_length: int | None = None
 
 
 ARCHITECTURES: dict[str, Family] = {
     "LLaDAModelLM": Family(LLaDA, "llada", end_tokens=("<|eot_id|>",)),
+    "DreamModel": Family(Dream, "Dream", end_tokens=("<|im_end|>",)),
+    "SDARForCausalLM": Family(SDAR, "sdar", end_tokens=("<|im_end|>",)),
 }
 
 

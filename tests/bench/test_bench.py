@@ -19,7 +19,7 @@ def tiny(folder: Path) -> Subject:
     backend = load_model(str(folder), device="cpu", dtype="float32").backend
     assert isinstance(backend, TorchBackend)
     prompts = torch.randint(2, 60, (16, 5), generator=torch.Generator().manual_seed(0)).tolist()
-    return Subject("tiny", backend, prompts, prompts, 16, 8, 8)
+    return Subject("tiny", backend, backend.network, prompts, prompts, 16, 8, 8)
 
 
 def test_the_plain_loop_gives_the_engines_tokens(tiny_model: Path) -> None:

@@ -38,13 +38,13 @@ class InferRow(Denoising):
         if self.cache is CacheMode.NONE or self.warmup:
             return Feed(0, length)
         if self.fresh:
-            return Feed(0, length, self._memory)
+            return Feed(0, length, self._cache.memory)
         layout = self.canvas.layout
         start = layout.prompt_length + self.block * layout.block_length
         stop = start + layout.block_size(self.block)
         if self.cache is CacheMode.PREFIX:
-            return Feed(start, length, self._memory)
-        return Feed(max(0, start - self.before), min(length, stop + self.after), self._memory)
+            return Feed(start, length, self._cache.memory)
+        return Feed(max(0, start - self.before), min(length, stop + self.after), self._cache.memory)
 
 
 class InferFamily(Family):

@@ -17,6 +17,7 @@ from tests.conformance.report import Difference, NotBuilt
 TOLERANCE = 1e-4
 
 Tensors = dict[str, Tensor]
+ForwardCheck = Callable[[Backend, str, Tensors], None]
 
 
 def given(tokens: Tensor) -> Canvas:
@@ -86,7 +87,7 @@ def compare(what: str, ours: Tensor, originals: Tensor) -> None:
         raise Difference(f"{what} are up to {apart:.2e} apart, {TOLERANCE:.0e} is allowed")
 
 
-CHECKS: dict[str, Callable[[Backend, str, Tensors], None]] = {
+CHECKS: dict[str, ForwardCheck] = {
     "single": whole,
     "batch": whole,
     "batch_left_padded": whole,

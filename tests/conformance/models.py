@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from samplers import CacheMode, Canvas
 from samplers.cache import Feed
 from samplers.denoising import Query
-from samplers.prediction import NOTHING, Wanted
+from samplers.prediction import Wanted
 from server.engine import Backend
 from server.engine.torch_backend import TorchBackend
 from server.engine.vllm.backend import VllmBackend, VllmError
@@ -17,13 +18,17 @@ from server.models.loading import ModelError, build_network, describe, load_netw
 from tests.conformance.report import NotBuilt
 
 
-def open_backend(folder: Path, engine: str) -> Backend:
-    """Our model of a checkpoint, in full precision on the processor. Raises NotBuilt if there is none."""
+def open_backend(folder: Path, engine: str, settings: dict[str, Any] | None = None) -> Backend:
+    """Our model of a checkpoint, in full precision on the processor. Raises NotBuilt if there is none.
+
+    Args:
+        settings: entries in place of those of `config.json`.
+    """
     try:
         if engine == "torch":
-            architecture, _, network = load_network(folder, torch.device("cpu"), torch.float32)
+            architecture, _, network = load_network(folder, torch.device("cpu"), torch.float32, settings)
             return TorchBackend(network, describe(architecture, network))
-        architecture, _, network = build_network(folder)
+        architecture, _, network = build_network(folder, settings)
         return VllmBackend(folder, describe(architecture, network))
     except (ModelError, VllmError) as error:
         raise NotBuilt(str(error).rpartition("config.json: ")[2]) from None
@@ -40,12 +45,15 @@ def fed_logits(backend: Backend, canvases: Sequence[Canvas], feeds: Sequence[Fee
 
     An engine that gives no logits gives the probabilities of named tokens. All of them are as good: their logarithms
     are the logits but for one number a row, which no softmax, argmax or guidance can tell.
+
+    They are the outputs at those positions, also where a model's output is about the next one.
     """
     counts = [feed.stop - feed.start for feed in feeds]
     row = torch.arange(len(feeds)).repeat_interleave(torch.tensor(counts))
     position = torch.cat([torch.arange(feed.start, feed.stop) for feed in feeds])
+    position = position + int(backend.info.scheme.shifted)
     if isinstance(backend, TorchBackend):
-        batch, back = backend.pack(Query(list(canvases), list(feeds), row, position, NOTHING))
+        batch, back = backend.pack(Query(list(canvases), list(feeds), row, position))
         logits: Tensor = backend.network.head(backend.network.packed(batch)[back])
     else:
         named = torch.arange(backend.info.vocab_size).expand(len(row), -1)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from samplers import Canvas, Sampler, SamplerParams, Selection, Step, TokenChoice, get_sampler, registry
+from samplers import CacheMode, Canvas, Sampler, SamplerParams, Selection, Step, TokenChoice, get_sampler, registry
 from samplers.denoising import Query
 from server.engine import (
     Backend,
@@ -22,6 +22,7 @@ from server.engine import (
     QueueFullError,
     RequestError,
 )
+from server.engine.backend import BackendDeadError
 from server.metrics import Metrics
 from tests.engine.backends import CheapBackend, Gate, Listener
 from tests.samplers.models import MASK, random_logits

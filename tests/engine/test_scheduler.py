@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -92,5 +93,5 @@ def test_everybody_gets_a_turn_and_no_forward_is_too_large(lengths: list[int], t
 def test_a_cached_step_costs_what_it_feeds() -> None:
     cached = generation(64, cache=CacheMode.DUAL)
     assert cached.cost == 64
-    cached.row.block_step = 1
+    cached.row.commit(torch.tensor([0]), torch.tensor([5]))
     assert cached.cost == 8

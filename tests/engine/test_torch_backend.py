@@ -2,13 +2,15 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from samplers import CacheMode, Canvas, Statistic, TokenChoice, get_sampler
-from samplers.denoising import Denoising, advance, ask, denoise
+from samplers.cache import Feed, Memory
+from samplers.denoising import Denoising, Query, advance, ask, denoise
 from samplers.summary import summarise
 from server.engine import Backend, torch_backend
 from server.engine.torch_backend import TorchBackend
@@ -135,14 +137,16 @@ def test_with_a_cache_only_a_block_or_what_follows_it_is_computed(backend: Torch
 def test_a_cache_that_knows_everything_is_exact(backend: TorchBackend) -> None:
     """What a forward left, unchanged: any part fed again gives the same prediction."""
     (row,) = rows(1)
-    row.cache = CacheMode.DUAL
-    row.canvas.layout = replace(row.canvas.layout, block_length=5)
-    row._enter_block()
-    whole = backend.predict(ask([row]))
-    row.block_step = 1
-    again = backend.predict(ask([row]))
-    assert ask([row]).feeds[0].stop - ask([row]).feeds[0].start == 5
-    assert again.token.equal(whole.token) and torch.allclose(again.confidence, whole.confidence, atol=1e-6)
+    query, memory = ask([row]), Memory()
+    start, length = int(query.position[0]), row.canvas.layout.length
+    whole = backend.predict(replace(query, feeds=[Feed(0, length, memory)]))
+    again = backend.predict(replace(query, feeds=[Feed(start, length - 1, memory)], **_without_last(query)))
+    assert again.token.equal(whole.token[:-1])
+    assert torch.allclose(again.confidence, whole.confidence[:-1], atol=1e-6)
+
+
+def _without_last(query: Query) -> dict[str, Any]:
+    return {"row": query.row[:-1], "position": query.position[:-1], "wanted": query.wanted.part(0, len(query.row) - 1)}
 
 
 def test_caches_of_generations_that_began_at_different_times(backend: TorchBackend) -> None:

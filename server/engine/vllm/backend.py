@@ -41,9 +41,10 @@ ENVIRONMENT = {
 
 OURS = frozenset(
     {
-        *("model", "tokenizer", "skip_tokenizer_init", "runner", "config_format", "worker_extension_cls"),
-        *("dtype", "load_format", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "enforce_eager"),
-        *("enable_prefix_caching", "enable_chunked_prefill", "disable_log_stats", "enable_log_requests"),
+        *("model", "tokenizer", "skip_tokenizer_init", "runner", "config_format", "hf_overrides"),
+        *("worker_extension_cls", "dtype", "load_format", "max_model_len", "max_num_seqs", "max_num_batched_tokens"),
+        *("enforce_eager", "enable_prefix_caching", "enable_chunked_prefill"),
+        *("disable_log_stats", "enable_log_requests"),
     }
 )
 """Engine arguments of vLLM's that follow from our own settings."""
@@ -134,6 +135,7 @@ class VllmBackend:
             "skip_tokenizer_init": True,
             "runner": "pooling",
             "config_format": CONFIG_FORMAT,
+            "hf_overrides": {"mask_id": info.mask_id},
             "worker_extension_cls": "server.engine.vllm.worker.InstructedWorker",
             "dtype": info.dtype,
             "load_format": load_format,

@@ -19,7 +19,7 @@ SHAPE = {
     "num_attention_heads": ("num_attention_heads", "n_heads"),
     "num_key_value_heads": ("num_key_value_heads", "n_heads"),
     "head_dim": ("head_size", "head_dim"),
-    "max_position_embeddings": ("max_position_embeddings", "max_sequence_length"),
+    "max_position_embeddings": ("max_length",),
     "vocab_size": ("rows",),
     "tie_word_embeddings": ("tie_word_embeddings", "weight_tying"),
 }

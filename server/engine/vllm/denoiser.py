@@ -66,6 +66,7 @@ class Denoiser(nn.Module):
         super().__init__()
         self.config: Any
         _, self.config = parse(vllm_config.model_config.hf_config.source)
+        self.mask_id: int = vllm_config.model_config.hf_config.mask_id
         self.pooler = Answers()
         self.logits_processor = LogitsProcessor(vllm_config.model_config.get_vocab_size())
         self.scheduled = list
@@ -126,10 +127,9 @@ class Denoiser(nn.Module):
         """What is wanted of each of these rows of hidden states."""
         wanted = wanted.to(hidden.device)
         size = max(1, LOGIT_ELEMENTS // self.config.rows)
-        mask_id = self.config.mask_token_id
         return Prediction.join(
             [
-                summarise(self.head(hidden[start : start + size]), mask_id, wanted.part(start, start + size))
+                summarise(self.head(hidden[start : start + size]), self.mask_id, wanted.part(start, start + size))
                 for start in range(0, len(hidden), size)
             ]
         )

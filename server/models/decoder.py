@@ -1,0 +1,226 @@
+"""The decoder that most families are built from: Qwen's, with what differs between them as options."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+
+from server.models.layers import RMSNorm, rope_tables, rotate
+from server.models.network import Network
+from server.models.packed import Packed
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Queries, keys and values [tokens, heads, head_dim] to what each query reads, of the queries' shape."""
+
+
+class DecoderConfig(BaseModel):
+    """The keys of a `config.json` that matter here; variants that are not built are refused by name."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    hidden_size: int = Field(gt=0)
+    intermediate_size: int = Field(gt=0)
+    num_hidden_layers: int = Field(gt=0)
+    num_attention_heads: int = Field(gt=0)
+    num_key_value_heads: int = Field(gt=0)
+    head_dim: int | None = Field(None, gt=0)
+    vocab_size: int = Field(gt=0)
+    max_position_embeddings: int = Field(gt=0)
+    rope_theta: float = Field(gt=0)
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    mask_token_id: int
+    eos_token_id: int | tuple[int, ...]
+
+    hidden_act: str = "silu"
+    rope_scaling: dict[str, Any] | None = None
+    use_sliding_window: bool | None = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _newer_names(cls, data: Any) -> Any:
+        """Files written by transformers 5 keep the rotation's numbers together."""
+        if not isinstance(data, dict) or not isinstance(rope := data.get("rope_parameters"), dict):
+            return data
+        scaling = None if rope.get("rope_type", "default") == "default" else rope
+        theta = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
+        return {"rope_scaling": scaling, **theta, **data}
+
+    @model_validator(mode="after")
+    def _refuse_variants(self) -> Self:
+        for key, value in self.built.items():
+            if getattr(self, key) not in (value if isinstance(value, tuple) else (value,)):
+                raise ValueError(f"{key} = {getattr(self, key)!r} is a variant that is not built (only {value!r} is)")
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"hidden_size = {self.hidden_size} does not divide into {self.num_attention_heads} heads")
+        if self.head_size % 2:
+            raise ValueError(f"head_dim = {self.head_size} is odd")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads = {self.num_attention_heads} is no multiple of num_key_value_heads = "
+                f"{self.num_key_value_heads}"
+            )
+        for key, ids in (("mask_token_id", {self.mask_token_id}), ("eos_token_id", self.end_ids)):
+            for id in ids:
+                if not 0 <= id < self.vocab_size:
+                    raise ValueError(f"{key} = {id} is outside the vocabulary of {self.vocab_size}")
+        return self
+
+    @property
+    def built(self) -> dict[str, Any]:
+        """Keys and the only values (a tuple: one of these) that the family's network can do."""
+        return {"hidden_act": "silu", "rope_scaling": None, "use_sliding_window": (False, None)}
+
+    @property
+    def rows(self) -> int:
+        return self.vocab_size
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        return frozenset((self.eos_token_id,) if isinstance(self.eos_token_id, int) else self.eos_token_id)
+
+    @property
+    def max_length(self) -> int:
+        return self.max_position_embeddings
+
+    @property
+    def head_size(self) -> int:
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+
+class Attention(nn.Module):
+    """Grouped-query attention.
+
+    Args:
+        bias: of queries, keys and values; the output has none.
+        norm: makes the norm over each head of queries and of keys, before their rotation; None for none.
+    """
+
+    def __init__(
+        self, config: DecoderConfig, bias: bool = False, norm: Callable[[int, float], nn.Module] | None = None
+    ) -> None:
+        super().__init__()
+        width, size = config.hidden_size, config.head_size
+        self.head_dim = size
+        self.q_proj = nn.Linear(width, config.num_attention_heads * size, bias=bias)
+        self.k_proj = nn.Linear(width, config.num_key_value_heads * size, bias=bias)
+        self.v_proj = nn.Linear(width, config.num_key_value_heads * size, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * size, width, bias=False)
+        self.q_norm = norm(size, config.rms_norm_eps) if norm else nn.Identity()
+        self.k_norm = norm(size, config.rms_norm_eps) if norm else nn.Identity()
+
+    def forward(self, h: Tensor, cos: Tensor, sin: Tensor, attend: Attend, wanted: Tensor | None) -> Tensor:
+        k, v = rotate(self.k_norm(self._heads(self.k_proj(h))), cos, sin), self._heads(self.v_proj(h))
+        if wanted is not None:
+            h, cos, sin = h[wanted], cos[wanted], sin[wanted]
+        q = rotate(self.q_norm(self._heads(self.q_proj(h))), cos, sin)
+        out: Tensor = self.o_proj(attend(q, k, v).flatten(-2))
+        return out
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.view(*x.shape[:-1], -1, self.head_dim)
+
+
+class GatedMLP(nn.Module):
+    """`down(silu(gate(x)) * up(x))`."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(width, inner, bias=False)
+        self.up_proj = nn.Linear(width, inner, bias=False)
+        self.down_proj = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+class Layer(nn.Module):
+    """Attention and MLP, each behind a norm and added to what came in."""
+
+    def __init__(self, config: DecoderConfig, attention: nn.Module, mlp: nn.Module) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = attention
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = mlp
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, wanted: Tensor | None = None) -> Tensor:
+        """States after this layer, of all tokens [tokens, width], or of the `wanted` ones (indices)."""
+        mixed = self.self_attn(self.input_layernorm(x), cos, sin, attend, wanted)
+        x = (x if wanted is None else x[wanted]) + mixed
+        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return out
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and the last norm."""
+
+    def __init__(self, config: DecoderConfig, make_layer: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(make_layer(i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class DecoderNetwork(Network):
+    """A network whose tensors are `model.*` and `lm_head`. A family says what its layers are, in `make_layer`.
+
+    Cosines and sines are float32 and, as the families' originals have it, rounded to the states' type before use.
+    """
+
+    config: DecoderConfig
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config, self.make_layer)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._tables: tuple[Tensor, Tensor] | None = None
+
+    def make_layer(self, index: int) -> nn.Module:
+        """The layer of that index."""
+        return Layer(
+            self.config, Attention(self.config), GatedMLP(self.config.hidden_size, self.config.intermediate_size)
+        )
+
+    @property
+    def rotated_size(self) -> int:
+        """How many of a head's numbers, from its first, are rotated by position."""
+        return self.config.head_size
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        return self.model.embed_tokens
+
+    @property
+    def cache_shape(self) -> tuple[int, int, int]:
+        return self.config.num_hidden_layers, self.config.num_key_value_heads, self.config.head_size
+
+    def _rotation(self, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Tables of at least this length, [length, 1, rotated size]."""
+        device = self.embedding.weight.device
+        if self._tables is None or self._tables[0].shape[0] < length or self._tables[0].device != device:
+            reach = max(length, min(self.config.max_length, 4096))
+            self._tables = rope_tables(reach, self.rotated_size, self.config.rope_theta, device)
+        return self._tables[0][:, None].to(dtype), self._tables[1][:, None].to(dtype)
+
+    def packed(self, batch: Packed) -> Tensor:
+        x = self.embedding(batch.tokens)
+        longest = max(row.visible for row in batch.rows)
+        cos, sin = (table[batch.position] for table in self._rotation(longest, x.dtype))
+        last = len(self.model.layers) - 1
+        for index, layer in enumerate(self.model.layers):
+            attend = partial(batch.attend, index)
+            x = layer(x, cos, sin, attend, batch.wanted if index == last else None)
+        out: Tensor = self.model.norm(x)
+        return out
+
+    def head(self, hidden: Tensor) -> Tensor:
+        weight = self.embedding.weight if self.config.tie_word_embeddings else self.lm_head.weight
+        return F.linear(hidden, weight)
