@@ -63,7 +63,7 @@ def _check_engine(settings: Settings) -> None:
         if settings.vllm_args:
             wrong(flag("vllm_args"), "only --engine vllm takes these")
         return
-    if settings.cache != "none":
+    if settings.cache not in (None, "none"):
         wrong(flag("cache"), f"--engine vllm computes every step in full, so that cache {settings.cache} is not there")
     if settings.batch_invariant:
         wrong(flag("batch_invariant"), "--engine vllm cannot promise this")

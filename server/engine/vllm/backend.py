@@ -226,7 +226,7 @@ class VllmBackend:
 
     async def _shut_down(self) -> None:
         handler = self._engine.output_handler
-        self._engine.shutdown()
+        self._engine.shutdown(timeout=20)
         if handler is not None:
             await asyncio.wait([handler], timeout=5)
         del self._engine

@@ -4,12 +4,16 @@ import logging
 import multiprocessing
 import os
 import threading
+import time
 from multiprocessing.connection import wait
 from pathlib import Path
 
 CONFIG_FORMAT = "unmask"
 LAST_WORDS = "UNMASK_VLLM_LAST_WORDS"
 """Environment variable: the file into which a process of vLLM's that cannot start writes why."""
+
+GRACE = 5.0
+"""Seconds that a process of vLLM's gets to end by itself, and to clean up, once the one that started it is gone."""
 
 MODELS = {
     "LLaDAModelLM": "server.engine.vllm.llada:LLaDA",
@@ -55,6 +59,7 @@ def _end_with_the_parent() -> None:
 
     def watch() -> None:
         wait([parent.sentinel])
+        time.sleep(GRACE)
         os._exit(1)
 
     threading.Thread(target=watch, name="parent", daemon=True).start()
