@@ -213,10 +213,12 @@ class VllmBackend:
             if self._engine.errored:  # what was under way when its processes were killed never ends
                 work.cancel()
                 raise BackendDeadError("vLLM's processes have ended")
+        found: list[Prediction] = []
         for each in work.result():
             if isinstance(each, BaseException):
                 raise each
-        return [each for each in found if isinstance(each, Prediction)]
+            found.append(each)
+        return found
 
     async def _step(self, part: Query) -> Prediction:
         """One canvas's forward."""
