@@ -11,6 +11,7 @@ import threading
 from collections.abc import Coroutine
 from dataclasses import dataclass, field, replace
 from itertools import count
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -174,7 +175,9 @@ class VllmBackend:
             self._end_loop()
 
     def _run(self) -> None:
-        # Processes inherit what is blocked: Ctrl-C is for this process, which lets running requests finish.
+        # Processes inherit what is blocked: Ctrl-C is for this process, which lets running requests finish. Python's
+        # tracker of shared memory would let it through again, if it were started later.
+        resource_tracker.ensure_running()
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         asyncio.set_event_loop(self._loop)
         self._loop.run_forever()
