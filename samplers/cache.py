@@ -86,7 +86,8 @@ class Cache:
         if self.mode is CacheMode.NONE:
             return Feed(0, visible, None, visible, size)
         if self.mode is CacheMode.DUAL and self.known >= visible and not first_masked:
-            return Feed(start, stop, self.memory, visible, size)
+            # The first block holds the end of the prompt, whose keys and values change with the rest of it.
+            return Feed(start // layout.block_length * layout.block_length, stop, self.memory, visible, size)
         return Feed(self.final, visible, self.memory, visible, size)
 
     def note(self, fed: Feed, layout: Layout, block: int) -> None:

@@ -15,6 +15,7 @@ from samplers.base import Sampler, SamplerError, Selection, Step, best
 from samplers.cache import Feed
 from samplers.canvas import Canvas
 from samplers.generation import GREEDY, Denoising
+from samplers.grid import Grid
 from samplers.prediction import NOTHING, Bonus, Prediction, Statistic, Wanted
 from samplers.randomness import TOKENS, uniform
 
@@ -143,62 +144,13 @@ def advance(rows: Sequence[Denoising], query: Query, prediction: Prediction) -> 
             outcomes[i] = Outcome(error=SamplerError("the model's output is not finite"))
         else:
             groups.setdefault(id(row.sampler), []).append(i)
+    grid = Grid(rows, query.row, query.position, prediction)
     for members in groups.values():
-        step = _step([rows[i] for i in members], members, query, prediction)
-        for i, outcome in zip(members, _select(rows[members[0]].sampler, step), strict=True):
-            outcomes[i] = outcome if isinstance(outcome, Outcome) else _commit(rows[i], step, members.index(i), outcome)
+        step = grid.step(members)
+        for line, outcome in enumerate(_select(rows[members[0]].sampler, step)):
+            i = members[line]
+            outcomes[i] = outcome if isinstance(outcome, Outcome) else _commit(rows[i], step, line, outcome)
     return [outcome for outcome in outcomes if outcome is not None]
-
-
-def _step(rows: list[Denoising], members: list[int], query: Query, prediction: Prediction) -> Step:
-    """The part of a prediction that belongs to these rows, laid out on a grid of positions."""
-    width = max(row.canvas.layout.gen_length for row in rows)
-    local = torch.full((len(query.canvases),), -1)
-    local[members] = torch.arange(len(members))
-    line = local[query.row]
-    mine = line >= 0
-    starts = torch.tensor([row.canvas.layout.prompt_length for row in rows])
-    line = line[mine]
-    column = query.position[mine] - starts[line]
-
-    def grid(values: Tensor, empty: float) -> Tensor:
-        out = torch.full((len(rows), width, *values.shape[1:]), empty, dtype=values.dtype)
-        out[line, column] = values[mine]
-        return out
-
-    candidate = torch.zeros(len(rows), width, dtype=torch.bool)
-    masked = torch.zeros(len(rows), width, dtype=torch.bool)
-    tokens = torch.full((len(rows), width), -1)
-    given = torch.zeros(len(rows), width, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        candidate[i, row.candidates()] = True
-        masked[i, : row.canvas.layout.gen_length] = row.canvas.masked
-        tokens[i, : row.canvas.layout.gen_length] = row.canvas.generated
-        given[i, : row.canvas.layout.gen_length] = row.given
-    top = rows[0].sampler.top
-
-    def counter(values: list[int]) -> Tensor:
-        return torch.tensor(values)[:, None]
-
-    return Step(
-        candidate=candidate,
-        masked=masked,
-        token=grid(prediction.token, -1),
-        confidence=grid(prediction.confidence, -torch.inf),
-        extra={name: grid(values, torch.nan) for name, values in prediction.extra.items()},
-        params=[row.params for row in rows],
-        layouts=[row.canvas.layout for row in rows],
-        seed=counter([row.seed for row in rows]),
-        forward=counter([row.forwards for row in rows]),
-        block=counter([row.block for row in rows]),
-        block_step=counter([row.block_step for row in rows]),
-        block_masks=counter([row.block_masks for row in rows]),
-        top=None if prediction.top is None or not top else grid(prediction.top[:, :top], torch.nan),
-        states=[row.state for row in rows],
-        named=None if prediction.named is None else grid(prediction.named, 0.0),
-        current=None if not rows[0].sampler.revises else tokens,
-        given=None if not rows[0].sampler.revises else given,
-    )
 
 
 def _one(step: Step, i: int) -> Step:

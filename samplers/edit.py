@@ -7,7 +7,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from samplers.base import Sampler, SamplerParams, Selection, Step
+from samplers.base import Sampler, SamplerParams, Selection, Step, best
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class Edit(Sampler):
     """Commit candidates above a threshold, and replace committed tokens of the block that the model would now change.
 
     LLaDA2.1, arXiv 2602.08676, as in SGLang's JointThreshold: a block without masks goes on until a forward changes
-    nothing. Pays with models that were trained to edit.
+    nothing. Pays with models that were trained to edit. LLaDA2.1's own `generate` has threshold 0.95, edit_threshold
+    0.9 and `num_to_transfer` for k.
     """
 
     name = "edit"
@@ -30,7 +31,8 @@ class Edit(Sampler):
     revises = True
 
     class Params(SamplerParams):
-        threshold: float = Field(0.7, ge=0, lt=1, description="commit candidates with confidence > this")
+        threshold: float = Field(0.7, ge=0, le=1, description="commit candidates with confidence > this")
+        k: int = Field(1, ge=1, le=1_000_000, description="but at least so many per forward pass, the surest")
         edit_threshold: float | None = Field(
             0.5, ge=0, le=1, description="replace where another token has a probability > this; null never replaces"
         )
@@ -56,6 +58,7 @@ class Edit(Sampler):
     def select(self, step: Step) -> Selection:
         assert step.current is not None and step.given is not None
         sure = step.candidate & (step.confidence > step.param("threshold"))
+        sure = sure | best(step.confidence, step.candidate, step.param("k"))
         bounds = [2.0 if p.edit_threshold is None else p.edit_threshold for p in step.params]  # type: ignore[attr-defined]
         limit = step.confidence.new_tensor(bounds)[:, None]
         known = (step.confidence > -torch.inf) & ~step.masked & ~step.given

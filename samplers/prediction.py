@@ -140,13 +140,11 @@ class Wanted:
         )
 
     def to(self, device: torch.device) -> "Wanted":
-        """With its tensors there."""
+        """With its tensors there, but for those that are looked into, which would mean to wait for the device."""
         return replace(
             self,
-            only={name: rows.to(device, non_blocking=True) for name, rows in self.only.items()},
             uniform=None if self.uniform is None else self.uniform.to(device, non_blocking=True),
             named=None if self.named is None else self.named.to(device, non_blocking=True),
-            bonus=self.bonus and self.bonus.to(device),
         )
 
 

@@ -27,6 +27,7 @@ def _part(logits: Tensor, mask_id: int, wanted: Wanted) -> Prediction:
     logits = logits.float()
     bonus = wanted.bonus
     if bonus is not None and len(bonus.index):
+        bonus = bonus.to(logits.device)
         logits = logits.index_put((bonus.index, bonus.token), bonus.value.to(logits), accumulate=True)
     largest = logits.amax(dim=-1, keepdim=True)
     # Relative to the largest: no probability overflows, and the largest is exactly 1.
@@ -56,21 +57,24 @@ def _part(logits: Tensor, mask_id: int, wanted: Wanted) -> Prediction:
 
 def _likeliest(logits: Tensor, mask_id: int) -> Tensor:
     """Index of the largest logit of each row that is not the mask's, the lowest index among equals."""
-    token = _first_of_largest(logits)
-    wrong = (token == mask_id).nonzero()[:, 0]
-    if len(wrong):
-        without = logits[wrong]
-        without[:, mask_id] = -torch.inf
-        token[wrong] = _first_of_largest(without)
-    return token
+    vocabulary = logits.shape[-1]
+    if not 0 < mask_id < vocabulary - 1:
+        start = int(mask_id == 0)
+        return _first_of_largest(logits[:, start : vocabulary - (mask_id == vocabulary - 1)])[1] + start
+    before, first = _first_of_largest(logits[:, :mask_id])
+    after, second = _first_of_largest(logits[:, mask_id + 1 :])
+    return torch.where(before >= after, first, second + mask_id + 1)
 
 
-def _first_of_largest(scores: Tensor) -> Tensor:
+def _first_of_largest(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest of each row, and the first place that it has."""
     if scores.device.type == "cpu":
-        return scores.max(dim=-1).indices  # takes the first of equals on the CPU; elsewhere this is not promised
+        largest, place = scores.max(dim=-1)  # the first of equals on the CPU; elsewhere this is not promised
+        return largest, place
     index = torch.arange(scores.shape[-1], device=scores.device)
     largest = scores.amax(dim=-1, keepdim=True)
-    return index.where(scores == largest, scores.shape[-1]).amin(dim=-1).clamp(max=scores.shape[-1] - 1)
+    place = index.where(scores == largest, scores.shape[-1]).amin(dim=-1).clamp(max=scores.shape[-1] - 1)
+    return largest[:, 0], place
 
 
 Value = Callable[[Tensor, Tensor], Tensor]
@@ -113,7 +117,7 @@ def _of(rows: Tensor | None, logits: Tensor, total: Tensor, value: Value, width:
     """A value of these rows, NaN of the others."""
     if rows is None:
         return value(logits, total)
-    index = rows.nonzero()[:, 0]
+    index = rows.nonzero()[:, 0].to(logits.device, non_blocking=True)
     out = logits.new_full((len(logits), width) if width else (len(logits),), torch.nan)
     out[index] = value(logits[index], total[index])
     return out
@@ -144,7 +148,7 @@ def _choose(
     p = p / p.sum(dim=-1, keepdim=True)
     two = p[:, :2]
     found = {
-        Statistic.CHOSEN_CONFIDENCE: p[order == token[rows, None]],
+        Statistic.CHOSEN_CONFIDENCE: p.gather(1, (order == token[rows, None]).int().argmax(dim=-1, keepdim=True))[:, 0],
         Statistic.CHOSEN_ENTROPY: torch.special.entr(p).sum(dim=-1),
         Statistic.CHOSEN_MARGIN: two[:, 0] - two[:, 1],
     }

@@ -1,5 +1,7 @@
 """Prometheus metrics, recorded where the event happens. The one place that names them."""
 
+from collections.abc import Mapping
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -26,14 +28,15 @@ class Metrics:
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"dllm_{name}", text, ["model_name", *labels], registry=self.registry)
 
-        def gauge(name: str, text: str) -> Gauge:
-            return Gauge(f"dllm_{name}", text, ["model_name"], registry=self.registry)
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(f"dllm_{name}", text, ["model_name", *labels], registry=self.registry)
 
         def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
             return Histogram(f"dllm_{name}", text, ["model_name", *labels], registry=self.registry, buckets=buckets)
 
         self._running = gauge("requests_running", "Generations in the batch.")
         self._waiting = gauge("requests_waiting", "Generations waiting for a free row.")
+        self._memory = gauge("memory_bytes", "What serving takes at most, found out at start-up, by part.", "part")
         self._requests = counter("requests", "Generations that ended.", "sampler", "finish_reason")
         self._prompt_tokens = counter("prompt_tokens", "Prompt tokens of accepted requests.")
         self._tokens = counter(
@@ -66,6 +69,11 @@ class Metrics:
         """How many generations run and wait now."""
         self._running.labels(self._model).set(running)
         self._waiting.labels(self._model).set(waiting)
+
+    def memory(self, parts: Mapping[str, int]) -> None:
+        """What serving takes at most, in bytes."""
+        for part, count in parts.items():
+            self._memory.labels(self._model, part).set(count)
 
     def prompt_tokens(self, count: int) -> None:
         """A request was accepted."""

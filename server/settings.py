@@ -89,6 +89,9 @@ class Settings(BaseSettings):
     batch_invariant: bool = Field(
         False, description="Bitwise the same results whatever shares the batch: each row is computed on its own."
     )
+    compile: bool = Field(
+        False, description="Compile the layers, for few static shapes; the first forward of each shape takes long."
+    )
     max_queue: int = Field(256, ge=1, le=1_000_000, description="Generations that may wait; more are answered 429.")
     sampler: str = Field("threshold", description="Sampler of requests that name none.", examples=["NAME"])
     sampler_params: Annotated[dict[str, Any], NoDecode, BeforeValidator(_json_object)] = Field(

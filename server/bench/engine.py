@@ -6,15 +6,18 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import nn
 
 from samplers import Canvas, get_sampler
-from samplers.denoising import Denoising, ask
+from samplers.denoising import Denoising, Query, ask
 from server.bench.reference import generate
 from server.bench.results import Result, alternate, ratio_of, spread
 from server.bench.subjects import Subject
 from server.engine import Engine, Finished, GenerationRequest, Limits
 from server.engine.request import Event
+from server.engine.torch_backend import TorchBackend
 from server.metrics import Metrics
+from server.models.packing import pack_linear_layers
 
 MIXED: list[tuple[str, dict[str, Any]]] = [
     ("topk", {}),
@@ -24,7 +27,7 @@ MIXED: list[tuple[str, dict[str, Any]]] = [
     ("entropy", {}),
     ("threshold", {"threshold": 1.0}),
     ("dream", {"alg": "topk_margin"}),
-    ("hierarchy", {"threshold": None, "low_threshold": None}),
+    ("dream", {"alg": "entropy"}),
 ]
 """Eight rules; where one takes a number of steps, all take the same."""
 
@@ -97,6 +100,7 @@ def measure_engine(subject: Subject, rounds: int, concurrent: tuple[int, ...] = 
     yield _parts(running, subject, rounds, detail)
     yield _mixed(running, subject, rounds, detail)
     yield _matmul(subject, rounds, detail)
+    yield _invariant(subject, rounds, detail)
     running.engine.drain()
     running.engine.wait_idle()
 
@@ -111,7 +115,7 @@ def _against_reference(
     def plain() -> float:
         began = time.perf_counter()
         generate(
-            subject.network,
+            subject.plain,
             torch.tensor(prompts),
             subject.gen_length,
             subject.block_length,
@@ -166,32 +170,51 @@ def _mixed(running: Running, subject: Subject, rounds: int, detail: dict[str, An
     return ratio_of("mixed_samplers_cost", "seconds a row and forward, ratio", mixed, one, **detail, rows=16)
 
 
+def _first_step(subject: Subject, count: int) -> Query:
+    topk = get_sampler("topk")
+    canvases = [
+        Canvas.blank(prompt, subject.gen_length, subject.backend.info.mask_id, subject.block_length)
+        for prompt in subject.prompts[:count]
+    ]
+    return ask([Denoising(canvas, topk, topk.Params()) for canvas in canvases])
+
+
+def _invariant(subject: Subject, rounds: int, detail: dict[str, Any]) -> Result:
+    """What bitwise the same results cost: a forward of 16 rows, each computed on its own, over the usual one."""
+    query = _first_step(subject, 16)
+    alone = TorchBackend(subject.backend.network, subject.backend.info, batch_invariant=True)
+
+    def timed(backend: TorchBackend) -> Callable[[], float]:
+        def measured() -> float:
+            began = time.perf_counter()
+            backend.predict(query)
+            return time.perf_counter() - began
+
+        return measured
+
+    invariant, usual = alternate(timed(alone), timed(subject.backend), rounds)
+    return ratio_of("batch_invariant_cost", "seconds of a forward, ratio", invariant, usual, **detail, rows=16)
+
+
 def _matmul(subject: Subject, rounds: int, detail: dict[str, Any]) -> Result:
     """The matrix products of a forward alone, over the forward: the share of what the machine can do."""
-    backend, config = subject.backend, subject.network.config
-    sampler = get_sampler("topk")
-    rows = [
-        Denoising(
-            Canvas.blank(prompt, subject.gen_length, backend.info.mask_id, subject.block_length),
-            sampler,
-            sampler.Params(),
-        )
-        for prompt in subject.prompts[:16]
-    ]
-    query = ask(rows)
-    tokens, wanted = sum(row.canvas.layout.length for row in rows), len(query.row)
+    backend, config = subject.backend, subject.plain.config
+    query = _first_step(subject, 16)
+    tokens, wanted = sum(canvas.layout.length for canvas in query.canvases), len(query.row)
     shapes = [(tokens, config.d_model, config.d_model)] * 4 + [(tokens, config.d_model, config.mlp_width)] * 2
     shapes += [(tokens, config.mlp_width, config.d_model)]
     last = [(tokens, config.d_model, config.d_model)] * 2 + [(wanted, n, k) for _, n, k in shapes[2:]]
     shapes = shapes * (config.n_layers - 1) + last + [(wanted, config.d_model, config.rows)]
-    weights = {(n, k): torch.randn(k, n) for _, n, k in shapes}
+    weights = {(n, k): nn.Linear(n, k, bias=False).requires_grad_(False) for _, n, k in shapes}
+    layers = nn.ModuleDict({f"{n}x{k}": weight for (n, k), weight in weights.items()})
+    pack_linear_layers(layers)
     inputs = {(m, n): torch.randn(m, n) for m, n, _ in shapes}
 
     def bare() -> float:
         began = time.perf_counter()
         with torch.inference_mode():
             for m, n, k in shapes:
-                torch.nn.functional.linear(inputs[m, n], weights[n, k])
+                layers[f"{n}x{k}"](inputs[m, n])
         return time.perf_counter() - began
 
     def model() -> float:

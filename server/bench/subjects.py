@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from safetensors.torch import save_file
 from policies.tasks import get_task
 from server.engine.torch_backend import TorchBackend
 from server.models.llada import LLaDA, LLaDAConfig
-from server.models.loading import EMBEDDED_NAME, describe, find_model, load_model
+from server.models.loading import EMBEDDED_NAME, describe, find_model, load_model, load_network
+from server.models.packing import pack_linear_layers
 
 RANDOM_NAME = "random-100m"
 RANDOM = {
@@ -32,6 +34,7 @@ class Subject:
     """A model under measurement.
 
     Attributes:
+        plain: the same weights in plain layers, as a script would run them.
         prompts: ids, as many as are ever asked at once, all of one length.
         ends: such prompts whose answers end before `gen_length`; empty where the model knows no end.
         gen_length, block_length, steps: how they are answered.
@@ -39,7 +42,7 @@ class Subject:
 
     name: str
     backend: TorchBackend
-    network: LLaDA
+    plain: LLaDA
     prompts: list[list[int]]
     ends: list[list[int]]
     gen_length: int
@@ -51,8 +54,8 @@ def embedded(count: int) -> Subject:
     """The embedded model with word problems, and with short sums that end early."""
     loaded = load_model(None, device="cpu", dtype="float32")
     assert isinstance(loaded.backend, TorchBackend)
-    network = loaded.backend.network
-    assert isinstance(network, LLaDA)
+    _, _, plain = load_network(find_model(None)[1], torch.device("cpu"), torch.float32)
+    assert isinstance(plain, LLaDA)
 
     def prompts(task: str) -> list[list[int]]:
         """Of the most frequent length."""
@@ -64,19 +67,21 @@ def embedded(count: int) -> Subject:
                 return found[len(ids)]
         raise ValueError(f"too few problems of {task} of one length")
 
-    return Subject(EMBEDDED_NAME, loaded.backend, network, prompts("chain"), prompts("totals"), 64, 64, 32)
+    return Subject(EMBEDDED_NAME, loaded.backend, plain, prompts("chain"), prompts("totals"), 64, 64, 32)
 
 
 def random_model(count: int) -> Subject:
     """About 100 M random weights and a vocabulary of 32,000, since a tiny model hides costs."""
     torch.manual_seed(0)
-    network = LLaDA(LLaDAConfig.model_validate(RANDOM)).requires_grad_(False).eval()
-    for weight in network.parameters():
+    plain = LLaDA(LLaDAConfig.model_validate(RANDOM)).requires_grad_(False).eval()
+    for weight in plain.parameters():
         if weight.dim() == 2:
             weight.data.normal_(std=weight.shape[1] ** -0.5)
-    info = describe("LLaDAModelLM", network)
+    info = describe("LLaDAModelLM", plain)
+    network = deepcopy(plain)
+    pack_linear_layers(network)
     prompts = torch.randint(31_000, (count, 32), generator=torch.Generator().manual_seed(1)).tolist()
-    return Subject(RANDOM_NAME, TorchBackend(network, info), network, prompts, [], 32, 32, 8)
+    return Subject(RANDOM_NAME, TorchBackend(network, info), plain, prompts, [], 32, 32, 8)
 
 
 def write_random_model(subject: Subject, folder: Path) -> None:
@@ -86,4 +91,4 @@ def write_random_model(subject: Subject, folder: Path) -> None:
         shutil.copy(source / name, folder / name)
     config = {"architectures": [subject.backend.info.architecture], "model_type": "llada", **RANDOM}
     (folder / "config.json").write_text(json.dumps(config))
-    save_file(subject.backend.network.state_dict(), folder / "model.safetensors")
+    save_file(subject.plain.state_dict(), folder / "model.safetensors")

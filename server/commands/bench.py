@@ -26,14 +26,21 @@ def register(app: typer.Typer) -> None:
 
 
 def engine(json: Json = None, rounds: Rounds = 5, embedded_only: Small = False, threads: Threads = None) -> None:
-    """The engine alone: against a plain loop, by parts, with many samplers, against bare matrix products."""
+    """The engine alone: against a plain loop, by parts, with many samplers; its model; how a forward grows."""
+    from server.bench.curves import measure_growth
     from server.bench.engine import measure_engine
     from server.bench.subjects import embedded, random_model
 
     check_parent("--json", json)
     use_threads(threads)
-    subjects = [embedded] if embedded_only else [embedded, random_model]
-    _tell((result for make in subjects for result in measure_engine(make(16), rounds)), json)
+
+    def results() -> "Iterable[Result]":
+        yield from measure_engine(embedded(16), rounds)
+        if not embedded_only:
+            yield from measure_engine(random_model(16), rounds)
+            yield from measure_growth(rounds)
+
+    _tell(results(), json)
 
 
 def http(json: Json = None, rounds: Rounds = 5, embedded_only: Small = False, threads: Threads = None) -> None:

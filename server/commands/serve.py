@@ -74,6 +74,8 @@ def _load_and_serve(settings: Settings, bound: socket.socket) -> bool:
     """Serve until a signal says to stop; whether everything that ran then could finish."""
     from server.app import create_app
     from server.engine import Engine, Limits, RequestError
+    from server.engine.memory import TooLittleMemoryError, bound_memory, megabytes
+    from server.engine.torch_backend import TorchBackend
     from server.engine.vllm.backend import VllmOptions
     from server.lifecycle import serve as serve_app
     from server.metrics import Metrics
@@ -90,14 +92,22 @@ def _load_and_serve(settings: Settings, bound: socket.socket) -> bool:
             batch_invariant=settings.batch_invariant,
             load_format=settings.load_format,
             vllm=VllmOptions(settings.max_batch, settings.max_batch_tokens, settings.vllm_args),
+            compile_for=settings.max_batch_tokens if settings.compile else None,
         )
     except ModelError as error:
         fail(error)
     if not settings.api_key and settings.host not in ("127.0.0.1", "::1", "localhost"):
         log.warning("whoever reaches this address may use the model; --api-key limits that", host=settings.host)
     metrics = Metrics(settings.served_name or loaded.name)
-    policies = open_policies([(name, Path(folder)) for name, folder in settings.policy], settings.model, loaded)
     limits = Limits(settings.max_batch, settings.max_queue, settings.max_batch_tokens)
+    if isinstance(loaded.backend, TorchBackend):
+        try:
+            memory = bound_memory(loaded.backend, limits)
+        except TooLittleMemoryError as error:
+            fail(error)
+        log.info("memory", **{part: megabytes(count) for part, count in vars(memory).items()})
+        metrics.memory(vars(memory))
+    policies = open_policies([(name, Path(folder)) for name, folder in settings.policy], settings.model, loaded)
     engine = Engine(loaded.backend, metrics, limits, policies)
     try:
         app = create_app(engine, loaded.text, metrics, settings)

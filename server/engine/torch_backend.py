@@ -1,6 +1,7 @@
 """Our own model code on CPU or CUDA."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from samplers.cache import Memory
@@ -8,6 +9,7 @@ from samplers.denoising import Query
 from samplers.prediction import Prediction
 from samplers.summary import summarise
 from server.engine.backend import ModelInfo
+from server.models.compiling import padded_size
 from server.models.network import Network
 from server.models.packed import KeyValues, Packed, Row
 
@@ -20,10 +22,14 @@ class TorchBackend:
 
     Args:
         batch_invariant: compute each canvas on its own, since matrix products round differently with their size.
+        static_shapes: pad forwards to one of few sizes, for layers that are compiled.
     """
 
-    def __init__(self, network: Network, info: ModelInfo, batch_invariant: bool = False) -> None:
+    def __init__(
+        self, network: Network, info: ModelInfo, batch_invariant: bool = False, static_shapes: bool = False
+    ) -> None:
         self.batch_invariant = batch_invariant
+        self.static_shapes = static_shapes
         self.network = network.eval()
         self.info = info
         self.device = torch.device(info.device)
@@ -36,6 +42,8 @@ class TorchBackend:
 
     def _together(self, query: Query) -> Prediction:
         batch, back = self.pack(query)
+        if self.static_shapes and self.device.type == "cuda":
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]  # the last forward's outputs may be overwritten
         hidden = self.network.packed(batch)
         back = back.to(self.device, non_blocking=True)
         wanted = query.wanted.to(self.device)
@@ -81,6 +89,8 @@ class TorchBackend:
             output = (output - 1).maximum(torch.tensor([row.start for row in rows])[query.row])
         wanted[back] = output + torch.tensor(first)[query.row]
         ids = torch.cat([query.canvases[i].tokens[rows[i].start : rows[i].stop] for i in order])
+        if self.static_shapes:
+            ids, wanted = (F.pad(each, (0, padded_size(len(each)) - len(each))) for each in (ids, wanted))
         batch = Packed(
             [rows[i] for i in order],
             ids.to(self.device, non_blocking=True),

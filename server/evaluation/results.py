@@ -83,7 +83,7 @@ def _alone(folder: Path) -> Iterator[None]:
 def model_digest(folder: Path) -> str:
     """SHA-256 of the files of a model folder that decide what it predicts."""
     digest = hashlib.sha256()
-    names = ("config.json", "generation_config.json", "tokenizer.json")
+    names = ("config.json", "generation_config.json", "tokenizer.json", "vocab.json", "merges.txt")
     for path in [*(folder / name for name in names), *sorted(folder.glob("model*.safetensors"))]:
         if path.exists():
             digest.update(f"{path.name}\0".encode())

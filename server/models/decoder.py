@@ -2,14 +2,14 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Self
+from typing import Any, ClassVar, Protocol, Self, cast
 
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from server.models.layers import RMSNorm, rope_tables, rotate
+from server.models.layers import RMSNorm, gated, rope_tables, rotate
 from server.models.network import Network
 from server.models.packed import Packed
 
@@ -31,6 +31,7 @@ class DecoderConfig(BaseModel):
     vocab_size: int = Field(gt=0)
     max_position_embeddings: int = Field(gt=0)
     rope_theta: float = Field(gt=0)
+    partial_rotary_factor: float = Field(1.0, gt=0, le=1)
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
     mask_token_id: int
@@ -47,8 +48,8 @@ class DecoderConfig(BaseModel):
         if not isinstance(data, dict) or not isinstance(rope := data.get("rope_parameters"), dict):
             return data
         scaling = None if rope.get("rope_type", "default") == "default" else rope
-        theta = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
-        return {"rope_scaling": scaling, **theta, **data}
+        numbers = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+        return {"rope_scaling": scaling, **numbers, **data}
 
     @model_validator(mode="after")
     def _refuse_variants(self) -> Self:
@@ -57,8 +58,12 @@ class DecoderConfig(BaseModel):
                 raise ValueError(f"{key} = {getattr(self, key)!r} is a variant that is not built (only {value!r} is)")
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(f"hidden_size = {self.hidden_size} does not divide into {self.num_attention_heads} heads")
-        if self.head_size % 2:
-            raise ValueError(f"head_dim = {self.head_size} is odd")
+        if self.rotated_size % 2 or not self.rotated_size:
+            raise ValueError(
+                f"head_dim = {self.head_size} is odd"
+                if self.partial_rotary_factor == 1
+                else f"partial_rotary_factor = {self.partial_rotary_factor} of head_dim = {self.head_size} is not even"
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads = {self.num_attention_heads} is no multiple of num_key_value_heads = "
@@ -91,9 +96,24 @@ class DecoderConfig(BaseModel):
     def head_size(self) -> int:
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
+    @property
+    def rotated_size(self) -> int:
+        """How many of a head's numbers, from its first, are rotated by position."""
+        return int(self.head_size * self.partial_rotary_factor)
+
+
+class Projections(Protocol):
+    """An attention's part in a layer, but for the attention itself."""
+
+    def project(self, h: Tensor, cos: Tensor, sin: Tensor, wanted: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Of normed states [tokens, width]: queries of the wanted ones, keys and values, [n, heads, head_dim]."""
+
+    def output(self, read: Tensor) -> Tensor:
+        """What is added to the states, of what the queries found."""
+
 
 class Attention(nn.Module):
-    """Grouped-query attention.
+    """Grouped-query attention: what is before and after it.
 
     Args:
         bias: of queries, keys and values; the output has none.
@@ -113,12 +133,14 @@ class Attention(nn.Module):
         self.q_norm = norm(size, config.rms_norm_eps) if norm else nn.Identity()
         self.k_norm = norm(size, config.rms_norm_eps) if norm else nn.Identity()
 
-    def forward(self, h: Tensor, cos: Tensor, sin: Tensor, attend: Attend, wanted: Tensor | None) -> Tensor:
+    def project(self, h: Tensor, cos: Tensor, sin: Tensor, wanted: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         k, v = rotate(self.k_norm(self._heads(self.k_proj(h))), cos, sin), self._heads(self.v_proj(h))
         if wanted is not None:
             h, cos, sin = h[wanted], cos[wanted], sin[wanted]
-        q = rotate(self.q_norm(self._heads(self.q_proj(h))), cos, sin)
-        out: Tensor = self.o_proj(attend(q, k, v).flatten(-2))
+        return rotate(self.q_norm(self._heads(self.q_proj(h))), cos, sin), k, v
+
+    def output(self, read: Tensor) -> Tensor:
+        out: Tensor = self.o_proj(read.flatten(-2))
         return out
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -135,34 +157,56 @@ class GatedMLP(nn.Module):
         self.down_proj = nn.Linear(inner, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        out: Tensor = self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
         return out
 
 
 class Layer(nn.Module):
-    """Attention and MLP, each behind a norm and added to what came in."""
+    """Attention and MLP, each behind a norm and added to what came in.
 
-    def __init__(self, config: DecoderConfig, attention: nn.Module, mlp: nn.Module) -> None:
+    Attributes:
+        attention_name: what checkpoints call the attention.
+    """
+
+    attention_name: ClassVar[str] = "self_attn"
+
+    def __init__(self, config: DecoderConfig, attention: Projections, mlp: nn.Module) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = attention
+        self.add_module(self.attention_name, cast(nn.Module, attention))
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = mlp
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, wanted: Tensor | None = None) -> Tensor:
         """States after this layer, of all tokens [tokens, width], or of the `wanted` ones (indices)."""
-        mixed = self.self_attn(self.input_layernorm(x), cos, sin, attend, wanted)
-        x = (x if wanted is None else x[wanted]) + mixed
-        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        q, k, v = self.project(x, cos, sin, wanted)
+        return self.finish(x if wanted is None else x[wanted], attend(q, k, v))
+
+    @property
+    def projections(self) -> Projections:
+        return cast(Projections, self.get_submodule(self.attention_name))
+
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor, wanted: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, of the wanted tokens, keys and values: what is before attention."""
+        return self.projections.project(self.input_layernorm(x), cos, sin, wanted)
+
+    def finish(self, x: Tensor, read: Tensor) -> Tensor:
+        """What is after attention, `read` being what the queries found."""
+        x = x + self.projections.output(read)
+        return x + self.feed_forward(self.post_attention_layernorm(x))
+
+    def feed_forward(self, h: Tensor) -> Tensor:
+        """What is added after attention, of normed states [tokens, width]."""
+        out: Tensor = self.mlp(h)
         return out
 
 
 class Decoder(nn.Module):
     """Embedding, layers and the last norm."""
 
-    def __init__(self, config: DecoderConfig, make_layer: Callable[[int], nn.Module]) -> None:
+    def __init__(self, config: DecoderConfig, make_layer: Callable[[int], nn.Module], embedding_name: str) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.add_module(embedding_name, nn.Embedding(config.vocab_size, config.hidden_size))
         self.layers = nn.ModuleList(make_layer(i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -171,14 +215,18 @@ class DecoderNetwork(Network):
     """A network whose tensors are `model.*` and `lm_head`. A family says what its layers are, in `make_layer`.
 
     Cosines and sines are float32 and, as the families' originals have it, rounded to the states' type before use.
+
+    Attributes:
+        embedding_name: what checkpoints call the embedding.
     """
 
     config: DecoderConfig
+    embedding_name: ClassVar[str] = "embed_tokens"
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.model = Decoder(config, self.make_layer)
+        self.model = Decoder(config, self.make_layer, self.embedding_name)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self._tables: tuple[Tensor, Tensor] | None = None
@@ -190,13 +238,10 @@ class DecoderNetwork(Network):
         )
 
     @property
-    def rotated_size(self) -> int:
-        """How many of a head's numbers, from its first, are rotated by position."""
-        return self.config.head_size
-
-    @property
     def embedding(self) -> nn.Embedding:
-        return self.model.embed_tokens
+        embedding = self.model.get_submodule(self.embedding_name)
+        assert isinstance(embedding, nn.Embedding)
+        return embedding
 
     @property
     def cache_shape(self) -> tuple[int, int, int]:
@@ -207,7 +252,7 @@ class DecoderNetwork(Network):
         device = self.embedding.weight.device
         if self._tables is None or self._tables[0].shape[0] < length or self._tables[0].device != device:
             reach = max(length, min(self.config.max_length, 4096))
-            self._tables = rope_tables(reach, self.rotated_size, self.config.rope_theta, device)
+            self._tables = rope_tables(reach, self.config.rotated_size, self.config.rope_theta, device)
         return self._tables[0][:, None].to(dtype), self._tables[1][:, None].to(dtype)
 
     def packed(self, batch: Packed) -> Tensor:
@@ -216,11 +261,13 @@ class DecoderNetwork(Network):
         cos, sin = (table[batch.position] for table in self._rotation(longest, x.dtype))
         last = len(self.model.layers) - 1
         for index, layer in enumerate(self.model.layers):
-            attend = partial(batch.attend, index)
+            attend = partial(batch.attend, index, index == last)
             x = layer(x, cos, sin, attend, batch.wanted if index == last else None)
         out: Tensor = self.model.norm(x)
         return out
 
     def head(self, hidden: Tensor) -> Tensor:
-        weight = self.embedding.weight if self.config.tie_word_embeddings else self.lm_head.weight
-        return F.linear(hidden, weight)
+        if self.config.tie_word_embeddings:
+            return F.linear(hidden, self.embedding.weight)
+        logits: Tensor = self.lm_head(hidden)
+        return logits

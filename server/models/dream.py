@@ -11,17 +11,15 @@ from torch import nn
 from samplers import Scheme
 from server.models.decoder import Attention, DecoderConfig, DecoderNetwork, GatedMLP, Layer
 
-MASK_TOKEN_ID = 151666
-
 
 class DreamConfig(DecoderConfig):
     """`config.json` of a Dream checkpoint."""
 
     @model_validator(mode="before")
     @classmethod
-    def _published_defaults(cls, data: Any) -> Any:
+    def _need_a_mask(cls, data: Any) -> Any:
         if isinstance(data, dict) and data.get("mask_token_id") is None:
-            return {**data, "mask_token_id": MASK_TOKEN_ID}
+            raise ValueError("mask_token_id is not given, and the tokenizer has no <|mask|>")
         return data
 
 

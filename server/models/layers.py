@@ -28,10 +28,21 @@ def rope_tables(length: int, head_dim: int, theta: float, device: torch.device) 
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate [..., length, head_dim] by position, in the tables' dtype, and cast back."""
+    """Rotate [..., length, head_dim] by position, in the tables' dtype, and cast back.
+
+    Narrower tables rotate the first numbers of each head only.
+    """
+    size = cos.shape[-1]
+    if size < x.shape[-1]:
+        return torch.cat([rotate(x[..., :size], cos, sin), x[..., size:]], dim=-1)
     wide = x.to(cos.dtype)
     left, right = wide.chunk(2, dim=-1)
     return (wide * cos + torch.cat([-right, left], dim=-1) * sin).to(x.dtype)
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """`silu(gate) * up`; where nothing is learnt, in the memory of `gate`."""
+    return F.silu(gate) * up if torch.is_grad_enabled() else F.silu(gate, inplace=True).mul_(up)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from server.models.layers import RMSNorm, attention, rope_tables, rotate
+from server.models.layers import RMSNorm, attention, gated, rope_tables, rotate
 from server.models.network import Network
 from server.models.packed import Packed
 
@@ -142,14 +142,22 @@ class Block(nn.Module):
             cos, sin: of each token's position, [..., 1, head_dim].
             wanted: indices of tokens; the others are attended to, but nothing else is computed of them.
         """
+        q, k, v = self.project(x, cos, sin, wanted)
+        return self.finish(x if wanted is None else x[wanted], attend(q, k, v))
+
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor, wanted: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, of the wanted tokens, keys and values: what is before attention."""
         h = self.attn_norm(x)
         k, v = rotate(self._heads(self.k_proj(h)), cos, sin), self._heads(self.v_proj(h))
         if wanted is not None:
-            x, h, cos, sin = x[wanted], h[wanted], cos[wanted], sin[wanted]
-        q = rotate(self._heads(self.q_proj(h)), cos, sin)
-        x = x + self.attn_out(attend(q, k, v).flatten(-2))
+            h, cos, sin = h[wanted], cos[wanted], sin[wanted]
+        return rotate(self._heads(self.q_proj(h)), cos, sin), k, v
+
+    def finish(self, x: Tensor, read: Tensor) -> Tensor:
+        """What is after attention, `read` being what the queries found."""
+        x = x + self.attn_out(read.flatten(-2))
         h = self.ff_norm(x)
-        out: Tensor = x + self.ff_out(F.silu(self.ff_proj(h)) * self.up_proj(h))
+        out: Tensor = x + self.ff_out(gated(self.ff_proj(h), self.up_proj(h)))
         return out
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -213,12 +221,13 @@ class LLaDA(Network):
         cos, sin = (table[batch.position] for table in self._rotation(longest, x.dtype))
         last = len(self.transformer.blocks) - 1
         for layer, block in enumerate(self.transformer.blocks):
-            attend = partial(batch.attend, layer)
+            attend = partial(batch.attend, layer, layer == last)
             x = block(x, cos, sin, attend, batch.wanted if layer == last else None)
         out: Tensor = self.transformer.ln_f(x)
         return out
 
     def head(self, hidden: Tensor) -> Tensor:
-        weight = self.transformer.wte.weight if self.config.weight_tying else self.transformer.ff_out.weight
-        logits: Tensor = F.linear(hidden, weight)
+        if self.config.weight_tying:
+            return F.linear(hidden, self.transformer.wte.weight)
+        logits: Tensor = self.transformer.ff_out(hidden)
         return logits

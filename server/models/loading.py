@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
+from server.allocator import keep_freed_memory
 from server.engine.backend import Backend, ModelInfo
 from server.engine.torch_backend import TorchBackend
 from server.engine.vllm.backend import VllmBackend, VllmError, VllmOptions, check_supported
+from server.models.compiling import compile_layers
 from server.models.files import ModelError, read_json, read_optional_json
 from server.models.network import Network
+from server.models.packing import pack_linear_layers
 from server.models.registry import Family, find_family
 from server.models.text import TextCodec
 from server.models.weights import SkipInit, draw_weights, find_weights, load_weights
@@ -45,6 +48,7 @@ def load_model(
     batch_invariant: bool = False,
     load_format: str = "auto",
     vllm: VllmOptions | None = None,
+    compile_for: int | None = None,
 ) -> LoadedModel:
     """Load a model for inference. Raises ModelError, one line, for whatever is wrong with it.
 
@@ -57,6 +61,7 @@ def load_model(
         batch_invariant: results are bitwise the same whatever shares the batch.
         load_format: "auto" reads safetensors, "dummy" draws random weights of the configuration's shapes.
         vllm: how the engine of that name runs it.
+        compile_for: compile the layers, for forwards of at most so many tokens.
     """
     if engine not in ENGINES:
         raise ModelError(f"unknown engine {engine!r}; choose from {', '.join(ENGINES)}")
@@ -67,13 +72,15 @@ def load_model(
     name, folder = find_model(model)
     place = choose_device(device)
     kind = choose_dtype(dtype, place)
+    if place.type == "cpu":
+        keep_freed_memory()  # before there are other threads, which would have heaps of their own
     text = TextCodec.load(folder)
-    architecture, family, network = build_network(folder)
+    architecture, family, network = build_network(folder, text=text)
     config = network.config
     if text.vocab_size > config.rows:
         raise ModelError(
-            f"{folder / 'tokenizer.json'}: has token ids up to {text.vocab_size - 1}, but the model's vocabulary ends "
-            f"at {config.rows - 1}"
+            f"{folder}: the tokenizer has token ids up to {text.vocab_size - 1}, but the model's vocabulary ends at "
+            f"{config.rows - 1}"
         )
     info = replace(
         describe(architecture, network),
@@ -87,7 +94,11 @@ def load_model(
         backend = _vllm(folder, network, info, load_format, vllm)
     else:
         give_weights(network, folder, place, kind, load_format)
-        backend = TorchBackend(network, info, batch_invariant)
+        if compile_for is None:
+            pack_linear_layers(network)
+        else:
+            compile_layers(network, compile_for)
+        backend = TorchBackend(network, info, batch_invariant, static_shapes=compile_for is not None)
     return LoadedModel(name, backend, text)
 
 
@@ -128,13 +139,15 @@ def load_network(
     dtype: torch.dtype,
     settings: dict[str, Any] | None = None,
     load_format: str = "auto",
+    text: TextCodec | None = None,
 ) -> tuple[str, Family, Network]:
     """Architecture, family and the network itself, from `config.json` and the weights. Raises ModelError.
 
     Args:
         settings: entries in place of those of `config.json`.
+        text: whose mask token it is where `config.json` names none.
     """
-    architecture, family, network = build_network(folder, settings)
+    architecture, family, network = build_network(folder, settings, text)
     give_weights(network, folder, device, dtype, load_format)
     return architecture, family, network
 
@@ -149,12 +162,16 @@ def give_weights(
         load_weights(network, folder, device, dtype)
 
 
-def build_network(folder: Path, settings: dict[str, Any] | None = None) -> tuple[str, Family, Network]:
-    """Architecture, family and the network, without weights, from `config.json`. Raises ModelError."""
+def build_network(
+    folder: Path, settings: dict[str, Any] | None = None, text: TextCodec | None = None
+) -> tuple[str, Family, Network]:
+    """Architecture, family and the network, without weights, as `load_network` reads them. Raises ModelError."""
     path = folder / "config.json"
     config = read_json(path) | (settings or {})
     try:
         architecture, family = find_family(config)
+        if config.get("mask_token_id") is None and text is not None and family.mask_token is not None:
+            config["mask_token_id"] = text.token_id(family.mask_token)
         parsed = family.network.Config.model_validate(config)
     except ValidationError as error:
         first = error.errors()[0]
@@ -226,7 +243,9 @@ def _download(name: str) -> Path:
     try:
         # Never code, never pickles, and no second copies in sub-folders.
         return Path(
-            snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.jinja"], ignore_patterns=["*/*"])
+            snapshot_download(
+                name, allow_patterns=["*.safetensors", "*.json", "*.jinja", "merges.txt"], ignore_patterns=["*/*"]
+            )
         )
     except HFValidationError:
         raise ModelError(f"{name}: neither a folder nor the id of a model on the Hugging Face hub") from None

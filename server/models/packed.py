@@ -70,26 +70,30 @@ class Packed:
         rows: in the order of their tokens.
         tokens: ids [sum of fed], each row's `start` to `stop`.
         wanted: indices into `tokens` [sum of wanted], row by row.
+
+    `tokens` and `wanted` may be longer, so that few shapes occur; what is beyond is computed for nothing.
     """
 
     def __init__(self, rows: Sequence[Row], tokens: Tensor, wanted: Tensor) -> None:
         self.rows = rows
         self.tokens = tokens
         self.wanted = wanted
-        self.position = torch.cat([torch.arange(row.start, row.stop) for row in rows]).to(tokens.device)
+        position = torch.cat([torch.arange(row.start, row.stop) for row in rows])
+        self.position = F.pad(position, (0, len(tokens) - len(position))).to(tokens.device)
         self._runs = _runs(rows, [row.fed for row in rows], self.position)
         self._last_runs = _runs(rows, [row.wanted for row in rows], self.position[wanted])
+        self._exact = len(tokens) == len(position) and len(wanted) == sum(row.wanted for row in rows)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, layer: int, last: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention within each row, [queries, heads, head_dim]; several heads of queries may share one of keys.
 
         Args:
+            last: whether it is the last layer, in which `q` is of the wanted tokens only.
             q: of all tokens, or of the wanted ones.
             k, v: of all tokens, [tokens, key heads, head_dim].
         """
-        everything = len(q) == len(k)
-        runs = self._runs if everything else self._last_runs
-        out = None if len(runs) == 1 else q.new_empty(q.shape)
+        runs = self._last_runs if last else self._runs
+        out = None if len(runs) == 1 and self._exact else torch.zeros_like(q)
         asked = first = 0
         for run in runs:
             rows, fed = len(run.rows), run.rows[0].fed

@@ -5,6 +5,8 @@ from typing import Any
 
 from server.models.dream import Dream
 from server.models.llada import LLaDA
+from server.models.llada2 import LLaDA2
+from server.models.llada_moe import LLaDAMoE
 from server.models.network import Network
 from server.models.sdar import SDAR
 
@@ -17,18 +19,30 @@ class Family:
         network: its class; `network.Config` validates `config.json`.
         model_type: the `model_type` of its configurations.
         end_tokens: names of tokens that end a text beside those that the configuration gives.
+        experts: whether its layers are mixtures of experts.
+        mask_token: name of the mask token, for configurations that do not give it.
     """
 
     network: type[Network]
     model_type: str
     end_tokens: tuple[str, ...] = ()
+    experts: bool = False
+    mask_token: str | None = None
 
 
 ARCHITECTURES: dict[str, Family] = {
     "LLaDAModelLM": Family(LLaDA, "llada", end_tokens=("<|eot_id|>",)),
-    "DreamModel": Family(Dream, "Dream", end_tokens=("<|im_end|>",)),
+    "LLaDAMoEModelLM": Family(LLaDAMoE, "lladamoe", end_tokens=("<|role_end|>",), experts=True),
+    "LLaDA2MoeModelLM": Family(LLaDA2, "llada2_moe", end_tokens=("<|role_end|>",), experts=True),
+    "DreamModel": Family(Dream, "Dream", end_tokens=("<|im_end|>",), mask_token="<|mask|>"),
     "SDARForCausalLM": Family(SDAR, "sdar", end_tokens=("<|im_end|>",)),
 }
+EARLY_LLADA_MOE = {
+    (name, kind)
+    for name in ("LLaDAModelLM", "LLaDAMoEModel", "LLaDAMoEModelLM")
+    for kind in ("llada", "lladamoe", None)
+}
+"""Names and types of configurations with experts: the first ones carry the dense model's."""
 
 
 def find_family(config: dict[str, Any]) -> tuple[str, Family]:
@@ -40,11 +54,12 @@ def find_family(config: dict[str, Any]) -> tuple[str, Family]:
         if not names:
             raise ValueError(f"names no architecture; supported: {supported}")
     name = names[0]
+    if config.get("num_experts") and (name, model_type) in EARLY_LLADA_MOE:
+        return "LLaDAMoEModelLM", ARCHITECTURES["LLaDAMoEModelLM"]
     if name not in ARCHITECTURES:
         raise ValueError(f"architecture {name!r} is not supported; supported: {supported}")
     family = ARCHITECTURES[name]
-    # Early LLaDA-MoE configurations carry the dense model's architecture name.
-    if config.get("num_experts"):
+    if config.get("num_experts") and not family.experts:
         raise ValueError(f"architecture {name!r} with experts (num_experts = {config['num_experts']}) is not supported")
     if model_type not in (None, family.model_type):
         raise ValueError(f"model_type {model_type!r} is not supported for architecture {name!r}")

@@ -10,6 +10,7 @@ from jinja2 import Template, TemplateError, TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
+from server.models.byte_bpe import load_byte_bpe
 from server.models.files import ModelError, read_optional_json
 
 
@@ -38,13 +39,7 @@ class TextCodec:
     @classmethod
     def load(cls, folder: Path) -> "TextCodec":
         """The codec of a model folder. Raises ModelError."""
-        path = folder / "tokenizer.json"
-        if not path.is_file():
-            raise ModelError(f"{path}: no such file (a tokenizer in the format of the `tokenizers` library is needed)")
-        try:
-            tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception
-            raise ModelError(f"{path}: not a tokenizer: {' '.join(str(error).split())}") from None
+        tokenizer = _load_tokenizer(folder)
         settings = read_optional_json(folder / "tokenizer_config.json")
         named = read_optional_json(folder / "special_tokens_map.json") | settings
         return cls(tokenizer, _load_template(folder, settings.get("chat_template")), _special_tokens(named))
@@ -85,6 +80,19 @@ class TextCodec:
         except Exception as error:  # a template is a program: what it raises depends on the messages
             why = " ".join(str(error).split()) or type(error).__name__
             raise ChatTemplateError(f"the model's chat template refuses these messages: {why}") from None
+
+
+def _load_tokenizer(folder: Path) -> Tokenizer:
+    """`tokenizer.json`, or what its slow form's files say."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        if (folder / "vocab.json").is_file():
+            return load_byte_bpe(folder)
+        raise ModelError(f"{path}: no such file (a tokenizer in the format of the `tokenizers` library is needed)")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception
+        raise ModelError(f"{path}: not a tokenizer: {' '.join(str(error).split())}") from None
 
 
 def _special_tokens(settings: dict[str, Any]) -> dict[str, str]:

@@ -1,12 +1,13 @@
 """A network's tensors: from safetensors files only, every one checked before any is used; or drawn at random."""
 
+from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from server.models.files import ModelError, read_json
@@ -14,6 +15,9 @@ from server.models.files import ModelError, read_json
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 FLOATS = ("F64", "F32", "F16", "BF16")
 DRAWN_STD = 0.02
+PORTIONS = 64
+"""A file is opened anew for each so small a part of all weights: what was read of an open file counts as memory, and
+opening one takes milliseconds where it lists the thousands of tensors of a mixture of experts."""
 
 
 class SkipInit(TorchFunctionMode):
@@ -32,13 +36,17 @@ class SkipInit(TorchFunctionMode):
 def load_weights(network: nn.Module, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
     """Give a network that was built on the meta device its weights, in place, ready for inference.
 
-    Tensors are copied one by one, and each lets go of its file again: memory holds the weights once, and a file that is
+    Tensors are copied one by one, and let go of their file again: memory holds the weights once, and a file that is
     overwritten later does not change a model that runs. Raises ModelError.
     """
-    tensors = {}
-    for name, path in find_weights(network, folder).items():
-        with _open(path) as file:
-            tensors[name] = file.get_tensor(name).to(device=device, dtype=dtype, copy=True)
+    source = find_weights(network, folder)
+    tensors: dict[str, Tensor] = {}
+    most = sum(path.stat().st_size for path in set(source.values())) // PORTIONS
+    for path in dict.fromkeys(source.values()):
+        names = deque(name for name in source if source[name] == path)
+        while names:
+            with _open(path) as file:
+                tensors |= _read(file, names, most, device, dtype)
     network.load_state_dict(tensors, assign=True)
     network.requires_grad_(False).eval()
 
@@ -75,6 +83,16 @@ def draw_weights(network: nn.Module, device: torch.device, dtype: torch.dtype) -
         tensors[name] = drawn
     network.load_state_dict(tensors, assign=True)
     network.requires_grad_(False).eval()
+
+
+def _read(file: Any, names: deque[str], most: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Copies of the first tensors of these names, which are taken off, until so many bytes were read."""
+    found: dict[str, Tensor] = {}
+    while names and most >= 0:
+        tensor = file.get_tensor(name := names.popleft())
+        most -= tensor.nbytes
+        found[name] = tensor.to(device=device, dtype=dtype, copy=True)
+    return found
 
 
 def _files(folder: Path) -> list[Path]:

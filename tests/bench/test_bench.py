@@ -7,25 +7,29 @@ import torch
 
 from samplers import Canvas, get_sampler
 from samplers.denoising import Denoising, denoise
+from server.bench.curves import measure_growth
 from server.bench.engine import measure_engine
 from server.bench.reference import generate
 from server.bench.results import alternate, ratio_of, write_results
 from server.bench.subjects import Subject, embedded
 from server.engine.torch_backend import TorchBackend
-from server.models.loading import load_model
+from server.models.llada import LLaDA
+from server.models.loading import load_model, load_network
 
 
 def tiny(folder: Path) -> Subject:
     backend = load_model(str(folder), device="cpu", dtype="float32").backend
     assert isinstance(backend, TorchBackend)
+    _, _, plain = load_network(folder, torch.device("cpu"), torch.float32)
+    assert isinstance(plain, LLaDA)
     prompts = torch.randint(2, 60, (16, 5), generator=torch.Generator().manual_seed(0)).tolist()
-    return Subject("tiny", backend, backend.network, prompts, prompts, 16, 8, 8)
+    return Subject("tiny", backend, plain, prompts, prompts, 16, 8, 8)
 
 
 def test_the_plain_loop_gives_the_engines_tokens(tiny_model: Path) -> None:
     subject = tiny(tiny_model)
     info = subject.backend.info
-    canvases, forwards = generate(subject.backend.network, torch.tensor(subject.prompts), 16, 8, 8, info.mask_id)
+    canvases, forwards = generate(subject.plain, torch.tensor(subject.prompts), 16, 8, 8, info.mask_id)
     topk = get_sampler("topk")
     rows = [
         Denoising(Canvas.blank(prompt, 16, info.mask_id, 8), topk, topk.Params(steps=8)) for prompt in subject.prompts
@@ -45,6 +49,7 @@ def test_every_measurement_is_there(tiny_model: Path, tmp_path: Path) -> None:
         "sampler_and_rest_share",
         "mixed_samplers_cost",
         "model_vs_matmul",
+        "batch_invariant_cost",
     ]
     for result in results:
         assert 0 < result.low <= result.ratio <= result.high and result.detail["model"] == "tiny"
@@ -52,6 +57,16 @@ def test_every_measurement_is_there(tiny_model: Path, tmp_path: Path) -> None:
     content = json.loads((tmp_path / "out.json").read_text())
     assert content["machine"]["cores"] >= 1 and len(content["results"]) == len(results)
     assert set(content["results"][0]) == {"name", "ratio", "low", "high", "unit", "detail"}
+
+
+def test_growth_has_a_point_for_each_size() -> None:
+    results = list(measure_growth(2, lengths=(64, 128), batches=(1, 4), vocabularies=(100, 200, 300)))
+    assert [(result.name, list(result.detail["seconds"])) for result in results] == [
+        ("growth_canvas_length", ["64", "128"]),
+        ("growth_batch", ["1", "4"]),
+        ("growth_vocabulary", ["100", "200", "300"]),
+    ]
+    assert all(seconds > 0 for result in results for seconds in result.detail["seconds"].values())
 
 
 def test_ratios_are_taken_round_by_round() -> None:

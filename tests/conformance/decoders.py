@@ -167,3 +167,12 @@ def filtered(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Te
     p, order = choosable(logits, [TokenChoice(temperature, top_p, top_k)] * len(logits))
     p = p / p.sum(dim=-1, keepdim=True)
     return torch.zeros_like(p).scatter(1, order, p).float()
+
+
+def dream_filtered(logits: Tensor, temperature: float, top_p: float, top_k: int | None) -> Tensor:
+    """Dream's: top-p before top-k, and a temperature of 0 counts as 1."""
+    p = filtered(logits, temperature or 1.0, 0, top_p)
+    if not top_k:
+        return p
+    p = p * (filtered(logits, temperature or 1.0, top_k, 1.0) > 0)
+    return p / p.sum(dim=-1, keepdim=True)

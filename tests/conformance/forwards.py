@@ -51,9 +51,14 @@ def cached(backend: Backend, name: str, tensors: Tensors) -> None:
     length = len(logits)
     cos, sin = (table[:length] for table in backend.network._rotation(length, torch.float32))
     for layer, (key, value) in enumerate(states.states):
-        expected = rotate(tensors[f"{name}.past_key_{layer}_pre_rope"][0].transpose(0, 1), cos, sin)
+        expected = rotate(_positions_first(tensors[f"{name}.past_key_{layer}_pre_rope"], key), cos, sin)
         compare(f"keys of layer {layer}", key, expected)
-        compare(f"values of layer {layer}", value, tensors[f"{name}.past_value_{layer}"][0].transpose(0, 1))
+        compare(f"values of layer {layer}", value, _positions_first(tensors[f"{name}.past_value_{layer}"], value))
+
+
+def _positions_first(recorded: Tensor, ours: Tensor) -> Tensor:
+    """A row's keys or values [1, length, heads * head_dim] or [1, heads, length, head_dim], in the shape of ours."""
+    return recorded.view(ours.shape) if recorded.dim() == 3 else recorded[0].transpose(0, 1)
 
 
 def part(backend: Backend, name: str, tensors: Tensors) -> None:

@@ -96,7 +96,7 @@ class Family:
         else:
             sampler, chosen = get_sampler("topk"), {"steps": params["steps"]}
         # Our canvases have no padding: what the original pads at the left is cut off, here and from its record.
-        cuts = [row.index(1) for row in case["attention_mask"] or [[1]] * len(case["prompt"])]
+        cuts = [row.index(1) for row in case.get("attention_mask") or [[1]] * len(case["prompt"])]
         rows = [
             Denoising(
                 Canvas.blank(prompt[cut:], params["gen_length"], params["mask_id"], params["block_length"]),
@@ -113,7 +113,7 @@ class Family:
             compare_states(states[-1:], [case["output"][i][cut:]], i)
         forwards = recording.lockstep_forwards(least=1 + feeds_twice(case))
         for key in ("model_calls", "nfe"):
-            if case[key] is not None and forwards != case[key]:
+            if case.get(key) is not None and forwards != case[key]:
                 raise Difference(f"{forwards} forwards, the original's {key} is {case[key]}")
 
     def _predict(self, case: dict[str, Any], backend: Backend) -> Predict:
@@ -127,11 +127,16 @@ class Family:
             partial(fed_logits, backend),
             backend.info.vocab_size,
             params["mask_id"],
-            self.cases["eos_id"],
-            self.cases["eot_id"],
+            *self._ends(params),
             params,
             stream_of(case["manual_seed"]),
             torch.float64 if case["name"].endswith("2026-01") else torch.float32,
             FUNCTIONS[case["function"]],
             feeds_twice(case),
         )
+
+    def _ends(self, params: dict[str, Any]) -> tuple[int, int]:
+        """Ids of end-of-text and end-of-turn, which matter only to some of the original's options."""
+        if params.get("logits_eos_inf") or params.get("confidence_eos_eot_inf"):
+            return self.cases["eos_id"], self.cases["eot_id"]
+        return self.cases.get("eos_id", -1), self.cases.get("eot_id", -1)

@@ -9,14 +9,18 @@ from pathlib import Path
 from safetensors import safe_open
 
 from tests.conformance.dinfer import InferFamily
+from tests.conformance.dream import DreamFamily
 from tests.conformance.generation import Check, Family
+from tests.conformance.llada2 import LLaDA2Family
 from tests.conformance.report import Difference, NotBuilt, Result, Status
 from tests.conformance.sampler_only import SamplerOnly
 
 FAMILIES: dict[str, type[Family] | type[SamplerOnly]] = {
     "dinfer": InferFamily,
+    "dream": DreamFamily,
     "llada": Family,
     "llada_moe": Family,
+    "llada2": LLaDA2Family,
     "sampler_only": SamplerOnly,
 }
 NOT_BUILT = "not built yet: "

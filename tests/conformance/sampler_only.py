@@ -15,6 +15,7 @@ from samplers.denoising import Denoising, Query, advance, ask
 from samplers.prediction import Prediction
 from samplers.schedule import ScheduledParams, quota
 from tests.conformance.decoders import (
+    dream_filtered,
     filtered,
     infer_decoder,
     jet_engine,
@@ -171,12 +172,10 @@ def sample(case: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Dream's and SDAR's token choice: the token drawn with torch's generator, and how sure it is of its kind."""
     args, logits = case["args"], tensors["in/logits"].flatten(0, -2)
     temperature, top_p, top_k = args.get("temperature", 0.0), args.get("top_p", 1.0), args.get("top_k", 0)
-    p = filtered(logits, temperature or 1.0, 0, top_p)
-    if top_k and case["name"].startswith("sdar"):
+    if case["name"].startswith("sdar"):
         p = filtered(logits, temperature, top_k, top_p)
-    elif top_k:
-        p = p * (filtered(logits, temperature or 1.0, top_k, 1.0) > 0)
-        p = p / p.sum(dim=-1, keepdim=True)
+    else:
+        p = dream_filtered(logits, temperature, top_p, top_k)
     with torch.random.fork_rng(devices=[]):
         if case["manual_seed"] is not None:
             torch.manual_seed(case["manual_seed"])

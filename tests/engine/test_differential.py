@@ -12,12 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from samplers import CacheMode, Canvas, Layout, Statistic, Step, get_sampler
+from samplers import CacheMode, Canvas, Layout, Scheme, Statistic, Step, get_sampler
 from samplers.denoising import Denoising, advance, ask
 from server.engine.backend import ModelInfo
 from server.engine.torch_backend import TorchBackend
-from server.models.llada import LLaDA
+from server.models.loading import describe as describe_model
+from server.models.network import Network
 from tests.tiny import tiny_config, tiny_network
+from tests.tiny_dream import tiny_dream, tiny_dream_config
 
 VOCABULARY, MASK, END = 60, 0, 7
 
@@ -30,7 +32,13 @@ def made(seed: int) -> TorchBackend:
     return TorchBackend(network, info)
 
 
-MODELS = [made(seed) for seed in range(3)]
+def made_shifted() -> TorchBackend:
+    """One whose outputs are about the next position."""
+    network = tiny_dream(tiny_dream_config(VOCABULARY, mask_token_id=MASK, eos_token_id=END))
+    return TorchBackend(network, describe_model("DreamModel", network))
+
+
+MODELS = [*(made(seed) for seed in range(3)), made_shifted()]
 SAMPLERS: dict[str, list[dict[str, Any]]] = {
     "topk": [{"k": 1}, {"k": 3}, {"steps": 20}],
     "random": [{"k": 2}],
@@ -57,10 +65,10 @@ class Case:
     ends: bool
     fill: bool
 
-    def row(self, cache: CacheMode = CacheMode.NONE) -> Denoising:
+    def row(self, scheme: Scheme, cache: CacheMode = CacheMode.NONE) -> Denoising:
         sampler = get_sampler(self.sampler)
         ends = frozenset({END}) if self.ends else frozenset[int]()
-        canvas = Canvas.blank(self.prompt, self.gen_length, MASK, self.block_length, self.suffix)
+        canvas = Canvas.blank(self.prompt, self.gen_length, MASK, self.block_length, self.suffix, scheme)
         params = sampler.Params(**self.params)
         return Denoising(canvas, sampler, params, seed=self.seed, end_ids=ends, fill_after_end=self.fill, cache=cache)
 
@@ -83,7 +91,7 @@ cases = st.sampled_from(sorted(SAMPLERS)).flatmap(
 )
 
 
-def slow(network: LLaDA, case: Case) -> tuple[list[int], int]:
+def slow(network: Network, case: Case) -> tuple[list[int], int]:
     """The canvas at the end, and the number of forwards."""
     sampler = get_sampler(case.sampler)
     params = sampler.Params(**case.params)
@@ -103,7 +111,7 @@ def slow(network: LLaDA, case: Case) -> tuple[list[int], int]:
             masks = len([p for p in open_positions if p // block_length == block])
         candidates = [p for p in range(length) if p in open_positions and p // block_length == block]
         logits = network(torch.tensor([canvas]))[0].double()
-        said = [describe(logits[first + p]) for p in candidates]
+        said = [describe(logits[max(0, first + p - network.scheme.shifted)]) for p in candidates]
         step = naive_step(candidates, said, layout, params, (case.seed, forwards, block, block_step, masks))
         chosen = sampler.select(step).commit[0].nonzero()[:, 0].tolist()
         if not chosen:
@@ -176,7 +184,7 @@ def naive_step(
 def test_the_same_tokens_as_the_slow_loop(number: int, batch: list[Case], arrivals: list[int]) -> None:
     """Rows of different samplers, lengths and ages in one forward, some arriving in the middle of others."""
     backend = MODELS[number]
-    rows = [case.row() for case in batch]
+    rows = [case.row(backend.info.scheme) for case in batch]
     turn = 0
     while not all(row.finished for row in rows):
         running = [row for row, at in zip(rows, arrivals, strict=False) if at <= turn and not row.finished]

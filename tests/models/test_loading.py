@@ -14,9 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from samplers import Canvas, get_sampler
 from samplers.denoising import Denoising, ask
-from server.engine.torch_backend import TorchBackend
 from server.models import loading
-from server.models.loading import ModelError, choose_device, choose_dtype, load_model
+from server.models.loading import ModelError, choose_device, choose_dtype, load_model, load_network
 from tests.tiny import tiny_tokenizer, write_tiny_model
 
 Break = Callable[[Path], object]
@@ -29,10 +28,8 @@ def folder(tmp_path: Path) -> Path:
     return write_tiny_model(tmp_path / "model")
 
 
-def network_of(model: Path, **options: Any) -> torch.nn.Module:
-    backend = load_model(str(model), device="cpu", **options).backend
-    assert isinstance(backend, TorchBackend)
-    return backend.network
+def network_of(model: Path, dtype: str = "float32") -> torch.nn.Module:
+    return load_network(model, torch.device("cpu"), getattr(torch, dtype))[2]
 
 
 def edit_json(path: Path, **changes: Any) -> None:
@@ -149,8 +146,8 @@ BROKEN: dict[str, tuple[Break, str]] = {
     ),
     "other type": (lambda f: edit_json(f / "config.json", model_type="llama"), "model_type 'llama' is not supported"),
     "experts": (
-        lambda f: edit_json(f / "config.json", num_experts=64),
-        "architecture 'LLaDAModelLM' with experts (num_experts = 64) is not supported",
+        lambda f: edit_json(f / "config.json", architectures=["DreamModel"], model_type="Dream", num_experts=64),
+        "architecture 'DreamModel' with experts (num_experts = 64) is not supported",
     ),
     "a key missing": (
         lambda f: (f / "config.json").write_text(
@@ -357,7 +354,7 @@ def test_only_data_is_downloaded(folder: Path, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     monkeypatch.chdir(tmp_path)
     assert load_model("someone/model").name == "someone/model"
-    assert asked["allow_patterns"] == ["*.safetensors", "*.json", "*.jinja"]
+    assert asked["allow_patterns"] == ["*.safetensors", "*.json", "*.jinja", "merges.txt"]
     assert "trust_remote_code" not in asked
 
 

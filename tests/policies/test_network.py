@@ -9,7 +9,8 @@ from pydantic import ValidationError
 from policies import inputs
 from policies.network import LoadedPolicy, PolicyConfig, UnmaskingPolicy, parameters, waves
 from samplers import Canvas, Step
-from samplers.denoising import Denoising, _step, ask
+from samplers.denoising import Denoising, ask
+from samplers.grid import Grid
 from tests.policies.tiny import RICH, network, sampler
 from tests.samplers.models import MASK, VOCAB, predictor
 
@@ -24,7 +25,7 @@ def steps(count: int, **config: object) -> tuple[list[Denoising], Step]:
         row.forwards = 1 + i
         rows.append(row)
     query = ask(rows)
-    return rows, _step(rows, list(range(count)), query, predictor()(query))
+    return rows, Grid(rows, query.row, query.position, predictor()(query)).step(range(count))
 
 
 def test_the_papers_size() -> None:
@@ -49,7 +50,7 @@ def test_logits_do_not_depend_on_the_batch(features: dict[str, object], region: 
     together = loaded.score(step, None)
     for i, row in enumerate(rows):
         query = ask([row])
-        alone = loaded.score(_step([row], [0], query, predictor()(query)), None)
+        alone = loaded.score(Grid([row], query.row, query.position, predictor()(query)).step([0]), None)
         length = row.canvas.layout.gen_length
         assert alone.shape == (1, length)
         assert torch.allclose(together[i, :length], alone[0], atol=1e-5)

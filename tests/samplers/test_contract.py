@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from samplers import Canvas, Sampler, SamplerParams, TokenChoice, list_samplers
-from samplers.denoising import Denoising, _step, advance, ask, denoise
+from samplers.denoising import Denoising, advance, ask, denoise
+from samplers.grid import Grid
 from tests.policies import tiny
 from tests.samplers.models import MASK, VOCAB, predictor, random_logits
 
@@ -41,6 +42,7 @@ PARAMETERS: dict[str, st.SearchStrategy[dict[str, Any]]] = {
         {},
         optional={
             "threshold": st.floats(0, 0.99),
+            "k": st.integers(1, 4),
             "edit_threshold": st.one_of(st.none(), st.floats(0, 1.0)),
             "max_post_steps": st.integers(0, 5),
             "penalty": st.floats(0, 3.0),
@@ -206,7 +208,7 @@ def test_the_same_alone_and_in_a_batch_of_eight(sampler: Sampler, data: st.DataO
 def test_select_changes_nothing_and_repeats_itself(sampler: Sampler, data: st.DataObject) -> None:
     rows = [start.row(sampler) for start in data.draw(st.lists(starts(sampler), min_size=1, max_size=4))]
     query = ask(rows)
-    step = _step(rows, list(range(len(rows))), query, predictor()(query))
+    step = Grid(rows, query.row, query.position, predictor()(query)).step(range(len(rows)))
 
     def tensors() -> list[Tensor]:
         return [*(v for v in vars(step).values() if isinstance(v, Tensor)), *step.extra.values()]

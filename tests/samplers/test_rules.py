@@ -362,3 +362,25 @@ def test_dream_draws_positions_in_proportion() -> None:
         first[only] += 1
     expected = torch.tensor([0.9, 0.1]).div(0.4).softmax(0)[0].item()
     assert abs(first[0] / 400 - expected) < 4 * (expected * (1 - expected) / 400) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("params", "expected"),
+    [
+        ({}, [0]),
+        ({"threshold": 0.5}, [0, 1]),
+        ({"k": 3}, [0, 1, 3]),
+        ({"threshold": 1.0, "k": 2}, [0, 1]),
+        ({"k": 9}, [*range(5)]),
+    ],
+)
+def test_edit_commits_at_least_so_many(params: dict[str, float], expected: list[int]) -> None:
+    """LLaDA2.1's `num_to_transfer`: the surest, where fewer pass the threshold; never more than there are."""
+    step = one_step([0.97, 0.60, 0.20, 0.40, 0.30], sampler="edit", **params)
+    step = replace(
+        step,
+        current=step.token,
+        given=torch.zeros_like(step.candidate),
+        states=[get_sampler("edit").start(step.params[0])],
+    )
+    assert chosen(step, "edit") == expected

@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.vllm, needs_fixtures, pytest.mark.filterwarnings("igno
 CACHED = ("prefix", "dual", "cached", "Vicinity")
 
 
-@pytest.mark.parametrize(("family", "least"), [("llada", 32), ("dinfer", 7)])
+@pytest.mark.parametrize(("family", "least"), [("llada", 32), ("dinfer", 7), ("dream", 33)])
 def test_everything_without_a_cache_passes(family: str, least: int) -> None:
     results = list(run(FIXTURES / family, "vllm"))
     passed = [result for result in results if result.status is Status.PASS]

@@ -55,4 +55,6 @@ class ConfigParser(ConfigParserBase):
 def parse(source: dict[str, Any]) -> tuple[str, BaseModel]:
     """Architecture and configuration of a `config.json`. Raises ValueError."""
     architecture, family = find_family(source)
-    return architecture, family.network.Config.model_validate(source)
+    # What masks is told by our side, which may know it from the tokenizer only; here it just has to be some token.
+    settings = {"mask_token_id": 0} if source.get("mask_token_id") is None else {}
+    return architecture, family.network.Config.model_validate(source | settings)

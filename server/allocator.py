@@ -1,0 +1,91 @@
+"""The memory that tensors are in: what is free, what is taken, and who keeps what was freed."""
+
+import ctypes
+import platform
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
+MMAP_THRESHOLD = 32 << 20
+"""Bytes; the most that glibc takes. Larger pieces are the system's, and go back to it at once."""
+KEPT = 1 << 30
+"""Bytes; free memory at the heap's end goes back to the system when there is more than this."""
+PAUSE = 0.001
+"""Seconds between two looks at a processor's memory."""
+
+
+def keep_freed_memory() -> None:
+    """Let freed memory stay with the process, in one heap for all threads. Does nothing but on glibc.
+
+    By default glibc gives large pieces back when they are freed, and the system clears each page of the next forward's
+    tensors anew: for a small model that takes longer than what is computed on them. Threads that begin later share the
+    heap too, so that a step takes its memory where the last one left it.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        for option, value in ((M_MMAP_THRESHOLD, MMAP_THRESHOLD), (M_TRIM_THRESHOLD, KEPT), (M_ARENA_MAX, 1)):
+            libc.mallopt(option, value)
+
+
+def give_back_freed_memory(device: torch.device) -> None:
+    """Give the system what is free."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that the process can still take: of the GPU, or of the machine and the container it is in."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    found = [int(fields["MemAvailable"].split()[0]) * 1024]
+    group = Path("/sys/fs/cgroup")
+    with suppress(OSError, ValueError):  # no limit: no such file, or the word "max"
+        found.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return max(0, min(found))
+
+
+@dataclass
+class Peak:
+    """Bytes by which the memory in use has grown at most."""
+
+    grown: int = 0
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[Peak]:
+    """Watch the memory in use while something runs."""
+    peak = Peak()
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        yield peak
+        peak.grown = torch.cuda.max_memory_allocated(device) - before
+        return
+    before, over = _resident(), threading.Event()
+
+    def watch() -> None:
+        while not over.wait(PAUSE):
+            peak.grown = max(peak.grown, _resident() - before)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        peak.grown = max(peak.grown, _resident() - before)
+        over.set()
+        thread.join()
+
+
+def _resident() -> int:
+    """Bytes of memory that this process has."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096

@@ -1,0 +1,73 @@
+"""How the time of a forward grows with the canvas, the batch and the vocabulary."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from samplers import Canvas, get_sampler
+from samplers.denoising import Denoising, Query, ask
+from server.bench.results import Result, spread
+from server.bench.subjects import RANDOM
+from server.engine.torch_backend import TorchBackend
+from server.models.llada import LLaDA, LLaDAConfig
+from server.models.loading import describe
+from server.models.packing import pack_linear_layers
+
+NAME = "random-30m"
+SHAPE = RANDOM | {"d_model": 512, "n_layers": 8, "n_heads": 8, "n_kv_heads": 8, "mlp_hidden_size": 1536}
+LENGTHS = (128, 256, 512, 1024, 2048)
+BATCHES = (1, 2, 4, 8, 16, 32)
+VOCABULARIES = (1_000, 4_000, 16_000, 32_000, 64_000, 128_000)
+BLOCK, LENGTH = 32, 128
+
+
+def measure_growth(
+    rounds: int,
+    lengths: Sequence[int] = LENGTHS,
+    batches: Sequence[int] = BATCHES,
+    vocabularies: Sequence[int] = VOCABULARIES,
+) -> Iterator[Result]:
+    """A forward with the statistics of one block a row, as one quantity grows and the others stay."""
+    backend = _model(vocabularies[0])
+    yield _growth("growth_canvas_length", lengths, lambda size: _forward(backend, _query([size])), rounds)
+    yield _growth("growth_batch", batches, lambda size: _forward(backend, _query([LENGTH] * size)), rounds)
+    yield _growth("growth_vocabulary", vocabularies, lambda size: _forward(_model(size), _query([LENGTH] * 4)), rounds)
+
+
+def _growth(name: str, sizes: Sequence[int], make: Callable[[int], Callable[[], float]], rounds: int) -> Result:
+    """Seconds of every size in turn, round by round; the largest over the smallest."""
+    forwards = [make(size) for size in sizes]
+    for forward in forwards:
+        forward()
+    found = [[forward() for forward in forwards] for _ in range(rounds)]
+    points = {str(size): sorted(each)[rounds // 2] for size, each in zip(sizes, zip(*found, strict=True), strict=True)}
+    ratios = [times[-1] / times[0] for times in found]
+    return spread(name, f"seconds at {sizes[-1]} over seconds at {sizes[0]}", ratios, model=NAME, seconds=points)
+
+
+def _forward(backend: TorchBackend, query: Query) -> Callable[[], float]:
+    def measured() -> float:
+        began = time.perf_counter()
+        backend.predict(query)
+        return time.perf_counter() - began
+
+    return measured
+
+
+def _query(lengths: list[int]) -> Query:
+    topk = get_sampler("topk")
+    canvases = [Canvas.blank([5] * (length - BLOCK), BLOCK, 0) for length in lengths]
+    return ask([Denoising(canvas, topk, topk.Params()) for canvas in canvases])
+
+
+def _model(vocabulary: int) -> TorchBackend:
+    torch.manual_seed(0)
+    config = SHAPE | {"vocab_size": vocabulary, "embedding_size": vocabulary, "mask_token_id": 0, "eos_token_id": 1}
+    network = LLaDA(LLaDAConfig.model_validate(config)).requires_grad_(False).eval()
+    for weight in network.parameters():
+        if weight.dim() == 2:
+            weight.data.normal_(std=weight.shape[1] ** -0.5)
+    info = describe("LLaDAModelLM", network)
+    pack_linear_layers(network)
+    return TorchBackend(network, info)

@@ -1,0 +1,88 @@
+"""How much memory serving takes at most: found out at start-up, so that no request can be one too many."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from samplers import Canvas, get_sampler
+from samplers.denoising import Denoising, ask
+from server.allocator import available_memory, give_back_freed_memory, peak_memory
+from server.engine.scheduler import Limits
+from server.engine.torch_backend import TorchBackend
+
+HOLES = 1.125
+"""What a heap takes for forwards of ever other shapes, over what one of the largest takes."""
+
+
+class TooLittleMemoryError(Exception):
+    """What the limits allow does not fit. One line that names the numbers."""
+
+
+@dataclass(frozen=True)
+class MemoryBound:
+    """Bytes beside what the process holds once the model is loaded.
+
+    Attributes:
+        weights: of the model.
+        forward: the largest forward, of as many tokens as the limits allow.
+        cache: keys and values of as many generations as may run, each on a canvas as long as any, if all keep theirs.
+        available: what there is for forward and cache.
+    """
+
+    weights: int
+    forward: int
+    cache: int
+    available: int
+
+
+def bound_memory(backend: TorchBackend, limits: Limits) -> MemoryBound:
+    """Run the largest forward that the limits allow, and add up. Raises TooLittleMemoryError if it does not fit."""
+    size: int = getattr(torch, backend.info.dtype).itemsize
+    layers, heads, width = backend.network.cache_shape
+    longest = min(backend.info.max_length, limits.tokens)
+    cache = limits.rows * longest * layers * 2 * heads * width * size
+    available = available_memory(backend.device)
+    embedding = next(module for module in backend.network.modules() if isinstance(module, nn.Embedding))
+    least = limits.tokens * embedding.embedding_dim * size * 8  # never less: states, their norm, queries, keys, values
+    if least > available:
+        raise TooLittleMemoryError(_refusal(limits, "at least", least, cache, available))
+    forward = _largest_forward(backend, limits, longest)
+    if forward + cache > available:
+        raise TooLittleMemoryError(_refusal(limits, "", forward, cache, available))
+    return MemoryBound(backend.info.parameters * size, forward, cache, available)
+
+
+def _largest_forward(backend: TorchBackend, limits: Limits, longest: int) -> int:
+    """Peak bytes of forwards over few long and many short canvases without a token of text, measured."""
+    sampler = get_sampler("topk")
+    shapes = [
+        (max(1, min(limits.rows, limits.tokens // length)), length) for length in (longest, _share(limits, longest))
+    ]
+    with peak_memory(backend.device) as peak:
+        for count, length in shapes:
+            canvases = [
+                Canvas.blank([], length, backend.info.mask_id, scheme=backend.info.scheme) for _ in range(count)
+            ]
+            backend.predict(ask([Denoising(canvas, sampler, sampler.Params()) for canvas in canvases]))
+    give_back_freed_memory(backend.device)
+    return int(peak.grown * HOLES) if backend.device.type == "cpu" else peak.grown
+
+
+def _share(limits: Limits, longest: int) -> int:
+    """The length of a canvas when as many as may run share a forward."""
+    return max(1, min(longest, limits.tokens // limits.rows))
+
+
+def _refusal(limits: Limits, qualifier: str, forward: int, cache: int, available: int) -> str:
+    need = " ".join(filter(None, (qualifier, megabytes(forward))))
+    return (
+        f"a forward of --max-batch-tokens {limits.tokens} takes {need}, and the caches of --max-batch {limits.rows} "
+        f"generations up to {megabytes(cache)}, but only {megabytes(available)} are left beside the weights: "
+        "lower them, or --max-model-len"
+    )
+
+
+def megabytes(count: int) -> str:
+    """Bytes as people read them."""
+    return f"{count / 1e6:,.0f} MB"

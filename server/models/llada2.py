@@ -1,0 +1,178 @@
+"""LLaDA2.0 and 2.1 (inclusionAI `modeling_llada2_moe.py`): mixtures of experts that see within a block, and back."""
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from samplers import Scheme
+from server.models.decoder import DecoderConfig, DecoderNetwork, GatedMLP, Layer
+from server.models.experts import highest, mix
+from server.models.layers import RMSNorm, rotate
+
+MASK_TOKEN_ID, END_TOKEN_ID = 156895, 156892
+BLOCK_LENGTH = 32
+
+
+class LLaDA2Config(DecoderConfig):
+    """`config.json` of a LLaDA2 checkpoint. Defaults are those of the original's own configuration class."""
+
+    moe_intermediate_size: int = Field(gt=0)
+    num_experts: int = Field(gt=0)
+    num_experts_per_tok: int = Field(gt=0)
+    num_shared_experts: int | None = Field(None, ge=0)
+    n_group: int = Field(8, gt=0)
+    topk_group: int = Field(4, gt=0)
+    routed_scaling_factor: float = 2.5
+    first_k_dense_replace: int = Field(0, ge=0)
+    partial_rotary_factor: float = Field(0.5, gt=0, le=1)
+    rms_norm_eps: float = 1e-5
+
+    use_bias: bool = True
+    use_qkv_bias: bool = False
+    use_qk_norm: bool = True
+    norm_head: bool | None = False
+    norm_topk_prob: bool | None = True
+    score_function: str | None = "sigmoid"
+    router_dtype: str | None = "fp32"
+    moe_router_enable_expert_bias: bool | None = True
+    expert_capacity: float | None = None
+    block_size: int | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _published_defaults(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        end = END_TOKEN_ID if data.get("pad_token_id") is None else data["pad_token_id"]
+        defaults = {"mask_token_id": MASK_TOKEN_ID, "eos_token_id": end}
+        return data | {key: value for key, value in defaults.items() if data.get(key) is None}
+
+    @model_validator(mode="after")
+    def _check_router(self) -> "LLaDA2Config":
+        if self.num_experts % self.n_group or self.num_experts // self.n_group < 2:
+            raise ValueError(f"num_experts = {self.num_experts} is not n_group = {self.n_group} groups of two or more")
+        if self.topk_group > self.n_group:
+            raise ValueError(f"topk_group = {self.topk_group} is more than n_group = {self.n_group}")
+        reach = self.num_experts // self.n_group * self.topk_group
+        if self.num_experts_per_tok > reach:
+            raise ValueError(
+                f"num_experts_per_tok = {self.num_experts_per_tok} is more than the {reach} experts of "
+                f"topk_group = {self.topk_group} groups"
+            )
+        return self
+
+    @property
+    def built(self) -> dict[str, Any]:
+        # The original reads neither the router's options nor, in 2.0 and 2.1, a capacity; another value asks for
+        # another model (2.2 routes block by block).
+        return super().built | {
+            "use_bias": False,
+            "use_qkv_bias": False,
+            "use_qk_norm": True,
+            "norm_head": (False, None),
+            "norm_topk_prob": (True, None),
+            "score_function": ("sigmoid", None),
+            "router_dtype": ("fp32", "float32", None),
+            "moe_router_enable_expert_bias": (True, None),
+            "expert_capacity": None,
+            "block_size": None,
+        }
+
+
+class FusedAttention(nn.Module):
+    """Grouped-query attention whose queries, keys and values are one product, with norms over each head."""
+
+    def __init__(self, config: LLaDA2Config) -> None:
+        super().__init__()
+        self.head_dim = config.head_size
+        self.heads, self.key_heads = config.num_attention_heads, config.num_key_value_heads
+        rows = (self.heads + 2 * self.key_heads) * self.head_dim
+        self.query_key_value = nn.Linear(config.hidden_size, rows, bias=False)
+        self.query_layernorm = RMSNorm(self.head_dim, config.rms_norm_eps)
+        self.key_layernorm = RMSNorm(self.head_dim, config.rms_norm_eps)
+        self.dense = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
+
+    def project(self, h: Tensor, cos: Tensor, sin: Tensor, wanted: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        mixed = self.query_key_value(h).view(len(h), -1, self.head_dim)
+        q, k, v = mixed.split([self.heads, self.key_heads, self.key_heads], dim=1)
+        k = rotate(self.key_layernorm(k), cos, sin)
+        if wanted is not None:
+            q, cos, sin = q[wanted], cos[wanted], sin[wanted]
+        return rotate(self.query_layernorm(q), cos, sin), k, v
+
+    def output(self, read: Tensor) -> Tensor:
+        out: Tensor = self.dense(read.flatten(-2))
+        return out
+
+
+class Router(nn.Module):
+    """Chooses a token's experts, of the best groups only, in float32."""
+
+    expert_bias: Tensor
+
+    def __init__(self, config: LLaDA2Config) -> None:
+        super().__init__()
+        self.count, self.groups, self.kept = config.num_experts_per_tok, config.n_group, config.topk_group
+        self.scale = config.routed_scaling_factor
+        self.weight = nn.Linear(config.hidden_size, config.num_experts, bias=False).weight
+        self.register_buffer("expert_bias", self.weight.new_zeros(config.num_experts))
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Of every expert, float32 [tokens, experts]."""
+        return F.linear(x.float(), self.weight.float())
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Experts of states [tokens, width] and their weights, float32, both [tokens, count].
+
+        The bias has a say in the choice, but none in the weights.
+        """
+        scores = self.logits(x).sigmoid()
+        biased = scores + self.expert_bias
+        grouped = biased.view(len(x), self.groups, -1)
+        best = highest(grouped.topk(2, dim=-1).values.sum(dim=-1), self.kept)
+        out = grouped.new_ones(len(x), self.groups, dtype=torch.bool).scatter(1, best, False)
+        chosen = highest(grouped.masked_fill(out[..., None], -float("inf")).flatten(1), self.count)
+        weight = scores.gather(1, chosen)
+        if self.count > 1:
+            weight = weight / (weight.sum(dim=-1, keepdim=True) + 1e-20)
+        return chosen, weight * self.scale
+
+
+class Mixture(nn.Module):
+    """The experts of a layer, and one that all tokens share."""
+
+    def __init__(self, config: LLaDA2Config) -> None:
+        super().__init__()
+        width, inner = config.hidden_size, config.moe_intermediate_size
+        self.gate = Router(config)
+        self.experts = nn.ModuleList(GatedMLP(width, inner) for _ in range(config.num_experts))
+        self.shared_experts = GatedMLP(width, inner * config.num_shared_experts) if config.num_shared_experts else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = mix(self.experts, x, *self.gate(x)).to(x.dtype)
+        return out if self.shared_experts is None else out + self.shared_experts(x)
+
+
+class LLaDA2Layer(Layer):
+    """A layer under this family's names."""
+
+    attention_name: ClassVar[str] = "attention"
+
+
+class LLaDA2(DecoderNetwork):
+    """The network."""
+
+    Config = LLaDA2Config
+    config: LLaDA2Config
+    embedding_name: ClassVar[str] = "word_embeddings"
+    scheme = Scheme(causal_block=BLOCK_LENGTH)
+    block_length = BLOCK_LENGTH
+
+    def make_layer(self, index: int) -> nn.Module:
+        config = self.config
+        dense = index < config.first_k_dense_replace
+        mlp = GatedMLP(config.hidden_size, config.intermediate_size) if dense else Mixture(config)
+        return LLaDA2Layer(config, FusedAttention(config), mlp)

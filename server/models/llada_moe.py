@@ -1,0 +1,116 @@
+"""LLaDA-MoE (inclusionAI `modeling_lladamoe.py`): sees both ways, and most layers are mixtures of experts."""
+
+from typing import Any
+
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from server.models.decoder import Attention, DecoderConfig, DecoderNetwork, GatedMLP, Layer, Projections
+from server.models.experts import highest, mix
+from server.models.layers import RMSNorm
+
+MASK_TOKEN_ID, END_TOKEN_ID = 156895, 156892
+
+
+class LLaDAMoEConfig(DecoderConfig):
+    """`config.json` of a LLaDA-MoE checkpoint.
+
+    `norm_topk_prob`, `routed_scaling_factor` and `router_num_group` are not read: the original's router knows none.
+    """
+
+    intermediate_size: int = Field(gt=0, validation_alias="dense_intermediate_size")
+    expert_intermediate_size: int = Field(gt=0)
+    shared_expert_intermediate_size: int | None = Field(None, gt=0)
+    num_experts: int = Field(gt=0)
+    num_experts_per_tok: int = Field(gt=0)
+    moe_layer_freq: tuple[int, ...]
+    moe_router_enable_expert_bias: bool | None = None
+    qk_layernorm: bool | None = None
+    rms_norm_eps: float = 1e-5
+
+    attention_bias: bool = False
+    clip_qkv: float | None = None
+    moe_router_score_function: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _published_defaults(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        defaults = {
+            "mask_token_id": MASK_TOKEN_ID,
+            "eos_token_id": END_TOKEN_ID,
+            "num_key_value_heads": data.get("num_attention_heads"),
+        }
+        return data | {key: value for key, value in defaults.items() if data.get(key) is None}
+
+    @model_validator(mode="after")
+    def _check_layers(self) -> "LLaDAMoEConfig":
+        given, layers = len(self.moe_layer_freq), self.num_hidden_layers
+        if given != layers:
+            raise ValueError(f"moe_layer_freq has {given} entries for num_hidden_layers = {layers}")
+        if self.num_experts_per_tok > self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok = {self.num_experts_per_tok} is more than num_experts = {self.num_experts}"
+            )
+        return self
+
+    @property
+    def built(self) -> dict[str, Any]:
+        return super().built | {
+            "attention_bias": False,
+            "clip_qkv": None,
+            "moe_router_score_function": ("softmax", None),
+        }
+
+
+class Mixture(nn.Module):
+    """The experts of a layer, and the router that chooses among them."""
+
+    def __init__(self, config: LLaDAMoEConfig) -> None:
+        super().__init__()
+        self.count = config.num_experts_per_tok
+        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.experts = nn.ModuleList(
+            GatedMLP(config.hidden_size, config.expert_intermediate_size) for _ in range(config.num_experts)
+        )
+        # Published checkpoints have none; it counts in the weights, too.
+        bias = self.gate.weight.new_zeros(config.num_experts) if config.moe_router_enable_expert_bias else None
+        self.register_buffer("expert_bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.gate(x).float().softmax(dim=-1)
+        if self.expert_bias is not None:
+            scores = scores + self.expert_bias
+        chosen = highest(scores, self.count)
+        return mix(self.experts, x, chosen, scores.gather(1, chosen).to(x.dtype))
+
+
+class MoELayer(Layer):
+    """A layer whose MLP may stand beside an expert that all tokens share."""
+
+    def __init__(
+        self, config: LLaDAMoEConfig, attention: Projections, mlp: nn.Module, shared: nn.Module | None
+    ) -> None:
+        super().__init__(config, attention, mlp)
+        self.shared_expert = shared
+
+    def feed_forward(self, h: Tensor) -> Tensor:
+        out = super().feed_forward(h)
+        return out if self.shared_expert is None else out + self.shared_expert(h)
+
+
+class LLaDAMoE(DecoderNetwork):
+    """The network."""
+
+    Config = LLaDAMoEConfig
+    config: LLaDAMoEConfig
+
+    def make_layer(self, index: int) -> nn.Module:
+        config = self.config
+        attention = Attention(config, norm=RMSNorm if config.qk_layernorm else None)
+        if not config.moe_layer_freq[index]:
+            return Layer(config, attention, GatedMLP(config.hidden_size, config.intermediate_size))
+        inner = config.shared_expert_intermediate_size
+        shared = None if inner is None else GatedMLP(config.hidden_size, inner)
+        return MoELayer(config, attention, Mixture(config), shared)

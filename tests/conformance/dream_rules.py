@@ -1,0 +1,253 @@
+"""What Dream's `diffusion_generate` and Fast-dLLM's do that no user of ours would want: their quirks, kept here.
+
+Random numbers from one global stream, drawn for more positions than are decided; a batch that shares one count, which
+may be nothing; ties that fall as torch.topk has it; a threshold with a bound on what it may commit.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from samplers import CacheMode, Prediction, Selection, Statistic, Step, TokenChoice
+from samplers.base import best
+from samplers.denoising import Denoising, Query
+from samplers.dream import Dream, share_at
+from samplers.prediction import CHOSEN, Wanted
+from samplers.schedule import ScheduledParams
+from samplers.threshold import Threshold
+from server.engine import Backend
+from tests.conformance.decoders import dream_filtered
+from tests.conformance.models import query_logits
+from tests.conformance.originals import without_ban
+
+DEFAULTS: dict[str, Any] = {
+    **{"alg": "origin", "steps": 512, "eps": 1e-3, "alg_temp": 0.0, "threshold": 0.9, "max_length": 20},
+    # Its generation configuration is made from the model's, which says what transformers says of any model.
+    **{"temperature": 1.0, "top_p": 1.0, "top_k": 50},
+}
+BOUNDED = "confidence_threshold"
+
+
+@dataclass(eq=False)
+class ReleasedRow(Denoising):
+    """A generation as the originals have it: the mask token can be drawn, and a block can be given up.
+
+    Attributes:
+        limit: forwards after which a block keeps what masks it has; None for no limit.
+    """
+
+    limit: int | None = None
+
+    def _write(self, positions: Tensor, tokens: Tensor) -> None:
+        super()._write(positions, tokens)
+        self.canvas.masked[positions] = tokens == self._mask_id
+
+    def _turn(self) -> list[int]:
+        if self.limit is not None and self.block_step + 1 >= self.limit:
+            layout = self.canvas.layout
+            self.canvas.masked[layout.block_start(self.block) : layout.block_stop(self.block)] = False
+        return super()._turn()
+
+
+@dataclass(eq=False)
+class Draws:
+    """A `predict` for our loop, and random numbers for its sampler, in the order in which these originals draw.
+
+    Attributes:
+        backend: our model.
+        params: the original's keyword arguments, all of `DEFAULTS` among them.
+        stream: its random numbers; None where it needs none.
+        length: of its canvases, padding included.
+        rows: all of its batch, in order.
+        uniform: what decides whether a position is unmasked at random, [rows that run, longest region].
+    """
+
+    backend: Backend
+    params: dict[str, Any]
+    stream: torch.Generator | None
+    length: int
+    rows: Sequence[Denoising] = ()
+    uniform: Tensor = field(init=False)
+    _query: Query = field(init=False)
+
+    def __call__(self, query: Query) -> Prediction:
+        self._query = query
+        temperature, top_p, top_k = (self.params[name] for name in ("temperature", "top_p", "top_k"))
+        temperature = 0.0 if self.spent else temperature
+        wide = self._widened() if temperature else query
+        logits = self._logits(wide)
+        drawn = torch.ones(len(logits), dtype=torch.bool)
+        if self.params["alg"] == "origin" and not self.opens:
+            drawn = self._draw_positions()
+        if not temperature:
+            drawn = torch.zeros_like(drawn)
+        if temperature or (top_p < 1 and top_k):
+            found = self._drawn(dream_filtered(logits, temperature, top_p, top_k), drawn)
+        else:
+            choices = [TokenChoice(0.0, top_p, top_k or 0)] * len(logits)
+            found = without_ban(logits, Wanted(CHOSEN, choices=choices))
+        place = query.row * self.length + query.position
+        kept = torch.isin(wide.row * self.length + wide.position, place)
+        extra = {name: values[kept] for name, values in found.extra.items()}
+        return Prediction(found.token[kept], extra[Statistic.CHOSEN_CONFIDENCE], extra)
+
+    @property
+    def running(self) -> list[Denoising]:
+        """The rows of the query."""
+        return [row for row in self.rows if any(row.canvas is canvas for canvas in self._query.canvases)]
+
+    @property
+    def opens(self) -> bool:
+        """Whether this forward is a block's first, which decides one position and fills the cache."""
+        row = self.running[0]
+        return row.cache is not CacheMode.NONE and row.block_step == 0
+
+    @property
+    def spent(self) -> bool:
+        """Whether this forward is one too many, with which a block of Fast-dLLM's ends that still has masks."""
+        row = self.running[0]
+        if row.cache is CacheMode.NONE or self.params["alg"] == BOUNDED:
+            return False
+        return row.block_step >= self.params["steps"] // row.canvas.layout.blocks
+
+    def _widened(self) -> Query:
+        """The query with all positions that tokens are drawn for, whether they are used or not."""
+        query, each = self._query, []
+        for i, (row, feed) in enumerate(zip(self.running, query.feeds, strict=True)):
+            start = row.canvas.layout.prompt_length
+            if self.opens:
+                each.append(torch.arange(feed.start, feed.stop))
+            elif row.cache is CacheMode.PREFIX and self.params["alg"] == BOUNDED:
+                masked = row.canvas.masked.nonzero()[:, 0] + start
+                each.append(masked[masked >= feed.start])
+            else:
+                each.append(query.position[query.row == i])
+        rows = torch.arange(len(each)).repeat_interleave(torch.tensor([len(positions) for positions in each]))
+        return replace(query, row=rows, position=torch.cat(each))
+
+    def _logits(self, query: Query) -> Tensor:
+        """What decides each position, [n, vocab]: the outputs that serve requests too."""
+        return query_logits(self.backend, query)
+
+    def _draw_positions(self) -> Tensor:
+        """Which of the query's positions are unmasked at random, bool [n]."""
+        query, (first, *_) = self._query, self.running
+        starts = torch.tensor([row.canvas.layout.prompt_length for row in self.running])
+        numbers = torch.rand(len(query.row), generator=self.stream)
+        self.uniform = torch.ones(len(self.running), first.canvas.layout.gen_length)
+        self.uniform[query.row, query.position - starts[query.row]] = numbers
+        assert isinstance(first.params, Dream.Params)
+        return numbers < share_at(first.params, first.canvas.layout, first.block, first.block_step)
+
+    def _drawn(self, p: Tensor, drawn: Tensor) -> Prediction:
+        """Tokens of the `drawn` positions [n], and what these probabilities [n, vocab] say of all."""
+        token = p.argmax(dim=-1)
+        if drawn.any():
+            chances = p[drawn] / p[drawn].sum(dim=-1, keepdim=True)
+            token[drawn] = torch.multinomial(chances, 1, replacement=True, generator=self.stream)[:, 0]
+        confidence, two = p.gather(1, token[:, None])[:, 0], p.topk(2, dim=-1).values
+        extra = {
+            Statistic.CHOSEN_CONFIDENCE: confidence,
+            Statistic.CHOSEN_MARGIN: two[:, 0] - two[:, 1],
+            Statistic.CHOSEN_ENTROPY: torch.special.entr(p).sum(dim=-1),
+        }
+        return Prediction(token, confidence, extra)
+
+    def order(self) -> Tensor:
+        """Random numbers that put the regions' positions in order, as torch.multinomial does, [rows that run, width].
+
+        It divides probabilities by exponential numbers, and takes the largest quotients; our sampler says the same by
+        uniform numbers.
+        """
+        width, columns, slots = self._places()
+        numbers = torch.empty(len(self.rows), width).exponential_(generator=self.stream)
+        out = torch.ones(len(self.running), self.running[0].canvas.layout.gen_length)
+        out[:, columns] = numbers[[row in self.running for row in self.rows]][:, slots]
+        return (-out.double()).exp()
+
+    def surest(self, score: Tensor, candidate: Tensor, count: int) -> Tensor:
+        """The best scores by torch.topk: which of equal ones those are depends on the row's length."""
+        width, columns, slots = self._places()
+        whole = torch.full((len(score), width), -torch.inf)
+        whole[:, slots] = score.float().masked_fill(~candidate, -torch.inf)[:, columns]
+        chosen = torch.zeros_like(whole, dtype=torch.bool).scatter(1, whole.topk(count).indices, True)
+        out = torch.zeros_like(candidate)
+        out[:, columns] = chosen[:, slots]
+        return out & candidate
+
+    def _places(self) -> tuple[int, slice, slice]:
+        """Length of what the original looks at in this forward, and which of the regions' positions are where in it."""
+        feed, layout = self._query.feeds[0], self._query.canvases[0].layout
+        if feed.start == 0:
+            return self.length, slice(0, layout.gen_length), slice(self.length - layout.gen_length, self.length)
+        first, width = feed.start - layout.prompt_length, feed.stop - feed.start
+        return width, slice(first, first + width), slice(0, width)
+
+
+class ReleasedDream(Dream):
+    """Dream's rules as its code has them: the mean of a batch counts, and a forward may commit nothing."""
+
+    def __init__(self, draws: Draws) -> None:
+        self._draws = draws
+
+    def select(self, step: Step) -> Selection:
+        if self._draws.opens:
+            return Selection(step.candidate, waits=True)
+        if self._draws.spent:
+            return Selection(torch.zeros_like(step.candidate), waits=True)
+        return replace(super().select(step), waits=True)
+
+    def count(self, step: Step, share: Tensor) -> Tensor:
+        mean = step.candidate.sum() / len(self._draws.rows)
+        return (mean * share).long()
+
+    def surest(self, score: Tensor, candidate: Tensor, count: Tensor) -> Tensor:
+        if self._draws.params["alg_temp"]:
+            return super().surest(score, candidate, count)  # no two are equal
+        return self._draws.surest(score, candidate, int(count.max()))
+
+    def numbers(self, step: Step, count: Tensor) -> Tensor:
+        params = step.params[0]
+        assert isinstance(params, Dream.Params)
+        if params.alg == "origin":
+            return self._draws.uniform
+        return self._draws.order() if params.alg_temp > 0 and bool(count.any()) else step.uniform()
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Step `at` of `steps`, which may commit `number` and what was `left` by those before."""
+
+    number: int
+    left: int
+    steps: int
+    at: int = 0
+
+
+class BoundedThreshold(Threshold):
+    """Fast-dLLM's for Dream without a cache: no step commits more than its share and what others left of theirs.
+
+    After the last step there are more, one for each that commits too little.
+    """
+
+    class Params(ScheduledParams):
+        threshold: float
+
+    def __init__(self, draws: Draws) -> None:
+        self._draws = draws
+
+    def select(self, step: Step) -> Selection:
+        (params,), (turn,) = step.params, step.states
+        assert isinstance(params, BoundedThreshold.Params) and params.steps is not None
+        if turn is None:
+            turn = Turn(int(step.candidate.sum()) // params.steps, 0, params.steps)
+        most = turn.number + turn.left
+        commit = self._draws.surest(step.confidence, step.candidate, most) & (step.confidence >= params.threshold)
+        if not commit.any():
+            commit = best(step.confidence, step.candidate, torch.ones(1, 1))
+        left = most - int(commit.sum())
+        last = left > 0 and turn.at == turn.steps - 1
+        return Selection(commit, states=[Turn(0 if last else turn.number, left, turn.steps + last, turn.at + 1)])
