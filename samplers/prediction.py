@@ -1,6 +1,6 @@
 """What one forward pass says about each candidate position."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
@@ -50,6 +50,11 @@ class Bonus:
     token: Tensor
     value: Tensor
 
+    @classmethod
+    def join(cls, parts: "Sequence[Bonus]") -> "Bonus":
+        """All of several, whose rows are already counted from the same one."""
+        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in ("index", "token", "value")))
+
     def part(self, start: int, stop: int) -> "Bonus":
         """Of rows of logits from `start` to `stop`, counted from there."""
         mine = (self.index >= start) & (self.index < stop)
@@ -80,6 +85,50 @@ class Wanted:
     top: int = 0
     named: Tensor | None = None
     bonus: Bonus | None = None
+
+    @property
+    def columns(self) -> int:
+        """Columns of the table that a prediction of this makes."""
+        return 2 + len(self.statistics) + self.top + (0 if self.named is None else self.named.shape[1])
+
+    @classmethod
+    def join(cls, parts: "Sequence[Wanted]", counts: Sequence[int]) -> "Wanted":
+        """All rows of several, which have so many each. What only some of them want, the others get as well or not."""
+        if len(parts) == 1:
+            return parts[0]
+        statistics = frozenset[Statistic]().union(*(part.statistics for part in parts))
+        top, named = max(part.top for part in parts), None
+        if tokens := [part.named for part in parts if part.named is not None]:
+            named = torch.full((sum(counts), max(each.shape[1] for each in tokens)), -1)
+        only: dict[str, Tensor] = {
+            name: torch.zeros(sum(counts), dtype=torch.bool) for name in (*statistics, *(("top",) if top else ()))
+        }
+        choices: list[TokenChoice] = []
+        uniform = torch.zeros(sum(counts), dtype=torch.float64)
+        bonuses: list[Bonus] = []
+        first = 0
+        for part, count in zip(parts, counts, strict=True):
+            stop = first + count
+            for name, rows in only.items():
+                if part.top if name == "top" else name in part.statistics:
+                    rows[first:stop] = part.only.get(name, True)
+            choices += part.choices or [TokenChoice()] * count
+            if part.uniform is not None:
+                uniform[first:stop] = part.uniform
+            if named is not None and part.named is not None:
+                named[first:stop, : part.named.shape[1]] = part.named
+            if part.bonus is not None:
+                bonuses.append(replace(part.bonus, index=part.bonus.index + first))
+            first = stop
+        return cls(
+            statistics=statistics,
+            only={name: rows for name, rows in only.items() if not bool(rows.all())},
+            choices=choices if any(part.choices is not None for part in parts) else None,
+            uniform=uniform if any(part.uniform is not None for part in parts) else None,
+            top=top,
+            named=named,
+            bonus=Bonus.join(bonuses) if bonuses else None,
+        )
 
     def part(self, start: int, stop: int) -> "Wanted":
         """Of rows `start` to `stop`."""
@@ -135,15 +184,47 @@ class Prediction:
             torch.cat(named) if named else None,
         )
 
+    def part(self, start: int, stop: int) -> "Prediction":
+        """Of rows `start` to `stop`."""
+        return Prediction(
+            self.token[start:stop],
+            self.confidence[start:stop],
+            {name: values[start:stop] for name, values in self.extra.items()},
+            None if self.top is None else self.top[start:stop],
+            None if self.named is None else self.named[start:stop],
+        )
+
+    def table(self, wanted: Wanted | None = None) -> Tensor:
+        """All of it, or what is wanted of it, side by side: float32 [n, columns].
+
+        Token ids fit float32 exactly up to a vocabulary of 2 ** 24.
+        """
+        names: Iterable[Statistic] = self.extra
+        top, named = self.top, self.named
+        if wanted is not None:
+            names = wanted.statistics
+            top = None if top is None or not wanted.top else top[:, : wanted.top]
+            named = None if named is None or wanted.named is None else named[:, : wanted.named.shape[1]]
+        columns = [self.token.float()[:, None], self.confidence[:, None]]
+        columns += [self.extra[name][:, None] for name in sorted(names)]
+        columns += [values for values in (top, named) if values is not None]
+        return torch.cat(columns, dim=1)
+
+    @classmethod
+    def of_table(
+        cls, table: Tensor, statistics: Iterable[Statistic], top: int | None, named: int | None
+    ) -> "Prediction":
+        """The opposite of `table`: of these statistics, and so many of the largest and of the named; None for none."""
+        names = sorted(statistics)
+        widths = [1, 1, *[1] * len(names), *(width for width in (top, named) if width is not None)]
+        token, confidence, *rest = torch.split(table, widths, dim=1)
+        extra = {name: rest.pop(0)[:, 0] for name in names}
+        largest = rest.pop(0) if top is not None else None
+        return cls(token[:, 0].long(), confidence[:, 0], extra, largest, rest.pop(0) if rest else None)
+
     def cpu(self) -> "Prediction":
-        """On the CPU, in one copy: token ids fit float32 exactly up to a vocabulary of 2 ** 24."""
+        """On the CPU, in one copy."""
         if self.token.device.type == "cpu":
             return self
-        columns = [self.token.float()[:, None], self.confidence[:, None]]
-        columns += [values[:, None] for values in self.extra.values()]
-        columns += [values for values in (self.top, self.named) if values is not None]
-        widths = [column.shape[1] for column in columns]
-        token, confidence, *rest = torch.split(torch.cat(columns, dim=1).cpu(), widths, dim=1)
-        extra = {name: rest.pop(0)[:, 0] for name in self.extra}
-        top = rest.pop(0) if self.top is not None else None
-        return Prediction(token[:, 0].long(), confidence[:, 0], extra, top, rest.pop(0) if rest else None)
+        top, named = (None if values is None else values.shape[1] for values in (self.top, self.named))
+        return Prediction.of_table(self.table().cpu(), self.extra, top, named)

@@ -62,7 +62,15 @@ class Settings(BaseSettings):
     served_name: str | None = Field(
         None, min_length=1, max_length=200, description="Name of the model in the API.", examples=["NAME"]
     )
-    engine: Literal["torch"] = Field("torch", description="What runs the model.")
+    engine: Literal["torch", "vllm"] = Field(
+        "torch", description="What runs the model: our own code, or vLLM (pip install 'unmask[vllm]')."
+    )
+    vllm_args: Annotated[dict[str, Any], NoDecode, BeforeValidator(_json_object)] = Field(
+        {}, description='Engine arguments of vLLM, such as {"tensor_parallel_size": 2}.', examples=["JSON"]
+    )
+    load_format: Literal["auto", "dummy"] = Field(
+        "auto", description="Weights: auto reads safetensors; dummy draws random ones, to try a size out."
+    )
     device: str = Field("auto", description="cpu, cuda, cuda:N, or auto: a GPU if there is one.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="Number type of the weights.")
     cache: Literal["none", "prefix", "dual"] | None = Field(

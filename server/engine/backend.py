@@ -20,6 +20,7 @@ class ModelInfo:
         block_length: the family's default; None is full diffusion.
         device, dtype: where and how it computes.
         parameters: number of weights.
+        caches: what a backend can keep between forwards.
         scheme: how it reads a canvas.
     """
 
@@ -33,6 +34,7 @@ class ModelInfo:
     dtype: str
     parameters: int
     scheme: Scheme = BIDIRECTIONAL
+    caches: frozenset[CacheMode] = frozenset(CacheMode)
 
     @property
     def cache(self) -> CacheMode:
@@ -43,6 +45,10 @@ class ModelInfo:
     def sampler(self) -> str:
         """What denoises unless somebody chooses."""
         return "threshold" if self.scheme.noise is None else "diffusion_gemma"
+
+
+class BackendDeadError(Exception):
+    """The model runs no more, and no later forward can succeed."""
 
 
 class Backend(Protocol):

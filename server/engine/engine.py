@@ -7,9 +7,9 @@ from dataclasses import replace
 import structlog
 
 from policies.store import Host, PolicyStore, UnknownPolicyError
-from samplers import Canvas, ParameterError, Prediction
+from samplers import CacheMode, Canvas, ParameterError, Prediction
 from samplers.denoising import Denoising, Outcome, Query, advance, ask
-from server.engine.backend import Backend
+from server.engine.backend import Backend, BackendDeadError
 from server.engine.generation import Deliver, Generation
 from server.engine.request import (
     Committed,
@@ -85,6 +85,9 @@ class Engine:
                 f"{request.max_tokens}: shorten the prompt or lower max_tokens",
                 "context_length_exceeded",
             )
+        if request.cache not in self.info.caches:
+            modes = ", ".join(mode for mode in CacheMode if mode in self.info.caches)
+            raise RequestError("cache", f"this server's engine has no {request.cache} cache; choose from {modes}")
         if request.suffix and self.info.scheme.causal:
             raise RequestError("suffix", "this model cannot see what comes after the text that it writes")
         try:
@@ -253,6 +256,8 @@ class Engine:
         began = time.monotonic()
         try:
             prediction = self.backend.predict(query)
+        except BackendDeadError:
+            raise  # ends the engine, whose health then says so
         except Exception as error:
             seconds = time.monotonic() - began
             if len(generations) == 1:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,20 @@ from pydantic import ValidationError
 from server.allocator import keep_freed_memory, share_one_heap
 from server.engine.backend import Backend, ModelInfo
 from server.engine.torch_backend import TorchBackend
+from server.engine.vllm.backend import VllmBackend, VllmError, VllmOptions, check_supported
 from server.models.compiling import compile_layers
 from server.models.files import ModelError, read_json, read_optional_json
 from server.models.network import Network
 from server.models.packing import pack_linear_layers
 from server.models.registry import Family, find_family
 from server.models.text import TextCodec
-from server.models.weights import SkipInit, load_weights
+from server.models.weights import SkipInit, draw_weights, find_weights, load_weights
 
 __all__ = ["LoadedModel", "ModelError", "describe", "find_model", "load_model", "load_network"]
 
 EMBEDDED_NAME = "unmask-tiny"
-ENGINES = ("torch",)
+ENGINES = ("torch", "vllm")
+LOAD_FORMATS = ("auto", "dummy")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -43,6 +46,8 @@ def load_model(
     dtype: str = "auto",
     max_model_len: int | None = None,
     batch_invariant: bool = False,
+    load_format: str = "auto",
+    vllm: VllmOptions | None = None,
     compile_for: int | None = None,
 ) -> LoadedModel:
     """Load a model for inference. Raises ModelError, one line, for whatever is wrong with it.
@@ -54,17 +59,23 @@ def load_model(
         dtype: "float32", "bfloat16", "float16", or "auto": bfloat16 where the device computes in it, else float32.
         max_model_len: a limit on the canvas below the model's own.
         batch_invariant: results are bitwise the same whatever shares the batch.
+        load_format: "auto" reads safetensors, "dummy" draws random weights of the configuration's shapes.
+        vllm: how the engine of that name runs it.
         compile_for: compile the layers, for forwards of at most so many tokens.
     """
     if engine not in ENGINES:
         raise ModelError(f"unknown engine {engine!r}; choose from {', '.join(ENGINES)}")
+    if load_format not in LOAD_FORMATS:
+        raise ModelError(f"unknown load format {load_format!r}; choose from {', '.join(LOAD_FORMATS)}")
+    if engine == "vllm" and find_spec("vllm") is None:
+        raise ModelError("the vllm engine needs vLLM, which is not installed: pip install 'unmask[vllm]'")
     name, folder = find_model(model)
     place = choose_device(device)
     kind = choose_dtype(dtype, place)
     if place.type == "cpu":
         share_one_heap()
     text = TextCodec.load(folder)
-    architecture, family, network = load_network(folder, place, kind, text=text)
+    architecture, family, network = build_network(folder, text=text)
     config = network.config
     if text.vocab_size > config.rows:
         raise ModelError(
@@ -78,14 +89,33 @@ def load_model(
         device=str(place),
         dtype=str(kind).removeprefix("torch."),
     )
-    if compile_for is None:
-        pack_linear_layers(network)
+    backend: Backend
+    if engine == "vllm":
+        backend = _vllm(folder, network, info, load_format, vllm)
     else:
-        compile_layers(network, compile_for)
-    if place.type == "cpu":
-        keep_freed_memory()
-    backend = TorchBackend(network, info, batch_invariant, static_shapes=compile_for is not None)
+        give_weights(network, folder, place, kind, load_format)
+        if compile_for is None:
+            pack_linear_layers(network)
+        else:
+            compile_layers(network, compile_for)
+        if place.type == "cpu":
+            keep_freed_memory()
+        backend = TorchBackend(network, info, batch_invariant, static_shapes=compile_for is not None)
     return LoadedModel(name, backend, text)
+
+
+def _vllm(
+    folder: Path, network: Network, info: ModelInfo, load_format: str, options: VllmOptions | None
+) -> VllmBackend:
+    """A backend of vLLM's for what was found to be a whole model, which our own network is the measure of."""
+    try:
+        check_supported(info.architecture)
+        # A quantised checkpoint has other tensors, which vLLM knows.
+        if load_format == "auto" and "quantization_config" not in read_json(folder / "config.json"):
+            find_weights(network, folder)
+        return VllmBackend(folder, info, load_format, options)
+    except VllmError as error:
+        raise ModelError(str(error)) from None
 
 
 def describe(architecture: str, network: Network) -> ModelInfo:
@@ -110,6 +140,7 @@ def load_network(
     device: torch.device,
     dtype: torch.dtype,
     settings: dict[str, Any] | None = None,
+    load_format: str = "auto",
     text: TextCodec | None = None,
 ) -> tuple[str, Family, Network]:
     """Architecture, family and the network itself, from `config.json` and the weights. Raises ModelError.
@@ -118,6 +149,25 @@ def load_network(
         settings: entries in place of those of `config.json`.
         text: whose mask token it is where `config.json` names none.
     """
+    architecture, family, network = build_network(folder, settings, text)
+    give_weights(network, folder, device, dtype, load_format)
+    return architecture, family, network
+
+
+def give_weights(
+    network: Network, folder: Path, device: torch.device, dtype: torch.dtype, load_format: str = "auto"
+) -> None:
+    """Weights for a network without, those of the folder or random ones. Raises ModelError."""
+    if load_format == "dummy":
+        draw_weights(network, device, dtype)
+    else:
+        load_weights(network, folder, device, dtype, network.ignored)
+
+
+def build_network(
+    folder: Path, settings: dict[str, Any] | None = None, text: TextCodec | None = None
+) -> tuple[str, Family, Network]:
+    """Architecture, family and the network, without weights, as `load_network` reads them. Raises ModelError."""
     path = folder / "config.json"
     config = read_json(path) | (settings or {})
     try:
@@ -135,7 +185,6 @@ def load_network(
         raise ModelError(f"{path}: {error}") from None
     with torch.device("meta"), SkipInit():
         network = family.network(parsed)
-    load_weights(network, folder, device, dtype, network.ignored)
     return architecture, family, network
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint's tensors: safetensors files only, every tensor checked before any is used."""
+"""A network's tensors: from safetensors files only, every one checked before any is used; or drawn at random."""
 
 from collections import deque
 from collections.abc import Iterable
@@ -14,6 +14,7 @@ from server.models.files import ModelError, read_json
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 FLOATS = ("F64", "F32", "F16", "BF16")
+DRAWN_STD = 0.02
 PORTIONS = 64
 """A file is opened anew for each so small a part of all weights: what was read of an open file counts as memory, and
 opening one takes milliseconds where it lists the thousands of tensors of a mixture of experts."""
@@ -41,6 +42,20 @@ def load_weights(
     overwritten later does not change a model that runs. Tensors whose names begin with what is `ignored` are left out.
     Raises ModelError.
     """
+    source = find_weights(network, folder, ignored)
+    tensors: dict[str, Tensor] = {}
+    most = sum(path.stat().st_size for path in set(source.values())) // PORTIONS
+    for path in dict.fromkeys(source.values()):
+        names = deque(name for name in source if source[name] == path)
+        while names:
+            with _open(path) as file:
+                tensors |= _read(file, names, most, device, dtype)
+    network.load_state_dict(tensors, assign=True)
+    network.requires_grad_(False).eval()
+
+
+def find_weights(network: nn.Module, folder: Path, ignored: tuple[str, ...] = ()) -> dict[str, Path]:
+    """Which file has which of a network's tensors, all of which are there and of the right shape. Raises ModelError."""
     wanted = {name: tensor.shape for name, tensor in network.state_dict().items()}
     source: dict[str, Path] = {}
     for path in _files(folder):
@@ -54,13 +69,23 @@ def load_weights(
                 if name in wanted:
                     _check_tensor(path, name, file.get_slice(name), wanted[name])
     _check_names(folder, wanted.keys(), source.keys())
-    tensors: dict[str, Tensor] = {}
-    most = sum(path.stat().st_size for path in set(source.values())) // PORTIONS
-    for path in dict.fromkeys(source.values()):
-        names = deque(name for name in source if source[name] == path)
-        while names:
-            with _open(path) as file:
-                tensors |= _read(file, names, most, device, dtype)
+    return source
+
+
+def draw_weights(network: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Give a network that was built on the meta device random weights instead, the same ones every time.
+
+    Each is drawn in its own place: memory holds the weights once. Gains of norms are 1, biases 0, all else is normal.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    tensors = {}
+    for name, tensor in network.state_dict().items():
+        drawn = torch.empty(tensor.shape, device=device, dtype=dtype)
+        if tensor.dim() > 1:
+            drawn.normal_(0.0, DRAWN_STD, generator=generator)
+        else:
+            drawn.fill_(0.0 if name.endswith("bias") else 1.0)
+        tensors[name] = drawn
     network.load_state_dict(tensors, assign=True)
     network.requires_grad_(False).eval()
 

@@ -5,6 +5,7 @@ import pytest
 import structlog
 from structlog.processors import KeyValueRenderer
 
+from tests.api.models import close_models
 from tests.api.serving import Running, serving
 from tests.tiny import write_tiny_model
 
@@ -16,6 +17,13 @@ def _plain_logs() -> None:
         processors=[structlog.contextvars.merge_contextvars, structlog.processors.format_exc_info, KeyValueRenderer()],
         logger_factory=structlog.stdlib.LoggerFactory(),
     )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _close_models() -> Iterator[None]:
+    """The last to be torn down, since it was the first to be set up."""
+    yield
+    close_models()
 
 
 @pytest.fixture(scope="session")

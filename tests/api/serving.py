@@ -19,9 +19,9 @@ from server.app import create_app
 from server.engine import Backend, Engine, Limits
 from server.lifecycle import DrainingServer, listen
 from server.metrics import Metrics
-from server.models.loading import load_model
 from server.models.text import TextCodec
 from server.settings import load_settings
+from tests.api.models import open_model
 
 NAME = "tiny"
 PROMPT = "Tom has 3 apples. He buys 5 more."
@@ -114,7 +114,7 @@ class Running:
 def serving(model: Path, **settings: Any) -> Iterator[Running]:
     """A server with these settings on a free port, until the end of the block."""
     chosen = load_settings({"sampler": "topk", **settings})
-    loaded = load_model(str(model), device="cpu", dtype="float32", max_model_len=chosen.max_model_len)
+    loaded = open_model(str(model), chosen.max_model_len)
     gate = Gate(loaded.backend)
     metrics = Metrics(chosen.served_name or NAME)
     engine = Engine(gate, metrics, Limits(chosen.max_batch, chosen.max_queue, chosen.max_batch_tokens))

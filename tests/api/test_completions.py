@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tests.api.models import needs_torch_engine
 from tests.api.serving import NAME, PROMPT, Running
 
 
@@ -242,6 +243,7 @@ def test_block_length_null_is_full_diffusion(server: Running) -> None:
     assert order == sorted(order)
 
 
+@needs_torch_engine
 @pytest.mark.parametrize("mode", ["prefix", "dual"])
 def test_a_cache_is_chosen_and_told(server: Running, mode: str) -> None:
     fields = {"block_length": 8, "max_tokens": 32, "sampler_params": {"k": 2}}

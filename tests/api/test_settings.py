@@ -53,7 +53,7 @@ def test_settings_cannot_change(config: Path) -> None:
     [
         ({"port": "x"}, {}, "", "--port", "integer"),
         ({"max_batch": "0"}, {}, "", "--max-batch", "greater than or equal to 1"),
-        ({"engine": "vllm"}, {}, "", "--engine", "'torch'"),
+        ({"engine": "onnx"}, {}, "", "--engine", "'torch'"),
         ({"cache": "always"}, {}, "", "--cache", "'none'"),
         ({"request_timeout": "nan"}, {}, "", "--request-timeout", "finite"),
         ({"sampler_params": "{"}, {}, "", "--sampler-params", "not JSON"),

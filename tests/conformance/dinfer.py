@@ -11,6 +11,7 @@ from samplers import CacheMode, Canvas, Layout, Sampler, get_sampler
 from samplers.cache import Feed
 from samplers.denoising import Denoising, advance, ask
 from tests.conformance.generation import Check, Family
+from tests.conformance.models import check_cache
 from tests.conformance.originals import InferCredit, InferThreshold
 from tests.conformance.replay import compare_states, distinct
 from tests.conformance.report import Difference
@@ -49,8 +50,8 @@ class InferRow(Denoising):
 class InferFamily(Family):
     """The folder: `cases.json`, replayed on llada's checkpoint beside it."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
+    def __init__(self, folder: Path, engine: str = "torch") -> None:
+        super().__init__(folder, engine)
         self._folder = (folder / self.cases["checkpoint"]).parent.resolve()
 
     def checks(self) -> Iterator[tuple[str, Check]]:
@@ -59,6 +60,7 @@ class InferFamily(Family):
 
     def _generate(self, case: dict[str, Any]) -> None:
         predict = self.backend().predict
+        check_cache(self.backend(), CACHES[case["cache"]])
         row = self._row(case)
         states: list[list[int]] = []
         forwards = 0

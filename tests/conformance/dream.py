@@ -7,6 +7,7 @@ import torch
 from samplers import CacheMode, Canvas, Sampler, get_sampler
 from tests.conformance.dream_rules import BOUNDED, DEFAULTS, BoundedThreshold, Draws, ReleasedDream, ReleasedRow
 from tests.conformance.generation import Family
+from tests.conformance.models import check_cache
 from tests.conformance.originals import stream_of
 from tests.conformance.replay import compare_states, distinct, replay
 from tests.conformance.report import Difference, NotBuilt
@@ -34,6 +35,7 @@ class DreamFamily(Family):
         cache = CacheMode.NONE
         if in_blocks:
             cache = CacheMode.DUAL if params.get("dual_cache") else CacheMode.PREFIX
+        check_cache(self.backend(), cache)
         # Our canvases have no padding: what the original pads at the left is cut off, here and from its record.
         masks = case["attention_mask"] or [[1]] * len(case["prompt"])
         each = [(prompt, mask.index(1)) for prompt, mask in zip(case["prompt"], masks, strict=True)]

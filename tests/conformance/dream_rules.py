@@ -18,8 +18,9 @@ from samplers.dream import Dream, share_at
 from samplers.prediction import CHOSEN, Wanted
 from samplers.schedule import ScheduledParams
 from samplers.threshold import Threshold
-from server.engine.torch_backend import TorchBackend
+from server.engine import Backend
 from tests.conformance.decoders import dream_filtered
+from tests.conformance.models import query_logits
 from tests.conformance.originals import without_ban
 
 DEFAULTS: dict[str, Any] = {
@@ -64,7 +65,7 @@ class Draws:
         uniform: what decides whether a position is unmasked at random, [rows that run, longest region].
     """
 
-    backend: TorchBackend
+    backend: Backend
     params: dict[str, Any]
     stream: torch.Generator | None
     length: int
@@ -129,8 +130,7 @@ class Draws:
 
     def _logits(self, query: Query) -> Tensor:
         """What decides each position, [n, vocab]: the outputs that serve requests too."""
-        batch, back = self.backend.pack(query)
-        return self.backend.network.head(self.backend.network.packed(batch)[back])
+        return query_logits(self.backend, query)
 
     def _draw_positions(self) -> Tensor:
         """Which of the query's positions are unmasked at random, bool [n]."""

@@ -1,35 +1,23 @@
 """Forward passes of an original, whole or with a cache, against ours."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from samplers import Canvas, Layout
 from samplers.cache import Feed, Memory
-from samplers.denoising import Query
+from server.engine import Backend
 from server.engine.torch_backend import TorchBackend
 from server.models.layers import rotate
 from server.models.packed import KeyValues
-from tests.conformance.report import Difference
+from tests.conformance.models import fed_logits
+from tests.conformance.report import Difference, NotBuilt
 
 TOLERANCE = 1e-4
 
 Tensors = dict[str, Tensor]
-ForwardCheck = Callable[[TorchBackend, str, Tensors], None]
-
-
-def fed_logits(backend: TorchBackend, canvases: Sequence[Canvas], feeds: Sequence[Feed]) -> Tensor:
-    """Logits of everything that is fed, [rows, most fed, vocab], filled up with zeros at the right.
-
-    They are the outputs at those positions, also where a model's output is about the next one.
-    """
-    counts = [feed.stop - feed.start for feed in feeds]
-    row = torch.arange(len(feeds)).repeat_interleave(torch.tensor(counts))
-    position = torch.cat([torch.arange(feed.start, feed.stop) for feed in feeds])
-    batch, back = backend.pack(Query(list(canvases), list(feeds), row, position + int(backend.network.scheme.shifted)))
-    logits: Tensor = backend.network.head(backend.network.packed(batch)[back])
-    return torch.nn.utils.rnn.pad_sequence(logits.split(counts), batch_first=True)
+ForwardCheck = Callable[[Backend, str, Tensors], None]
 
 
 def given(tokens: Tensor) -> Canvas:
@@ -37,17 +25,25 @@ def given(tokens: Tensor) -> Canvas:
     return Canvas(Layout(0, len(tokens), len(tokens)), tokens, torch.zeros(len(tokens), dtype=torch.bool))
 
 
-def whole(backend: TorchBackend, name: str, tensors: Tensors) -> None:
-    """Rows of one length, padded at the left or not at all; ours are never padded."""
+def whole(backend: Backend, name: str, tensors: Tensors) -> None:
+    """Rows of one length, padded at the left or not at all; ours are never padded.
+
+    Where an engine gives no logits, both are compared as log-probabilities.
+    """
     tokens = tensors[f"{name}.input_ids"]
     mask = tensors.get(f"{name}.attention_mask", torch.ones_like(tokens))
     for ids, valid, expected in zip(tokens, mask.bool(), tensors[f"{name}.logits"], strict=True):
-        canvas = given(ids[valid])
-        compare("logits", fed_logits(backend, [canvas], [Feed(0, len(canvas.tokens))])[0], expected[valid])
+        canvas, logits = given(ids[valid]), expected[valid]
+        found = fed_logits(backend, [canvas], [Feed(0, len(canvas.tokens))])[0]
+        if isinstance(backend, TorchBackend):
+            compare("logits", found, logits)
+        else:
+            compare("log-probabilities", found, logits.log_softmax(dim=-1))
 
 
-def cached(backend: TorchBackend, name: str, tensors: Tensors) -> None:
+def cached(backend: Backend, name: str, tensors: Tensors) -> None:
     """A full forward, and the keys and values that it leaves; the original keeps keys before their rotation."""
+    backend = _keeping(backend)
     logits, memory = _remember(backend, tensors)
     compare("logits", logits, tensors[f"{name}.full_logits"][0])
     states = memory.content
@@ -65,8 +61,9 @@ def _positions_first(recorded: Tensor, ours: Tensor) -> Tensor:
     return recorded.view(ours.shape) if recorded.dim() == 3 else recorded[0].transpose(0, 1)
 
 
-def part(backend: TorchBackend, name: str, tensors: Tensors) -> None:
+def part(backend: Backend, name: str, tensors: Tensors) -> None:
     """Some positions, the others known from the full forward before."""
+    backend = _keeping(backend)
     _, memory = _remember(backend, tensors)
     tokens = tensors["cached.full_input_ids"][0].clone()
     fed = tensors[f"{name}.input_ids"][0]
@@ -75,6 +72,13 @@ def part(backend: TorchBackend, name: str, tensors: Tensors) -> None:
     tokens[start : start + len(fed)] = fed
     found = fed_logits(backend, [given(tokens)], [Feed(start, start + len(fed), memory)])[0]
     compare("logits", found, tensors[f"{name}.logits"][0])
+
+
+def _keeping(backend: Backend) -> TorchBackend:
+    """The engine that keeps keys and values."""
+    if not isinstance(backend, TorchBackend):
+        raise NotBuilt("keys and values kept on this engine")
+    return backend
 
 
 def _remember(backend: TorchBackend, tensors: Tensors) -> tuple[Tensor, Memory]:

@@ -12,10 +12,9 @@ from torch import Tensor
 
 from samplers import CacheMode, Canvas, Sampler, get_sampler
 from samplers.denoising import Denoising, Predict
-from server.engine.torch_backend import TorchBackend
-from server.models.loading import ModelError, describe, load_network
-from server.models.packing import pack_linear_layers
-from tests.conformance.forwards import CHECKS, ForwardCheck, fed_logits
+from server.engine import Backend
+from tests.conformance.forwards import CHECKS, ForwardCheck
+from tests.conformance.models import check_cache, fed_logits, open_backend
 from tests.conformance.originals import Original, ReleasedFactor, stream_of
 from tests.conformance.replay import compare_states, replay
 from tests.conformance.report import Difference, NotBuilt
@@ -47,10 +46,11 @@ class Family:
 
     forwards: ClassVar[dict[str, ForwardCheck]] = CHECKS
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, engine: str = "torch") -> None:
         self.cases: dict[str, Any] = json.loads((folder / "cases.json").read_text())
         self._folder = folder
-        self._backend: TorchBackend | None = None
+        self._engine = engine
+        self._backend: Backend | None = None
 
     def checks(self) -> Iterator[tuple[str, Check]]:
         """Name and check of every case."""
@@ -60,20 +60,19 @@ class Family:
         for case in self.cases["cases"]:
             yield case["name"], lambda case=case: self._generate(case)  # type: ignore[misc]
 
-    def backend(self) -> TorchBackend:
+    def backend(self) -> Backend:
         """Our model of the checkpoint. Raises NotBuilt if its architecture is not built."""
         if self._backend is None:
-            device = torch.device("cpu")
-            try:
-                # Some tiny checkpoints leave out the mask token, whose published default they have no row for.
-                settings = {"mask_token_id": self.cases["mask_id"]} if "mask_id" in self.cases else {}
-                architecture, _, network = load_network(self._folder / "checkpoint", device, torch.float32, settings)
-            except ModelError as error:
-                raise NotBuilt(str(error).rpartition("config.json: ")[2]) from None
-            info = describe(architecture, network)
-            pack_linear_layers(network)
-            self._backend = TorchBackend(network, info)
+            # Some tiny checkpoints leave out the mask token, whose published default they have no row for.
+            settings = {"mask_token_id": self.cases["mask_id"]} if "mask_id" in self.cases else {}
+            self._backend = open_backend(self._folder / "checkpoint", self._engine, settings)
         return self._backend
+
+    def close(self) -> None:
+        """Give the model back."""
+        if self._backend is not None:
+            self._backend.close()
+            self._backend = None
 
     def _forward(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Logits at all positions that are not padding."""
@@ -86,6 +85,7 @@ class Family:
         function, params = case["function"], case["params"]
         if function not in FUNCTIONS:
             raise NotBuilt(function)
+        check_cache(backend, FUNCTIONS[function])
         if unknown := set(params) - PARAMETERS:
             raise NotBuilt(f"sampler with {', '.join(sorted(unknown))}")
         sampler: Sampler
@@ -116,7 +116,7 @@ class Family:
             if case.get(key) is not None and forwards != case[key]:
                 raise Difference(f"{forwards} forwards, the original's {key} is {case[key]}")
 
-    def _predict(self, case: dict[str, Any], backend: TorchBackend) -> Predict:
+    def _predict(self, case: dict[str, Any], backend: Backend) -> Predict:
         """What serves requests where that is enough, else the same model behind the original's quirks."""
         params = case["params"]
         quirks = ("cfg_scale", "logits_eos_inf", "confidence_eos_eot_inf")

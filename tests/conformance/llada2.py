@@ -14,8 +14,9 @@ from samplers.prediction import Prediction
 from server.engine.torch_backend import TorchBackend
 from server.models.llada2 import Router
 from tests.conformance.decoders import draw
-from tests.conformance.forwards import ForwardCheck, Tensors, compare, fed_logits, given
+from tests.conformance.forwards import ForwardCheck, Tensors, compare, given
 from tests.conformance.generation import Family
+from tests.conformance.models import fed_logits
 from tests.conformance.originals import stream_of
 from tests.conformance.report import Difference, NotBuilt
 

@@ -36,9 +36,9 @@ Check = Callable[[], None]
 
 
 class SamplerOnly:
-    """The folder: `cases.json`, `tensors.safetensors` and two schedule tables."""
+    """The folder: `cases.json`, `tensors.safetensors` and two schedule tables. It has no model: all engines are one."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, engine: str = "torch") -> None:
         self.cases: dict[str, Any] = json.loads((folder / "cases.json").read_text())
         self._folder = folder
         self._tensors = load_file(folder / "tensors.safetensors")
@@ -49,6 +49,9 @@ class SamplerOnly:
             yield table, lambda table=table: self._schedule(table)  # type: ignore[misc]
         for case in self.cases["cases"]:
             yield case["name"], lambda case=case: self._case(case)  # type: ignore[misc]
+
+    def close(self) -> None:
+        """There is no model to give back."""
 
     def _schedule(self, table: str) -> None:
         """Candidates per step of our schedule, for every number of masks and steps."""

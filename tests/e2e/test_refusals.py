@@ -32,7 +32,12 @@ def refused(capsys: pytest.CaptureFixture[str], status: int, *arguments: str) ->
         (["--policy", "a"], "'--policy'"),
         (["--max-batch", "0"], "'--max-batch'"),
         (["--port", "http"], "'--port'"),
-        (["--engine", "vllm"], "'--engine'"),
+        (["--engine", "onnx"], "'--engine'"),
+        (["--engine", "vllm", "--cache", "dual"], "'--cache'"),
+        (["--engine", "vllm", "--batch-invariant"], "'--batch-invariant'"),
+        (["--vllm-args", '{"tensor_parallel_size": 2}'], "'--vllm-args'"),
+        (["--engine", "vllm", "--vllm-args", "2"], "'--vllm-args'"),
+        (["--load-format", "pt"], "'--load-format'"),
         (["--cache", "always"], "'--cache'"),
         (["--dtype", "int4"], "'--dtype'"),
         (["--log-format", "xml"], "'--log-format'"),
@@ -73,6 +78,15 @@ def test_a_model_that_is_none_is_one_clear_line(
     said = refused(capsys, 1, "serve", "--model", str(model), "--port", "0")
     assert said.startswith("Error: ") and said.count("\n") == 1
     assert str(model) in said
+
+
+def test_the_vllm_engine_without_vllm_names_the_extra(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.models.loading.find_spec", lambda name: None)
+    said = refused(capsys, 1, "serve", "--engine", "vllm", "--port", "0")
+    assert said.startswith("Error: ") and said.count("\n") == 1
+    assert "pip install 'unmask[vllm]'" in said
 
 
 def test_a_port_in_use(capsys: pytest.CaptureFixture[str], tiny_model: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from samplers import Canvas, Sampler, SamplerParams, Selection, Step, TokenChoice, get_sampler, registry
+from samplers import CacheMode, Canvas, Sampler, SamplerParams, Selection, Step, TokenChoice, get_sampler, registry
 from samplers.denoising import Query
 from server.engine import (
     Backend,
@@ -22,6 +22,7 @@ from server.engine import (
     QueueFullError,
     RequestError,
 )
+from server.engine.backend import BackendDeadError
 from server.metrics import Metrics
 from tests.engine.backends import CheapBackend, Gate, Listener
 from tests.samplers.models import MASK, random_logits
@@ -363,10 +364,11 @@ class Fatal(BaseException):
     """What no handler of ordinary errors catches."""
 
 
-def test_a_dead_engine_says_so_to_everyone(serve: Serve) -> None:
+@pytest.mark.parametrize("failure", [Fatal, BackendDeadError])
+def test_a_dead_engine_says_so_to_everyone(serve: Serve, failure: type[BaseException]) -> None:
     def before(query: Query) -> None:
         gate(query)
-        raise Fatal
+        raise failure
 
     gate = Gate()
     engine = serve(CheapBackend(before=before), rows=1)
@@ -383,6 +385,14 @@ def test_a_dead_engine_says_so_to_everyone(serve: Serve) -> None:
     with pytest.raises(NotServingError, match="not running"):
         engine.submit(request(2), Listener())
     assert value(engine, "dllm_requests_running") == value(engine, "dllm_requests_waiting") == 0
+
+
+def test_a_cache_that_the_backend_does_not_have_is_refused(serve: Serve) -> None:
+    backend = CheapBackend()
+    backend.info = replace(backend.info, caches=frozenset({CacheMode.NONE}))
+    with pytest.raises(RequestError, match="no dual cache; choose from none") as refused:
+        serve(backend).check(request(0, cache=CacheMode.DUAL))
+    assert refused.value.field == "cache"
 
 
 @pytest.mark.parametrize(

@@ -245,6 +245,30 @@ def test_nothing_is_unpickled_and_no_code_of_a_folder_runs(folder: Path) -> None
     load_model(str(folder))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_dummy_weights_need_no_safetensors(folder: Path, dtype: str) -> None:
+    shapes = {name: tensor.shape for name, tensor in load_file(folder / WEIGHTS).items()}
+    (folder / WEIGHTS).unlink()
+    drawn = network_of(folder, dtype=dtype, load_format="dummy").state_dict()
+    assert {name: tensor.shape for name, tensor in drawn.items()} == shapes
+    for name, tensor in drawn.items():
+        assert str(tensor.dtype) == f"torch.{dtype}" and tensor.device.type == "cpu"
+        if tensor.dim() == 1:
+            assert bool((tensor == 1).all()), name
+        else:
+            assert 0.015 < tensor.float().std() < 0.025 and tensor.float().mean().abs() < 0.005, name
+    again = network_of(folder, dtype=dtype, load_format="dummy").state_dict()
+    assert all(torch.equal(drawn[name], again[name]) for name in drawn)
+
+
+def test_dummy_weights_still_need_a_tokenizer_and_a_configuration(folder: Path) -> None:
+    for name in ("tokenizer.json", "config.json"):
+        (folder / name).rename(folder / "aside")
+        with pytest.raises(ModelError, match=name):
+            load_model(str(folder), load_format="dummy")
+        (folder / "aside").rename(folder / name)
+
+
 LOAD_AND_MEASURE = """
 import sys
 from server.models.loading import load_model
@@ -254,16 +278,19 @@ def peak():
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 before = peak()
-load_model(sys.argv[1], device="cpu", dtype="float32")
+load_model(sys.argv[1], device="cpu", dtype="float32", load_format=sys.argv[2])
 print(peak() - before, "torch._dynamo" in sys.modules)
 """
 
 
-def test_loading_takes_the_memory_of_the_weights_once_and_leaves_the_compiler_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("load_format", ["auto", "dummy"])
+def test_loading_takes_the_memory_of_the_weights_once_and_leaves_the_compiler_alone(
+    tmp_path: Path, load_format: str
+) -> None:
     """Importing torch's compiler would take as long as torch itself."""
     shape = {"d_model": 512, "n_layers": 4, "n_heads": 8, "n_kv_heads": 8, "mlp_hidden_size": 2048}
     folder = write_tiny_model(tmp_path / "larger", **shape)
-    command = [sys.executable, "-c", LOAD_AND_MEASURE, str(folder)]
+    command = [sys.executable, "-c", LOAD_AND_MEASURE, str(folder), load_format]
     done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=280)
     grown, compiler = done.stdout.split()
     assert compiler == "False"
@@ -370,6 +397,7 @@ def test_auto_takes_what_the_machine_is_good_at(monkeypatch: pytest.MonkeyPatch)
     [
         ({"dtype": "int8"}, "unknown dtype 'int8'; choose from auto, float32"),
         ({"engine": "onnx"}, "unknown engine 'onnx'"),
+        ({"load_format": "pt"}, "unknown load format 'pt'; choose from auto, dummy"),
     ],
 )
 def test_options_that_are_not_there(folder: Path, options: dict[str, str], message: str) -> None:

@@ -1,0 +1,129 @@
+"""What a step asks of one canvas, in the form in which it travels to vLLM's workers inside a pooling request.
+
+Numbers travel as bytes: a list of a few hundred of them would take msgpack longer than the model takes for a step.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from samplers.prediction import Bonus, Prediction, Statistic, TokenChoice, Wanted
+
+TASK = "token_classify"
+"""vLLM's pooling task that gives numbers for single positions."""
+
+INSTRUCTION = "unmask"
+"""Where among a pooling request's keyword arguments the packed instruction is."""
+
+Packed = dict[str, Any]
+"""Of bytes, strings, numbers, lists and dicts only."""
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """What to say about one canvas.
+
+    Attributes:
+        position: int64 [n], where on the canvas.
+        wanted: what of each of these positions.
+    """
+
+    position: Tensor
+    wanted: Wanted
+
+    @property
+    def columns(self) -> int:
+        """Numbers in the answer for each position, see `Prediction.table`."""
+        return self.wanted.columns
+
+    def pack(self) -> Packed:
+        """As plain data; what is absent or empty is left out."""
+        wanted = self.wanted
+        packed: Packed = {"position": _pack(self.position, torch.int32)}
+        if wanted.statistics:
+            packed["statistics"] = sorted(wanted.statistics)
+        if wanted.only:
+            packed["only"] = {name: _pack(rows, torch.bool) for name, rows in wanted.only.items()}
+        if wanted.choices is not None:
+            # All positions of a generation share one choice, so that this is nearly always a single entry.
+            packed["choices"] = [
+                [choice.temperature, choice.top_p, choice.top_k, len(list(run))]
+                for choice, run in groupby(wanted.choices)
+            ]
+        if wanted.uniform is not None:
+            packed["uniform"] = _pack(wanted.uniform, torch.float64)
+        if wanted.top:
+            packed["top"] = wanted.top
+        if wanted.named is not None:
+            packed["named"] = [wanted.named.shape[1], _pack(wanted.named, torch.int32)]
+        if wanted.bonus is not None:
+            packed["bonus"] = [
+                _pack(wanted.bonus.index, torch.int32),
+                _pack(wanted.bonus.token, torch.int32),
+                _pack(wanted.bonus.value, torch.float32),
+            ]
+        return packed
+
+    @classmethod
+    def unpack(cls, packed: Packed) -> "Instruction":
+        """The opposite of `pack`."""
+        position = _unpack(packed["position"], torch.int32).long()
+        choices = named = bonus = None
+        if "choices" in packed:
+            choices = [
+                TokenChoice(temperature, top_p, top_k)
+                for temperature, top_p, top_k, count in packed["choices"]
+                for _ in range(count)
+            ]
+        if "named" in packed:
+            width, tokens = packed["named"]
+            named = _unpack(tokens, torch.int32).long().view(-1, width)
+        if "bonus" in packed:
+            index, token, value = packed["bonus"]
+            bonus = Bonus(
+                _unpack(index, torch.int32).long(), _unpack(token, torch.int32).long(), _unpack(value, torch.float32)
+            )
+        wanted = Wanted(
+            statistics=frozenset(Statistic(name) for name in packed.get("statistics", ())),
+            only={name: _unpack(rows, torch.bool) for name, rows in packed.get("only", {}).items()},
+            choices=choices,
+            uniform=_unpack(packed["uniform"], torch.float64) if "uniform" in packed else None,
+            top=packed.get("top", 0),
+            named=named,
+            bonus=bonus,
+        )
+        return cls(position, wanted)
+
+
+def together(asked: Sequence[Instruction]) -> Wanted:
+    """What to say of all the positions of several, one after the other."""
+    return Wanted.join([each.wanted for each in asked], [len(each.position) for each in asked])
+
+
+def answers(asked: Sequence[Instruction], prediction: Prediction) -> list[Tensor]:
+    """What was said `together`, cut into an answer for each: float32 [n, columns]."""
+    found, first = [], 0
+    for each in asked:
+        stop = first + len(each.position)
+        found.append(prediction.part(first, stop).table(each.wanted))
+        first = stop
+    return found
+
+
+def read(answer: Tensor, wanted: Wanted) -> Prediction:
+    """An answer as a prediction of what was wanted."""
+    named = None if wanted.named is None else wanted.named.shape[1]
+    return Prediction.of_table(answer, wanted.statistics, wanted.top or None, named)
+
+
+def _pack(values: Tensor, dtype: torch.dtype) -> bytes:
+    return values.to(dtype).numpy().tobytes()
+
+
+def _unpack(data: bytes, dtype: torch.dtype) -> Tensor:
+    # A bytearray, because a tensor over bytes would be one that must not be written to.
+    return torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
