@@ -161,7 +161,7 @@ class Block(nn.Module):
         return out
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.view(*x.shape[:-1], self.n_heads, -1)
+        return x.view(*x.shape[:-1], self.n_heads, x.shape[-1] // self.n_heads)
 
 
 class Transformer(nn.Module):

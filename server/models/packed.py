@@ -157,7 +157,7 @@ class Packed:
 
 def _heads_first(x: Tensor, rows: int) -> Tensor:
     """[rows * length, heads, head_dim] to [rows, heads, length, head_dim]."""
-    return x.view(rows, -1, *x.shape[1:]).transpose(1, 2)
+    return x.view(rows, len(x) // rows, *x.shape[1:]).transpose(1, 2)  # there may be no token
 
 
 def _runs(rows: Sequence[Row], queries: Sequence[int], position: Tensor) -> list[_Run]:
