@@ -13,7 +13,7 @@ from policies.specs import SamplerSpec
 from policies.statistics import wilson
 from policies.subject import Subject
 from policies.tasks import Problem, Task
-from samplers import Canvas, Layout, Sampler, get_sampler
+from samplers import CacheMode, Canvas, Layout, Sampler, get_sampler
 from samplers.denoising import Denoising, Predict, advance, ask
 from samplers.policy import Policy
 
@@ -48,6 +48,7 @@ class Trial:
     seed: int = 0
     fill_after_end: bool = True
     chat: bool = False
+    cache: CacheMode = CacheMode.NONE
 
     def __post_init__(self) -> None:
         if self.sampler.name not in (Oracle.name, Policy.name):
@@ -66,6 +67,7 @@ class Trial:
             "seed": self.seed,
             "fill_after_end": self.fill_after_end,
             "chat": self.chat,
+            "cache": self.cache,
         }
 
 
@@ -91,13 +93,17 @@ class Row(BaseModel):
     tpf: float
     seconds: float
     chat: bool = False
+    cache: CacheMode = CacheMode.NONE
 
     def settings(self) -> dict[str, Any]:
         """See `Trial.settings`."""
         return self.model_dump(include=set(_SETTINGS))
 
 
-_SETTINGS = ("task", "sampler", "params", "block_length", "gen_length", "count", "seed", "fill_after_end", "chat")
+_SETTINGS = (
+    *("task", "sampler", "params", "block_length", "gen_length", "count", "seed"),
+    *("fill_after_end", "chat", "cache"),
+)
 
 
 def registered(spec: SamplerSpec) -> Sampler:
@@ -172,6 +178,7 @@ def _start(
                 seed=trial.seed + i,
                 end_ids=subject.end_ids,
                 fill_after_end=trial.fill_after_end,
+                cache=trial.cache,
             ),
         )
 

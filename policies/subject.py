@@ -18,7 +18,7 @@ class Subject:
     predict: Predict
     encode: Callable[[str], list[int]]
     decode: Callable[[list[int]], str]
-    mask_id: int
+    mask_id: int | None
     end_ids: frozenset[int]
     max_length: int
     template: Callable[[str], str] = str

@@ -10,8 +10,8 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from samplers.canvas import Layout
-from samplers.prediction import Statistic
+from samplers.canvas import Layout, Scheme
+from samplers.prediction import Statistic, TokenChoice
 from samplers.randomness import POSITIONS, uniform
 
 
@@ -98,6 +98,7 @@ class Selection:
         remask: bool [rows, width], committed positions that are masked again; likewise.
         done: bool [rows], whether the block is finished; likewise. No mask may be left then.
         states: what the sampler keeps of each row from now on; None: what it kept before.
+        draft: int64 [rows, width], what candidates hold from now on that are not committed; for samplers that draft.
     """
 
     commit: Tensor
@@ -108,6 +109,7 @@ class Selection:
     remask: Tensor | None = None
     done: Tensor | None = None
     states: Sequence[Any] | None = None
+    draft: Tensor | None = None
 
 
 def best(score: Tensor, candidate: Tensor, count: Tensor) -> Tensor:
@@ -134,6 +136,8 @@ class Sampler(ABC):
         revises: whether it may change what is committed in the active block. It is told of every position of the block,
             and says itself when the block is done.
         greedy: whether it chooses tokens itself, so that a temperature has no meaning.
+        drafts: whether it is for models without a mask token: it writes a new draft of its candidates each step, and
+            commits when it is content with one. Such models need one that does, others one that does not.
     """
 
     name: ClassVar[str]
@@ -143,6 +147,7 @@ class Sampler(ABC):
     region: bool = False
     revises: bool = False
     greedy: bool = False
+    drafts: bool = False
     Params: ClassVar[type[SamplerParams]] = SamplerParams
 
     @abstractmethod
@@ -169,6 +174,22 @@ class Sampler(ABC):
     def post_steps(self, params: SamplerParams) -> int:
         """For one that revises: most forwards of a block beyond two a position."""
         return 0
+
+    def draft_steps(self, params: SamplerParams) -> int:
+        """For one that drafts: most forwards of a block; the last one commits all."""
+        raise NotImplementedError
+
+    def choice(self, params: SamplerParams, block_step: int) -> TokenChoice | None:
+        """How tokens are chosen in a block's step, where the sampler says so and not the request."""
+        return None
+
+    def misfit(self, scheme: Scheme) -> str | None:
+        """Why it cannot denoise what is read by this scheme; None if it can."""
+        if self.drafts == (scheme.noise is not None):
+            return None
+        if self.drafts:
+            return f"sampler {self.name} is for models without a mask token, and this one has one"
+        return f"sampler {self.name} commits masked positions, and this model has no mask token"
 
     def check(self, params: SamplerParams, layout: Layout) -> None:
         """Raise ParameterError if the parameters do not fit this canvas."""

@@ -15,11 +15,22 @@ class Scheme:
             seen by an earlier one; within a block all see all. None: everything sees everything.
         fixed: whether that length is the model's alone. If not, it is always that of the blocks denoised together.
         shifted: whether the output at a position is about the next position. The first then stands for itself.
+        noise: of a model without a mask token, how many tokens there are: positions that are not settled hold any of
+            them at random, and are all drafted anew each step until the whole block is settled. Such a model reads all
+            before the block causally, token by token. None: positions that are not settled hold the mask token.
+        drafted: length of the blocks of such a model unless somebody says otherwise.
     """
 
     causal_block: int | None = None
     fixed: bool = False
     shifted: bool = False
+    noise: int | None = None
+    drafted: int | None = None
+
+    @property
+    def causal(self) -> bool:
+        """Whether no block sees what comes after it."""
+        return self.causal_block is not None or self.noise is not None
 
     def with_blocks(self, block_length: int | None) -> "Scheme":
         """As it is for canvases of this block length. Raises ValueError if the model cannot have it."""
@@ -84,6 +95,10 @@ class Layout:
         """The block of a position of the generation region."""
         return (position + self._shared) // self.block_length
 
+    def block_place(self, block: int) -> int:
+        """First position of a block on the canvas; the prompt may hold it."""
+        return self.prompt_length - self._shared + block * self.block_length
+
     def block_start(self, block: int) -> int:
         """First position of a block, relative to the generation region."""
         return max(0, block * self.block_length - self._shared)
@@ -103,8 +118,9 @@ class Canvas:
 
     Attributes:
         layout: where things are.
-        tokens: int64 [length]; masked positions hold the model's mask token.
-        masked: bool [gen_length], relative to the generation region. A mask token in the prompt is just a token.
+        tokens: int64 [length]; masked positions hold the model's mask token, or a draft if it has none.
+        masked: bool [gen_length], what is not settled, relative to the generation region. A mask token in the prompt is
+            just a token.
     """
 
     layout: Layout
@@ -116,23 +132,25 @@ class Canvas:
         cls,
         prompt: list[int],
         gen_length: int,
-        mask_id: int,
+        mask_id: int | None,
         block_length: int | None = None,
         suffix: list[int] | None = None,
         scheme: Scheme = BIDIRECTIONAL,
     ) -> "Canvas":
         """A canvas whose whole generation region is masked.
 
-        No `block_length` means full diffusion; with a block-causal model, that model's blocks.
+        No `block_length` means full diffusion; with a causal model, that model's blocks. A model without a mask
+        token has None for a `mask_id`: what its blocks begin with is drawn when their turn comes.
         """
         suffix = suffix or []
         scheme = scheme.with_blocks(block_length)
         if scheme.causal_block is None:
-            length = min(block_length or gen_length, gen_length)
+            length = min(block_length or scheme.drafted or gen_length, gen_length)
         else:
             length = block_length or scheme.causal_block
         layout = Layout(len(prompt), gen_length, length, len(suffix), scheme)
-        tokens = torch.tensor([*prompt, *[mask_id] * gen_length, *suffix], dtype=torch.int64)
+        filler = 0 if mask_id is None else mask_id
+        tokens = torch.tensor([*prompt, *[filler] * gen_length, *suffix], dtype=torch.int64)
         return cls(layout, tokens, torch.ones(gen_length, dtype=torch.bool))
 
     @property

@@ -54,6 +54,8 @@ class Outcome:
         positions, tokens, confidences: what was committed; `replaced` are those of them that had another token before.
         filled: what became padding.
         remasked: what was masked again.
+        draft: where a sampler drafts, what it would commit by now at each candidate that stays one, in order; none of
+            these is settled, and the canvas holds them in part.
     """
 
     positions: list[int] = field(default_factory=list)
@@ -62,6 +64,7 @@ class Outcome:
     filled: list[int] = field(default_factory=list)
     replaced: list[int] = field(default_factory=list)
     remasked: list[int] = field(default_factory=list)
+    draft: list[int] = field(default_factory=list)
     error: SamplerError | None = None
 
 
@@ -76,8 +79,9 @@ def ask(rows: Sequence[Denoising]) -> Query:
     starts = torch.tensor([row.canvas.layout.prompt_length for row in rows])
     relative = torch.cat(found)
     choices = numbers = None
-    if any(row.choice != GREEDY for row in rows):
-        choices = [rows[i].choice for i in index.tolist()]
+    each = [row.token_choice for row in rows]
+    if any(choice != GREEDY for choice in each):
+        choices = [each[i] for i in index.tolist()]
         seeds = torch.tensor([row.seed for row in rows])[index]
         forwards = torch.tensor([row.forwards for row in rows])[index]
         numbers = uniform(seeds, forwards, relative, TOKENS)
@@ -190,6 +194,10 @@ def _checked(sampler: Sampler, step: Step) -> Selection:
         return _checked_revision(selection, step)
     if not (selection.replace is selection.remask is selection.done is None):
         raise SamplerError("this sampler does not say that it revises")
+    if sampler.drafts:
+        return _checked_draft(selection, step)
+    if selection.draft is not None:
+        raise SamplerError("this sampler does not say that it drafts")
     if selection.waits:
         return selection
     return replace(selection, commit=_at_least_one(commit, step))
@@ -198,6 +206,17 @@ def _checked(sampler: Sampler, step: Step) -> Selection:
 def _at_least_one(commit: Tensor, step: Step) -> Tensor:
     none = ~commit.any(dim=1, keepdim=True)
     return commit | (best(step.confidence, step.candidate, torch.ones_like(step.forward)) & none)
+
+
+def _checked_draft(selection: Selection, step: Step) -> Selection:
+    """A draft of the candidates is there, and of tokens that there are."""
+    draft = selection.draft
+    if draft is None or draft.dtype != torch.int64 or draft.shape != step.candidate.shape:
+        raise SamplerError("a sampler that drafts must say what the candidates hold, as token ids of their shape")
+    sizes = torch.tensor([layout.scheme.noise or 0 for layout in step.layouts])[:, None]
+    if bool((((draft < 0) | (draft >= sizes)) & step.candidate).any()):
+        raise SamplerError("a token that does not exist was drafted")
+    return selection
 
 
 def _checked_revision(selection: Selection, step: Step) -> Selection:
@@ -222,9 +241,15 @@ def _commit(row: Denoising, step: Step, i: int, selection: Selection) -> Outcome
     if selection.states is not None:
         row.state = selection.states
     if not row.sampler.revises:
+        if selection.draft is not None:
+            row.draft(selection.draft)
+            selection = replace(selection, commit=step.candidate[i]) if row.last_chance else selection
         positions = selection.commit.nonzero()[:, 0]
+        said = token[step.candidate[i] & ~selection.commit].tolist() if row.sampler.drafts else []
         filled = row.commit(positions, token[positions])
-        return Outcome(positions.tolist(), token[positions].tolist(), confidence[positions].tolist(), filled)
+        return Outcome(
+            positions.tolist(), token[positions].tolist(), confidence[positions].tolist(), filled, draft=said
+        )
     commit, changed, remask, done = selection.commit, selection.replace, selection.remask, selection.done
     assert changed is not None and remask is not None and done is not None
     if row.last_chance:

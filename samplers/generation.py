@@ -10,6 +10,7 @@ from samplers.base import ParameterError, Sampler, SamplerParams
 from samplers.cache import Cache, CacheMode, Feed
 from samplers.canvas import Canvas
 from samplers.prediction import TokenChoice
+from samplers.randomness import NOISE, uniform
 
 GREEDY = TokenChoice()
 
@@ -59,6 +60,8 @@ class Denoising:
     """Position of the first committed end-of-text in the generation region."""
 
     def __post_init__(self) -> None:
+        if misfit := self.sampler.misfit(self.canvas.layout.scheme):
+            raise ParameterError("sampler", misfit)
         self.sampler.check(self.params, self.canvas.layout)
         if self.sampler.greedy and self.choice.temperature > 0:
             raise ParameterError("sampler", f"sampler {self.sampler.name} chooses tokens itself; use temperature 0")
@@ -81,11 +84,24 @@ class Denoising:
         if self.block_masks == 0 or block != self.block:
             self.block, self.block_step = block, 0
             self.block_masks = len(self._candidates)
+            if layout.scheme.noise is not None:
+                self.canvas.generated[self._candidates] = self._noise(layout.scheme.noise)
         self._opens = self._opens_block()
         if self._opens:
             self._candidates = self._candidates[:1]
-        first_masked = bool(self.canvas.masked[layout.block_start(self.block)])
-        self._feed = self._cache.feed(layout, self.block, self.block_step, self._opens, first_masked)
+        self._feed = self._cache.feed(layout, self.block, self.block_step, self._opens, self._first_open())
+
+    def _first_open(self) -> bool:
+        """Whether the block's first position is masked, and is decided by the output at the position before it."""
+        layout = self.canvas.layout
+        start, place = layout.block_start(self.block), layout.block_place(self.block)
+        given = place < layout.prompt_length + start
+        return layout.scheme.shifted and place > 0 and not given and bool(self.canvas.masked[start])
+
+    def _noise(self, vocabulary: int) -> Tensor:
+        """What the candidates of a new block hold where there is no mask token."""
+        numbers = uniform(torch.tensor(self.seed), torch.tensor(self.forwards), self._candidates, NOISE)
+        return (numbers * vocabulary).long()
 
     def _opens_block(self) -> bool:
         """Whether the next forward decides the block's first position only.
@@ -93,12 +109,12 @@ class Denoising:
         Where outputs are about the next position, that one is decided by the position before it, which forwards that
         feed no more than the block do not compute (Fast-dLLM for Dream, and v2).
         """
-        layout, scheme = self.canvas.layout, self.canvas.layout.scheme
-        start = layout.block_start(self.block)
-        place = layout.prompt_length + start
-        if not scheme.shifted or self.block_step or place == 0 or not bool(self.canvas.masked[start]):
+        size = self.canvas.layout.scheme.causal_block
+        if self.block_step or not self._first_open():
             return False
-        return self.cache is not CacheMode.NONE if scheme.causal_block is None else place % scheme.causal_block == 0
+        if size is None:
+            return self.cache is not CacheMode.NONE
+        return self.canvas.layout.block_place(self.block) % size == 0
 
     @property
     def finished(self) -> bool:
@@ -121,25 +137,45 @@ class Denoising:
         return self._feed
 
     def asked(self, fed: Feed) -> Tensor:
-        """Positions that the sampler wants to be told of, of those that a forward computes."""
+        """Positions that the sampler wants to be told of, of those that a forward decides."""
         layout = self.canvas.layout
+        if self._opens or not (self.sampler.region or self.sampler.revises):
+            return self._candidates
+        first, stop = layout.block_start(self.block), layout.block_stop(self.block)
+        lowest = max(fed.start, self._model_block)
         if self.sampler.region:
-            first = max(0, fed.start - layout.prompt_length)
-            stop = fed.stop + (self._opens and fed.stop < layout.length)
-            return torch.arange(first, min(layout.gen_length, stop - layout.prompt_length))
-        if self.sampler.revises and not self._opens:
-            return torch.arange(layout.block_start(self.block), layout.block_stop(self.block))
-        return self._candidates
+            first, stop = max(0, lowest - layout.prompt_length), min(layout.gen_length, fed.stop - layout.prompt_length)
+        if layout.scheme.shifted and layout.prompt_length + first == lowest > 0:
+            first += 1  # what the output before it says is not computed, or another block's to say
+        return torch.arange(first, stop)
+
+    @property
+    def _model_block(self) -> int:
+        """Place of the first of those positions that the active block sees, and that see it; all of them is 0."""
+        layout = self.canvas.layout
+        size = layout.scheme.causal_block
+        return 0 if size is None else layout.block_place(self.block) // size * size
+
+    @property
+    def token_choice(self) -> TokenChoice:
+        """How the next forward chooses tokens."""
+        return self.sampler.choice(self.params, self.block_step) or self.choice
 
     @property
     def last_chance(self) -> bool:
-        """Whether a block that is revised has had all the forwards it may have, but for the next."""
+        """Whether a block that is revised or drafted has had all the forwards it may have, but for the next."""
+        if self.sampler.drafts:
+            return self.block_step + 1 >= self.sampler.draft_steps(self.params)
         bound = 2 * self.canvas.layout.block_size(self.block) + self.sampler.post_steps(self.params)
         return self.sampler.revises and self.block_step + 1 >= bound
 
     def candidates(self) -> Tensor:
         """Masked positions of the active block, relative to the generation region."""
         return self._candidates
+
+    def draft(self, tokens: Tensor) -> None:
+        """Write tokens [gen_length or more] where the candidates are, which stay candidates."""
+        self.canvas.generated[self._candidates] = tokens[self._candidates]
 
     def commit(self, positions: Tensor, tokens: Tensor) -> list[int]:
         """Fix positions to tokens; returns the positions after an end-of-text that this settles as padding."""

@@ -12,7 +12,8 @@ class Statistic(StrEnum):
     """A number per candidate that a sampler can ask for. Token and confidence are always computed.
 
     Entropy is in nats; margin is the difference of the two largest probabilities. Those of `chosen_` are of the
-    distribution that the token is chosen from, after temperature, top-k and top-p, as is `chosen_confidence`.
+    distribution that the token is chosen from, after temperature, top-k and top-p, as is `chosen_confidence`. The
+    likeliest token is a number too, for those who draw tokens and still want to know.
     """
 
     ENTROPY = "entropy"
@@ -20,6 +21,7 @@ class Statistic(StrEnum):
     CHOSEN_CONFIDENCE = "chosen_confidence"
     CHOSEN_ENTROPY = "chosen_entropy"
     CHOSEN_MARGIN = "chosen_margin"
+    LIKELIEST = "likeliest"
 
 
 CHOSEN = frozenset({Statistic.CHOSEN_CONFIDENCE, Statistic.CHOSEN_ENTROPY, Statistic.CHOSEN_MARGIN})

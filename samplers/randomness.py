@@ -9,8 +9,9 @@ from torch import Tensor
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed integer
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
-TOKENS, POSITIONS, FIRST, LATER = 1, 2, 3, 4
-"""Streams: numbers that choose tokens, that choose positions, that order positions (the first, and those after it)."""
+TOKENS, POSITIONS, FIRST, LATER, NOISE = 1, 2, 3, 4, 5
+"""Streams: numbers that choose tokens, that choose positions, that order positions (the first, and those after it), and
+that a block without a mask token begins with."""
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:

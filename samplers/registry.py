@@ -5,6 +5,7 @@ from importlib.metadata import entry_points
 
 from samplers.base import Sampler
 from samplers.credit import Credit
+from samplers.diffusion_gemma import DiffusionGemma
 from samplers.dream import Dream
 from samplers.edit import Edit
 from samplers.entropy import Entropy
@@ -32,6 +33,7 @@ _OURS: tuple[type[Sampler], ...] = (
     HierarchyRemask,
     Credit,
     Edit,
+    DiffusionGemma,
     Policy,
 )
 

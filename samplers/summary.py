@@ -11,19 +11,20 @@ PART = 1 << 20
 """Logits worked on at a time: what is written in one pass is still in the cache in the next."""
 
 
-def summarise(logits: Tensor, mask_id: int, wanted: Wanted = NOTHING) -> Prediction:
+def summarise(logits: Tensor, mask_id: int | None, wanted: Wanted = NOTHING) -> Prediction:
     """Token, confidence and what else is wanted of each row of logits.
 
     Args:
         logits: [n, vocab] of any float type; computed on in float32.
-        mask_id: the token that is never chosen. Its probability still counts in the confidences of the others.
+        mask_id: the token that is never chosen, if there is one. Its probability still counts in the confidences of
+            the others.
     """
     size = max(1, PART // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
     starts = range(0, max(1, len(logits)), max(1, size))
     return Prediction.join([_part(logits[i : i + size], mask_id, wanted.part(i, i + size)) for i in starts])
 
 
-def _part(logits: Tensor, mask_id: int, wanted: Wanted) -> Prediction:
+def _part(logits: Tensor, mask_id: int | None, wanted: Wanted) -> Prediction:
     logits = logits.float()
     bonus = wanted.bonus
     if bonus is not None and len(bonus.index):
@@ -35,6 +36,8 @@ def _part(logits: Tensor, mask_id: int, wanted: Wanted) -> Prediction:
     total = relative.sum(dim=-1, keepdim=True)
     token = _likeliest(logits, mask_id)
     extra: dict[Statistic, Tensor] = {}
+    if Statistic.LIKELIEST in wanted.statistics:
+        extra[Statistic.LIKELIEST] = token.float()  # exact up to a vocabulary of 2 ** 24
     for name, (chosen_name, value) in _VALUES.items():
         if {name, chosen_name} & wanted.statistics:
             extra[name] = _of(_rows(wanted, name, chosen_name), logits, total, value)
@@ -55,8 +58,10 @@ def _part(logits: Tensor, mask_id: int, wanted: Wanted) -> Prediction:
     return Prediction(token, confidence, {name: extra[name] for name in wanted.statistics}, top, named)
 
 
-def _likeliest(logits: Tensor, mask_id: int) -> Tensor:
+def _likeliest(logits: Tensor, mask_id: int | None) -> Tensor:
     """Index of the largest logit of each row that is not the mask's, the lowest index among equals."""
+    if mask_id is None:
+        return _first_of_largest(logits)[1]
     vocabulary = logits.shape[-1]
     if not 0 < mask_id < vocabulary - 1:
         start = int(mask_id == 0)
@@ -124,7 +129,7 @@ def _of(rows: Tensor | None, logits: Tensor, total: Tensor, value: Value, width:
 
 
 def _choose(
-    logits: Tensor, token: Tensor, mask_id: int, wanted: Wanted
+    logits: Tensor, token: Tensor, mask_id: int | None, wanted: Wanted
 ) -> tuple[Tensor, dict[Statistic, tuple[Tensor, Tensor]]]:
     """Tokens, those of rows with a temperature drawn, and statistics of rows whose distribution is shaped."""
     greedy = TokenChoice()
@@ -136,7 +141,8 @@ def _choose(
         return token, {}
     rows = torch.tensor(shaped, device=logits.device)
     scores = logits[rows]
-    scores[:, mask_id] = -torch.inf
+    if mask_id is not None:
+        scores[:, mask_id] = -torch.inf
     p, order = choosable(scores, [choices[i] for i in shaped])
     drawn = [n for n, i in enumerate(shaped) if choices[i].temperature > 0]
     if drawn:
@@ -146,13 +152,14 @@ def _choose(
     if not shaping:
         return token, {}
     p = p / p.sum(dim=-1, keepdim=True)
-    two = p[:, :2]
-    found = {
-        Statistic.CHOSEN_CONFIDENCE: p.gather(1, (order == token[rows, None]).int().argmax(dim=-1, keepdim=True))[:, 0],
-        Statistic.CHOSEN_ENTROPY: torch.special.entr(p).sum(dim=-1),
-        Statistic.CHOSEN_MARGIN: two[:, 0] - two[:, 1],
+    found: dict[Statistic, Callable[[], Tensor]] = {
+        Statistic.CHOSEN_CONFIDENCE: lambda: p.gather(
+            1, (order == token[rows, None]).int().argmax(dim=-1, keepdim=True)
+        )[:, 0],
+        Statistic.CHOSEN_ENTROPY: lambda: torch.special.entr(p).sum(dim=-1),
+        Statistic.CHOSEN_MARGIN: lambda: -p.topk(2, dim=-1).values.diff(dim=-1)[:, 0],
     }
-    return token, {name: (rows, found[name]) for name in shaping}
+    return token, {name: (rows, found[name]()) for name in shaping}
 
 
 def choosable(scores: Tensor, choices: Iterable[TokenChoice]) -> tuple[Tensor, Tensor]:
@@ -163,17 +170,29 @@ def choosable(scores: Tensor, choices: Iterable[TokenChoice]) -> tuple[Tensor, T
         choices: one per row; a temperature of 0 counts as 1.
 
     Returns:
-        float64 [n, vocab], the likeliest first, and the tokens in that order.
+        float64 [n, vocab], and which token each is of: the likeliest first where there are filters, which need that;
+        in the tokens' own order where there are none, since sorting takes longer than all else.
     """
     choices = list(choices)
+    filtered = [i for i, choice in enumerate(choices) if choice.top_k > 0 or choice.top_p < 1]
+    if filtered and len(filtered) < len(choices):
+        p, order = choosable(scores, [TokenChoice(choice.temperature) for choice in choices])
+        rows = torch.tensor(filtered, device=scores.device)
+        order = order.clone()  # it was one row for all
+        p[rows], order[rows] = choosable(scores[rows], [choices[i] for i in filtered])
+        return p, order
 
     def column(values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=scores.dtype, device=scores.device)[:, None]
 
+    heat = column([c.temperature or 1.0 for c in choices])
+    if not filtered:
+        order = torch.arange(scores.shape[-1], device=scores.device).expand(scores.shape)
+        return (scores / heat).softmax(dim=-1, dtype=torch.float64), order
     top_k = column([c.top_k if c.top_k > 0 else scores.shape[-1] for c in choices])
     top_p = column([c.top_p for c in choices])
     ordered, order = scores.sort(dim=-1, descending=True, stable=True)
-    p = (ordered / column([c.temperature or 1.0 for c in choices])).softmax(dim=-1, dtype=torch.float64)
+    p = (ordered / heat).softmax(dim=-1, dtype=torch.float64)
     rank = torch.arange(scores.shape[-1], device=scores.device)
     p = p.masked_fill(rank >= top_k, 0.0)
     before = p.cumsum(dim=-1) - p
@@ -190,5 +209,6 @@ def draw_tokens(p: Tensor, order: Tensor, uniform: Tensor) -> Tensor:
     target = uniform.to(reach)[:, None] * reach[:, -1:]
     chosen = (reach <= target).sum(dim=-1, keepdim=True)
     # A target that rounds up to the whole mass would point past the last possible token.
-    chosen = chosen.minimum((p > 0).sum(dim=-1, keepdim=True) - 1).clamp(min=0)
+    place = torch.arange(p.shape[-1], device=p.device)
+    chosen = chosen.minimum(place.where(p > 0, 0).amax(dim=-1, keepdim=True))
     return order.gather(1, chosen)[:, 0]

@@ -22,7 +22,8 @@ def create_app(engine: Engine, text: TextCodec, metrics: Metrics, settings: Sett
 
     Raises RequestError for `sampler` or `sampler_params` if the settings' default sampler does not exist or fit.
     """
-    catalogue = Catalogue(metrics.model_name, default_rule(settings), engine.policies)
+    info = engine.info
+    catalogue = Catalogue(metrics.model_name, default_rule(settings, info), engine.policies, info.scheme)
     serving = Serving(engine, text, metrics, settings, catalogue)
     app = FastAPI(
         title="Unmask",

@@ -93,7 +93,11 @@ class Settings(BaseSettings):
         False, description="Compile the layers, for few static shapes; the first forward of each shape takes long."
     )
     max_queue: int = Field(256, ge=1, le=1_000_000, description="Generations that may wait; more are answered 429.")
-    sampler: str = Field("threshold", description="Sampler of requests that name none.", examples=["NAME"])
+    sampler: str | None = Field(
+        None,
+        description="Sampler of requests that name none. Default: threshold; without a mask token, the model's own.",
+        examples=["NAME"],
+    )
     sampler_params: Annotated[dict[str, Any], NoDecode, BeforeValidator(_json_object)] = Field(
         {}, description="Its parameters, where a request gives neither sampler nor parameters.", examples=["JSON"]
     )

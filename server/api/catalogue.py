@@ -6,22 +6,30 @@ from pydantic import ValidationError
 from pydantic_core import to_json
 
 from policies.store import PolicyStore, Stored, UnknownPolicyError
-from samplers import Sampler, SamplerParams, UnknownSamplerError, get_sampler, list_samplers
+from samplers import BIDIRECTIONAL, Sampler, SamplerParams, Scheme, UnknownSamplerError, get_sampler, list_samplers
 from samplers.policy import Policy, PolicyParams
 from server.api.bodies import request_error, show
 from server.api.errors import NotFoundError
 from server.api.requests import GenerationBody
-from server.engine import RequestError
+from server.engine import ModelInfo, RequestError
 from server.settings import Settings
 
 Rule = tuple[Sampler, SamplerParams]
 """What denoises a request."""
 
 
-def default_rule(settings: Settings) -> Rule:
-    """What the settings choose. Raises RequestError for `sampler` or `sampler_params`."""
-    sampler = _sampler(settings.sampler, "sampler")
+def default_rule(settings: Settings, info: ModelInfo) -> Rule:
+    """What requests get that choose nothing. Raises RequestError for `sampler` or `sampler_params`."""
+    sampler = _sampler(settings.sampler or info.sampler, "sampler")
+    if misfit := sampler.misfit(info.scheme):
+        raise RequestError("sampler", misfit)
     return sampler, validate_params(sampler, settings.sampler_params)
+
+
+def check_rule(settings: Settings) -> None:
+    """What can be said of the settings' sampler before there is a model. Raises RequestError as `default_rule` does."""
+    if settings.sampler is not None:
+        validate_params(_sampler(settings.sampler, "sampler"), settings.sampler_params)
 
 
 POLICY = "policy-"
@@ -35,17 +43,20 @@ class Catalogue:
         name: the served model.
         default: what requests get that choose neither sampler nor parameters.
         policies: the policies that are loaded, which may change at any time.
+        scheme: how the model reads a canvas.
     """
 
-    def __init__(self, name: str, default: Rule, policies: PolicyStore) -> None:
+    def __init__(self, name: str, default: Rule, policies: PolicyStore, scheme: Scheme = BIDIRECTIONAL) -> None:
         self.name = name
+        self.scheme = scheme
         self.policies = policies
         self._default = default
 
     def names(self) -> list[str]:
-        """The plain name, and the name with each sampler and each loaded policy."""
-        suffixes = [sampler.name for sampler in list_samplers()]
-        suffixes += [f"{POLICY}{stored.name}" for stored in self.policies.list()]
+        """The plain name, and the name with each sampler and each loaded policy that this model can do with."""
+        suffixes = [sampler.name for sampler in list_samplers() if not sampler.misfit(self.scheme)]
+        if not get_sampler(Policy.name).misfit(self.scheme):
+            suffixes += [f"{POLICY}{stored.name}" for stored in self.policies.list()]
         return [self.name, *(f"{self.name}:{suffix}" for suffix in suffixes)]
 
     def check_model(self, model: str | None) -> tuple[Sampler | None, str | None]:

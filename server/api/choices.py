@@ -138,6 +138,8 @@ class Choice:
             filled=event.filled,
             replaced=event.replaced,
             remasked=event.remasked,
+            draft=event.draft,
+            draft_texts=[self._codec.token(token) for token in event.draft],
         )
 
 

@@ -104,7 +104,7 @@ def _requests(serving: Serving, body: GenerationBody, rule: Rule, job: Job) -> t
     info = serving.engine.info
     sampler, params = rule
     block_length = body.block_length if "block_length" in body.model_fields_set else info.block_length
-    if info.scheme.causal_block is not None:
+    if info.scheme.causal:
         block_length = block_length or info.block_length
     ends = frozenset() if body.ignore_eos else info.end_ids
     number = body.n or 1

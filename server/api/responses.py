@@ -72,6 +72,12 @@ class ForwardPass(BaseModel):
         [], exclude_if=_empty, description="Those of the positions that had another token before."
     )
     remasked: list[int] = Field([], exclude_if=_empty, description="Positions that were masked again.")
+    draft: list[int] = Field(
+        [],
+        exclude_if=_empty,
+        description="Of a model without a mask token: what would be committed by now at the block's open positions.",
+    )
+    draft_texts: list[str] = Field([], exclude_if=_empty, description="Their texts.")
 
 
 class CompletionLogprobs(BaseModel):

@@ -13,7 +13,11 @@ from server.api.serving import Serving
 def add_routes(app: FastAPI, serving: Serving) -> None:
     def cards() -> dict[str, SamplerCard]:
         reasons = {} if serving.engine.policies.list() else {Policy.name: "no policy is loaded"}
-        return {sampler.name: _card(sampler, reasons.get(sampler.name)) for sampler in list_samplers()}
+        scheme = serving.engine.info.scheme
+        return {
+            sampler.name: _card(sampler, sampler.misfit(scheme) or reasons.get(sampler.name))
+            for sampler in list_samplers()
+        }
 
     @app.get("/v1/samplers", response_model=SamplerList, responses=ERRORS, tags=["catalogue"])
     async def samplers() -> Response:

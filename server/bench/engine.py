@@ -120,7 +120,7 @@ def _against_reference(
             subject.gen_length,
             subject.block_length,
             subject.steps,
-            subject.backend.info.mask_id,
+            subject.plain.config.mask_token_id,
         )
         return tokens / (time.perf_counter() - began)
 

@@ -1,5 +1,6 @@
 """`unmask evaluate`: accuracy against tokens per forward, as table, JSON, Markdown and picture."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -7,6 +8,7 @@ import typer
 
 from policies.tasks import UnknownTaskError, get_task, list_tasks
 from server.commands.options import (
+    Cache,
     Chat,
     Device,
     Dtype,
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from policies.evaluate import Trial
     from policies.store import PolicyStore
     from policies.subject import Subject
+    from server.engine.backend import ModelInfo
     from server.evaluation.results import Results
     from server.models.loading import LoadedModel
 
@@ -55,7 +58,11 @@ def evaluate(
     ] = None,
     block_length: Annotated[
         list[str] | None,
-        typer.Option("--block-length", help="Repeatable; full or 0 (full diffusion) is the default.", metavar="N"),
+        typer.Option(
+            "--block-length",
+            help="Repeatable; full or 0 (full diffusion) is the default, but for block-causal models, whose own it is.",
+            metavar="N",
+        ),
     ] = None,
     gen_length: Annotated[
         int | None, typer.Option("--gen-length", min=1, help="Generated positions; without it the task's own.")
@@ -63,6 +70,7 @@ def evaluate(
     count: Annotated[int, typer.Option("--count", min=1, help="Held-out problems of each task.")] = 100,
     seed: Annotated[int, typer.Option("--seed", min=0, max=2**31, help="Which problems, and random numbers.")] = 0,
     policy: Policies = None,
+    cache: Cache = None,
     fill_after_end: FillAfterEnd = True,
     chat: Chat = False,
     json_file: Annotated[
@@ -93,6 +101,7 @@ def evaluate(
     named = split_policies(policy)
     use_threads(threads)
     loaded = open_model(model, device, dtype)
+    trials = [_for_model(trial, loaded.backend.info, cache) for trial in trials]
     policies = open_policies(named, model, loaded)
     results = _open_results(json_file, model, loaded)
     _measure(trials, subject_of(loaded, chat), policies, results, json_file, batch)
@@ -140,6 +149,20 @@ def _trials(
     except (UnknownSamplerError, ValueError) as error:
         wrong("--sampler", error)
     return trials
+
+
+def _for_model(trial: "Trial", info: "ModelInfo", cache: str | None) -> "Trial":
+    """The trial with what the model decides where nothing was said; wrong use ends the command."""
+    from samplers import CacheMode
+
+    block_length = trial.block_length
+    if info.scheme.causal_block is not None:
+        block_length = block_length or info.block_length
+    try:
+        info.scheme.with_blocks(block_length)
+    except ValueError as error:
+        wrong("--block-length", error)
+    return replace(trial, block_length=block_length, cache=CacheMode(cache or info.cache))
 
 
 def _open_results(path: Path | None, model: str | None, loaded: "LoadedModel") -> "Results":

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from server.commands.options import (
+    Cache,
     Chat,
     Device,
     Dtype,
@@ -40,7 +41,9 @@ def register(app: typer.Typer) -> None:
 def generate(
     prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
     model: Model = None,
-    sampler: Annotated[str, typer.Option("--sampler", help="See `unmask samplers`.")] = "threshold",
+    sampler: Annotated[
+        str | None, typer.Option("--sampler", help="See `unmask samplers`. Default: threshold, or the model's own.")
+    ] = None,
     sampler_params: Annotated[
         str, typer.Option("--sampler-params", help="The sampler's parameters.", metavar="JSON")
     ] = "{}",
@@ -54,6 +57,7 @@ def generate(
     top_k: Annotated[int, typer.Option("--top-k", min=0, help="Draw from this many likeliest; 0: all.")] = 0,
     seed: Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="The generation's random stream.")] = 0,
     policy: Policies = None,
+    cache: Cache = None,
     fill_after_end: FillAfterEnd = True,
     chat: Chat = False,
     watch: Annotated[bool, typer.Option("--watch", help="Show the canvas settle, on standard error.")] = False,
@@ -64,21 +68,23 @@ def generate(
 ) -> None:
     """Complete a prompt: the text on standard output, what it took on standard error."""
     block = parse_block_length(block_length) if block_length is not None else None
-    spec = _spec(sampler, sampler_params)
+    spec = None if sampler is None else _spec(sampler, sampler_params)
     named = split_policies(policy)
     if top_p == 0:
         wrong("--top-p", "must be above 0")
     from policies.store import UnknownPolicyError
-    from samplers import Canvas, ParameterError, TokenChoice
+    from samplers import CacheMode, Canvas, ParameterError, TokenChoice
     from samplers.denoising import Denoising
 
     use_threads(threads)
     loaded = open_model(model, device, dtype)
     info, text = loaded.backend.info, loaded.text
+    spec = spec or _spec(info.sampler, sampler_params)
     ids = text.encode(_prompt_text(prompt, chat, text))
     if len(ids) + max_tokens > info.max_length:
         wrong("--max-tokens", f"{max_tokens} and a prompt of {len(ids)} tokens exceed the model's {info.max_length}")
-    block = block if block_length is not None else info.block_length
+    if block_length is None or info.scheme.causal_block is not None:
+        block = block or info.block_length
     try:
         canvas = Canvas.blank(ids, max_tokens, info.mask_id, block, scheme=info.scheme)
     except ValueError as error:
@@ -87,9 +93,10 @@ def generate(
     policies = open_policies(named, model, loaded)
     try:
         rule = policies.sampler(spec.name, spec.params)
-        row = Denoising(canvas, rule, spec.params, choice, seed, info.end_ids, fill_after_end)
+        mode = CacheMode(cache or info.cache)
+        row = Denoising(canvas, rule, spec.params, choice, seed, info.end_ids, fill_after_end, mode)
     except (ParameterError, UnknownPolicyError) as error:
-        wrong("--sampler-params", error)
+        wrong("--sampler" if getattr(error, "field", None) == "sampler" else "--sampler-params", error)
     if watch and sys.stderr.isatty():
         seconds = _watch(row, loaded.backend.predict, text.token, pause)
     else:

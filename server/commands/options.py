@@ -3,7 +3,7 @@
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -35,6 +35,14 @@ Chat = Annotated[
 Policies = Annotated[
     list[str] | None,
     typer.Option("--policy", help="A trained policy, for --sampler policy (repeatable).", metavar="NAME=DIR"),
+]
+Cache = Annotated[
+    Literal["none", "prefix", "dual"] | None,
+    typer.Option(
+        "--cache",
+        help="What is kept of a block's first forward: nothing; all before the block; all but the block. Default: what "
+        "is exact, prefix for a block-causal model and none for others.",
+    ),
 ]
 Threads = Annotated[
     int | None, typer.Option("--threads", min=1, help="Processor threads; without it as many as torch likes.")

@@ -36,7 +36,7 @@ def serve(**flags: Any) -> None:
     config: Path | None = flags.pop("config")
     settings = _settings({name: value for name, value in flags.items() if value not in (None, [])}, config)
 
-    from server.api.catalogue import default_rule
+    from server.api.catalogue import check_rule
     from server.engine import RequestError
     from server.lifecycle import listen
     from server.logging import configure_logging
@@ -45,7 +45,7 @@ def serve(**flags: Any) -> None:
     os.environ["UNMASK_LOG_FORMAT"] = settings.log_format  # processes that an engine starts log alike
     _check_engine(settings)
     try:
-        default_rule(settings)
+        check_rule(settings)
     except RequestError as error:
         wrong(flag(error.field.partition(".")[0]), error)
     try:

@@ -23,7 +23,7 @@ def printable(token: str) -> str:
 
 
 class CanvasView:
-    """The generation region of one generation: tokens coloured by confidence, the newest reversed, masks dim.
+    """The generation region of one generation: tokens coloured by confidence, the newest reversed, what is open dim.
 
     Args:
         row: the generation; read at each rendering.
@@ -35,19 +35,23 @@ class CanvasView:
         self._token = token
         self._confidence: dict[int, float] = {}
         self._newest: set[int] = set()
+        self._draft: list[int] = []
 
     def show(self, outcome: Outcome) -> None:
         """Take in what one step did."""
         self._confidence |= dict(zip(outcome.positions, outcome.confidences, strict=True))
         self._newest = set(outcome.positions)
+        self._draft = outcome.draft
 
     def text(self) -> Text:
         """The region as styled text; settled padding after the end is left out."""
         text = Text()
+        drafted = iter(self._draft)
         masked, tokens = self._row.canvas.masked.tolist(), self._row.canvas.generated.tolist()
         for position, (hidden, token) in enumerate(zip(masked, tokens, strict=True)):
             if hidden:
-                text.append(MASK, style="dim")
+                draft = next(drafted, None)
+                text.append(MASK if draft is None else printable(self._token(draft)), style="dim")
             elif position == self._row.end:
                 text.append(END, style="bold")
             elif self._row.end is None or position < self._row.end:

@@ -16,7 +16,7 @@ class ModelInfo:
         architecture: class name in the checkpoint's `architectures`.
         max_length: longest canvas, in tokens.
         vocab_size: rows of the head.
-        mask_id, end_ids: special tokens.
+        mask_id, end_ids: special tokens; a model without a mask token has None.
         block_length: the family's default; None is full diffusion.
         device, dtype: where and how it computes.
         parameters: number of weights.
@@ -27,7 +27,7 @@ class ModelInfo:
     architecture: str
     max_length: int
     vocab_size: int
-    mask_id: int
+    mask_id: int | None
     end_ids: frozenset[int]
     block_length: int | None
     device: str
@@ -39,7 +39,12 @@ class ModelInfo:
     @property
     def cache(self) -> CacheMode:
         """What is kept between forwards unless somebody chooses: all that can be kept exactly."""
-        return CacheMode.NONE if self.scheme.causal_block is None else CacheMode.PREFIX
+        return CacheMode.PREFIX if self.scheme.causal else CacheMode.NONE
+
+    @property
+    def sampler(self) -> str:
+        """What denoises unless somebody chooses."""
+        return "threshold" if self.scheme.noise is None else "diffusion_gemma"
 
 
 class BackendDeadError(Exception):

@@ -88,7 +88,7 @@ class Engine:
         if request.cache not in self.info.caches:
             modes = ", ".join(mode for mode in CacheMode if mode in self.info.caches)
             raise RequestError("cache", f"this server's engine has no {request.cache} cache; choose from {modes}")
-        if request.suffix and self.info.scheme.causal_block is not None:
+        if request.suffix and self.info.scheme.causal:
             raise RequestError("suffix", "this model cannot see what comes after the text that it writes")
         try:
             canvas = Canvas.blank(
@@ -103,6 +103,8 @@ class Engine:
             raise RequestError("block_length", str(error)) from None
         try:
             sampler = self.policies.sampler(request.sampler, request.params)
+            if misfit := sampler.misfit(self.info.scheme):
+                raise RequestError("sampler", misfit)
             if sampler.greedy and request.choice.temperature > 0:
                 raise RequestError("temperature", f"sampler {sampler.name} chooses tokens itself; use temperature 0")
             return Denoising(
@@ -290,6 +292,7 @@ class Engine:
                 known[before:],
                 outcome.replaced,
                 outcome.remasked,
+                outcome.draft,
             )
         )
         if row.finished:

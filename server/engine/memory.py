@@ -39,9 +39,9 @@ class MemoryBound:
 def bound_memory(backend: TorchBackend, limits: Limits) -> MemoryBound:
     """Run the largest forward that the limits allow, and add up. Raises TooLittleMemoryError if it does not fit."""
     size: int = getattr(torch, backend.info.dtype).itemsize
-    layers, heads, width = backend.network.cache_shape
+    per_token = sum(2 * heads * width for heads, width in backend.network.cache_shapes)
     longest = min(backend.info.max_length, limits.tokens)
-    cache = limits.rows * longest * layers * 2 * heads * width * size
+    cache = limits.rows * longest * per_token * size
     available = available_memory(backend.device)
     embedding = next(module for module in backend.network.modules() if isinstance(module, nn.Embedding))
     least = limits.tokens * embedding.embedding_dim * size * 8  # never less: states, their norm, queries, keys, values
@@ -55,15 +55,14 @@ def bound_memory(backend: TorchBackend, limits: Limits) -> MemoryBound:
 
 def _largest_forward(backend: TorchBackend, limits: Limits, longest: int) -> int:
     """Peak bytes of forwards over few long and many short canvases without a token of text, measured."""
-    sampler = get_sampler("topk")
+    sampler, scheme = get_sampler(backend.info.sampler), backend.info.scheme
     shapes = [
         (max(1, min(limits.rows, limits.tokens // length)), length) for length in (longest, _share(limits, longest))
     ]
     with peak_memory(backend.device) as peak:
         for count, length in shapes:
-            canvases = [
-                Canvas.blank([], length, backend.info.mask_id, scheme=backend.info.scheme) for _ in range(count)
-            ]
+            block = None if scheme.noise is None else length  # what is drafted may be all that there is
+            canvases = [Canvas.blank([], length, backend.info.mask_id, block, scheme=scheme) for _ in range(count)]
             backend.predict(ask([Denoising(canvas, sampler, sampler.Params()) for canvas in canvases]))
     give_back_freed_memory(backend.device)
     return int(peak.grown * HOLES) if backend.device.type == "cpu" else peak.grown

@@ -60,6 +60,7 @@ class Committed:
         replaced: those of the positions that had another token before.
         remasked: positions that were masked again.
         settled: length of the prefix that can no longer change, end-of-text included, padding not.
+        draft: where a sampler drafts, what it would commit by now at each open position of the block, in order.
         text_tokens: the settled tokens that became known with this pass, end-of-text not included.
     """
 
@@ -72,6 +73,7 @@ class Committed:
     text_tokens: list[int]
     replaced: list[int] = field(default_factory=list)
     remasked: list[int] = field(default_factory=list)
+    draft: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

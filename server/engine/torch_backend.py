@@ -6,7 +6,7 @@ from torch import Tensor
 
 from samplers.cache import Memory
 from samplers.denoising import Query
-from samplers.prediction import Prediction
+from samplers.prediction import Prediction, Wanted
 from samplers.summary import summarise
 from server.engine.backend import ModelInfo
 from server.models.compiling import padded_size
@@ -48,16 +48,28 @@ class TorchBackend:
         back = back.to(self.device, non_blocking=True)
         wanted = query.wanted.to(self.device)
         size = max(1, LOGIT_ELEMENTS // self.info.vocab_size)
-        return Prediction.join(
-            [
-                summarise(
-                    self.network.head(hidden[back[start : start + size]]),
-                    self.info.mask_id,
-                    wanted.part(start, start + size),
-                )
-                for start in range(0, len(back), size)
-            ]
-        )
+        parts: list[Prediction] = []
+        kept: list[Tensor] = []
+        for start in range(0, len(back), size):
+            logits, asked = self.network.head(hidden[back[start : start + size]]), wanted.part(start, start + size)
+            parts.append(self.say(logits, asked))
+            if (said := self.network.remembered(logits, asked)) is not None:
+                kept.append(said)
+        if kept:
+            self._keep(query, torch.cat(kept))
+        return Prediction.join(parts)
+
+    def say(self, logits: Tensor, wanted: Wanted) -> Prediction:
+        """What there is to say of logits [n, vocabulary]."""
+        return summarise(logits, self.info.mask_id, wanted)
+
+    def _keep(self, query: Query, said: Tensor) -> None:
+        """Note what a forward said of each canvas for the next one, once all of it has succeeded."""
+        counts = torch.bincount(query.row, minlength=len(query.canvases)).tolist()
+        for feed, part in zip(query.feeds, torch.split(said, counts), strict=True):
+            if feed.memory is not None and feed.draft is not None:
+                assert isinstance(feed.memory.content, KeyValues)
+                feed.memory.content.said = feed.draft, part
 
     def pack(self, query: Query) -> tuple[Packed, Tensor]:
         """The forward of a query, and where in what it gives each of the query's positions is, [n]."""
@@ -70,6 +82,7 @@ class TorchBackend:
                 feed.visible or canvas.layout.length,
                 self._memory(feed.memory, canvas.layout.length),
                 feed.causal_block,
+                feed.draft or 0,
             )
             for canvas, feed, count in zip(query.canvases, query.feeds, counts, strict=True)
         ]
@@ -103,9 +116,7 @@ class TorchBackend:
         if memory is None:
             return None
         if memory.content is None:
-            layers, heads, size = self.network.cache_shape
-            dtype = getattr(torch, self.info.dtype)
-            memory.content = KeyValues(torch.empty(layers, 2, length, heads, size, dtype=dtype, device=self.device))
+            memory.content = self.network.room(length, getattr(torch, self.info.dtype), self.device)
         assert isinstance(memory.content, KeyValues)
         return memory.content
 

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from policies.evaluate import Row
 from policies.specs import sampler_label
+from samplers import CacheMode
 
 
 @dataclass(frozen=True)
@@ -18,15 +19,21 @@ class Setting:
     fill_after_end: bool
     count: int
     seed: int
+    cache: CacheMode
 
     @classmethod
     def of(cls, row: Row) -> "Setting":
-        return cls(row.block_length, row.fill_after_end, row.count, row.seed)
+        return cls(row.block_length, row.fill_after_end, row.count, row.seed, row.cache)
 
     def title(self) -> str:
         where = "Full diffusion" if self.block_length is None else f"Blocks of {self.block_length}"
         filling = "" if self.fill_after_end else ", padding denoised like text"
-        return f"{where}{filling}; {self.count} held-out problems a task (seed {self.seed})"
+        return f"{where}{filling}{kept(self.cache)}; {self.count} held-out problems a task (seed {self.seed})"
+
+
+def kept(cache: CacheMode) -> str:
+    """A remark on a cache, if there is one."""
+    return "" if cache is CacheMode.NONE else f", {cache} cache"
 
 
 def by_setting(rows: list[Row]) -> dict[Setting, list[Row]]:
@@ -99,7 +106,7 @@ def table(rows: list[Row]) -> Table:
             effort = (str(row.tokens), str(row.forwards), f"{row.tpf:.2f}", f"{row.seconds:.1f}")
             shown.add_row(
                 row.task,
-                block + ("" if row.fill_after_end else " *"),
+                block + kept(row.cache) + ("" if row.fill_after_end else " *"),
                 sampler,
                 *counts,
                 *effort,

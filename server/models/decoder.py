@@ -1,6 +1,6 @@
 """The decoder that most families are built from: Qwen's, with what differs between them as options."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar, Protocol, Self, cast
 
@@ -244,8 +244,8 @@ class DecoderNetwork(Network):
         return embedding
 
     @property
-    def cache_shape(self) -> tuple[int, int, int]:
-        return self.config.num_hidden_layers, self.config.num_key_value_heads, self.config.head_size
+    def cache_shapes(self) -> Sequence[tuple[int, int]]:
+        return [(self.config.num_key_value_heads, self.config.head_size)] * self.config.num_hidden_layers
 
     def _rotation(self, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Tables of at least this length, [length, 1, rotated size]."""

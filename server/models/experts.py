@@ -1,9 +1,9 @@
 """A mixture of experts: every token goes through the few that its router chose."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def highest(scores: Tensor, count: int) -> Tensor:
@@ -11,7 +11,7 @@ def highest(scores: Tensor, count: int) -> Tensor:
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
 
 
-def mix(experts: Iterable[nn.Module], x: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
+def mix(experts: Iterable[Callable[[Tensor], Tensor]], x: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
     """What each token's experts make of it, weighted and summed in the weights' type, [tokens, width].
 
     Tokens are sorted by expert, so that each expert computes all of its tokens at once. The sum runs over a token's

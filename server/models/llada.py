@@ -3,7 +3,7 @@
 Module names are the checkpoint's own tensor names, so a state dict needs no renaming.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -202,8 +202,8 @@ class LLaDA(Network):
         return (cos, sin) if self.config.rope_full_precision else (cos.to(dtype), sin.to(dtype))
 
     @property
-    def cache_shape(self) -> tuple[int, int, int]:
-        return self.config.n_layers, self.config.n_heads, self.config.head_dim
+    def cache_shapes(self) -> Sequence[tuple[int, int]]:
+        return [(self.config.n_heads, self.config.head_dim)] * self.config.n_layers
 
     def hidden(self, tokens: Tensor) -> Tensor:
         # Written out, so that training can take it back.

@@ -1,6 +1,7 @@
 """What the engine asks of a model: a class for each family does it."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -8,7 +9,8 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 
 from samplers import BIDIRECTIONAL, Scheme
-from server.models.packed import Packed, Row
+from samplers.prediction import Wanted
+from server.models.packed import KeyValues, Packed, Row
 
 
 class ModelConfig(Protocol):
@@ -19,7 +21,8 @@ class ModelConfig(Protocol):
         """Rows of the embedding and of the head."""
 
     @property
-    def mask_token_id(self) -> int: ...
+    def mask_token_id(self) -> int | None:
+        """The mask token; None of a model without one, whose scheme says what is there instead."""
 
     @property
     def end_ids(self) -> frozenset[int]:
@@ -37,17 +40,31 @@ class Network(nn.Module):
         Config: validates `config.json`.
         scheme: how it reads a canvas.
         block_length: what is denoised together unless a request says otherwise; None is full diffusion.
+        ignored: what the names of tensors begin with that are in checkpoints and not used.
     """
 
     Config: ClassVar[type[BaseModel]]
     config: ModelConfig
     scheme: Scheme = BIDIRECTIONAL
     block_length: int | None = None
+    ignored: ClassVar[tuple[str, ...]] = ()
 
     @property
     @abstractmethod
-    def cache_shape(self) -> tuple[int, int, int]:
-        """Layers, heads and size of a head of the keys and values that a token leaves."""
+    def cache_shapes(self) -> Sequence[tuple[int, int]]:
+        """For each layer, heads and size of a head of the keys and values that a token leaves."""
+
+    def room(self, length: int, dtype: torch.dtype, device: torch.device) -> KeyValues:
+        """Room for what is kept of a canvas of this length."""
+        kept = [(2, length, *shape) for shape in self.cache_shapes]
+        return KeyValues([torch.empty(shape, dtype=dtype, device=device) for shape in kept])
+
+    def remembered(self, logits: Tensor, wanted: Wanted) -> Tensor | None:
+        """What the next forward of a canvas is to know of this one's logits [n, rows], if anything.
+
+        [n, width], which comes back in the memory of the packed rows.
+        """
+        return None
 
     @abstractmethod
     def packed(self, batch: Packed) -> Tensor:

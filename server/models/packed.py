@@ -1,7 +1,7 @@
 """Rows of different lengths and ages in one forward without padding: tokens side by side, attention row by row."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 
 import torch
@@ -11,13 +11,16 @@ from torch import Tensor
 
 @dataclass(eq=False)
 class KeyValues:
-    """Keys, rotated, and values of every position of one canvas, [layers, 2, length, key heads, head_dim]."""
+    """What is kept of one canvas between forwards.
 
-    states: Tensor
+    Attributes:
+        states: keys, rotated, and values of every position, for each layer [2, length, key heads, head_dim].
+        said: what a network that is told of its last output keeps of it, [positions, width], and where the block begins
+            that those are of.
+    """
 
-    @property
-    def nbytes(self) -> int:
-        return self.states.nbytes
+    states: Sequence[Tensor]
+    said: tuple[int, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Row:
         memory: what is kept of this canvas. A row that feeds all that is visible fills it, any other one reads it, with
             the part that it feeds put in its place.
         causal_block: a position sees no block of so many after its own; None: it sees everything visible.
+        draft: a position before this one sees nothing after itself.
     """
 
     start: int
@@ -39,6 +43,7 @@ class Row:
     visible: int
     memory: KeyValues | None = None
     causal_block: int | None = None
+    draft: int = 0
 
     @property
     def fed(self) -> int:
@@ -49,18 +54,32 @@ class Row:
         return self.fed == self.visible
 
     @property
-    def shape(self) -> tuple[int, int, int]:
+    def shape(self) -> tuple[int, int, int, int]:
         """Rows of one shape, all of them whole, can share a call of attention."""
-        return self.fed, self.visible, self.causal_block or 0
+        return self.fed, self.visible, self.causal_block or 0, self.draft
 
 
 @dataclass(frozen=True)
 class _Run:
-    """Rows of one shape side by side, how many queries each has, and which keys those see, [rows, 1, count, keys]."""
+    """Rows of one shape side by side, how many queries each has, and where those are, [rows, 1, count, 1].
+
+    `masks` are which keys they see from the first on, [rows, 1, count, keys], for each window that was asked for.
+    """
 
     rows: Sequence[Row]
     count: int
-    mask: Tensor | None
+    places: Tensor
+    masks: dict[int | None, Tensor | None] = field(default_factory=dict)
+
+    def first_key(self, window: int | None) -> int:
+        """Where what these queries can see begins; rows that are whole are computed whole."""
+        row = self.rows[0]
+        return 0 if window is None or row.whole else max(0, min(row.start, row.draft) - window + 1)
+
+    def mask(self, window: int | None) -> Tensor | None:
+        if window not in self.masks:
+            self.masks[window] = _mask(self.rows[0], self.places, window, self.first_key(window))
+        return self.masks[window]
 
 
 class Packed:
@@ -84,13 +103,24 @@ class Packed:
         self._last_runs = _runs(rows, [row.wanted for row in rows], self.position[wanted])
         self._exact = len(tokens) == len(position) and len(wanted) == sum(row.wanted for row in rows)
 
-    def attend(self, layer: int, last: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        last: bool,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float | None = None,
+        window: int | None = None,
+    ) -> Tensor:
         """Attention within each row, [queries, heads, head_dim]; several heads of queries may share one of keys.
 
         Args:
             last: whether it is the last layer, in which `q` is of the wanted tokens only.
             q: of all tokens, or of the wanted ones.
             k, v: of all tokens, [tokens, key heads, head_dim].
+            scale: of their products; None is one over the root of head_dim.
+            window: a position sees so many up to itself; what belongs to a draft, that many up to its first position.
         """
         runs = self._last_runs if last else self._runs
         out = None if len(runs) == 1 and self._exact else torch.zeros_like(q)
@@ -104,17 +134,18 @@ class Packed:
             for i, row in enumerate(run.rows):
                 if row.memory is not None:
                     part = slice(i * fed, (i + 1) * fed)
-                    row.memory.states[layer, 0, row.start : row.stop] = row_k[part]
-                    row.memory.states[layer, 1, row.start : row.stop] = row_v[part]
+                    row.memory.states[layer][0, row.start : row.stop] = row_k[part]
+                    row.memory.states[layer][1, row.start : row.stop] = row_v[part]
             only = run.rows[0]
             if not only.whole:
                 assert only.memory is not None
-                row_k, row_v = only.memory.states[layer, :, : only.visible]
+                row_k, row_v = only.memory.states[layer][:, run.first_key(window) : only.visible]
             mixed = F.scaled_dot_product_attention(
                 _heads_first(q[queries], rows),
                 _heads_first(row_k, rows),
                 _heads_first(row_v, rows),
-                attn_mask=run.mask,
+                attn_mask=run.mask(window),
+                scale=scale,
                 enable_gqa=q.shape[1] != k.shape[1],
             ).transpose(1, 2)
             if out is None:
@@ -143,14 +174,23 @@ def _runs(rows: Sequence[Row], queries: Sequence[int], position: Tensor) -> list
         for batch in [members] if members[0].whole else [[row] for row in members]:
             places = position[first : first + count * len(batch)].view(len(batch), 1, count, 1)
             first += count * len(batch)
-            runs.append(_Run(batch, count, _mask(batch[0], places)))
+            runs.append(_Run(batch, count, places))
     return runs
 
 
-def _mask(row: Row, places: Tensor) -> Tensor | None:
-    """Which of the visible positions each of these places sees; None where that is all of them."""
+def _mask(row: Row, places: Tensor, window: int | None, first: int) -> Tensor | None:
+    """Which of the visible positions from the first on each of these places sees; None where that is all of them."""
     size = row.causal_block
-    if size is None or row.start // size == (row.visible - 1) // size:
+    if size is not None and row.start // size == (row.visible - 1) // size:
+        size = None
+    if window is not None and row.draft - window < first:
+        window = None
+    if size is window is None and row.start >= row.draft:
         return None
-    keys = torch.arange(row.visible, device=places.device)
-    return keys // size <= places // size
+    keys = torch.arange(first, row.visible, device=places.device)
+    sees = (keys <= places) | (places >= row.draft)
+    if size is not None:
+        sees &= keys // size <= places // size
+    if window is not None:
+        sees &= keys > places.clamp(max=row.draft) - window
+    return sees

@@ -3,12 +3,15 @@
 from dataclasses import dataclass
 from typing import Any
 
+from server.models.diffusion_gemma import DiffusionGemma
 from server.models.dream import Dream
+from server.models.fast_dllm_v2 import FastDLLM
 from server.models.llada import LLaDA
 from server.models.llada2 import LLaDA2
 from server.models.llada_moe import LLaDAMoE
 from server.models.network import Network
 from server.models.sdar import SDAR
+from server.models.sdar_moe import SDARMoE
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,9 @@ ARCHITECTURES: dict[str, Family] = {
     "LLaDA2MoeModelLM": Family(LLaDA2, "llada2_moe", end_tokens=("<|role_end|>",), experts=True),
     "DreamModel": Family(Dream, "Dream", end_tokens=("<|im_end|>",), mask_token="<|mask|>"),
     "SDARForCausalLM": Family(SDAR, "sdar", end_tokens=("<|im_end|>",)),
+    "SDARMoeForCausalLM": Family(SDARMoE, "sdar_moe", end_tokens=("<|im_end|>",), experts=True),
+    "Fast_dLLM_QwenForCausalLM": Family(FastDLLM, "Fast_dLLM_Qwen", end_tokens=("<|im_end|>",)),
+    "DiffusionGemmaForBlockDiffusion": Family(DiffusionGemma, "diffusion_gemma"),
 }
 EARLY_LLADA_MOE = {
     (name, kind)

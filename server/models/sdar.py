@@ -1,6 +1,6 @@
 """SDAR and TraDo (JetAstra `modeling_sdar.py`): Qwen3 that sees both ways within a block, and back."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 from torch import nn
@@ -33,7 +33,7 @@ class SDARConfig(DecoderConfig):
 class SDAR(DecoderNetwork):
     """The network."""
 
-    Config = SDARConfig
+    Config: ClassVar[type[SDARConfig]] = SDARConfig
 
     def __init__(self, config: SDARConfig) -> None:
         super().__init__(config)

@@ -33,13 +33,16 @@ class SkipInit(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def load_weights(network: nn.Module, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
+def load_weights(
+    network: nn.Module, folder: Path, device: torch.device, dtype: torch.dtype, ignored: tuple[str, ...] = ()
+) -> None:
     """Give a network that was built on the meta device its weights, in place, ready for inference.
 
     Tensors are copied one by one, and let go of their file again: memory holds the weights once, and a file that is
-    overwritten later does not change a model that runs. Raises ModelError.
+    overwritten later does not change a model that runs. Tensors whose names begin with what is `ignored` are left out.
+    Raises ModelError.
     """
-    source = find_weights(network, folder)
+    source = find_weights(network, folder, ignored)
     tensors: dict[str, Tensor] = {}
     most = sum(path.stat().st_size for path in set(source.values())) // PORTIONS
     for path in dict.fromkeys(source.values()):
@@ -51,13 +54,15 @@ def load_weights(network: nn.Module, folder: Path, device: torch.device, dtype: 
     network.requires_grad_(False).eval()
 
 
-def find_weights(network: nn.Module, folder: Path) -> dict[str, Path]:
+def find_weights(network: nn.Module, folder: Path, ignored: tuple[str, ...] = ()) -> dict[str, Path]:
     """Which file has which of a network's tensors, all of which are there and of the right shape. Raises ModelError."""
     wanted = {name: tensor.shape for name, tensor in network.state_dict().items()}
     source: dict[str, Path] = {}
     for path in _files(folder):
         with _open(path) as file:
             for name in file.keys():  # noqa: SIM118 (not a mapping)
+                if name.startswith(ignored):
+                    continue
                 if name in source:
                     raise ModelError(f"{path}: tensor {name} is in {source[name].name} too")
                 source[name] = path

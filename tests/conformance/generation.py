@@ -64,7 +64,7 @@ class Family:
         """Our model of the checkpoint. Raises NotBuilt if its architecture is not built."""
         if self._backend is None:
             # Some tiny checkpoints leave out the mask token, whose published default they have no row for.
-            settings = {"mask_token_id": self.cases["mask_id"]}
+            settings = {"mask_token_id": self.cases["mask_id"]} if "mask_id" in self.cases else {}
             self._backend = open_backend(self._folder / "checkpoint", self._engine, settings)
         return self._backend
 

@@ -8,20 +8,26 @@ from pathlib import Path
 
 from safetensors import safe_open
 
+from tests.conformance.diffusion_gemma import GemmaFamily
 from tests.conformance.dinfer import InferFamily
 from tests.conformance.dream import DreamFamily
+from tests.conformance.fast_dllm_v2 import FastDLLMFamily
 from tests.conformance.generation import Check, Family
 from tests.conformance.llada2 import LLaDA2Family
 from tests.conformance.report import Difference, NotBuilt, Result, Status
 from tests.conformance.sampler_only import SamplerOnly
+from tests.conformance.sdar import SDARFamily
 
 FAMILIES: dict[str, type[Family] | type[SamplerOnly]] = {
+    "diffusion_gemma": GemmaFamily,
     "dinfer": InferFamily,
     "dream": DreamFamily,
+    "fast_dllm_v2": FastDLLMFamily,
     "llada": Family,
     "llada_moe": Family,
     "llada2": LLaDA2Family,
     "sampler_only": SamplerOnly,
+    "sdar": SDARFamily,
 }
 NOT_BUILT = "not built yet: "
 KNOWN_DIFFERENCES = Path(__file__).with_name("known_differences.toml")

@@ -148,6 +148,7 @@ def describe(logits: Tensor) -> dict[str, float]:
         Statistic.CHOSEN_CONFIDENCE: float(p[token]),
         Statistic.CHOSEN_ENTROPY: entropy,
         Statistic.CHOSEN_MARGIN: margin,
+        Statistic.LIKELIEST: token,
     }
 
 

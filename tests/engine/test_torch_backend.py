@@ -205,9 +205,8 @@ def test_batch_invariance_is_bit_for_bit(tiny_model: Path) -> None:
     backend = load_model(str(tiny_model), device="cpu", dtype="float32", batch_invariant=True).backend
 
     def confidences(count: int, late: int = 0) -> list[tuple[list[int], list[float]]]:
-        running = rows(count, temperature=0.6)
-        for i, row in enumerate(running):
-            row.cache = (CacheMode.NONE, CacheMode.DUAL, CacheMode.PREFIX)[i % 3]
+        modes = [CacheMode.NONE, CacheMode.DUAL, CacheMode.PREFIX]
+        running = [replace(row, cache=modes[i % 3]) for i, row in enumerate(rows(count, temperature=0.6))]
         watched, told = running[1 % count], []
         turn = 0
         while not watched.finished:

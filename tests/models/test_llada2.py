@@ -286,7 +286,7 @@ def test_loading_takes_the_memory_of_the_weights_once(tmp_path: Path, sharded: b
     assert size > 70_000_000
     if sharded:
         shard(folder)
-    command = [sys.executable, "-c", LOAD_AND_MEASURE, str(folder)]
+    command = [sys.executable, "-c", LOAD_AND_MEASURE, str(folder), "auto"]
     done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=280)
     grown, _ = done.stdout.split()
     assert size <= int(grown) <= 1.2 * size, f"{int(grown) / size:.2f}"

@@ -28,8 +28,8 @@ def folder(tmp_path: Path) -> Path:
     return write_tiny_model(tmp_path / "model")
 
 
-def network_of(model: Path, dtype: str = "float32") -> torch.nn.Module:
-    return load_network(model, torch.device("cpu"), getattr(torch, dtype))[2]
+def network_of(model: Path, dtype: str = "float32", load_format: str = "auto") -> torch.nn.Module:
+    return load_network(model, torch.device("cpu"), getattr(torch, dtype), load_format=load_format)[2]
 
 
 def edit_json(path: Path, **changes: Any) -> None:

@@ -22,14 +22,14 @@ def random_logits(canvas: Canvas, scale: float = 3.0) -> Tensor:
     return torch.randn(canvas.layout.length, VOCAB, generator=torch.Generator().manual_seed(seed)) * scale
 
 
-def predictor(logits: Logits = random_logits) -> Callable[[Query], Prediction]:
+def predictor(logits: Logits = random_logits, mask_id: int | None = MASK) -> Callable[[Query], Prediction]:
     """`predict` for the loop, asking `logits` for one canvas after the other."""
 
     def predict(query: Query) -> Prediction:
         each = [logits(canvas) for canvas in query.canvases]
         at = zip(query.row.tolist(), query.position.tolist(), strict=True)
         rows = torch.stack([each[row][position] for row, position in at])
-        return summarise(rows, MASK, query.wanted)
+        return summarise(rows, mask_id, query.wanted)
 
     return predict
 

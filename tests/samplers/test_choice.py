@@ -65,6 +65,9 @@ def test_every_random_number_gives_a_possible_token() -> None:
     # Probabilities that do not add up to one in binary: the last number must still find a token.
     flat = torch.zeros(1, 49)
     assert draw_tokens(*choosable(flat, [TokenChoice(1.0, top_p=0.999)]), numbers[3:]).item() == 48
+    assert draw_tokens(*choosable(flat, [TokenChoice(1.0)]), numbers[3:]).item() == 48
+    flat[0, 40:] = -math.inf
+    assert draw_tokens(*choosable(flat, [TokenChoice(1.0)]), torch.ones(1, dtype=torch.float64)).item() == 39
 
 
 def test_a_draw_depends_on_its_own_row_only() -> None:

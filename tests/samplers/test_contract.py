@@ -1,5 +1,6 @@
 """What holds for every registered sampler, whatever its rule."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from samplers import Canvas, Sampler, SamplerParams, TokenChoice, list_samplers
-from samplers.denoising import Denoising, advance, ask, denoise
+from samplers import BIDIRECTIONAL, Canvas, Sampler, SamplerParams, Scheme, TokenChoice, list_samplers
+from samplers.denoising import Denoising, Predict, advance, ask, denoise
 from samplers.grid import Grid
 from tests.policies import tiny
-from tests.samplers.models import MASK, VOCAB, predictor, random_logits
+from tests.samplers.models import MASK, VOCAB, Logits, predictor, random_logits
 
 counts = st.integers(1, 20)
 scheduled = st.one_of(
@@ -46,6 +47,17 @@ PARAMETERS: dict[str, st.SearchStrategy[dict[str, Any]]] = {
             "edit_threshold": st.one_of(st.none(), st.floats(0, 1.0)),
             "max_post_steps": st.integers(0, 5),
             "penalty": st.floats(0, 3.0),
+        },
+    ),
+    "diffusion_gemma": st.fixed_dictionaries(
+        {},
+        optional={
+            "entropy_bound": st.floats(0, 20),
+            "t_min": st.floats(0, 0.5),
+            "t_max": st.floats(0.5, 2.0),
+            "max_denoising_steps": st.integers(1, 6),
+            "stability_threshold": st.integers(0, 2),
+            "confidence_threshold": st.floats(0, 3),
         },
     ),
     "dream": st.fixed_dictionaries(
@@ -122,11 +134,23 @@ class Start:
     fill_after_end: bool
 
     def row(self, sampler: Sampler) -> Denoising:
-        canvas = Canvas.blank(self.prompt, self.gen_length, MASK, self.block_length, self.suffix)
+        canvas = blank(sampler, self.prompt, self.gen_length, self.block_length, self.suffix)
         given = torch.tensor(self.given[: self.gen_length])
         canvas.masked[given] = False
         canvas.generated[given] = 5
         return Denoising(canvas, sampler, self.params, self.choice, self.seed, self.end_ids, self.fill_after_end)
+
+
+def blank(
+    sampler: Sampler, prompt: list[int], gen_length: int, block_length: int | None = None, suffix: Sequence[int] = ()
+) -> Canvas:
+    """A canvas of a model that this sampler is for."""
+    scheme = Scheme(noise=VOCAB) if sampler.drafts else BIDIRECTIONAL
+    return Canvas.blank(prompt, gen_length, None if sampler.drafts else MASK, block_length, list(suffix), scheme)
+
+
+def predict_for(sampler: Sampler, logits: Logits = random_logits) -> Predict:
+    return predictor(logits, None if sampler.drafts else MASK)
 
 
 def starts(sampler: Sampler) -> st.SearchStrategy[Start]:
@@ -153,10 +177,11 @@ def starts(sampler: Sampler) -> st.SearchStrategy[Start]:
 def test_each_step_keeps_the_contract(sampler: Sampler, data: st.DataObject) -> None:
     """Only candidates change, at least one each step, never to a mask, and it ends within its budget.
 
-    One that revises may also change what is committed in its block, but nothing that was given.
+    One that revises may also change what is committed in its block, but nothing that was given. One that drafts has a
+    budget of steps, and may leave its candidates open until then.
     """
     rows = [start.row(sampler) for start in data.draw(st.lists(starts(sampler), min_size=1, max_size=4))]
-    predict = predictor()
+    predict = predict_for(sampler)
     budget = [int(row.canvas.masked.sum()) for row in rows]
     if sampler.revises:
         budget = [
@@ -164,6 +189,8 @@ def test_each_step_keeps_the_contract(sampler: Sampler, data: st.DataObject) -> 
             for row in rows
             for layout in [row.canvas.layout]
         ]
+    if sampler.drafts:
+        budget = [row.canvas.layout.blocks * sampler.draft_steps(row.params) for row in rows]
     while running := [row for row in rows if not row.finished]:
         before = [row.canvas.tokens.clone() for row in running]
         candidates = [set(row.candidates().tolist()) for row in running]
@@ -175,13 +202,16 @@ def test_each_step_keeps_the_contract(sampler: Sampler, data: st.DataObject) -> 
             running, before, candidates, advance(running, query, predict(query)), strict=True
         ):
             assert outcome.error is None
-            assert outcome.positions or sampler.revises
+            assert outcome.positions or sampler.revises or sampler.drafts
             assert set(outcome.positions) <= allowed
-            assert MASK not in outcome.tokens
+            assert MASK not in outcome.tokens or sampler.drafts
             assert len(outcome.positions) == len(outcome.tokens) == len(outcome.confidences)
             start = row.canvas.layout.prompt_length
             changed = {int(p) - start for p in (row.canvas.tokens != old).nonzero()[:, 0]}
-            assert changed <= set(outcome.positions) | set(outcome.filled) | set(outcome.remasked)
+            may = set(outcome.positions) | set(outcome.filled) | set(outcome.remasked)
+            if sampler.drafts:  # a new block begins with other noise than was there
+                may |= allowed | set(row.candidates().tolist())
+            assert changed <= may
             assert set(outcome.replaced) <= set(outcome.positions)
             assert not row.canvas.masked[outcome.positions + outcome.filled].any()
     assert all(row.forwards <= most for row, most in zip(rows, budget, strict=True))
@@ -194,10 +224,10 @@ def test_the_same_alone_and_in_a_batch_of_eight(sampler: Sampler, data: st.DataO
     """Same seed, same result, whoever shares the batch."""
     begin = data.draw(st.lists(starts(sampler), min_size=8, max_size=8))
     together = [start.row(sampler) for start in begin]
-    denoise(together, predictor())
+    denoise(together, predict_for(sampler))
     for start, row in zip(begin, together, strict=True):
         alone = start.row(sampler)
-        denoise([alone], predictor())
+        denoise([alone], predict_for(sampler))
         assert alone.canvas.tokens.equal(row.canvas.tokens)
         assert (alone.forwards, alone.end) == (row.forwards, row.end)
 
@@ -208,7 +238,7 @@ def test_the_same_alone_and_in_a_batch_of_eight(sampler: Sampler, data: st.DataO
 def test_select_changes_nothing_and_repeats_itself(sampler: Sampler, data: st.DataObject) -> None:
     rows = [start.row(sampler) for start in data.draw(st.lists(starts(sampler), min_size=1, max_size=4))]
     query = ask(rows)
-    step = Grid(rows, query.row, query.position, predictor()(query)).step(range(len(rows)))
+    step = Grid(rows, query.row, query.position, predict_for(sampler)(query)).step(range(len(rows)))
 
     def tensors() -> list[Tensor]:
         return [*(v for v in vars(step).values() if isinstance(v, Tensor)), *step.extra.values()]
@@ -224,7 +254,7 @@ def test_select_changes_nothing_and_repeats_itself(sampler: Sampler, data: st.Da
 def test_a_row_of_broken_logits_is_refused_and_harms_no_other(sampler: Sampler, poison: float) -> None:
     def row(number: int) -> Denoising:
         choice = TokenChoice(0.0 if sampler.greedy else 0.5)
-        return Denoising(Canvas.blank([number + 1], 8, MASK), sampler, sampler.Params(), choice, seed=number)
+        return Denoising(blank(sampler, [number + 1], 8), sampler, sampler.Params(), choice, seed=number)
 
     def logits(canvas: Canvas) -> Tensor:
         out = random_logits(canvas)
@@ -233,11 +263,11 @@ def test_a_row_of_broken_logits_is_refused_and_harms_no_other(sampler: Sampler, 
         return out
 
     clean, rows = [row(i) for i in range(8)], [row(i) for i in range(8)]
-    denoise(clean, predictor())
+    denoise(clean, predict_for(sampler))
     running = list(rows)
     while running:
         query = ask(running)
-        outcomes = advance(running, query, predictor(logits)(query))
+        outcomes = advance(running, query, predict_for(sampler, logits)(query))
         assert all(row is rows[3] for row, outcome in zip(running, outcomes, strict=True) if outcome.error is not None)
         running = [
             row for row, outcome in zip(running, outcomes, strict=True) if outcome.error is None and not row.finished

@@ -36,6 +36,7 @@ NAMES = [
         "hierarchy_remask",
         "credit",
         "edit",
+        "diffusion_gemma",
     ),
     "policy",
 ]

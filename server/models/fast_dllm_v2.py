@@ -1,0 +1,52 @@
+"""Fast-dLLM v2 (Efficient-Large-Model `modeling.py`): Qwen2.5 that sees both ways within a block, and back.
+
+Its outputs are still about the next position.
+"""
+
+from typing import Any, Self
+
+from pydantic import Field, model_validator
+from torch import nn
+
+from samplers import Scheme
+from server.models.decoder import Attention, DecoderConfig, DecoderNetwork, GatedMLP, Layer
+
+MASK_TOKEN_ID = 151665
+SMALL_BLOCK = 8
+"""What its `generate` denoises together."""
+
+
+class FastDLLMConfig(DecoderConfig):
+    """`config.json` of a Fast-dLLM v2 checkpoint."""
+
+    bd_size: int = Field(32, gt=0)
+    layer_types: tuple[str, ...] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _published_defaults(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("mask_token_id") is None:
+            return {**data, "mask_token_id": MASK_TOKEN_ID}
+        return data
+
+    @model_validator(mode="after")
+    def _refuse_windows(self) -> Self:
+        for kind in self.layer_types or ():
+            if kind != "full_attention":
+                raise ValueError(f"layer_types with {kind!r} is a variant that is not built (only 'full_attention' is)")
+        return self
+
+
+class FastDLLM(DecoderNetwork):
+    """The network."""
+
+    Config = FastDLLMConfig
+
+    def __init__(self, config: FastDLLMConfig) -> None:
+        super().__init__(config)
+        self.scheme = Scheme(causal_block=config.bd_size, fixed=True, shifted=True)
+        self.block_length = config.bd_size if config.bd_size % SMALL_BLOCK else SMALL_BLOCK
+
+    def make_layer(self, index: int) -> nn.Module:
+        mlp = GatedMLP(self.config.hidden_size, self.config.intermediate_size)
+        return Layer(self.config, Attention(self.config, bias=True), mlp)

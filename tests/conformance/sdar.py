@@ -1,0 +1,166 @@
+"""SDAR's `block_diffusion_generate`, which draws tokens for whole blocks from one stream of random numbers."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from samplers import CacheMode, Canvas, Sampler, Scheme, Selection, Step, get_sampler
+from samplers.base import best
+from samplers.denoising import Denoising, Query, advance, ask
+from samplers.prediction import Prediction
+from samplers.schedule import quota
+from samplers.topk import TopK
+from server.engine.torch_backend import TorchBackend
+from tests.conformance.blocks import Drawer, Strict, cached_prefix, masked, parameters
+from tests.conformance.forwards import Tensors, whole
+from tests.conformance.generation import Family
+from tests.conformance.models import fed_logits
+from tests.conformance.replay import compare_states
+from tests.conformance.report import Difference, NotBuilt
+
+DEFAULTS: dict[str, Any] = {
+    "mask_id": None,
+    "gen_length": 128,
+    "block_length": 8,
+    "denoising_steps": 8,
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "remasking_strategy": "low_confidence_dynamic",
+    "confidence_threshold": 0.85,
+    "eb_threshold": None,
+    "stopping_criteria_idx": None,
+}
+
+
+def surest(step: Step) -> Tensor:
+    """The quota's surest of one row; among equals those that `torch.topk` takes of the block, whatever it likes.
+
+    After top-p many a token is drawn with a probability of exactly 1.
+    """
+    count = quota(step)
+    ours = best(step.confidence, step.candidate, count)
+    layout, block = step.layouts[0], int(step.block[0])
+    region = slice(layout.block_start(block), layout.block_stop(block))
+    score = step.confidence.masked_fill(~step.candidate, -torch.inf)[0]
+    # Positions of the prompt stand in the block, too.
+    padded = torch.full((layout.block_length,), -torch.inf)
+    padded[layout.block_length - layout.block_size(block) :] = score[region]
+    chosen = torch.zeros_like(padded, dtype=torch.bool)
+    chosen[padded.topk(min(int(count), len(padded))).indices] = True
+    theirs = torch.zeros_like(ours)
+    theirs[0, region] = chosen[layout.block_length - layout.block_size(block) :]
+    theirs &= step.candidate
+    return theirs if score[theirs[0]].sort().values.equal(score[ours[0]].sort().values) else ours
+
+
+class Static(TopK):
+    """`low_confidence_static`."""
+
+    def select(self, step: Step) -> Selection:
+        return Selection(surest(step))
+
+
+class Dynamic(Strict):
+    """`low_confidence_dynamic`."""
+
+    def least(self, step: Step) -> Tensor:
+        return surest(step)
+
+
+class BlockQuota(Denoising):
+    """A generation whose schedule is that of a whole block, however much of its first block the prompt holds."""
+
+    def _enter_block(self) -> None:
+        super()._enter_block()
+        self.block_masks = self.canvas.layout.block_length
+
+
+@dataclass
+class Draws:
+    """A `predict` for our loop that draws a token for every position of the block, decided or not."""
+
+    backend: TorchBackend
+    row: Denoising
+    draw: Drawer
+
+    def __call__(self, query: Query) -> Prediction:
+        layout = self.row.canvas.layout
+        place = layout.block_place(self.row.block)
+        first = place - query.feeds[0].start
+        logits = fed_logits(self.backend, query.canvases, query.feeds)[0, first : first + layout.block_length]
+        token, confidence = self.draw(logits)
+        at = query.position - place
+        return Prediction(token[at], confidence[at], {})
+
+
+class SDARFamily(Family):
+    """The folder."""
+
+    def _forward(self, name: str, tensors: Tensors) -> None:
+        with torch.inference_mode():
+            if name == "cached_prefix":
+                size = tensors["cached_prefix.block_logits_with_cache"].shape[1]
+                cached_prefix(self.backend(), tensors, size)
+            elif f"{name}.attention_mask" in tensors:
+                masked(self.backend(), name, tensors)
+            else:
+                whole(self.backend(), name, tensors)
+
+    def _generate(self, case: dict[str, Any]) -> None:
+        """With and without a cache, which is exact: the same tokens after every forward, the same forwards."""
+        if case["function"] != "block_diffusion_generate":
+            raise NotBuilt(case["function"])
+        with torch.inference_mode():
+            for cache in (CacheMode.NONE, CacheMode.PREFIX):
+                self._replay(case, cache)
+
+    def _replay(self, case: dict[str, Any], cache: CacheMode) -> None:
+        params = parameters(case, DEFAULTS)
+        (prompt,) = case["prompt"]
+        length, stops = params["block_length"], params["stopping_criteria_idx"] or []
+        total = -(-(len(prompt) + params["gen_length"]) // length) * length
+        canvas = Canvas.blank(
+            prompt, total - len(prompt), params["mask_id"], length, scheme=Scheme(causal_block=length)
+        )
+        sampler, chosen = strategy(params, canvas.layout.blocks)
+        row = BlockQuota(canvas, sampler, sampler.Params(**chosen), cache=cache)
+        draw = Drawer(case["manual_seed"], params["temperature"], params["top_k"], params["top_p"])
+        predict = Draws(self.backend(), row, draw)
+        states: list[list[int]] = []
+        finished = 0
+        while not row.finished:
+            block = row.block
+            query = ask([row])
+            (outcome,) = advance([row], query, predict(query))
+            if outcome.error is not None:
+                raise outcome.error
+            states.append(canvas.tokens.tolist())
+            if row.finished or row.block != block:
+                finished += 1
+                if bool(torch.isin(canvas.generated, torch.tensor(stops)).any()):
+                    break
+        compare_states(states, [state for (state,) in case["trajectory"]], 0)
+        compare_states([canvas.tokens.tolist()], case["output"], 0)
+        # Theirs computes the prompt's whole blocks, and every block that is finished, once more to store what it
+        # keeps of them; ours does so in the next block's first forward.
+        stored = finished + (len(prompt) >= length)
+        for key, count in (("nfe_denoise", row.forwards), ("nfe_store_kv", stored)):
+            if count != case[key]:
+                raise Difference(f"cache {cache}: {key} is {count}, the original's {case[key]}")
+
+
+def strategy(params: dict[str, Any], blocks: int) -> tuple[Sampler, dict[str, Any]]:
+    """Our sampler for a strategy, and its parameters. Raises NotBuilt for one that the original cannot do either."""
+    steps = {"steps": params["denoising_steps"] * blocks}
+    match params["remasking_strategy"]:
+        case "sequential":
+            return get_sampler("sequential"), steps
+        case "low_confidence_static":
+            return Static(), steps
+        case "low_confidence_dynamic":
+            return Dynamic(), steps | {"threshold": float(params["confidence_threshold"])}
+        case other:
+            raise NotBuilt(f"strategy {other}")
