@@ -19,17 +19,28 @@ PAUSE = 0.001
 """Seconds between two looks at a processor's memory."""
 
 
+def share_one_heap() -> None:
+    """One heap for all threads that begin later: a step takes its memory where the last one left it.
+
+    Does nothing but on glibc, where each thread has one of its own by default.
+    """
+    _tell_glibc(M_ARENA_MAX, 1)
+
+
 def keep_freed_memory() -> None:
-    """Let freed memory stay with the process, in one heap for all threads. Does nothing but on glibc.
+    """Let freed memory stay with the process. Does nothing but on glibc.
 
     By default glibc gives large pieces back when they are freed, and the system clears each page of the next forward's
-    tensors anew: for a small model that takes longer than what is computed on them. Threads that begin later share the
-    heap too, so that a step takes its memory where the last one left it.
+    tensors anew: for a small model that takes longer than what is computed on them. While a model is loaded that is
+    right, since nothing of what is freed then is of a size that is needed again.
     """
+    _tell_glibc(M_MMAP_THRESHOLD, MMAP_THRESHOLD)
+    _tell_glibc(M_TRIM_THRESHOLD, KEPT)
+
+
+def _tell_glibc(option: int, value: int) -> None:
     if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        for option, value in ((M_MMAP_THRESHOLD, MMAP_THRESHOLD), (M_TRIM_THRESHOLD, KEPT), (M_ARENA_MAX, 1)):
-            libc.mallopt(option, value)
+        ctypes.CDLL(None).mallopt(option, value)
 
 
 def give_back_freed_memory(device: torch.device) -> None:

@@ -11,7 +11,7 @@ from server.allocator import available_memory, give_back_freed_memory, peak_memo
 from server.engine.scheduler import Limits
 from server.engine.torch_backend import TorchBackend
 
-HOLES = 1.125
+HOLES = 1.0625
 """What a heap takes for forwards of ever other shapes, over what one of the largest takes."""
 
 
@@ -54,15 +54,19 @@ def bound_memory(backend: TorchBackend, limits: Limits) -> MemoryBound:
 
 
 def _largest_forward(backend: TorchBackend, limits: Limits, longest: int) -> int:
-    """Peak bytes of forwards over few long and many short canvases without a token of text, measured."""
+    """Peak bytes of forwards over few long and many short canvases, as empty as the model lets them be, measured."""
     sampler, scheme = get_sampler(backend.info.sampler), backend.info.scheme
     shapes = [
         (max(1, min(limits.rows, limits.tokens // length)), length) for length in (longest, _share(limits, longest))
     ]
     with peak_memory(backend.device) as peak:
         for count, length in shapes:
+            given = 0 if scheme.causal_block is None else length - 1  # only a prompt is computed at once
             block = None if scheme.noise is None else length  # what is drafted may be all that there is
-            canvases = [Canvas.blank([], length, backend.info.mask_id, block, scheme=scheme) for _ in range(count)]
+            canvases = [
+                Canvas.blank([0] * given, length - given, backend.info.mask_id, block, scheme=scheme)
+                for _ in range(count)
+            ]
             backend.predict(ask([Denoising(canvas, sampler, sampler.Params()) for canvas in canvases]))
     give_back_freed_memory(backend.device)
     return int(peak.grown * HOLES) if backend.device.type == "cpu" else peak.grown

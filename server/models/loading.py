@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from server.allocator import keep_freed_memory
+from server.allocator import keep_freed_memory, share_one_heap
 from server.engine.backend import Backend, ModelInfo
 from server.engine.torch_backend import TorchBackend
 from server.engine.vllm.backend import VllmBackend, VllmError, VllmOptions, check_supported
@@ -73,7 +73,7 @@ def load_model(
     place = choose_device(device)
     kind = choose_dtype(dtype, place)
     if place.type == "cpu":
-        keep_freed_memory()  # before there are other threads, which would have heaps of their own
+        share_one_heap()
     text = TextCodec.load(folder)
     architecture, family, network = build_network(folder, text=text)
     if engine == "torch":
@@ -102,6 +102,8 @@ def load_model(
         pack_linear_layers(network)
     else:
         compile_layers(network, compile_for)
+    if place.type == "cpu":
+        keep_freed_memory()
     backend = TorchBackend(network, info, batch_invariant, static_shapes=compile_for is not None)
     return LoadedModel(name, backend, text)
 

@@ -1,22 +1,23 @@
 """What serving takes at most is known before the first request."""
 
-import threading
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from samplers import get_sampler
-from server.allocator import available_memory, peak_memory
-from server.engine import Engine, Finished, GenerationRequest, Limits
+from samplers.denoising import Query
+from samplers.prediction import Prediction
+from server.allocator import available_memory
+from server.engine import Limits
 from server.engine import memory as memory_module
 from server.engine.memory import TooLittleMemoryError, bound_memory
-from server.engine.request import Event
 from server.engine.torch_backend import TorchBackend
-from server.metrics import Metrics
 from server.models.loading import load_model
 from tests.tiny import write_tiny_model
 from tests.tiny_gemma import write_tiny_gemma
+from tests.tiny_moe import llada2_config, write_model
 
 CPU = torch.device("cpu")
 
@@ -30,24 +31,38 @@ def backend(tmp_path: Path) -> TorchBackend:
     return backend
 
 
-def test_many_queued_requests_stay_within_the_bound(backend: TorchBackend) -> None:
-    limits = Limits(rows=16, queue=64, tokens=4096)
-    bound = bound_memory(backend, limits)
-    engine = Engine(backend, Metrics("x"), limits)
-    engine.start()
-    topk, done = get_sampler("topk"), threading.Semaphore(0)
+SERVE_MANY = """
+import sys, threading
+import torch
+from samplers import get_sampler
+from server.allocator import peak_memory
+from server.engine import Engine, Finished, GenerationRequest, Limits
+from server.engine.memory import bound_memory
+from server.metrics import Metrics
+from server.models.loading import load_model
 
-    def deliver(event: Event) -> None:
-        if isinstance(event, Finished):
-            done.release()
+limits = Limits(rows=16, queue=64, tokens=8192)
+backend = load_model(None, device="cpu", dtype="float32").backend
+bound = bound_memory(backend, limits)
+engine = Engine(backend, Metrics("x"), limits)
+engine.start()
+topk, done = get_sampler("topk"), threading.Semaphore(0)
+deliver = lambda event: done.release() if isinstance(event, Finished) else None
+requests = [GenerationRequest([5] * 24, 1000, "topk", topk.Params(steps=1)) for _ in range(64)]
+with peak_memory(torch.device("cpu")) as peak:
+    engine.submit_all(requests, [deliver] * len(requests))
+    for _ in requests:
+        assert done.acquire(timeout=120)
+engine.stop()
+print(peak.grown, bound.forward)
+"""
 
-    requests = [GenerationRequest([5] * 24, 1000, "topk", topk.Params(steps=1)) for _ in range(64)]
-    with peak_memory(CPU) as peak:
-        engine.submit_all(requests, [deliver] * len(requests))
-        for _ in requests:
-            assert done.acquire(timeout=60)
-    engine.stop()
-    assert 0.5 * bound.forward < peak.grown < 1.5 * bound.forward + 16e6, (peak.grown, bound.forward)
+
+def test_many_queued_requests_take_what_was_found_out() -> None:
+    """In a process of its own, as a server is: the heap of one that did much else has other holes."""
+    done = subprocess.run([sys.executable, "-c", SERVE_MANY], check=True, capture_output=True, text=True, timeout=280)
+    grown, bound = map(int, done.stdout.split())
+    assert 0.7 * bound < grown < 1.4 * bound, (grown, bound)
 
 
 def test_the_bound_grows_with_the_limits(backend: TorchBackend) -> None:
@@ -83,3 +98,21 @@ def test_what_does_not_fit_is_refused_with_numbers(
 def test_available_memory_is_some_of_the_machines() -> None:
     total = int(Path("/proc/meminfo").read_text().split()[1]) * 1024
     assert 0 < available_memory(CPU) < total
+
+
+def test_the_largest_forward_is_as_large_as_the_limits_allow(
+    backend: TorchBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a block-causal model too, where only a prompt is computed at once."""
+    block_causal = load_model(str(write_model(tmp_path / "llada2", llada2_config())), device="cpu", dtype="float32")
+    for each in (backend, block_causal.backend):
+        assert isinstance(each, TorchBackend)
+        fed: list[int] = []
+
+        def watched(query: Query, each: TorchBackend = each, fed: list[int] = fed) -> Prediction:
+            fed.append(sum(feed.stop - feed.start for feed in query.feeds))
+            return TorchBackend.predict(each, query)
+
+        monkeypatch.setattr(each, "predict", watched)
+        bound_memory(each, Limits(rows=4, tokens=1024))
+        assert fed == [1024, 1024]

@@ -277,6 +277,10 @@ def test_wrong_folders_are_told_in_one_line(tmp_path: Path, broken: str) -> None
         assert said[broken] in line
 
 
+LIBRARIES = 40_000_000
+"""Bytes that the first use of torch and of the tokenizer takes, whatever the model."""
+
+
 @pytest.mark.parametrize("sharded", [False, True])
 def test_loading_takes_the_memory_of_the_weights_once(tmp_path: Path, sharded: bool) -> None:
     """Many small experts, as in the published models."""
@@ -289,7 +293,7 @@ def test_loading_takes_the_memory_of_the_weights_once(tmp_path: Path, sharded: b
     command = [sys.executable, "-c", LOAD_AND_MEASURE, str(folder), "auto"]
     done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=280)
     grown, _ = done.stdout.split()
-    assert size <= int(grown) <= 1.2 * size, f"{int(grown) / size:.2f}"
+    assert size <= int(grown) <= 1.2 * size + LIBRARIES, f"{int(grown) / size:.2f}"
 
 
 def test_a_file_of_many_tensors_is_opened_few_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
