@@ -68,6 +68,8 @@ def _check_engine(settings: Settings) -> None:
         wrong(flag("cache"), f"--engine vllm computes every step in full, so that cache {settings.cache} is not there")
     if settings.batch_invariant:
         wrong(flag("batch_invariant"), "--engine vllm cannot promise this")
+    if settings.compile:
+        wrong(flag("compile"), "this is for --engine torch")
 
 
 def _load_and_serve(settings: Settings, bound: socket.socket) -> bool:

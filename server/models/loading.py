@@ -76,6 +76,10 @@ def load_model(
         share_one_heap()
     text = TextCodec.load(folder)
     architecture, family, network = build_network(folder, text=text)
+    if engine == "torch":
+        give_weights(network, folder, place, kind, load_format)
+    else:
+        _check_for_vllm(folder, architecture, network, load_format)
     config = network.config
     if text.vocab_size > config.rows:
         raise ModelError(
@@ -89,33 +93,30 @@ def load_model(
         device=str(place),
         dtype=str(kind).removeprefix("torch."),
     )
-    backend: Backend
     if engine == "vllm":
-        backend = _vllm(folder, network, info, load_format, vllm)
+        try:
+            return LoadedModel(name, VllmBackend(folder, info, load_format, vllm), text)
+        except VllmError as error:
+            raise ModelError(str(error)) from None
+    if compile_for is None:
+        pack_linear_layers(network)
     else:
-        give_weights(network, folder, place, kind, load_format)
-        if compile_for is None:
-            pack_linear_layers(network)
-        else:
-            compile_layers(network, compile_for)
-        if place.type == "cpu":
-            keep_freed_memory()
-        backend = TorchBackend(network, info, batch_invariant, static_shapes=compile_for is not None)
+        compile_layers(network, compile_for)
+    if place.type == "cpu":
+        keep_freed_memory()
+    backend = TorchBackend(network, info, batch_invariant, static_shapes=compile_for is not None)
     return LoadedModel(name, backend, text)
 
 
-def _vllm(
-    folder: Path, network: Network, info: ModelInfo, load_format: str, options: VllmOptions | None
-) -> VllmBackend:
-    """A backend of vLLM's for what was found to be a whole model, which our own network is the measure of."""
+def _check_for_vllm(folder: Path, architecture: str, network: Network, load_format: str) -> None:
+    """Hold a checkpoint against our own network, which says better what is wrong than vLLM does. Raises ModelError."""
     try:
-        check_supported(info.architecture)
-        # A quantised checkpoint has other tensors, which vLLM knows.
-        if load_format == "auto" and "quantization_config" not in read_json(folder / "config.json"):
-            find_weights(network, folder)
-        return VllmBackend(folder, info, load_format, options)
+        check_supported(architecture)
     except VllmError as error:
         raise ModelError(str(error)) from None
+    # A quantised checkpoint has other tensors, which vLLM knows.
+    if load_format == "auto" and "quantization_config" not in read_json(folder / "config.json"):
+        find_weights(network, folder, network.ignored)
 
 
 def describe(architecture: str, network: Network) -> ModelInfo:

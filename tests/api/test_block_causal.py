@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 
+from tests.api.models import needs_torch_engine
 from tests.api.serving import PROMPT, Running, error_of, serving
 from tests.decoders import FAST_DLLM, SDAR, write_decoder
+
+pytestmark = needs_torch_engine
 
 SAMPLERS: list[tuple[str, dict[str, Any]]] = [
     ("topk", {"k": 2}),

@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from tests.api.models import needs_torch_engine
 from tests.api.serving import PROMPT, Running, error_of, serving
 from tests.tiny_moe import ROLE_END, llada2_config, write_model
+
+pytestmark = needs_torch_engine
 
 RULES: list[dict[str, Any]] = [
     {"sampler": "topk", "sampler_params": {"k": 2}},

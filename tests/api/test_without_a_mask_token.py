@@ -13,8 +13,11 @@ from server.api.catalogue import default_rule
 from server.engine import RequestError
 from server.models.loading import load_model
 from server.settings import load_settings
+from tests.api.models import needs_torch_engine
 from tests.api.serving import NAME, PROMPT, Running, error_of, serving, until
 from tests.tiny_gemma import CANVAS, write_tiny_gemma
+
+pytestmark = needs_torch_engine
 
 LONG = {"max_tokens": 20, "sampler_params": {"max_denoising_steps": 5}, "ignore_eos": True}
 

@@ -1,6 +1,7 @@
 """The same loop on the torch and on the vllm engine: steps and tokens a second, and what crosses to vLLM's processes.
 
-Run where vLLM is: python -m tests.benchmarks.engines [--model DIR] [--rounds 7] [--threads 1] [--json FILE]
+Run where vLLM is: python -m tests.benchmarks.engines [--model DIR] [--load-format dummy] [--rounds 7]
+    [--threads 1] [--json FILE]
 Both engines are started once and take turns; each number is the median of its rounds, each ratio the median of the
 ratios within a round. A step is one forward of one canvas. Word problems of the embedded model's kind are answered in
 full diffusion, `topk` with 32 steps of 2 tokens, so that both engines make equally many forwards.
@@ -121,12 +122,16 @@ def crossing(loaded: LoadedModel, traffic: Traffic) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model")
+    parser.add_argument("--load-format", default="auto")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    models = {name: load_model(arguments.model, name, device="cpu", dtype="float32") for name in ("torch", "vllm")}
+    models = {
+        name: load_model(arguments.model, name, device="cpu", dtype="float32", load_format=arguments.load_format)
+        for name in ("torch", "vllm")
+    }
     vllm = models["vllm"].backend
     assert isinstance(vllm, VllmBackend)
     traffic = Traffic()

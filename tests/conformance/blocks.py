@@ -12,7 +12,8 @@ from samplers.schedule import ScheduledParams, quota
 from samplers.threshold import Threshold
 from server.engine.torch_backend import TorchBackend
 from tests.conformance.decoders import filtered
-from tests.conformance.forwards import Tensors, compare, fed_logits, given
+from tests.conformance.forwards import Tensors, compare, given
+from tests.conformance.models import fed_logits
 from tests.conformance.originals import stream_of
 from tests.conformance.report import Difference, NotBuilt
 

@@ -20,8 +20,9 @@ from samplers.diffusion_gemma import DiffusionGemma
 from samplers.prediction import NOTHING, Wanted
 from server.engine.torch_backend import TorchBackend
 from server.models.packed import Packed, Row
-from tests.conformance.forwards import compare, fed_logits
+from tests.conformance.forwards import compare
 from tests.conformance.generation import Family
+from tests.conformance.models import fed_logits
 from tests.conformance.originals import stream_of
 from tests.conformance.replay import Tokens
 from tests.conformance.report import Difference, NotBuilt

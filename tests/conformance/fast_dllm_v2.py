@@ -14,8 +14,9 @@ from samplers.prediction import Prediction
 from samplers.summary import summarise
 from server.engine.torch_backend import TorchBackend
 from tests.conformance.blocks import Drawer, Strict, block_causal, cached_prefix, parameters
-from tests.conformance.forwards import Tensors, compare, fed_logits, given
+from tests.conformance.forwards import Tensors, compare, given
 from tests.conformance.generation import Family
+from tests.conformance.models import fed_logits
 from tests.conformance.report import Difference, NotBuilt
 
 DEFAULTS: dict[str, Any] = {

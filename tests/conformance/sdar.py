@@ -14,8 +14,9 @@ from samplers.schedule import quota
 from samplers.topk import TopK
 from server.engine.torch_backend import TorchBackend
 from tests.conformance.blocks import Drawer, Strict, cached_prefix, masked, parameters
-from tests.conformance.forwards import Tensors, fed_logits, whole
+from tests.conformance.forwards import Tensors, whole
 from tests.conformance.generation import Family
+from tests.conformance.models import fed_logits
 from tests.conformance.replay import compare_states
 from tests.conformance.report import Difference, NotBuilt
 

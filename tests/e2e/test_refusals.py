@@ -35,6 +35,7 @@ def refused(capsys: pytest.CaptureFixture[str], status: int, *arguments: str) ->
         (["--engine", "onnx"], "'--engine'"),
         (["--engine", "vllm", "--cache", "dual"], "'--cache'"),
         (["--engine", "vllm", "--batch-invariant"], "'--batch-invariant'"),
+        (["--engine", "vllm", "--compile"], "'--compile'"),
         (["--vllm-args", '{"tensor_parallel_size": 2}'], "'--vllm-args'"),
         (["--engine", "vllm", "--vllm-args", "2"], "'--vllm-args'"),
         (["--load-format", "pt"], "'--load-format'"),

@@ -15,16 +15,12 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, TypeVar
 
-import structlog
-
 from samplers.cache import CacheMode
 from samplers.denoising import Query
 from samplers.prediction import Prediction
 from server.engine.backend import BackendDeadError, ModelInfo
 from server.engine.vllm.instructions import INSTRUCTION, TASK, Instruction, read
 from server.engine.vllm.plugin import CONFIG_FORMAT, LAST_WORDS, MODELS, limit_log
-
-log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 
@@ -204,9 +200,9 @@ class VllmBackend:
                 del os.environ[LAST_WORDS]
         try:
             await engine.collective_rpc("show_batches_to_model")
-        except BaseException:
+        except Exception as error:
             engine.shutdown()
-            raise
+            raise VllmError(f"vLLM does not start: {type(error).__name__}: {error}") from None
         return engine
 
     async def _steps(self, parts: list[Query]) -> list[Prediction]:
