@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 
@@ -13,6 +14,7 @@ from server.engine.torch_backend import TorchBackend
 from server.models.llada import LLaDA, LLaDAConfig
 from server.models.loading import describe
 from server.models.packing import pack_linear_layers
+from server.threads import apart
 
 NAME = "random-30m"
 SHAPE = RANDOM | {"d_model": 512, "n_layers": 8, "n_heads": 8, "n_kv_heads": 8, "mlp_hidden_size": 1536}
@@ -37,10 +39,10 @@ def measure_growth(
 
 def _growth(name: str, sizes: Sequence[int], make: Callable[[int], Callable[[], float]], rounds: int) -> Result:
     """Seconds of every size in turn, round by round; the largest over the smallest."""
-    forwards = [make(size) for size in sizes]
+    forwards = [apart(partial(make, size)) for size in sizes]
     for forward in forwards:
-        forward()
-    found = [[forward() for forward in forwards] for _ in range(rounds)]
+        apart(forward)
+    found = [[apart(forward) for forward in forwards] for _ in range(rounds)]
     points = {str(size): sorted(each)[rounds // 2] for size, each in zip(sizes, zip(*found, strict=True), strict=True)}
     ratios = [times[-1] / times[0] for times in found]
     return spread(name, f"seconds at {sizes[-1]} over seconds at {sizes[0]}", ratios, model=NAME, seconds=points)

@@ -18,6 +18,7 @@ from server.engine.request import Event
 from server.engine.torch_backend import TorchBackend
 from server.metrics import Metrics
 from server.models.packing import pack_linear_layers
+from server.threads import apart
 
 MIXED: list[tuple[str, dict[str, Any]]] = [
     ("topk", {}),
@@ -207,7 +208,7 @@ def _matmul(subject: Subject, rounds: int, detail: dict[str, Any]) -> Result:
     shapes = shapes * (config.n_layers - 1) + last + [(wanted, config.d_model, config.rows)]
     weights = {(n, k): nn.Linear(n, k, bias=False).requires_grad_(False) for _, n, k in shapes}
     layers = nn.ModuleDict({f"{n}x{k}": weight for (n, k), weight in weights.items()})
-    pack_linear_layers(layers)
+    apart(lambda: pack_linear_layers(layers))
     inputs = {(m, n): torch.randn(m, n) for m, n, _ in shapes}
 
     def bare() -> float:

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from server.threads import apart
+
 Measure = Callable[[], float]
 """Do a thing once; what it was worth: seconds, or tokens a second."""
 
@@ -28,10 +30,10 @@ class Result:
 
 
 def alternate(first: Measure, second: Measure, rounds: int) -> tuple[list[float], list[float]]:
-    """Both measured `rounds` times in turn, after one round that does not count."""
-    first()
-    second()
-    found = [(first(), second()) for _ in range(rounds)]
+    """Both measured `rounds` times in turn, each in a thread of its own, after one round that does not count."""
+    apart(first)
+    apart(second)
+    found = [(apart(first), apart(second)) for _ in range(rounds)]
     return [a for a, _ in found], [b for _, b in found]
 
 

@@ -30,14 +30,15 @@ def engine(json: Json = None, rounds: Rounds = 5, embedded_only: Small = False, 
     from server.bench.curves import measure_growth
     from server.bench.engine import measure_engine
     from server.bench.subjects import embedded, random_model
+    from server.threads import apart
 
     check_parent("--json", json)
     use_threads(threads)
 
     def results() -> "Iterable[Result]":
-        yield from measure_engine(embedded(16), rounds)
+        yield from measure_engine(apart(lambda: embedded(16)), rounds)
         if not embedded_only:
-            yield from measure_engine(random_model(16), rounds)
+            yield from measure_engine(apart(lambda: random_model(16)), rounds)
             yield from measure_growth(rounds)
 
     _tell(results(), json)

@@ -10,6 +10,7 @@ from samplers.denoising import Denoising, ask
 from server.allocator import available_memory, give_back_freed_memory, peak_memory
 from server.engine.scheduler import Limits
 from server.engine.torch_backend import TorchBackend
+from server.threads import apart
 
 HOLES = 1.0625
 """What a heap takes for forwards of ever other shapes, over what one of the largest takes."""
@@ -47,7 +48,7 @@ def bound_memory(backend: TorchBackend, limits: Limits) -> MemoryBound:
     least = limits.tokens * embedding.embedding_dim * size * 8  # never less: states, their norm, queries, keys, values
     if least > available:
         raise TooLittleMemoryError(_refusal(limits, "at least", least, cache, available))
-    forward = _largest_forward(backend, limits, longest)
+    forward = apart(lambda: _largest_forward(backend, limits, longest))
     if forward + cache > available:
         raise TooLittleMemoryError(_refusal(limits, "", forward, cache, available))
     return MemoryBound(backend.info.parameters * size, forward, cache, available)

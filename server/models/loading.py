@@ -21,6 +21,7 @@ from server.models.packing import pack_linear_layers
 from server.models.registry import Family, find_family
 from server.models.text import TextCodec
 from server.models.weights import SkipInit, draw_weights, find_weights, load_weights
+from server.threads import apart
 
 __all__ = ["LoadedModel", "ModelError", "describe", "find_model", "load_model", "load_network"]
 
@@ -77,7 +78,7 @@ def load_model(
     text = TextCodec.load(folder)
     architecture, family, network = build_network(folder, text=text)
     if engine == "torch":
-        give_weights(network, folder, place, kind, load_format)
+        apart(lambda: give_weights(network, folder, place, kind, load_format))
     else:
         _check_for_vllm(folder, architecture, network, load_format)
     config = network.config
@@ -99,7 +100,7 @@ def load_model(
         except VllmError as error:
             raise ModelError(str(error)) from None
     if compile_for is None:
-        pack_linear_layers(network)
+        apart(lambda: pack_linear_layers(network))
     else:
         compile_layers(network, compile_for)
     if place.type == "cpu":
