@@ -10,9 +10,9 @@ T = TypeVar("T")
 def apart(work: Callable[[], T]) -> T:
     """Do it in a thread that ends with it; what it returns, or raises.
 
-    OpenMP gives every thread that computes helpers of its own, which stay as long as it does. Where all of them are more
-    than the cores, it lets helpers sleep between two operations instead of waiting awake: forwards of a small model then
-    take twice as long. The thread that runs the engine should be the only one that has helpers.
+    OpenMP gives every thread that computes helpers of its own, which stay as long as it does. Where all of them are
+    more than the cores, it lets helpers sleep between two operations instead of waiting awake: forwards of a small
+    model then take twice as long. The thread that runs the engine should be the only one that has helpers.
     """
     returned: list[T] = []
     raised: list[BaseException] = []

@@ -9,7 +9,7 @@ import pytest
 from server.threads import apart
 
 LOAD = """
-import os, torch
+import os, time, torch
 from server.engine import Limits
 from server.engine.memory import bound_memory
 from server.models.loading import load_model
@@ -17,6 +17,7 @@ from server.models.loading import load_model
 torch.set_num_threads(2)
 backend = load_model(None, device="cpu", dtype="float32").backend
 bound_memory(backend, Limits(tokens=2048))
+time.sleep(1)  # helpers of a thread that has ended take a moment to end too
 after = len(os.listdir("/proc/self/task"))
 x = torch.randn(2048, 2048)
 (x @ x).sum()  # what would be left if this thread computed
