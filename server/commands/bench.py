@@ -48,15 +48,16 @@ def http(json: Json = None, rounds: Rounds = 5, embedded_only: Small = False, th
     """The API over a socket, streaming, against the engine alone."""
     from server.bench.http import measure_http
     from server.bench.subjects import embedded, random_model, write_random_model
+    from server.threads import apart
 
     check_parent("--json", json)
     use_threads(threads)
 
     def results() -> "Iterable[Result]":
-        yield from measure_http(embedded(16), None, rounds, (1, 16))
+        yield from measure_http(apart(lambda: embedded(16)), None, rounds, (1, 16))
         if not embedded_only:
             with tempfile.TemporaryDirectory() as folder:
-                subject = random_model(16)
+                subject = apart(lambda: random_model(16))
                 write_random_model(subject, Path(folder))
                 yield from measure_http(subject, Path(folder), rounds, (1, 16))
 

@@ -83,6 +83,7 @@ def _load_and_serve(settings: Settings, bound: socket.socket) -> bool:
     from server.metrics import Metrics
     from server.models.loading import ModelError, load_model
     from server.policy_folder import watching
+    from server.threads import apart
 
     try:
         loaded = load_model(
@@ -109,7 +110,8 @@ def _load_and_serve(settings: Settings, bound: socket.socket) -> bool:
             fail(error)
         log.info("memory", **{part: megabytes(count) for part, count in vars(memory).items()})
         metrics.memory(vars(memory))
-    policies = open_policies([(name, Path(folder)) for name, folder in settings.policy], settings.model, loaded)
+    named = [(name, Path(folder)) for name, folder in settings.policy]
+    policies = apart(lambda: open_policies(named, settings.model, loaded))
     engine = Engine(loaded.backend, metrics, limits, policies)
     try:
         app = create_app(engine, loaded.text, metrics, settings)
