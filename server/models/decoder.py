@@ -18,9 +18,14 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class DecoderConfig(BaseModel):
-    """The keys of a `config.json` that matter here; variants that are not built are refused by name."""
+    """The keys of a `config.json` that matter here; variants that are not built are refused by name.
+
+    Attributes:
+        published: what the family's code takes for keys that its published files leave out or set to null.
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
+    published: ClassVar[dict[str, Any]] = {}
 
     hidden_size: int = Field(gt=0)
     intermediate_size: int = Field(gt=0)
@@ -40,6 +45,13 @@ class DecoderConfig(BaseModel):
     hidden_act: str = "silu"
     rope_scaling: dict[str, Any] | None = None
     use_sliding_window: bool | None = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _published_defaults(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        return data | {key: value for key, value in cls.published.items() if data.get(key) is None}
 
     @model_validator(mode="before")
     @classmethod

@@ -3,7 +3,7 @@
 Its outputs are still about the next position.
 """
 
-from typing import Any, Self
+from typing import ClassVar, Self
 
 from pydantic import Field, model_validator
 from torch import nn
@@ -11,7 +11,6 @@ from torch import nn
 from samplers import Scheme
 from server.models.decoder import Attention, DecoderConfig, DecoderNetwork, GatedMLP, Layer
 
-MASK_TOKEN_ID = 151665
 SMALL_BLOCK = 8
 """What its `generate` denoises together."""
 
@@ -19,15 +18,10 @@ SMALL_BLOCK = 8
 class FastDLLMConfig(DecoderConfig):
     """`config.json` of a Fast-dLLM v2 checkpoint."""
 
+    published: ClassVar = {"mask_token_id": 151665}
+
     bd_size: int = Field(32, gt=0)
     layer_types: tuple[str, ...] | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _published_defaults(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("mask_token_id") is None:
-            return {**data, "mask_token_id": MASK_TOKEN_ID}
-        return data
 
     @model_validator(mode="after")
     def _refuse_windows(self) -> Self:

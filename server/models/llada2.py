@@ -12,12 +12,14 @@ from server.models.decoder import DecoderConfig, DecoderNetwork, GatedMLP, Layer
 from server.models.experts import highest, mix
 from server.models.layers import RMSNorm, rotate
 
-MASK_TOKEN_ID, END_TOKEN_ID = 156895, 156892
+END_TOKEN_ID = 156892
 BLOCK_LENGTH = 32
 
 
 class LLaDA2Config(DecoderConfig):
     """`config.json` of a LLaDA2 checkpoint. Defaults are those of the original's own configuration class."""
+
+    published: ClassVar = {"mask_token_id": 156895}
 
     moe_intermediate_size: int = Field(gt=0)
     num_experts: int = Field(gt=0)
@@ -43,12 +45,10 @@ class LLaDA2Config(DecoderConfig):
 
     @model_validator(mode="before")
     @classmethod
-    def _published_defaults(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
+    def _padding_ends_the_text(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or data.get("eos_token_id") is not None:
             return data
-        end = END_TOKEN_ID if data.get("pad_token_id") is None else data["pad_token_id"]
-        defaults = {"mask_token_id": MASK_TOKEN_ID, "eos_token_id": end}
-        return data | {key: value for key, value in defaults.items() if data.get(key) is None}
+        return data | {"eos_token_id": END_TOKEN_ID if data.get("pad_token_id") is None else data["pad_token_id"]}
 
     @model_validator(mode="after")
     def _check_router(self) -> "LLaDA2Config":

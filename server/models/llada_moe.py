@@ -1,6 +1,6 @@
 """LLaDA-MoE (inclusionAI `modeling_lladamoe.py`): sees both ways, and most layers are mixtures of experts."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -9,14 +9,14 @@ from server.models.decoder import Attention, DecoderConfig, DecoderNetwork, Gate
 from server.models.experts import highest, mix
 from server.models.layers import RMSNorm
 
-MASK_TOKEN_ID, END_TOKEN_ID = 156895, 156892
-
 
 class LLaDAMoEConfig(DecoderConfig):
     """`config.json` of a LLaDA-MoE checkpoint.
 
     `norm_topk_prob`, `routed_scaling_factor` and `router_num_group` are not read: the original's router knows none.
     """
+
+    published: ClassVar = {"mask_token_id": 156895, "eos_token_id": 156892}
 
     intermediate_size: int = Field(gt=0, validation_alias="dense_intermediate_size")
     expert_intermediate_size: int = Field(gt=0)
@@ -34,15 +34,10 @@ class LLaDAMoEConfig(DecoderConfig):
 
     @model_validator(mode="before")
     @classmethod
-    def _published_defaults(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        defaults = {
-            "mask_token_id": MASK_TOKEN_ID,
-            "eos_token_id": END_TOKEN_ID,
-            "num_key_value_heads": data.get("num_attention_heads"),
-        }
-        return data | {key: value for key, value in defaults.items() if data.get(key) is None}
+    def _heads_of_their_own(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("num_key_value_heads") is None:
+            return {**data, "num_key_value_heads": data.get("num_attention_heads")}
+        return data
 
     @model_validator(mode="after")
     def _check_layers(self) -> "LLaDAMoEConfig":

@@ -2,28 +2,21 @@
 
 from typing import Any, ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import nn
 
 from samplers import Scheme
 from server.models.decoder import Attention, DecoderConfig, DecoderNetwork, GatedMLP, Layer
 from server.models.layers import RMSNorm
 
-MASK_TOKEN_ID = 151669
-
 
 class SDARConfig(DecoderConfig):
     """`config.json` of an SDAR checkpoint."""
 
+    published: ClassVar = {"mask_token_id": 151669}
+
     block_size: int = Field(4, gt=0)
     attention_bias: bool = False
-
-    @model_validator(mode="before")
-    @classmethod
-    def _published_defaults(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("mask_token_id") is None:
-            return {**data, "mask_token_id": MASK_TOKEN_ID}
-        return data
 
     @property
     def built(self) -> dict[str, Any]:
