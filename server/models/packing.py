@@ -3,6 +3,11 @@
 import torch
 from torch import Tensor, nn
 
+from server.allocator import give_back_freed_memory
+
+PORTIONS = 16
+"""Times that the memory of plain weights goes back to the system: packed ones seldom fit where those were."""
+
 PACKED_TYPES = (torch.float32, torch.bfloat16)
 
 
@@ -30,7 +35,14 @@ def pack_linear_layers(network: nn.Module) -> None:
     if not has_onednn:
         return
     parents = [module for module in network.modules() if type(module) is not nn.Linear]  # which would keep them alive
+    portion = sum(weight.nbytes for weight in network.parameters()) // PORTIONS
+    freed = 0
     for module in parents:
         for name, child in module.named_children():
             if type(child) is nn.Linear and child.weight.device.type == "cpu" and child.weight.dtype in PACKED_TYPES:
                 setattr(module, name, PackedLinear(child))
+                freed += child.weight.nbytes
+                if freed > portion:
+                    del child  # the last plain layer, which goes with the others
+                    give_back_freed_memory(torch.device("cpu"))
+                    freed = 0
