@@ -1,5 +1,6 @@
 """What serving takes at most is known before the first request."""
 
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -60,9 +61,13 @@ print(peak.grown, bound.forward)
 
 def test_many_queued_requests_take_what_was_found_out() -> None:
     """In a process of its own, as a server is: the heap of one that did much else has other holes."""
-    done = subprocess.run([sys.executable, "-c", SERVE_MANY], check=True, capture_output=True, text=True, timeout=280)
-    grown, bound = map(int, done.stdout.split())
-    assert 0.7 * bound < grown < 1.4 * bound, (grown, bound)
+    ratios = []
+    for _ in range(3):  # heaps differ by a tenth from one process to the next
+        command = [sys.executable, "-c", SERVE_MANY]
+        done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=90)
+        grown, bound = map(int, done.stdout.split())
+        ratios.append(grown / bound)
+    assert 0.7 < statistics.median(ratios) < 1.4, ratios
 
 
 def test_the_bound_grows_with_the_limits(backend: TorchBackend) -> None:
