@@ -1,9 +1,11 @@
-"""A mixture of experts: every token goes through the few that its router chose."""
+"""Mixtures of experts: every token goes through the few that its router chose."""
 
 from collections.abc import Callable, Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from server.models.decoder import GatedMLP
 
 
 def highest(scores: Tensor, count: int) -> Tensor:
@@ -47,3 +49,33 @@ def _counts(ascending: Tensor) -> dict[int, int]:
     values, counts = torch.unique_consecutive(ascending, return_counts=True)
     found: list[list[int]] = torch.stack([values, counts]).tolist()
     return dict(zip(*found, strict=True))
+
+
+class SoftmaxMixture(nn.Module):
+    """The experts of a layer, and a router whose softmax over all of them chooses.
+
+    Args:
+        width, inner: of states, and of what is inside an expert.
+        count, chosen: experts, and how many of them a token goes through.
+        normalised: whether the weights of those sum up to 1.
+        biased: whether experts have a bias, which counts in the choice and in the weights.
+    """
+
+    def __init__(
+        self, width: int, inner: int, count: int, chosen: int, *, normalised: bool = False, biased: bool = False
+    ) -> None:
+        super().__init__()
+        self.count, self.normalised = chosen, normalised
+        self.gate = nn.Linear(width, count, bias=False)
+        self.experts = nn.ModuleList(GatedMLP(width, inner) for _ in range(count))
+        self.register_buffer("expert_bias", self.gate.weight.new_zeros(count) if biased else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.gate(x).float().softmax(dim=-1)
+        if self.expert_bias is not None:
+            scores = scores + self.expert_bias
+        chosen = highest(scores, self.count)
+        weight = scores.gather(1, chosen)
+        if self.normalised:
+            weight = weight / weight.sum(dim=-1, keepdim=True)
+        return mix(self.experts, x, chosen, weight.to(x.dtype))

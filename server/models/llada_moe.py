@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from server.models.decoder import Attention, DecoderConfig, DecoderNetwork, GatedMLP, Layer, Projections
-from server.models.experts import highest, mix
+from server.models.experts import SoftmaxMixture
 from server.models.layers import RMSNorm
 
 
@@ -59,28 +59,6 @@ class LLaDAMoEConfig(DecoderConfig):
         }
 
 
-class Mixture(nn.Module):
-    """The experts of a layer, and the router that chooses among them."""
-
-    def __init__(self, config: LLaDAMoEConfig) -> None:
-        super().__init__()
-        self.count = config.num_experts_per_tok
-        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
-        self.experts = nn.ModuleList(
-            GatedMLP(config.hidden_size, config.expert_intermediate_size) for _ in range(config.num_experts)
-        )
-        # Published checkpoints have none; it counts in the weights, too.
-        bias = self.gate.weight.new_zeros(config.num_experts) if config.moe_router_enable_expert_bias else None
-        self.register_buffer("expert_bias", bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        scores = self.gate(x).float().softmax(dim=-1)
-        if self.expert_bias is not None:
-            scores = scores + self.expert_bias
-        chosen = highest(scores, self.count)
-        return mix(self.experts, x, chosen, scores.gather(1, chosen).to(x.dtype))
-
-
 class MoELayer(Layer):
     """A layer whose MLP may stand beside an expert that all tokens share."""
 
@@ -108,4 +86,11 @@ class LLaDAMoE(DecoderNetwork):
             return Layer(config, attention, GatedMLP(config.hidden_size, config.intermediate_size))
         inner = config.shared_expert_intermediate_size
         shared = None if inner is None else GatedMLP(config.hidden_size, inner)
-        return MoELayer(config, attention, Mixture(config), shared)
+        mixture = SoftmaxMixture(
+            config.hidden_size,
+            config.expert_intermediate_size,
+            config.num_experts,
+            config.num_experts_per_tok,
+            biased=bool(config.moe_router_enable_expert_bias),  # published checkpoints have none
+        )
+        return MoELayer(config, attention, mixture, shared)

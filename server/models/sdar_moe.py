@@ -3,10 +3,10 @@
 from typing import Any, ClassVar, Self
 
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import nn
 
-from server.models.decoder import Attention, GatedMLP, Layer
-from server.models.experts import highest, mix
+from server.models.decoder import Attention, Layer
+from server.models.experts import SoftmaxMixture
 from server.models.layers import RMSNorm
 from server.models.sdar import SDAR, SDARConfig
 
@@ -39,26 +39,6 @@ class SDARMoEConfig(SDARConfig):
         return index not in self.mlp_only_layers and (index + 1) % self.decoder_sparse_step == 0
 
 
-class Mixture(nn.Module):
-    """The experts of a layer, and the router that chooses among them."""
-
-    def __init__(self, config: SDARMoEConfig) -> None:
-        super().__init__()
-        self.count, self.normalised = config.num_experts_per_tok, config.norm_topk_prob
-        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
-        self.experts = nn.ModuleList(
-            GatedMLP(config.hidden_size, config.moe_intermediate_size) for _ in range(config.num_experts)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        scores = self.gate(x).float().softmax(dim=-1)
-        chosen = highest(scores, self.count)
-        weight = scores.gather(1, chosen)
-        if self.normalised:
-            weight = weight / weight.sum(dim=-1, keepdim=True)
-        return mix(self.experts, x, chosen, weight.to(x.dtype))
-
-
 class SDARMoE(SDAR):
     """The network."""
 
@@ -69,4 +49,11 @@ class SDARMoE(SDAR):
         config = self.config
         if not config.mixed(index):
             return super().make_layer(index)
-        return Layer(config, Attention(config, norm=RMSNorm), Mixture(config))
+        mixture = SoftmaxMixture(
+            config.hidden_size,
+            config.moe_intermediate_size,
+            config.num_experts,
+            config.num_experts_per_tok,
+            normalised=config.norm_topk_prob,
+        )
+        return Layer(config, Attention(config, norm=RMSNorm), mixture)

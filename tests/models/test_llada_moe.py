@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from samplers import Canvas, get_sampler
 from samplers.denoising import Denoising, denoise
 from server.engine.torch_backend import TorchBackend
-from server.models.experts import highest, mix
-from server.models.llada_moe import LLaDAMoE, LLaDAMoEConfig, Mixture
+from server.models.experts import SoftmaxMixture, highest, mix
+from server.models.llada_moe import LLaDAMoE, LLaDAMoEConfig
 from server.models.loading import describe, load_model
 from server.models.registry import find_family
 from tests.tiny_moe import ROLE_END, llada_moe, llada_moe_config, write_model
@@ -22,13 +22,13 @@ def states(count: int) -> Tensor:
     return torch.randn(count, 32, generator=torch.Generator().manual_seed(count))
 
 
-def mixture_of(**changes: Any) -> Mixture:
+def mixture_of(**changes: Any) -> SoftmaxMixture:
     mixture = llada_moe(**changes).model.layers[0].mlp
-    assert isinstance(mixture, Mixture)
+    assert isinstance(mixture, SoftmaxMixture)
     return mixture
 
 
-def by_hand(mixture: Mixture, x: Tensor, count: int) -> Tensor:
+def by_hand(mixture: SoftmaxMixture, x: Tensor, count: int) -> Tensor:
     """Token by token, expert by expert, every one of them computed."""
     rows = []
     for token in x:

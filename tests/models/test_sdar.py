@@ -8,9 +8,10 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from samplers import Scheme
+from server.models.experts import SoftmaxMixture
 from server.models.registry import find_family
 from server.models.sdar import SDARConfig
-from server.models.sdar_moe import Mixture, SDARMoEConfig
+from server.models.sdar_moe import SDARMoEConfig
 from tests.decoders import SDAR, SDAR_MOE, block_mask, decoder_config, decoder_network, in_transformers
 
 VOCABULARY = 90
@@ -46,7 +47,13 @@ def test_logits_equal_those_of_qwen3_under_a_block_causal_mask(architecture: str
 def test_layers_with_and_without_experts() -> None:
     config = decoder_config(SDAR_MOE, VOCABULARY, num_hidden_layers=5, decoder_sparse_step=2, mlp_only_layers=[3])
     network: Any = decoder_network(config)
-    assert [isinstance(layer.mlp, Mixture) for layer in network.model.layers] == [False, True, False, False, False]
+    assert [isinstance(layer.mlp, SoftmaxMixture) for layer in network.model.layers] == [
+        False,
+        True,
+        False,
+        False,
+        False,
+    ]
 
 
 def test_a_block_sees_itself_and_what_is_before_it() -> None:
