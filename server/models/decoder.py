@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from server.models.layers import RMSNorm, gated, rope_tables, rotate
+from server.models.layers import RMSNorm, RotaryTables, gated, rotate, split_heads
 from server.models.network import Network
 from server.models.packed import Packed
 
@@ -156,11 +156,13 @@ class Attention(nn.Module):
         return out
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.view(*x.shape[:-1], x.shape[-1] // self.head_dim, self.head_dim)  # there may be no token
+        return split_heads(x, self.head_dim)
 
 
 class GatedMLP(nn.Module):
     """`down(silu(gate(x)) * up(x))`."""
+
+    combine = staticmethod(gated)
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
@@ -169,7 +171,7 @@ class GatedMLP(nn.Module):
         self.down_proj = nn.Linear(inner, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
+        out: Tensor = self.down_proj(self.combine(self.gate_proj(x), self.up_proj(x)))
         return out
 
 
@@ -241,7 +243,8 @@ class DecoderNetwork(Network):
         self.model = Decoder(config, self.make_layer, self.embedding_name)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self._tables: tuple[Tensor, Tensor] | None = None
+        reach = min(config.max_length, 4096)
+        self._tables = RotaryTables(config.rotated_size, config.rope_theta, reach)
 
     def make_layer(self, index: int) -> nn.Module:
         """The layer of that index."""
@@ -261,11 +264,8 @@ class DecoderNetwork(Network):
 
     def _rotation(self, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Tables of at least this length, [length, 1, rotated size]."""
-        device = self.embedding.weight.device
-        if self._tables is None or self._tables[0].shape[0] < length or self._tables[0].device != device:
-            reach = max(length, min(self.config.max_length, 4096))
-            self._tables = rope_tables(reach, self.config.rotated_size, self.config.rope_theta, device)
-        return self._tables[0][:, None].to(dtype), self._tables[1][:, None].to(dtype)
+        cos, sin = self._tables(length, self.embedding.weight.device)
+        return cos.to(dtype), sin.to(dtype)
 
     def packed(self, batch: Packed) -> Tensor:
         x = self.embedding(batch.tokens)

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from samplers import Scheme
 from samplers.prediction import Wanted
-from server.models.decoder import Attend
+from server.models.decoder import Attend, GatedMLP
 from server.models.diffusion_gemma_config import DiffusionGemmaConfig, Kind, TextConfig
 from server.models.experts import highest, mix
-from server.models.layers import rotate
+from server.models.layers import rotate, split_heads
 from server.models.network import Network
 from server.models.packed import Packed
 
@@ -44,25 +44,18 @@ class Norm(nn.Module):
         return (wide if self.weight is None else wide * self.weight.float()).to(x.dtype)
 
 
-def gelu(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
+def gelu_gated(gate: Tensor, up: Tensor) -> Tensor:
+    """`gelu(gate) * up`."""
+    return F.gelu(gate, approximate="tanh") * up
 
 
-class GatedMLP(nn.Module):
+class GeluMLP(GatedMLP):
     """`down(gelu(gate(x)) * up(x))`."""
 
-    def __init__(self, width: int, inner: int) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(width, inner, bias=False)
-        self.up_proj = nn.Linear(width, inner, bias=False)
-        self.down_proj = nn.Linear(inner, width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(gelu(self.gate_proj(x)) * self.up_proj(x))
-        return out
+    combine = staticmethod(gelu_gated)
 
 
-class SelfConditioning(GatedMLP):
+class SelfConditioning(GeluMLP):
     """Puts what the model said of the draft before into the embeddings of the draft."""
 
     def __init__(self, config: TextConfig) -> None:
@@ -112,7 +105,7 @@ class Experts(nn.Module):
 
     def _one(self, index: int, x: Tensor) -> Tensor:
         gate, up = F.linear(x, self.gate_up_proj[index]).chunk(2, dim=-1)
-        return F.linear(gelu(gate) * up, self.down_proj[index])
+        return F.linear(gelu_gated(gate, up), self.down_proj[index])
 
 
 class Attention(nn.Module):
@@ -140,7 +133,7 @@ class Attention(nn.Module):
         return rotate(self.q_norm(self._heads(self.q_proj(h))), cos, sin), k, v
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.view(*x.shape[:-1], -1, self.head_dim)
+        return split_heads(x, self.head_dim)
 
 
 class Layer(nn.Module):
@@ -156,7 +149,7 @@ class Layer(nn.Module):
         self.self_attn = Attention(config, index)
         self.post_attention_layernorm = norm()
         self.pre_feedforward_layernorm = norm()
-        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
+        self.mlp = GeluMLP(config.hidden_size, config.intermediate_size)
         self.post_feedforward_layernorm_1 = norm()
         self.router = Router(config)
         self.pre_feedforward_layernorm_2 = norm()

@@ -45,6 +45,30 @@ def gated(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up if torch.is_grad_enabled() else F.silu(gate, inplace=True).mul_(up)
 
 
+def split_heads(x: Tensor, head_dim: int) -> Tensor:
+    """[..., heads * head_dim] to [..., heads, head_dim]; there may be no token."""
+    return x.view(*x.shape[:-1], x.shape[-1] // head_dim, head_dim)
+
+
+class RotaryTables:
+    """Cosines and sines of positions, float32 [at least so many, 1, size], made when they are first needed.
+
+    Args:
+        size: how many of a head's numbers are rotated.
+        reach: positions to make at once.
+    """
+
+    def __init__(self, size: int, theta: float, reach: int) -> None:
+        self._size, self._theta, self._reach = size, theta, reach
+        self._tables: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        if self._tables is None or self._tables[0].shape[0] < length or self._tables[0].device != device:
+            cos, sin = rope_tables(max(length, self._reach), self._size, self._theta, device)
+            self._tables = cos[:, None], sin[:, None]
+        return self._tables
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Bidirectional attention over [batch, length, heads, head_dim]."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

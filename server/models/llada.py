@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from server.models.layers import RMSNorm, attention, gated, rope_tables, rotate
+from server.models.layers import RMSNorm, RotaryTables, attention, gated, rotate, split_heads
 from server.models.network import Network
 from server.models.packed import Packed
 
@@ -161,7 +161,7 @@ class Block(nn.Module):
         return out
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.view(*x.shape[:-1], self.n_heads, x.shape[-1] // self.n_heads)
+        return split_heads(x, x.shape[-1] // self.n_heads)
 
 
 class Transformer(nn.Module):
@@ -184,7 +184,8 @@ class LLaDA(Network):
         super().__init__()
         self.config = config
         self.model = nn.ModuleDict({"transformer": Transformer(config)})
-        self._tables: tuple[Tensor, Tensor] | None = None
+        reach = min(config.max_sequence_length, 4096)
+        self._tables = RotaryTables(config.head_dim, config.rope_theta, reach)
 
     @property
     def transformer(self) -> Transformer:
@@ -194,11 +195,7 @@ class LLaDA(Network):
 
     def _rotation(self, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Tables of at least this length, [length, 1, head_dim]."""
-        device = self.transformer.wte.weight.device
-        if self._tables is None or self._tables[0].shape[0] < length or self._tables[0].device != device:
-            reach = max(length, min(self.config.max_sequence_length, 4096))
-            self._tables = rope_tables(reach, self.config.head_dim, self.config.rope_theta, device)
-        cos, sin = self._tables[0][:, None], self._tables[1][:, None]
+        cos, sin = self._tables(length, self.transformer.wte.weight.device)
         return (cos, sin) if self.config.rope_full_precision else (cos.to(dtype), sin.to(dtype))
 
     @property
