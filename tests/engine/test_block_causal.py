@@ -5,7 +5,6 @@ every position of every forward, on Python lists.
 """
 
 import threading
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +21,7 @@ from server.engine.torch_backend import TorchBackend
 from server.metrics import Metrics
 from server.models.loading import describe
 from tests.decoders import FAST_DLLM, SDAR, SDAR_MOE, block_mask, decoder_config, decoder_network, in_transformers
+from tests.engine.arrivals import finish
 from tests.engine.backends import Listener
 from tests.engine.test_differential import describe as statistics_of
 from tests.engine.test_differential import naive_step
@@ -158,17 +158,6 @@ def slow(case: Case) -> tuple[list[int], int]:
         forwards += 1
         block_step += 1
     return canvas, forwards
-
-
-def finish(rows: Sequence[Denoising], arrivals: Sequence[int], backend: TorchBackend) -> None:
-    """Run generations together, each from its own turn on."""
-    turn = 0
-    while not all(row.finished for row in rows):
-        running = [row for row, at in zip(rows, arrivals, strict=False) if at <= turn and not row.finished]
-        turn += 1
-        if running:
-            query = ask(running)
-            assert all(outcome.error is None for outcome in advance(running, query, backend.predict(query)))
 
 
 def told(row: Denoising) -> tuple[list[int], int]:

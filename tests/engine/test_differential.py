@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from samplers import CacheMode, Canvas, Layout, Scheme, Statistic, Step, get_sampler
-from samplers.denoising import Denoising, advance, ask
+from samplers.denoising import Denoising
 from server.engine.backend import ModelInfo
 from server.engine.torch_backend import TorchBackend
 from server.models.loading import describe as describe_model
 from server.models.network import Network
+from tests.engine.arrivals import finish
 from tests.tiny import tiny_config, tiny_network
 from tests.tiny_dream import tiny_dream, tiny_dream_config
 
@@ -186,12 +187,6 @@ def test_the_same_tokens_as_the_slow_loop(number: int, batch: list[Case], arriva
     """Rows of different samplers, lengths and ages in one forward, some arriving in the middle of others."""
     backend = MODELS[number]
     rows = [case.row(backend.info.scheme) for case in batch]
-    turn = 0
-    while not all(row.finished for row in rows):
-        running = [row for row, at in zip(rows, arrivals, strict=False) if at <= turn and not row.finished]
-        turn += 1
-        if running:
-            query = ask(running)
-            assert all(outcome.error is None for outcome in advance(running, query, backend.predict(query)))
+    finish(rows, arrivals, backend)
     for case, row in zip(batch, rows, strict=True):
         assert (row.canvas.tokens.tolist(), row.forwards) == slow(backend.network, case)
