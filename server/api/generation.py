@@ -103,9 +103,7 @@ def _submit(
 def _requests(serving: Serving, body: GenerationBody, rule: Rule, job: Job) -> tuple[list[GenerationRequest], Used]:
     info = serving.engine.info
     sampler, params = rule
-    block_length = body.block_length if "block_length" in body.model_fields_set else info.block_length
-    if info.scheme.causal:
-        block_length = block_length or info.block_length
+    block_length = info.blocks(body.block_length if "block_length" in body.model_fields_set else info.block_length)
     ends = frozenset() if body.ignore_eos else info.end_ids
     number = body.n or 1
     left = [info.max_length - len(prompt) - len(job.suffix) for prompt in job.prompts]

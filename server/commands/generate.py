@@ -83,8 +83,7 @@ def generate(
     ids = text.encode(_prompt_text(prompt, chat, text))
     if len(ids) + max_tokens > info.max_length:
         wrong("--max-tokens", f"{max_tokens} and a prompt of {len(ids)} tokens exceed the model's {info.max_length}")
-    if block_length is None or info.scheme.causal_block is not None:
-        block = block or info.block_length
+    block = info.blocks(info.block_length if block_length is None else block)
     try:
         canvas = Canvas.blank(ids, max_tokens, info.mask_id, block, scheme=info.scheme)
     except ValueError as error:

@@ -36,6 +36,10 @@ class ModelInfo:
     scheme: Scheme = BIDIRECTIONAL
     caches: frozenset[CacheMode] = frozenset(CacheMode)
 
+    def blocks(self, asked: int | None) -> int | None:
+        """The block length that a request's comes to; for a causal model, none asked for is the model's own."""
+        return asked or self.block_length if self.scheme.causal else asked
+
     @property
     def cache(self) -> CacheMode:
         """What is kept between forwards unless somebody chooses: all that can be kept exactly."""
