@@ -1,17 +1,13 @@
 """How the time of a forward grows with the canvas, the batch and the vocabulary."""
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
-import torch
-
 from samplers import Canvas, get_sampler
 from samplers.denoising import Denoising, Query, ask
-from server.bench.results import Result, spread
-from server.bench.subjects import RANDOM
+from server.bench.results import Measure, Result, spread, timed
+from server.bench.subjects import RANDOM, random_network
 from server.engine.torch_backend import TorchBackend
-from server.models.llada import LLaDA, LLaDAConfig
 from server.models.loading import describe
 from server.models.packing import pack_linear_layers
 from server.threads import apart
@@ -37,7 +33,7 @@ def measure_growth(
     yield _growth("growth_vocabulary", vocabularies, lambda size: _forward(_model(size), _query([LENGTH] * 4)), rounds)
 
 
-def _growth(name: str, sizes: Sequence[int], make: Callable[[int], Callable[[], float]], rounds: int) -> Result:
+def _growth(name: str, sizes: Sequence[int], make: Callable[[int], Measure], rounds: int) -> Result:
     """Seconds of every size in turn, round by round; the largest over the smallest."""
     forwards = [apart(partial(make, size)) for size in sizes]
     for forward in forwards:
@@ -48,13 +44,8 @@ def _growth(name: str, sizes: Sequence[int], make: Callable[[int], Callable[[], 
     return spread(name, f"seconds at {sizes[-1]} over seconds at {sizes[0]}", ratios, model=NAME, seconds=points)
 
 
-def _forward(backend: TorchBackend, query: Query) -> Callable[[], float]:
-    def measured() -> float:
-        began = time.perf_counter()
-        backend.predict(query)
-        return time.perf_counter() - began
-
-    return measured
+def _forward(backend: TorchBackend, query: Query) -> Measure:
+    return timed(lambda: backend.predict(query))
 
 
 def _query(lengths: list[int]) -> Query:
@@ -64,12 +55,8 @@ def _query(lengths: list[int]) -> Query:
 
 
 def _model(vocabulary: int) -> TorchBackend:
-    torch.manual_seed(0)
     config = SHAPE | {"vocab_size": vocabulary, "embedding_size": vocabulary, "mask_token_id": 0, "eos_token_id": 1}
-    network = LLaDA(LLaDAConfig.model_validate(config)).requires_grad_(False).eval()
-    for weight in network.parameters():
-        if weight.dim() == 2:
-            weight.data.normal_(std=weight.shape[1] ** -0.5)
+    network = random_network(config)
     info = describe("LLaDAModelLM", network)
     pack_linear_layers(network)
     return TorchBackend(network, info)

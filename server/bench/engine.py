@@ -6,18 +6,17 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
 
 from samplers import Canvas, get_sampler
 from samplers.denoising import Denoising, Query, ask
+from server.bench.products import bare_products
 from server.bench.reference import generate
-from server.bench.results import Result, alternate, ratio_of, spread
+from server.bench.results import Result, alternate, ratio_of, spread, timed
 from server.bench.subjects import Subject
 from server.engine import Engine, Finished, GenerationRequest, Limits
 from server.engine.request import Event
 from server.engine.torch_backend import TorchBackend
 from server.metrics import Metrics
-from server.models.packing import pack_linear_layers
 from server.threads import apart
 
 MIXED: list[tuple[str, dict[str, Any]]] = [
@@ -185,46 +184,24 @@ def _invariant(subject: Subject, rounds: int, detail: dict[str, Any]) -> Result:
     query = _first_step(subject, 16)
     alone = TorchBackend(subject.backend.network, subject.backend.info, batch_invariant=True)
 
-    def timed(backend: TorchBackend) -> Callable[[], float]:
-        def measured() -> float:
-            began = time.perf_counter()
-            backend.predict(query)
-            return time.perf_counter() - began
-
-        return measured
-
-    invariant, usual = alternate(timed(alone), timed(subject.backend), rounds)
+    invariant, usual = alternate(
+        timed(lambda: alone.predict(query)), timed(lambda: subject.backend.predict(query)), rounds
+    )
     return ratio_of("batch_invariant_cost", "seconds of a forward, ratio", invariant, usual, **detail, rows=16)
 
 
 def _matmul(subject: Subject, rounds: int, detail: dict[str, Any]) -> Result:
     """The matrix products of a forward alone, over the forward: the share of what the machine can do."""
-    backend, config = subject.backend, subject.plain.config
-    query = _first_step(subject, 16)
-    tokens, wanted = sum(canvas.layout.length for canvas in query.canvases), len(query.row)
-    shapes = [(tokens, config.d_model, config.d_model)] * 4 + [(tokens, config.d_model, config.mlp_width)] * 2
-    shapes += [(tokens, config.mlp_width, config.d_model)]
-    last = [(tokens, config.d_model, config.d_model)] * 2 + [(wanted, n, k) for _, n, k in shapes[2:]]
-    shapes = shapes * (config.n_layers - 1) + last + [(wanted, config.d_model, config.rows)]
-    weights = {(n, k): nn.Linear(n, k, bias=False).requires_grad_(False) for _, n, k in shapes}
-    layers = nn.ModuleDict({f"{n}x{k}": weight for (n, k), weight in weights.items()})
-    apart(lambda: pack_linear_layers(layers))
-    inputs = {(m, n): torch.randn(m, n) for m, n, _ in shapes}
-
-    def bare() -> float:
-        began = time.perf_counter()
-        with torch.inference_mode():
-            for m, n, k in shapes:
-                layers[f"{n}x{k}"](inputs[m, n])
-        return time.perf_counter() - began
-
-    def model() -> float:
-        began = time.perf_counter()
-        backend.predict(query)
-        return time.perf_counter() - began
-
-    alone, whole = alternate(bare, model, rounds)
-    flops = 2.0 * sum(m * n * k for m, n, k in shapes)
+    backend, query = subject.backend, _first_step(subject, 16)
+    tokens = sum(canvas.layout.length for canvas in query.canvases)
+    bare, operations = apart(lambda: bare_products(subject.plain.config, tokens, len(query.row)))
+    alone, whole = alternate(timed(bare), timed(lambda: backend.predict(query)), rounds)
     return ratio_of(
-        "model_vs_matmul", "share of the model's time", alone, whole, **detail, rows=16, gflops=flops / alone[0] / 1e9
+        "model_vs_matmul",
+        "share of the model's time",
+        alone,
+        whole,
+        **detail,
+        rows=16,
+        gflops=operations / alone[0] / 1e9,
     )

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import statistics
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,6 +28,17 @@ class Result:
     high: float
     unit: str
     detail: dict[str, Any] = field(default_factory=dict)
+
+
+def timed(work: Callable[[], object]) -> Measure:
+    """Seconds that a piece of work takes."""
+
+    def measured() -> float:
+        began = time.perf_counter()
+        work()
+        return time.perf_counter() - began
+
+    return measured
 
 
 def alternate(first: Measure, second: Measure, rounds: int) -> tuple[list[float], list[float]]:

@@ -5,6 +5,7 @@ import shutil
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -70,13 +71,19 @@ def embedded(count: int) -> Subject:
     return Subject(EMBEDDED_NAME, loaded.backend, plain, prompts("chain"), prompts("totals"), 64, 64, 32)
 
 
-def random_model(count: int) -> Subject:
-    """About 100 M random weights and a vocabulary of 32,000, since a tiny model hides costs."""
+def random_network(config: dict[str, Any]) -> LLaDA:
+    """Random weights of the shape that a configuration gives."""
     torch.manual_seed(0)
-    plain = LLaDA(LLaDAConfig.model_validate(RANDOM)).requires_grad_(False).eval()
-    for weight in plain.parameters():
+    network = LLaDA(LLaDAConfig.model_validate(config)).requires_grad_(False).eval()
+    for weight in network.parameters():
         if weight.dim() == 2:
             weight.data.normal_(std=weight.shape[1] ** -0.5)
+    return network
+
+
+def random_model(count: int) -> Subject:
+    """About 100 M random weights and a vocabulary of 32,000, since a tiny model hides costs."""
+    plain = random_network(RANDOM)
     info = describe("LLaDAModelLM", plain)
     network = deepcopy(plain)
     pack_linear_layers(network)

@@ -12,20 +12,19 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from samplers import Canvas, get_sampler
 from samplers.denoising import Denoising, Query, ask
 from samplers.summary import summarise
+from server.bench.products import bare_products
+from server.bench.results import timed
 from server.engine import Backend
 from server.engine.torch_backend import TorchBackend
 from server.models.llada import LLaDA
 from server.models.loading import find_model, load_model
-from server.models.packing import pack_linear_layers
 
 LENGTH, BLOCK = 128, 32
 
@@ -61,47 +60,23 @@ def first_step(backend: Backend, count: int) -> Query:
     return ask([Denoising(canvas, topk, topk.Params()) for canvas in canvases])
 
 
-def seconds(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
-
-
-def products(network: LLaDA, tokens: int, wanted: int, dtype: torch.dtype) -> tuple[Callable[[], None], float]:
-    """The matrix products of one forward alone, and their floating-point operations."""
-    d, m, config = network.config.d_model, network.config.mlp_width, network.config
-    last = [(tokens, d, d)] * 2 + [(wanted, d, d)] * 2 + [(wanted, d, m)] * 2 + [(wanted, m, d)]
-    each = [(tokens, d, d)] * 4 + [(tokens, d, m)] * 2 + [(tokens, m, d)]
-    shapes = each * (config.n_layers - 1) + last + [(wanted, d, config.rows)]
-    layers = nn.ModuleDict({f"{n}x{k}": nn.Linear(n, k, bias=False, dtype=dtype) for _, n, k in set(shapes)})
-    layers.requires_grad_(False)
-    pack_linear_layers(layers)
-    inputs = {(rows, n): torch.randn(rows, n, dtype=dtype) for rows, n, _ in shapes}
-
-    def bare() -> None:
-        with torch.inference_mode():
-            for rows, n, k in shapes:
-                layers[f"{n}x{k}"](inputs[rows, n])
-
-    return bare, 2.0 * sum(rows * n * k for rows, n, k in shapes)
-
-
 def parts(backend: TorchBackend, count: int, rounds: int) -> str:
     """One line: a forward of so many rows, shares of head and statistics, and its products alone."""
     query, network = first_step(backend, count), backend.network
     assert isinstance(network, LLaDA)
     batch, back = backend.pack(query)
-    bare, operations = products(network, len(batch.tokens), len(batch.wanted), getattr(torch, backend.info.dtype))
+    dtype = getattr(torch, backend.info.dtype)
+    bare, operations = bare_products(network.config, len(batch.tokens), len(batch.wanted), dtype)
     found: dict[str, list[float]] = {name: [] for name in ("whole", "head", "statistics", "bare")}
     with torch.inference_mode():
         hidden = network.packed(batch)[back]
         logits = network.head(hidden)
         for turn in range(rounds + 1):
             times = {
-                "whole": seconds(lambda: backend.predict(query)),
-                "head": seconds(lambda: network.head(hidden)),
-                "statistics": seconds(lambda: summarise(logits, backend.info.mask_id)),
-                "bare": seconds(bare),
+                "whole": timed(lambda: backend.predict(query))(),
+                "head": timed(lambda: network.head(hidden))(),
+                "statistics": timed(lambda: summarise(logits, backend.info.mask_id))(),
+                "bare": timed(bare)(),
             }
             if turn:
                 for name, value in times.items():
@@ -140,7 +115,7 @@ def main() -> None:
             print(parts(backend, count, arguments.rounds), flush=True)
             continue
         query = first_step(backend, count)
-        times = [seconds(lambda query=query: backend.predict(query)) for _ in range(arguments.rounds + 1)][1:]
+        times = [timed(lambda query=query: backend.predict(query))() for _ in range(arguments.rounds + 1)][1:]
         print(f"{count:>4} {1e3 * statistics.median(times):>9.1f} ms", flush=True)
     backend.close()
 
