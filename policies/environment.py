@@ -183,31 +183,41 @@ def rollout(
         tokens=torch.tensor([row.completion_tokens for row in rows]),
         budget=torch.full((len(rows),), gen_length),
         texts=texts,
-        records=None if record is None else _collect(recorder, gen_length),
+        records=None if record is None else _collect(recorder),
     )
 
 
-def _collect(recorder: _Recorder, length: int) -> Records:
+def _collect(recorder: _Recorder) -> Records:
     """The recorded steps as one, cloned out of inference mode."""
 
-    def join(name: str) -> Tensor:
-        return torch.cat([line[name] for line in recorder.lines]).clone()
+    def join(name: str, empty: float = 0) -> Tensor:
+        return _one_width([line[name] for line in recorder.lines], empty)
 
-    seen = recorder.seen
+    seen, optional = recorder.seen, recorder.lines[0]
     tokens = [each.tokens for each in seen if each.tokens is not None]
     return Records(
-        row=join("row"),
+        row=torch.cat([line["row"] for line in recorder.lines]).clone(),
         seen=Observation(
-            features=torch.cat([each.features for each in seen]).clone(),
-            masked=torch.cat([each.masked for each in seen]).clone(),
-            valid=torch.cat([each.valid for each in seen]).clone(),
+            features=_one_width([each.features for each in seen]),
+            masked=_one_width([each.masked for each in seen]),
+            valid=_one_width([each.valid for each in seen]),
             time=torch.cat([each.time for each in seen]).clone(),
-            tokens=torch.cat(tokens).clone() if tokens else None,
+            tokens=_one_width(tokens) if tokens else None,
         ),
         candidates=join("candidates"),
         action=join("action"),
         committed=join("committed"),
-        confidence=join("confidence"),
-        order=join("order") if "order" in recorder.lines[0] else None,
-        right=join("right") if "right" in recorder.lines[0] else None,
+        confidence=join("confidence", -torch.inf),
+        order=join("order", -1) if "order" in optional else None,
+        right=join("right") if "right" in optional else None,
     )
+
+
+def _one_width(parts: list[Tensor], empty: float = 0) -> Tensor:
+    """Steps [rows, width, ...] as one tensor: where blocks are written whole, regions differ in length."""
+    longest = max(part.shape[1] for part in parts)
+    padded = [
+        torch.nn.functional.pad(part, (0, 0) * (part.dim() - 2) + (0, longest - part.shape[1]), value=empty)
+        for part in parts
+    ]
+    return torch.cat(padded).clone()

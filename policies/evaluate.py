@@ -163,7 +163,14 @@ def _start(
             f"is more than the model's {subject.max_length}"
         )
     for i in sorted(range(trial.count), key=lambda i: len(prompts[i])):
-        canvas = Canvas.blank(prompts[i], trial.gen_length, subject.mask_id, trial.block_length, scheme=subject.scheme)
+        canvas = Canvas.blank(
+            prompts[i],
+            trial.gen_length,
+            subject.mask_id,
+            trial.block_length,
+            scheme=subject.scheme,
+            max_length=subject.max_length,
+        )
         spec, problem = trial.sampler, problems[i]
         if spec.name == Oracle.name:
             sampler: Sampler = Oracle.for_problem(trial.task, problem, canvas, subject.encode, subject.end_ids)

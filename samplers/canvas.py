@@ -42,6 +42,19 @@ class Scheme:
             raise ValueError(f"block_length {block_length} does not divide the model's blocks of {self.causal_block}")
         return self
 
+    def region_length(self, prompt_length: int, text_length: int, block_length: int | None) -> int:
+        """Positions to denoise for a text of `text_length` tokens.
+
+        The generation programs of models that write block by block denoise whole blocks and cut the text, and what a
+        position becomes depends on all of its block. So the region ends with the block that holds the text's last
+        token; in a model that sees everything the region is the text.
+        """
+        if self.noise is not None:
+            size = block_length or self.drafted or text_length
+            return -(-text_length // size) * size
+        size = self.with_blocks(block_length).causal_block or 1
+        return -(-(prompt_length + text_length) // size) * size - prompt_length
+
 
 BIDIRECTIONAL = Scheme()
 
@@ -58,6 +71,7 @@ class Layout:
             counted from the generation region's start, but from the canvas's where the scheme is block-causal: the
             first then holds the end of the prompt.
         scheme: how the model reads it.
+        cut: positions at the region's end that are denoised with their block and are no part of the text.
     """
 
     prompt_length: int
@@ -65,6 +79,7 @@ class Layout:
     block_length: int
     suffix_length: int = 0
     scheme: Scheme = BIDIRECTIONAL
+    cut: int = 0
 
     def __post_init__(self) -> None:
         if min(self.prompt_length, self.suffix_length) < 0:
@@ -73,6 +88,8 @@ class Layout:
             raise ValueError(f"gen_length must be at least 1, got {self.gen_length}")
         if self.block_length < 1:
             raise ValueError(f"block_length must be at least 1, got {self.block_length}")
+        if not 0 <= self.cut < self.gen_length:
+            raise ValueError(f"{self.cut} of {self.gen_length} positions cannot be cut off")
         if self.scheme.causal_block is not None and self.scheme.causal_block % self.block_length:
             raise ValueError(f"blocks of {self.block_length} do not divide those of {self.scheme.causal_block}")
 
@@ -80,6 +97,16 @@ class Layout:
     def length(self) -> int:
         """Positions of the whole canvas."""
         return self.prompt_length + self.gen_length + self.suffix_length
+
+    @property
+    def text_length(self) -> int:
+        """Longest text of the generation region, in tokens."""
+        return self.gen_length - self.cut
+
+    @property
+    def missing(self) -> int:
+        """Positions that the last block lacks of a whole one, because the context ended."""
+        return self.scheme.region_length(self.prompt_length, self.text_length, self.block_length) - self.gen_length
 
     @property
     def _shared(self) -> int:
@@ -131,24 +158,33 @@ class Canvas:
     def blank(
         cls,
         prompt: list[int],
-        gen_length: int,
+        text_length: int,
         mask_id: int | None,
         block_length: int | None = None,
         suffix: list[int] | None = None,
         scheme: Scheme = BIDIRECTIONAL,
+        max_length: int | None = None,
     ) -> "Canvas":
         """A canvas whose whole generation region is masked.
 
-        No `block_length` means full diffusion; with a causal model, that model's blocks. A model without a mask
-        token has None for a `mask_id`: what its blocks begin with is drawn when their turn comes.
+        Args:
+            text_length: longest text; the region may be longer (see `Scheme.region_length`).
+            mask_id: None for a model without a mask token: what its blocks begin with is drawn when their turn comes.
+            block_length: None is full diffusion; with a causal model, that model's blocks.
+            max_length: longest canvas; where whole blocks do not fit, the last one ends here.
         """
         suffix = suffix or []
+        given = len(prompt) + len(suffix)
+        if text_length < 1:
+            raise ValueError(f"gen_length must be at least 1, got {text_length}")
+        gen_length = scheme.region_length(len(prompt), text_length, block_length)
+        if max_length is not None:
+            gen_length = max(text_length, min(gen_length, max_length - given))
         scheme = scheme.with_blocks(block_length)
-        if scheme.causal_block is None:
-            length = min(block_length or scheme.drafted or gen_length, gen_length)
-        else:
-            length = block_length or scheme.causal_block
-        layout = Layout(len(prompt), gen_length, length, len(suffix), scheme)
+        length = block_length or scheme.causal_block or scheme.drafted or gen_length
+        if not scheme.causal:
+            length = min(length, gen_length)
+        layout = Layout(len(prompt), gen_length, length, len(suffix), scheme, cut=gen_length - text_length)
         filler = 0 if mask_id is None else mask_id
         tokens = torch.tensor([*prompt, *[filler] * gen_length, *suffix], dtype=torch.int64)
         return cls(layout, tokens, torch.ones(gen_length, dtype=torch.bool))

@@ -138,7 +138,7 @@ def advance(rows: Sequence[Denoising], query: Query, prediction: Prediction) -> 
     """Let each sampler select among its rows' candidates, and commit. One outcome a row, in order.
 
     A row whose prediction is not finite, or whose sampler fails or breaks the contract, gets an error as its outcome
-    and is left as it was; the others are not affected.
+    and goes no further; the others are not affected.
     """
     outcomes: list[Outcome | None] = [None] * len(rows)
     groups: dict[int, list[int]] = {}
@@ -153,7 +153,7 @@ def advance(rows: Sequence[Denoising], query: Query, prediction: Prediction) -> 
         step = grid.step(members)
         for line, outcome in enumerate(_select(rows[members[0]].sampler, step)):
             i = members[line]
-            outcomes[i] = outcome if isinstance(outcome, Outcome) else _commit(rows[i], step, line, outcome)
+            outcomes[i] = outcome if isinstance(outcome, Outcome) else _committed(rows[i], step, line, outcome)
     return [outcome for outcome in outcomes if outcome is not None]
 
 
@@ -190,6 +190,8 @@ def _checked(sampler: Sampler, step: Step) -> Selection:
         raise SamplerError("a selection must be bool and of the candidates' shape")
     if bool((commit & ~step.candidate).any()):
         raise SamplerError("a position that is no candidate was selected")
+    if bool((step.candidate & (step.confidence == -torch.inf)).any()):
+        raise SamplerError("the forward pass said nothing of a candidate")
     if sampler.revises:
         return _checked_revision(selection, step)
     if not (selection.replace is selection.remask is selection.done is None):
@@ -233,6 +235,14 @@ def _checked_revision(selection: Selection, step: Step) -> Selection:
     commit = _at_least_one(selection.commit, step)
     done = selection.done & ~((step.candidate & ~commit) | masked).any(dim=1)
     return replace(selection, commit=commit, replace=changed, remask=masked, done=done)
+
+
+def _committed(row: Denoising, step: Step, i: int, selection: Selection) -> Outcome:
+    """What a selection did to a row, or the outcome of one that would have changed what is settled."""
+    try:
+        return _commit(row, step, i, selection)
+    except SamplerError as error:
+        return Outcome(error=SamplerError(f"sampler {row.sampler.name} failed: {error}"))
 
 
 def _commit(row: Denoising, step: Step, i: int, selection: Selection) -> Outcome:

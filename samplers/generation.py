@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from samplers.base import ParameterError, Sampler, SamplerParams
+from samplers.base import ParameterError, Sampler, SamplerError, SamplerParams
 from samplers.cache import Cache, CacheMode, Feed
 from samplers.canvas import Canvas
 from samplers.prediction import TokenChoice
@@ -31,6 +31,8 @@ class Denoising:
         forwards: forward passes that this generation took part in.
         block, block_step, block_masks: the active block, forwards spent on it, its masks when it became active.
         settled: length of the committed prefix of the generation region: what can no longer change.
+        told: the settled tokens that count as generated: those of the text, up to and including the first end-of-text.
+            Only ever appended to; a change of what is settled is refused (see `_check_open`).
         state: what the sampler keeps between steps.
         given: bool [gen_length], positions that were not masked to begin with.
     """
@@ -48,6 +50,7 @@ class Denoising:
     block_step: int = field(default=0, init=False)
     block_masks: int = field(default=0, init=False)
     settled: int = field(default=0, init=False)
+    told: list[int] = field(default_factory=list, init=False)
     state: Any = field(init=False, repr=False)
     given: Tensor = field(init=False, repr=False)
     _closed: int = field(default=0, init=False)
@@ -70,7 +73,23 @@ class Denoising:
         self.given = ~self.canvas.masked
         open_tokens = self.canvas.generated[self.canvas.masked]
         self._mask_id = int(open_tokens[0]) if len(open_tokens) else -1
+        self._begin_step()
+
+    def _begin_step(self) -> list[int]:
+        """Settle what follows an end-of-text, and find what the next forward is about; returns what became padding.
+
+        A block of which a forward would say nothing any more is closed: where a block's first position is decided by
+        the position before it, it is not told again, and one block may hold no other.
+        """
+        filled = self._fill()
         self._enter_block()
+        while (
+            self.sampler.revises and not self.finished and not len(self._candidates) and not len(self.asked(self._feed))
+        ):
+            self._close_block()
+            filled += self._fill()
+            self._enter_block()
+        return filled
 
     def _enter_block(self) -> None:
         """Make the first block with a mask the active one, and note what follows from the masks, once a step."""
@@ -78,6 +97,7 @@ class Denoising:
         self.settled = self.canvas.settled
         if self.sampler.revises:
             self.settled = min(self.settled, self._closed)
+        self.told += self.canvas.generated[len(self.told) : self._told_stop].tolist()
         block = min(layout.block_of(self.settled), layout.blocks - 1)
         start = layout.block_start(block)
         self._candidates = self.canvas.masked[start : layout.block_stop(block)].nonzero()[:, 0] + start
@@ -117,20 +137,29 @@ class Denoising:
         return self.canvas.layout.block_place(self.block) % size == 0
 
     @property
+    def _told_stop(self) -> int:
+        """End of the settled text, end-of-text included."""
+        stop = min(self.settled, self.canvas.layout.text_length)
+        return stop if self.end is None else min(stop, self.end + 1)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the text ends with a settled end-of-text."""
+        return self.end is not None and len(self.told) > self.end
+
+    @property
     def finished(self) -> bool:
-        """No mask is left, or everything up to and including an end-of-text is settled."""
-        return self.settled == self.canvas.layout.gen_length or (self.end is not None and self.settled > self.end)
+        """Everything up to the end of the text, or up to and including an end-of-text, is settled."""
+        return self.ended or self.settled >= self.canvas.layout.text_length
 
     @property
     def completion_tokens(self) -> int:
         """Settled tokens up to and including the first end-of-text: what counts as generated."""
-        return self.settled if self.end is None else min(self.settled, self.end + 1)
+        return len(self.told)
 
     def text_tokens(self) -> list[int]:
         """The settled tokens before the end-of-text."""
-        count = self.settled if self.end is None else min(self.settled, self.end)
-        tokens: list[int] = self.canvas.generated[:count].tolist()
-        return tokens
+        return self.told[: self.end]
 
     def feed(self) -> Feed:
         """What the next forward computes of this canvas."""
@@ -189,18 +218,31 @@ class Denoising:
 
         What it holds counts from then on, end-of-text too; returns what that settles as padding.
         """
+        self._check_open(remask)
         self._cache.note(self.feed(), self.canvas.layout, self.block)
         self._write(positions, tokens)
         self.canvas.generated[remask] = self._mask_id
         self.canvas.masked[remask] = True
-        if done:
-            start = self._closed
-            self._closed = self.canvas.layout.block_stop(self.block)
-            block = torch.arange(start, self._closed)
-            self._note_end(block.tolist(), self.canvas.generated[block].tolist())
+        layout = self.canvas.layout
+        if done and not bool(self.canvas.masked[layout.block_start(self.block) : layout.block_stop(self.block)].any()):
+            self._close_block()
         return self._turn()
 
+    def _close_block(self) -> None:
+        """Settle what the active block holds."""
+        start = self._closed
+        self._closed = self.canvas.layout.block_stop(self.block)
+        self._note_end(list(range(start, self._closed)), self.canvas.generated[start : self._closed].tolist())
+
+    def _check_open(self, positions: Tensor) -> None:
+        """Raise SamplerError for a position outside the active block, or one that is settled: it was told."""
+        layout = self.canvas.layout
+        first, stop = max(self.settled, layout.block_start(self.block)), layout.block_stop(self.block)
+        if bool(((positions < first) | (positions >= stop)).any()):
+            raise SamplerError(f"only positions {first} to {stop - 1} may change now, not all of {positions.tolist()}")
+
     def _write(self, positions: Tensor, tokens: Tensor) -> None:
+        self._check_open(positions)
         self.canvas.generated[positions] = tokens
         self.canvas.masked[positions] = False
 
@@ -210,15 +252,18 @@ class Denoising:
             self.end = min(ends) if self.end is None else min(self.end, *ends)
 
     def _turn(self) -> list[int]:
-        """Settle what follows an end-of-text, count the forward, find the next candidates."""
-        filled: list[int] = []
-        if self.end is not None and self.fill_after_end:
-            after = self.canvas.masked.clone()
-            after[: self.end] = False
-            filled = after.nonzero()[:, 0].tolist()
-            self.canvas.generated[after] = self.canvas.generated[self.end]
-            self.canvas.masked[after] = False
+        """Count the forward, and go on to the next step; returns what became padding."""
         self.forwards += 1
         self.block_step += 1
-        self._enter_block()
+        return self._begin_step()
+
+    def _fill(self) -> list[int]:
+        """Settle every mask after an end-of-text as padding, where that is wanted; returns their positions."""
+        if self.end is None or not self.fill_after_end:
+            return []
+        after = self.canvas.masked.clone()
+        after[: self.end] = False
+        filled: list[int] = after.nonzero()[:, 0].tolist()
+        self.canvas.generated[after] = self.canvas.generated[self.end]
+        self.canvas.masked[after] = False
         return filled

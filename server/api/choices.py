@@ -89,11 +89,7 @@ class Choice:
 
     def _committed(self, event: Committed) -> Piece:
         passes = [self._pass(event)] if self._trajectory else []
-        if self._stops.stopped:
-            return Piece(passes=passes)
         text = self._stops.add(self._decode(event))
-        if self._stops.stopped:
-            self._stream.cancel(FinishReason.STOP)
         return Piece(text, self._tell(text), passes)
 
     def _finished(self, event: Finished) -> Piece:

@@ -9,14 +9,15 @@ from typing import TypeVar
 import anyio.to_thread
 
 from policies.store import UnknownPolicyError
-from samplers import CacheMode, SamplerParams, TokenChoice
+from samplers import CacheMode, Layout, SamplerParams, TokenChoice
 from samplers.policy import PolicyParams
 from server.api.catalogue import Rule
 from server.api.choices import Choice
 from server.api.requests import DEFAULT_MAX_TOKENS, INT64, GenerationBody
 from server.api.responses import Usage, Used
 from server.api.serving import Serving
-from server.engine import GenerationRequest, RequestError
+from server.api.stopping import TextStop
+from server.engine import GenerationRequest, ModelInfo, RequestError
 from server.engine.stream import EventStream, submit_to
 
 
@@ -97,6 +98,8 @@ def _submit(
     except RequestError as error:
         names = {"prompt": job.prompt_field, "max_tokens": job.length_field}
         raise RequestError(names.get(error.field, error.field), str(error), error.code) from None
+    layouts = [stream.generation.row.canvas.layout for stream in streams if stream.generation is not None]
+    used.warnings += _context_warnings(serving.engine.info, layouts)
     return job, used
 
 
@@ -124,6 +127,7 @@ def _requests(serving: Serving, body: GenerationBody, rule: Rule, job: Job) -> t
             choice=choice,
             seed=seeds[i * number + j],
             end_ids=ends | frozenset(body.stop_token_ids or []),
+            stop=TextStop(serving.text, body.stop) if body.stop else None,
             fill_after_end=fill_after_end,
             cache=cache,
             timeout=serving.settings.request_timeout,
@@ -142,12 +146,26 @@ def _requests(serving: Serving, body: GenerationBody, rule: Rule, job: Job) -> t
         cache=cache.value,
         temperature=choice.temperature,
         seeds=seeds,
-        warnings=_warnings(serving, params, block_length, lengths),
+        warnings=_policy_warnings(serving, params, block_length, lengths),
     )
     return requests, used
 
 
-def _warnings(serving: Serving, params: SamplerParams, block_length: int | None, lengths: list[int]) -> list[str]:
+def _context_warnings(info: ModelInfo, layouts: Sequence[Layout]) -> list[str]:
+    """Say so where the context ends within the last block: it is denoised without the positions that do not fit."""
+    missing = max(layout.missing for layout in layouts)
+    if not missing:
+        return []
+    limit = f" ({info.length_limit})" if info.length_limit else ""
+    return [
+        f"the last block ends at the context's {info.max_length} tokens{limit}, {missing} short of a whole one: its "
+        "text may differ from what a longer context would give"
+    ]
+
+
+def _policy_warnings(
+    serving: Serving, params: SamplerParams, block_length: int | None, lengths: list[int]
+) -> list[str]:
     if not isinstance(params, PolicyParams):
         return []
     try:

@@ -51,7 +51,7 @@ def generate(
         str | None,
         typer.Option("--block-length", help="Positions denoised together; full or 0: all. Default: the model's own."),
     ] = None,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Length of the generation region.")] = 64,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Longest text, in tokens.")] = 64,
     temperature: Annotated[float, typer.Option("--temperature", min=0, help="0 takes the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option("--top-p", min=0, max=1, help="Draw from the likeliest of this mass.")] = 1.0,
     top_k: Annotated[int, typer.Option("--top-k", min=0, help="Draw from this many likeliest; 0: all.")] = 0,
@@ -85,7 +85,7 @@ def generate(
         wrong("--max-tokens", f"{max_tokens} and a prompt of {len(ids)} tokens exceed the model's {info.max_length}")
     block = info.blocks(info.block_length if block_length is None else block)
     try:
-        canvas = Canvas.blank(ids, max_tokens, info.mask_id, block, scheme=info.scheme)
+        canvas = Canvas.blank(ids, max_tokens, info.mask_id, block, scheme=info.scheme, max_length=info.max_length)
     except ValueError as error:
         wrong("--block-length", error)
     choice = TokenChoice(temperature, top_p, top_k)

@@ -15,6 +15,7 @@ class ModelInfo:
     Attributes:
         architecture: class name in the checkpoint's `architectures`.
         max_length: longest canvas, in tokens.
+        length_limit: the setting that makes it shorter than the model could do, if one does.
         vocab_size: rows of the head.
         mask_id, end_ids: special tokens; a model without a mask token has None.
         block_length: the family's default; None is full diffusion.
@@ -35,6 +36,7 @@ class ModelInfo:
     parameters: int
     scheme: Scheme = BIDIRECTIONAL
     caches: frozenset[CacheMode] = frozenset(CacheMode)
+    length_limit: str | None = None
 
     def blocks(self, asked: int | None) -> int | None:
         """The block length that a request's comes to; for a causal model, none asked for is the model's own."""

@@ -9,7 +9,7 @@ import structlog
 from policies.store import Host, PolicyStore, UnknownPolicyError
 from samplers import CacheMode, Canvas, ParameterError, Prediction
 from samplers.denoising import Denoising, Outcome, Query, advance, ask
-from server.engine.backend import Backend, BackendDeadError
+from server.engine.backend import Backend, BackendDeadError, ModelInfo
 from server.engine.generation import Deliver, Generation
 from server.engine.request import (
     Committed,
@@ -24,6 +24,18 @@ from server.engine.scheduler import Limits, Scheduler
 from server.metrics import Metrics
 
 log = structlog.get_logger(__name__)
+
+CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
+
+
+def too_long(info: ModelInfo, prompt: int, max_tokens: int) -> str:
+    """The words by which clients of OpenAI's API know that a context is full; they also look for the code in it."""
+    limit = f" here, because of {info.length_limit}" if info.length_limit else ""
+    return (
+        f"This model's maximum context length is {info.max_length} tokens{limit}. However, you requested "
+        f"{prompt + max_tokens} tokens ({prompt} in the prompt, {max_tokens} in the completion). "
+        f"Please shorten the prompt or lower max_tokens. ({CONTEXT_LENGTH_EXCEEDED})"
+    )
 
 
 class Engine:
@@ -48,7 +60,9 @@ class Engine:
     ) -> None:
         self.backend = backend
         limits = limits or Limits()
-        self.info = replace(backend.info, max_length=min(backend.info.max_length, limits.tokens))
+        self.info = backend.info
+        if limits.tokens < self.info.max_length:
+            self.info = replace(self.info, max_length=limits.tokens, length_limit="--max-batch-tokens")
         self.policies = policies or PolicyStore(Host(self.info.architecture, self.info.vocab_size))
         self.limits = limits
         self._metrics = metrics
@@ -81,9 +95,8 @@ class Engine:
         if given + request.max_tokens > self.info.max_length:
             raise RequestError(
                 "prompt" if given >= self.info.max_length else "max_tokens",
-                f"the model's context is {self.info.max_length} tokens, but the prompt has {given} and max_tokens is "
-                f"{request.max_tokens}: shorten the prompt or lower max_tokens",
-                "context_length_exceeded",
+                too_long(self.info, given, request.max_tokens),
+                CONTEXT_LENGTH_EXCEEDED,
             )
         if request.cache not in self.info.caches:
             modes = ", ".join(mode for mode in CacheMode if mode in self.info.caches)
@@ -98,6 +111,7 @@ class Engine:
                 request.block_length,
                 request.suffix,
                 self.info.scheme,
+                self.info.max_length,
             )
         except ValueError as error:
             raise RequestError("block_length", str(error)) from None
@@ -149,11 +163,10 @@ class Engine:
                 self._metrics.prompt_tokens(len(request.prompt) + len(request.suffix))
         return generations
 
-    def cancel(self, generation: Generation, reason: FinishReason = FinishReason.ABORT) -> None:
+    def cancel(self, generation: Generation) -> None:
         """End a generation within one step; its `Finished` event says so. Has no effect on one that has ended."""
         with self._change:
-            if generation.cancelled is None:
-                generation.cancelled = reason
+            generation.cancelled = True
             self._change.notify_all()
 
     def drain(self) -> None:
@@ -219,11 +232,12 @@ class Engine:
         """Take out what was cancelled or is past its deadline, queued or running."""
         now = time.monotonic()
         for generation in [*self._scheduler.running, *self._scheduler.waiting]:
-            reason = generation.cancelled or (FinishReason.TIMEOUT if now > generation.deadline else None)
-            if reason is not None:
+            if generation.cancelled:
                 self._scheduler.remove(generation)
-                message = "the request's time is up" if reason is FinishReason.TIMEOUT else ""
-                self._finish(generation, reason, message)
+                self._finish(generation, FinishReason.ABORT)
+            elif now > generation.deadline:
+                self._scheduler.remove(generation)
+                self._finish(generation, FinishReason.TIMEOUT, "the request's time is up")
 
     def _turn(self) -> None:
         """One step of what fits into a forward."""
@@ -241,7 +255,13 @@ class Engine:
             outcomes = advance([generation.row for generation in generations], query, result)
             sampler_seconds += time.monotonic() - mark
             for generation, outcome in zip(generations, outcomes, strict=True):
-                self._deliver(generation, outcome)
+                try:
+                    self._deliver(generation, outcome)
+                except Exception as error:  # whatever became of this one, the others go on
+                    log.exception("generation failed", sampler=generation.request.sampler)
+                    self._remove(
+                        generation, FinishReason.ERROR, f"its tokens could not be told: {type(error).__name__}"
+                    )
         with self._change:
             self._gauge()
             self._change.notify_all()
@@ -274,9 +294,13 @@ class Engine:
             self._remove(generation, FinishReason.ERROR, str(outcome.error))
             return
         row, sampler = generation.row, generation.request.sampler
-        known = row.text_tokens()
         before = generation.counted
         generation.counted = row.completion_tokens
+        text = row.text_tokens()[before:]
+        stop = generation.request.stop
+        stopped = None if stop is None else stop.add(text, last=row.finished)
+        if stopped is not None:
+            generation.counted, text = stopped, text[: stopped - before]
         if generation.counted and generation.first_token is None:
             generation.first_token = time.monotonic()
             self._metrics.first_token(generation.first_token - generation.submitted)
@@ -289,14 +313,16 @@ class Engine:
                 outcome.confidences,
                 outcome.filled,
                 generation.counted,
-                known[before:],
+                text,
                 outcome.replaced,
                 outcome.remasked,
                 outcome.draft,
             )
         )
-        if row.finished:
-            self._remove(generation, FinishReason.LENGTH if row.end is None else FinishReason.STOP)
+        if stopped is not None or row.ended:
+            self._remove(generation, FinishReason.STOP)
+        elif row.finished:
+            self._remove(generation, FinishReason.LENGTH)
 
     def _remove(self, generation: Generation, reason: FinishReason, message: str = "") -> None:
         with self._change:
@@ -304,13 +330,16 @@ class Engine:
             self._finish(generation, reason, message)
 
     def _finish(self, generation: Generation, reason: FinishReason, message: str = "") -> None:
-        row = generation.row
+        tokens, forwards = generation.counted, generation.row.forwards
         self._metrics.finished(
             generation.request.sampler,
             reason,
-            tokens=row.completion_tokens,
-            forwards=row.forwards,
+            tokens=tokens,
+            forwards=forwards,
             seconds=time.monotonic() - generation.submitted,
             decode_seconds=time.monotonic() - (generation.first_token or time.monotonic()),
         )
-        generation.deliver(Finished(reason, row.completion_tokens, row.forwards, message))
+        try:
+            generation.deliver(Finished(reason, tokens, forwards, message))
+        except Exception:  # whoever listens may be gone, which is nothing to the others
+            log.exception("the end of a generation could not be told")

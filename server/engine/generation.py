@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from samplers.denoising import Denoising
-from server.engine.request import Event, FinishReason, GenerationRequest
+from server.engine.request import Event, GenerationRequest
 
 Deliver = Callable[[Event], None]
 
@@ -16,8 +16,8 @@ class Generation:
 
     Attributes:
         submitted, first_token: when, by the monotonic clock.
-        cancelled: why it is to end, if it is.
-        counted: settled tokens that were told so far.
+        cancelled: it is to end, because nobody waits for it any more.
+        counted: tokens that count as generated and were told so far.
         served: tokens that forwards computed for it, and what it was given at its admission (see `Scheduler`).
     """
 
@@ -26,7 +26,7 @@ class Generation:
     row: Denoising
     submitted: float = field(default_factory=time.monotonic)
     first_token: float | None = None
-    cancelled: FinishReason | None = None
+    cancelled: bool = False
     counted: int = 0
     served: int = 0
 

@@ -65,7 +65,7 @@ def _largest_forward(backend: TorchBackend, limits: Limits, longest: int) -> int
             given = 0 if scheme.causal_block is None else length - 1  # only a prompt is computed at once
             block = None if scheme.noise is None else length  # what is drafted may be all that there is
             canvases = [
-                Canvas.blank([0] * given, length - given, backend.info.mask_id, block, scheme=scheme)
+                Canvas.blank([0] * given, length - given, backend.info.mask_id, block, scheme=scheme, max_length=length)
                 for _ in range(count)
             ]
             backend.predict(ask([Denoising(canvas, sampler, sampler.Params()) for canvas in canvases]))

@@ -1,7 +1,9 @@
 """What goes into the engine and what comes out of it: plain data, no tensors, no HTTP."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Protocol
 
 from samplers import CacheMode, SamplerParams, TokenChoice
 
@@ -16,17 +18,30 @@ class FinishReason(StrEnum):
     ERROR = "error"
 
 
+class StopCheck(Protocol):
+    """Finds out where a growing text is to stop."""
+
+    def add(self, tokens: Sequence[int], last: bool = False) -> int | None:
+        """Number of tokens of the text up to the one that completes a stop; None as long as there is no stop in it.
+
+        Args:
+            tokens: those that are new.
+            last: whether the text ends with them.
+        """
+
+
 @dataclass(frozen=True)
 class GenerationRequest:
     """One generation, validated.
 
     Attributes:
         prompt, suffix: token ids before and after the generation region.
-        max_tokens: length of the generation region.
+        max_tokens: longest text. A model that writes block by block denoises the rest of the last block too.
         sampler, params: the unmasking rule.
         block_length: positions denoised together; None is full diffusion.
         choice, seed: how tokens are chosen, and the generation's random stream.
         end_ids: tokens that end the text; empty: denoise the whole region.
+        stop: asked after every forward, on the engine's thread; belongs to this generation alone.
         fill_after_end: settle everything after an end-of-text at once.
         cache: what is kept from a block's first forward for its others.
         timeout: seconds from submission after which it is ended; None: never.
@@ -43,6 +58,7 @@ class GenerationRequest:
     choice: TokenChoice = field(default_factory=TokenChoice)
     seed: int = 0
     end_ids: frozenset[int] = frozenset()
+    stop: StopCheck | None = None
     fill_after_end: bool = True
     cache: CacheMode = CacheMode.NONE
     timeout: float | None = None
@@ -53,6 +69,8 @@ class GenerationRequest:
 @dataclass(frozen=True)
 class Committed:
     """One forward pass: what it committed, relative to the generation region.
+
+    Positions from `max_tokens` on belong to the last block and are no part of the text.
 
     Attributes:
         forward: number of this generation's forward pass, from 1.
@@ -78,7 +96,7 @@ class Committed:
 
 @dataclass(frozen=True)
 class Finished:
-    """The end. `completion_tokens` counts up to and including the first end-of-text."""
+    """The end. `completion_tokens` counts up to and including the first end-of-text, or what completes a stop."""
 
     reason: FinishReason
     completion_tokens: int

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 
 from server.engine.engine import Engine
 from server.engine.generation import Generation
-from server.engine.request import Event, Finished, FinishReason, GenerationRequest
+from server.engine.request import Event, Finished, GenerationRequest
 
 
 class EventStream:
@@ -43,10 +43,10 @@ class EventStream:
             if not self._events:
                 await self._arrived.wait()
 
-    def cancel(self, reason: FinishReason = FinishReason.ABORT) -> None:
+    def cancel(self) -> None:
         """End the generation; its `Finished` event still comes."""
         if self.generation is not None:
-            self._engine.cancel(self.generation, reason)
+            self._engine.cancel(self.generation)
 
 
 def submit_to(streams: list[EventStream], engine: Engine, requests: list[GenerationRequest]) -> None:

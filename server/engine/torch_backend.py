@@ -50,7 +50,7 @@ class TorchBackend:
         size = max(1, LOGIT_ELEMENTS // self.info.vocab_size)
         parts: list[Prediction] = []
         kept: list[Tensor] = []
-        for start in range(0, len(back), size):
+        for start in range(0, max(1, len(back)), size):  # a forward may be asked for nothing
             logits, asked = self.network.head(hidden[back[start : start + size]]), wanted.part(start, start + size)
             parts.append(self.say(logits, asked))
             if (said := self.network.remembered(logits, asked)) is not None:

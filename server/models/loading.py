@@ -90,6 +90,7 @@ def load_model(
     info = replace(
         describe(architecture, network),
         max_length=min(config.max_length, max_model_len or config.max_length),
+        length_limit="--max-model-len" if max_model_len and max_model_len < config.max_length else None,
         end_ids=_end_ids(folder, network, family, text),
         device=str(place),
         dtype=str(kind).removeprefix("torch."),

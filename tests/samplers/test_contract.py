@@ -135,7 +135,8 @@ class Start:
 
     def row(self, sampler: Sampler) -> Denoising:
         canvas = blank(sampler, self.prompt, self.gen_length, self.block_length, self.suffix)
-        given = torch.tensor(self.given[: self.gen_length])
+        given = torch.zeros_like(canvas.masked)
+        given[: self.gen_length] = torch.tensor(self.given[: self.gen_length])
         canvas.masked[given] = False
         canvas.generated[given] = 5
         return Denoising(canvas, sampler, self.params, self.choice, self.seed, self.end_ids, self.fill_after_end)

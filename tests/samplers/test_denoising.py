@@ -264,8 +264,8 @@ def test_rows_of_different_samplers_and_lengths_share_a_step() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"gen_length": 0}, "gen_length must be at least 1"),
-        ({"gen_length": 4, "block_length": -1}, "block_length must be at least 1"),
+        ({"text_length": 0}, "gen_length must be at least 1"),
+        ({"text_length": 4, "block_length": -1}, "block_length must be at least 1"),
     ],
 )
 def test_impossible_canvases_are_refused(arguments: dict[str, int], message: str) -> None:

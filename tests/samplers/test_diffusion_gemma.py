@@ -118,8 +118,9 @@ def test_a_block_is_open_as_a_whole_until_it_is_settled_as_a_whole() -> None:
         assert each.canvas.generated[: len(before)].tolist() == before
         settled.append(each.settled)
         drafts.append(len(outcome.draft))
-    assert settled == [0, 0, 6, 6, 6, 12, 12, 12, 15]
-    assert drafts == [6, 6, 0, 6, 6, 0, 3, 3, 0]
+    assert settled == [0, 0, 6, 6, 6, 12, 12, 12, 18]
+    assert drafts == [6, 6, 0, 6, 6, 0, 6, 6, 0]
+    assert each.told == each.canvas.generated[:15].tolist(), "the last block is cut where the text ends"
 
 
 def test_seeds_differ_and_reproduce() -> None:
@@ -181,10 +182,10 @@ class Careless(DiffusionGemma):
     ("changes", "said"),
     [
         ({}, "must say what the candidates hold"),
-        ({"draft": torch.zeros(1, 15)}, "must say what the candidates hold"),
+        ({"draft": torch.zeros(1, 18)}, "must say what the candidates hold"),
         ({"draft": torch.zeros(1, 3, dtype=torch.int64)}, "must say what the candidates hold"),
-        ({"draft": torch.full((1, 15), VOCAB)}, "does not exist"),
-        ({"draft": torch.full((1, 15), -1)}, "does not exist"),
+        ({"draft": torch.full((1, 18), VOCAB)}, "does not exist"),
+        ({"draft": torch.full((1, 18), -1)}, "does not exist"),
     ],
 )
 def test_a_draft_that_is_none_is_noticed(changes: dict[str, Any], said: str) -> None:

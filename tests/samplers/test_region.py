@@ -1,0 +1,118 @@
+"""The region that is denoised for a text, and what was told of it: it never changes."""
+
+import zlib
+
+import pytest
+import torch
+from torch import Tensor
+
+from samplers import BIDIRECTIONAL, Canvas, Layout, Sampler, SamplerError, Scheme, Selection, Step, get_sampler
+from samplers.denoising import Denoising, advance, ask, denoise
+from tests.samplers.models import MASK, VOCAB, predictor
+
+
+def causal_logits(canvas: Canvas) -> Tensor:
+    """Logits of a model in blocks of 8: they depend on all of a position's block and what is before it."""
+    tokens, out = canvas.tokens.tolist(), []
+    for start in range(0, len(tokens), 8):
+        seed = zlib.crc32(repr(tokens[: start + 8]).encode())
+        out.append(
+            torch.randn(len(tokens[start : start + 8]), VOCAB, generator=torch.Generator().manual_seed(seed)) * 3
+        )
+    return torch.cat(out)
+
+
+def region(prompt: int, text: int, scheme: Scheme, block: int | None = None, longest: int | None = None) -> Layout:
+    mask = None if scheme.noise else MASK
+    return Canvas.blank([1] * prompt, text, mask, block, scheme=scheme, max_length=longest).layout
+
+
+def test_what_is_written_block_by_block_is_denoised_in_whole_blocks() -> None:
+    """Blocks count from the canvas's start where the model is block-causal, from the region's where it drafts."""
+    own, fixed, drafting = Scheme(causal_block=32), Scheme(causal_block=32, fixed=True), Scheme(noise=99, drafted=256)
+    assert [region(5, text, own).gen_length for text in (1, 3, 27, 28, 64)] == [27, 27, 27, 59, 91]
+    assert region(5, 3, own, block=4).gen_length == 3, "the request's blocks are the model's"
+    assert region(5, 4, own, block=4).gen_length == 7
+    assert region(5, 3, fixed, block=4).gen_length == 27, (
+        "the model's own blocks are whole, whatever is denoised together"
+    )
+    assert [region(5, text, drafting).gen_length for text in (3, 256, 257)] == [256, 256, 512]
+    assert region(5, 3, drafting, block=10).gen_length == 10
+    assert region(5, 3, BIDIRECTIONAL, block=4).gen_length == 3, "what sees everything is as long as it was asked for"
+    layout = region(5, 3, own)
+    assert (layout.text_length, layout.cut, layout.missing, layout.blocks) == (3, 24, 0, 1)
+
+
+def test_the_last_block_ends_with_the_context() -> None:
+    for scheme, whole in ((Scheme(causal_block=32), 27), (Scheme(noise=99, drafted=32), 32)):
+        layout = region(5, 3, scheme, longest=20)
+        assert (layout.length, layout.gen_length, layout.text_length, layout.missing) == (20, 15, 3, whole - 15)
+        assert region(5, 3, scheme, longest=99).missing == 0
+
+
+@pytest.mark.parametrize("name", ["threshold", "topk", "edit", "hierarchy_remask"])
+def test_the_text_is_cut_and_ends_when_it_is_there(name: str) -> None:
+    """Three tokens are those that 20 begin with; an end-of-text beyond the text does not end it."""
+    sampler = get_sampler(name)
+
+    def run(text: int, ends: frozenset[int] = frozenset()) -> Denoising:
+        canvas = Canvas.blank([1, 2], text, MASK, scheme=Scheme(causal_block=8))
+        row = Denoising(canvas, sampler, sampler.Params(), end_ids=ends, fill_after_end=False)
+        denoise([row], predictor(causal_logits))
+        return row
+
+    long, short = run(20), run(3)
+    assert len(long.told) == long.completion_tokens == 20
+    assert short.told == long.told[:3] == short.text_tokens()
+    assert short.finished and not short.ended
+    beyond = frozenset({long.told[3], long.told[4]}) - frozenset(long.told[:3])
+    assert beyond
+    assert run(3, beyond).told == run(20, beyond).told[:3] and not run(3, beyond).ended
+
+
+class Forgetful(Sampler):
+    """Masks again, or replaces, positions that are told of and settled, or that it was not asked about."""
+
+    revises = True
+    name = "forgetful"
+
+    def __init__(self, positions: list[int]) -> None:
+        self.positions = positions
+
+    def select(self, step: Step) -> Selection:
+        remask = torch.zeros_like(step.candidate)
+        remask[:, self.positions] = step.block > 0
+        none = torch.zeros_like(remask)
+        return Selection(step.candidate, replace=none, remask=remask, done=torch.ones(len(none), dtype=torch.bool))
+
+
+@pytest.mark.parametrize("positions", [[0], [1], [3, 4]])
+def test_what_was_told_cannot_change(positions: list[int]) -> None:
+    row = Denoising(Canvas.blank([1], 6, MASK, 2), rule := Forgetful(positions), rule.Params())
+    told: list[int] = []
+    for _ in range(20):
+        query = ask([row])
+        (outcome,) = advance([row], query, predictor()(query))
+        assert row.told[: len(told)] == told
+        told = list(row.told)
+        if outcome.error is not None:
+            break
+    assert isinstance(outcome.error, SamplerError) and told
+
+
+def test_the_row_itself_refuses_to_change_what_is_settled() -> None:
+    """Whatever a rule or the loop's own checks let through."""
+    row = Denoising(Canvas.blank([1], 6, MASK, 2), get_sampler("edit"), get_sampler("edit").Params())
+    row.revise(torch.tensor([0, 1]), torch.tensor([4, 5]), torch.tensor([], dtype=torch.int64), done=True)
+    assert row.told == [4, 5]
+    nothing = torch.tensor([], dtype=torch.int64)
+    for positions, remask in (([1], []), ([], [0]), ([2, 4], [])):
+        with pytest.raises(SamplerError, match="only positions 2 to 3"):
+            row.revise(
+                torch.tensor(positions, dtype=torch.int64),
+                torch.tensor(positions, dtype=torch.int64),
+                torch.tensor(remask, dtype=torch.int64),
+                done=False,
+            )
+    row.revise(torch.tensor([2]), torch.tensor([4]), nothing, done=True)
+    assert row.told == [4, 5], "a block with masks in it is not done, whatever the rule says"
