@@ -48,11 +48,12 @@ class Step:
         params: each row's own parameters.
         layouts: each row's canvas.
         seed, forward: [rows, 1], the row's seed and the number of forwards it took part in before this one.
-        block, block_step, block_masks: [rows, 1], the active block, forwards already spent on it, and how many masks
-            it had when it became active.
+        block, block_step, block_masks: [rows, 1], the active block, forwards already spent on it, and how many masks a
+            schedule shares out over it (see `Denoising`).
         top: float32 [rows, width, n], the largest probabilities, if the sampler asked for any.
         states: what the sampler keeps of each generation (see `Sampler.start`).
         named: float32 [rows, width, m], probabilities of the tokens that the sampler named.
+        probability: float32, of the token in the model's unmodified distribution, where the confidence is another.
         current, given: the tokens now on the canvas, and positions that were never masked; for samplers that revise.
     """
 
@@ -71,6 +72,7 @@ class Step:
     top: Tensor | None = None
     states: Sequence[Any] = ()
     named: Tensor | None = None
+    probability: Tensor | None = None
     current: Tensor | None = None
     given: Tensor | None = None
 

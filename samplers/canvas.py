@@ -19,6 +19,8 @@ class Scheme:
             them at random, and are all drafted anew each step until the whole block is settled. Such a model reads all
             before the block causally, token by token. None: positions that are not settled hold the mask token.
         drafted: length of the blocks of such a model unless somebody says otherwise.
+        judges_drawn: whether a drawn token's confidence is its probability after temperature, top-k and top-p, as in
+            the family's own program. If not, it is that of the model's unmodified distribution.
     """
 
     causal_block: int | None = None
@@ -26,6 +28,7 @@ class Scheme:
     shifted: bool = False
     noise: int | None = None
     drafted: int | None = None
+    judges_drawn: bool = False
 
     @property
     def causal(self) -> bool:

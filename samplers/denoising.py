@@ -86,7 +86,7 @@ def ask(rows: Sequence[Denoising]) -> Query:
         forwards = torch.tensor([row.forwards for row in rows])[index]
         numbers = uniform(seeds, forwards, relative, TOKENS)
     wanted = Wanted(
-        statistics=frozenset[Statistic]().union(*(row.sampler.statistics for row in rows)),
+        statistics=frozenset[Statistic]().union(*(row.statistics for row in rows)),
         only=_only(rows, index),
         choices=choices,
         uniform=numbers,
@@ -100,8 +100,8 @@ def ask(rows: Sequence[Denoising]) -> Query:
 def _only(rows: Sequence[Denoising], index: Tensor) -> dict[str, Tensor]:
     """Of everything that not all samplers want, the positions of those that do."""
     wishes: dict[str, list[bool]] = {
-        name: [name in row.sampler.statistics for row in rows]
-        for name in frozenset[Statistic]().union(*(row.sampler.statistics for row in rows))
+        name: [name in row.statistics for row in rows]
+        for name in frozenset[Statistic]().union(*(row.statistics for row in rows))
     }
     wishes["top"] = [row.sampler.top > 0 for row in rows]
     return {name: torch.tensor(wish)[index] for name, wish in wishes.items() if any(wish) and not all(wish)}
@@ -247,7 +247,8 @@ def _committed(row: Denoising, step: Step, i: int, selection: Selection) -> Outc
 
 def _commit(row: Denoising, step: Step, i: int, selection: Selection) -> Outcome:
     token = step.token[i] if selection.token is None else selection.token
-    confidence = step.confidence[i] if selection.confidence is None else selection.confidence
+    model = step.confidence if step.probability is None else step.probability
+    confidence = model[i] if selection.confidence is None else selection.confidence
     if selection.states is not None:
         row.state = selection.states
     if not row.sampler.revises:

@@ -9,7 +9,7 @@ from torch import Tensor
 from samplers.base import ParameterError, Sampler, SamplerError, SamplerParams
 from samplers.cache import Cache, CacheMode, Feed
 from samplers.canvas import Canvas
-from samplers.prediction import TokenChoice
+from samplers.prediction import Statistic, TokenChoice
 from samplers.randomness import NOISE, uniform
 
 GREEDY = TokenChoice()
@@ -29,7 +29,9 @@ class Denoising:
             those positions are denoised like any other until everything before the end is settled.
         cache: what is kept from a block's first forward for those after it.
         forwards: forward passes that this generation took part in.
-        block, block_step, block_masks: the active block, forwards spent on it, its masks when it became active.
+        block, block_step, block_masks: the active block, forwards spent on it, and how many masks a schedule shares out
+            over it: those it had when it became active. The programs of block-causal models count the whole block, also
+            where it holds the prompt's end.
         settled: length of the committed prefix of the generation region: what can no longer change.
         told: the settled tokens that count as generated: those of the text, up to and including the first end-of-text.
             Only ever appended to; a change of what is settled is refused (see `_check_open`).
@@ -103,7 +105,8 @@ class Denoising:
         self._candidates = self.canvas.masked[start : layout.block_stop(block)].nonzero()[:, 0] + start
         if self.block_masks == 0 or block != self.block:
             self.block, self.block_step = block, 0
-            self.block_masks = len(self._candidates)
+            whole = layout.scheme.causal_block is not None
+            self.block_masks = layout.block_length if whole else len(self._candidates)
             if layout.scheme.noise is not None:
                 self.canvas.generated[self._candidates] = self._noise(layout.scheme.noise)
         self._opens = self._opens_block()
@@ -189,6 +192,17 @@ class Denoising:
     def token_choice(self) -> TokenChoice:
         """How the next forward chooses tokens."""
         return self.sampler.choice(self.params, self.block_step) or self.choice
+
+    @property
+    def judges_drawn(self) -> bool:
+        """Whether the next forward's confidences are of the distributions that tokens are drawn from."""
+        return self.canvas.layout.scheme.judges_drawn and self.token_choice.temperature > 0
+
+    @property
+    def statistics(self) -> frozenset[Statistic]:
+        """Numbers that the next forward is to give beside token and confidence."""
+        own = self.sampler.statistics
+        return own | {Statistic.CHOSEN_CONFIDENCE} if self.judges_drawn else own
 
     @property
     def last_chance(self) -> bool:

@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from samplers.base import Step
 from samplers.generation import Denoising
-from samplers.prediction import Prediction
+from samplers.prediction import Prediction, Statistic
 
 COUNTERS = ("seed", "forward", "block", "block_step", "block_masks")
 _counted: Callable[[Denoising], tuple[int, ...]] = attrgetter("seed", "forwards", "block", "block_step", "block_masks")
@@ -41,6 +41,13 @@ class Grid:
         self._token = grid(prediction.token, -1)
         self._confidence = grid(prediction.confidence, -torch.inf)
         self._extra = {name: grid(values, torch.nan) for name, values in prediction.extra.items()}
+        self._probability: Tensor | None = None
+        if any(drawn := [each.judges_drawn for each in rows]):
+            self._probability = self._confidence
+            known = self._confidence > -torch.inf
+            self._confidence = self._confidence.where(
+                ~(torch.tensor(drawn)[:, None] & known), self._extra[Statistic.CHOSEN_CONFIDENCE]
+            )
         self._top = None if prediction.top is None else grid(prediction.top, torch.nan)
         self._named = None if prediction.named is None else grid(prediction.named, 0.0)
         self._counters = torch.tensor([_counted(each) for each in rows])
@@ -74,6 +81,7 @@ class Grid:
             top=part(self._top[:, :, : sampler.top]) if self._top is not None and sampler.top else None,
             states=[row.state for row in rows],
             named=None if self._named is None else part(self._named),
+            probability=None if self._probability is None else part(self._probability),
             current=current,
             given=given,
             **{name: counters[:, i : i + 1] for i, name in enumerate(COUNTERS)},

@@ -162,18 +162,18 @@ class GemmaFamily(Family):
             chosen["entropy_bound"] = float(params["sampler_config"]["entropy_bound"])
         rule = get_sampler("diffusion_gemma").Params(**chosen)
 
-        def begin(prompt: Tokens, canvases: int) -> Encoded:
-            canvas = Canvas.blank(prompt, canvases * length, None, length, scheme=backend.info.scheme)
+        def begin(prompt: Tokens, text_length: int) -> Encoded:
+            canvas = Canvas.blank(prompt, text_length, None, scheme=backend.info.scheme)
             return Encoded(canvas, sampler, rule, end_ids=end_ids, cache=CacheMode.PREFIX)
 
         cuts = [row.index(1) for row in case["attention_mask"] or [[1]] * backend.batch]
         prompts = [prompt[cut:] for prompt, cut in zip(case["prompt"], cuts, strict=True)]
-        everyone = [Sequence(prompt, begin(prompt, count)) for prompt in prompts]
+        everyone = [Sequence(prompt, begin(prompt, params["max_new_tokens"])) for prompt in prompts]
         record = Record(case)
         for _ in range(count):
             for each in everyone:
                 if each.ended:
-                    each.row = begin(each.prompt + each.written, 1)
+                    each.row = begin(each.prompt + each.written, length)
             self._denoise(everyone, backend, sampler, record)
             for each in everyone:
                 self._settle(each, end_ids, pad, length)

@@ -1,0 +1,39 @@
+"""The distribution that a drawn token's confidence is of: LLaDA2, SDAR and Fast-dLLM v2 take the one it is drawn from."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from samplers import BIDIRECTIONAL, Canvas, Scheme, TokenChoice, get_sampler
+from samplers.denoising import Denoising, advance, ask
+from tests.samplers.models import MASK, predictor, random_logits
+
+OWN = Scheme(causal_block=8)
+
+
+def row(scheme: Scheme, choice: TokenChoice) -> Denoising:
+    threshold = get_sampler("threshold")
+    canvas = Canvas.blank([], 8, MASK, scheme=scheme)
+    return Denoising(canvas, threshold, threshold.Params(threshold=0.9), choice, seed=3)
+
+
+@pytest.mark.parametrize("scheme", [OWN, BIDIRECTIONAL])
+def test_one_choice_left_is_certain_where_the_family_judges_what_is_drawn(scheme: Scheme) -> None:
+    """With top_k 1 every token has probability 1 after the filters, which is above any threshold."""
+    choice = TokenChoice(1.0, top_k=1)
+    plain, judged = row(scheme, choice), row(replace(scheme, judges_drawn=True), choice)
+    batch = [plain, judged, row(replace(scheme, judges_drawn=True), TokenChoice())]
+    query = ask(batch)
+    outcomes = advance(batch, query, predictor()(query))
+    assert [len(outcome.positions) for outcome in outcomes] == [1, 8, 1]
+
+
+def test_what_is_told_is_the_models_own_probability() -> None:
+    judged = row(replace(OWN, judges_drawn=True), TokenChoice(1.0, top_k=1))
+    own = random_logits(judged.canvas)
+    own[:, MASK] = -torch.inf
+    expected = random_logits(judged.canvas).softmax(dim=-1).gather(1, own.argmax(dim=-1, keepdim=True))[:, 0]
+    query = ask([judged])
+    (outcome,) = advance([judged], query, predictor()(query))
+    torch.testing.assert_close(torch.tensor(outcome.confidences), expected)
