@@ -1,6 +1,7 @@
 """A model without a mask token behind every route: its own sampler, whole blocks at a time, and what it refuses."""
 
 from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,8 @@ def test_a_stream_sends_whole_blocks(gemma: Running) -> None:
         )
     told = [chunk.choices[0] for chunk in chunks if chunk.choices and chunk.choices[0].text]
     assert "".join(choice.text for choice in told) == whole
-    assert [len(choice.logprobs.tokens) for choice in told if choice.logprobs] == [8, 8, 4]
+    ends = list(accumulate(len(choice.logprobs.tokens) for choice in told if choice.logprobs))
+    assert {8, 16} <= set(ends) and ends[-1] == 20, "a character may be held back to the end, but no block is split"
 
 
 def test_a_chat_streams(gemma: Running) -> None:
@@ -102,12 +104,12 @@ def test_the_trajectory_has_drafts_and_then_what_was_committed(gemma: Running) -
     passes = choice["trajectory"]
     assert [each["forward"] for each in passes] == list(range(1, len(passes) + 1))
     committed = [each for each in passes if each["positions"]]
-    assert [each["positions"] for each in committed] == [list(range(8)), list(range(8, 16)), list(range(16, 20))]
+    assert [each["positions"] for each in committed] == [list(range(start, start + 8)) for start in (0, 8, 16)]
     for each in passes:
         drafted = each.get("draft", [])
         assert len(drafted) == len(each.get("draft_texts", []))
         assert bool(drafted) is not bool(each["positions"])
-        assert len(drafted) + len(each["positions"]) in (8, 4)
+        assert len(drafted) + len(each["positions"]) == 8, "the last block is drafted as a whole, and cut"
         assert all(0 < confidence <= 1 for confidence in each["confidences"])
 
 
@@ -122,7 +124,7 @@ def test_metrics_count_forwards_and_tokens(gemma: Running) -> None:
 
     assert more("dllm_generation_tokens_total") == 20
     assert more("dllm_forward_passes_total") == used["completion_tokens_details"]["forward_passes"]
-    assert more("dllm_committed_tokens_per_step_sum") == 20
+    assert more("dllm_committed_tokens_per_step_sum") == 24, "whole blocks"
 
 
 def test_an_end_of_text_ends_the_text(gemma: Running) -> None:
@@ -167,7 +169,7 @@ def test_its_sampler_is_refused_for_models_with_a_mask_token(server: Running) ->
         ({"sampler_params": {"max_denoising_steps": 0}}, "sampler_params.max_denoising_steps", "greater than"),
         ({"sampler_params": {"t_max": 0}}, "sampler_params.t_max", "greater than 0"),
         ({"sampler_params": {"k": 2}}, "sampler_params.k", "no parameter"),
-        ({"max_tokens": 1000}, "max_tokens", "context is 128"),
+        ({"max_tokens": 1000}, "max_tokens", "maximum context length is 128"),
     ],
 )
 def test_other_refusals(gemma: Running, fields: dict[str, Any], param: str, said: str) -> None:
@@ -180,7 +182,7 @@ def test_blocks_of_another_length(gemma: Running, length: int | None, used: int)
     answer = gemma.complete(block_length=length, return_trajectory=True, **LONG)
     assert answer["unmask"]["block_length"] == used
     first = next(each["positions"] for each in answer["choices"][0]["trajectory"] if each["positions"])
-    assert first == list(range(min(used, 20)))
+    assert first == list(range(used))
 
 
 def test_the_catalogue_says_what_goes(gemma: Running) -> None:

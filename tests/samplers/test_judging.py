@@ -1,4 +1,4 @@
-"""The distribution that a drawn token's confidence is of: LLaDA2, SDAR and Fast-dLLM v2 take the one it is drawn from."""
+"""The distribution that a drawn token's confidence is of: in some families the one that it is drawn from."""
 
 from dataclasses import replace
 
