@@ -51,7 +51,7 @@ class Used(BaseModel):
     sampler: str
     sampler_params: dict[str, Any]
     block_length: int | None = Field(description="null: full diffusion")
-    max_tokens: list[int] = Field(description="By choice: length of the generation region.")
+    max_tokens: list[int] = Field(description="By choice: longest text.")
     fill_after_end: bool
     cache: Literal["none", "prefix", "dual"] = Field(description="none: every forward pass was a full one.")
     temperature: float
@@ -60,7 +60,10 @@ class Used(BaseModel):
 
 
 class ForwardPass(BaseModel):
-    """What one forward pass committed. Positions count from the start of the generation region."""
+    """What one forward pass committed. Positions count from the start of the generation region.
+
+    Those from `max_tokens` on belong to the last block and are no part of the text.
+    """
 
     forward: int = Field(description="Number of the forward pass, from 1.")
     positions: list[int]
