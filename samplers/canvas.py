@@ -21,6 +21,7 @@ class Scheme:
         drafted: length of the blocks of such a model unless somebody says otherwise.
         judges_drawn: whether a drawn token's confidence is its probability after temperature, top-k and top-p, as in
             the family's own program. If not, it is that of the model's unmodified distribution.
+        strict: whether the family's own program commits what is surer than a threshold, and not what is just as sure.
     """
 
     causal_block: int | None = None
@@ -29,6 +30,7 @@ class Scheme:
     noise: int | None = None
     drafted: int | None = None
     judges_drawn: bool = False
+    strict: bool = False
 
     @property
     def causal(self) -> bool:
@@ -100,6 +102,11 @@ class Layout:
     def length(self) -> int:
         """Positions of the whole canvas."""
         return self.prompt_length + self.gen_length + self.suffix_length
+
+    @property
+    def denoised_length(self) -> int:
+        """Positions of all blocks, where they are whole; what a schedule of one position a step takes for steps."""
+        return self.gen_length if self.scheme.causal_block is None else self.blocks * self.block_length
 
     @property
     def text_length(self) -> int:

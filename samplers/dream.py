@@ -72,7 +72,7 @@ class Dream(ScheduledSampler):
 
 def share_at(params: "Dream.Params", layout: Layout, block: int, s: int) -> float:
     """The share of its masks that a block commits at its step s."""
-    steps = share_of(params.steps or layout.gen_length, layout, block)
+    steps = share_of(params.steps or layout.denoised_length, layout, block)
     times = torch.linspace(1, params.eps, steps + 1)
     return 1.0 if s + 1 >= steps else float(1 - times[s + 1] / times[s])
 

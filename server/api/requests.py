@@ -82,7 +82,7 @@ class GenerationBody(Body):
     )
     max_tokens: Count | None = Field(
         None,
-        description="Longest text, in tokens. A model that writes block by block denoises whole blocks and cuts the text. "
+        description="Longest text, in tokens. A model that writes block by block denoises whole blocks and cuts it. "
         f"Default: what the context has left, at most {DEFAULT_MAX_TOKENS}.",
     )
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(

@@ -38,7 +38,7 @@ class FastDLLM(DecoderNetwork):
 
     def __init__(self, config: FastDLLMConfig) -> None:
         super().__init__(config)
-        self.scheme = Scheme(causal_block=config.bd_size, fixed=True, shifted=True, judges_drawn=True)
+        self.scheme = Scheme(causal_block=config.bd_size, fixed=True, shifted=True, judges_drawn=True, strict=True)
         self.block_length = config.bd_size if config.bd_size % SMALL_BLOCK else SMALL_BLOCK
 
     def make_layer(self, index: int) -> nn.Module:

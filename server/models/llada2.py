@@ -168,7 +168,7 @@ class LLaDA2(DecoderNetwork):
     Config = LLaDA2Config
     config: LLaDA2Config
     embedding_name: ClassVar[str] = "word_embeddings"
-    scheme = Scheme(causal_block=BLOCK_LENGTH, judges_drawn=True)
+    scheme = Scheme(causal_block=BLOCK_LENGTH, judges_drawn=True, strict=True)
     block_length = BLOCK_LENGTH
 
     def make_layer(self, index: int) -> nn.Module:

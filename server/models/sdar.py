@@ -31,7 +31,7 @@ class SDAR(DecoderNetwork):
     def __init__(self, config: SDARConfig) -> None:
         super().__init__(config)
         self.block_length = config.block_size
-        self.scheme = Scheme(causal_block=config.block_size, judges_drawn=True)
+        self.scheme = Scheme(causal_block=config.block_size, judges_drawn=True, strict=True)
 
     def make_layer(self, index: int) -> nn.Module:
         mlp = GatedMLP(self.config.hidden_size, self.config.intermediate_size)

@@ -67,6 +67,11 @@ class Drawer:
         return token[:, 0], p.gather(1, token)[:, 0]
 
 
+def within_range(threshold: float) -> float:
+    """A threshold that a request may have, which lets the same confidences pass: those in 0 ... 1."""
+    return min(max(threshold, 1e-30), 1.0)
+
+
 class Strict(Threshold):
     """Theirs: what is surer than the threshold, which may be any number, not what is just as sure."""
 

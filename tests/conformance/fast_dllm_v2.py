@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from samplers import CacheMode, Canvas
+from samplers import CacheMode, Canvas, get_sampler
 from samplers.cache import Feed, Memory
 from samplers.denoising import Denoising, Outcome, Query, advance, ask
 from samplers.prediction import Prediction
 from samplers.summary import summarise
 from server.engine.torch_backend import TorchBackend
-from tests.conformance.blocks import Drawer, Strict, block_causal, cached_prefix, parameters
+from tests.conformance.blocks import Drawer, block_causal, cached_prefix, parameters, within_range
 from tests.conformance.forwards import Tensors, compare, given
 from tests.conformance.generation import Family
 from tests.conformance.models import fed_logits
@@ -162,8 +162,9 @@ def row_of(prompt: Tokens, length: int, params: dict[str, Any], cache: CacheMode
     # Its block can be shorter than the model's own: the original is told so at each call.
     scheme = replace(run.backend.info.scheme, causal_block=params["block_size"])
     canvas = Canvas.blank(prompt, length - len(prompt), params["mask_id"], params["small_block_size"], scheme=scheme)
-    sampler = Strict()
-    return Row(canvas, sampler, Strict.Params(threshold=float(params["threshold"])), cache=cache, own=own)
+    sampler = get_sampler("threshold")
+    rule = sampler.Params(threshold=within_range(params["threshold"]))
+    return Row(canvas, sampler, rule, cache=cache, own=own)
 
 
 def generate(run: Run, case: dict[str, Any], params: dict[str, Any], cache: CacheMode) -> list[Tokens]:

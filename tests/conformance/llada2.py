@@ -1,6 +1,5 @@
 """LLaDA2.0 and 2.1: their model's own `generate`, without a cache and with the exact one."""
 
-import math
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +11,7 @@ from samplers.denoising import Denoising, Predict, Query, advance, ask
 from samplers.prediction import Prediction
 from server.engine.torch_backend import TorchBackend
 from server.models.llada2 import Router
+from tests.conformance.blocks import within_range
 from tests.conformance.decoders import draw
 from tests.conformance.forwards import ForwardCheck, Tensors, compare, given
 from tests.conformance.generation import Family
@@ -187,7 +187,7 @@ def schedule(params: dict[str, Any], count: int) -> tuple[Sampler, dict[str, Any
     steps = min(params["steps"], params["gen_length"] // params["minimal_topk"]) * count
     if params["threshold"] >= 1:
         return get_sampler("topk"), {"steps": steps}
-    return get_sampler("threshold"), {"steps": steps, "threshold": just_above(params["threshold"])}
+    return get_sampler("threshold"), {"steps": steps, "threshold": within_range(params["threshold"])}
 
 
 def editing(params: dict[str, Any]) -> tuple[Sampler, dict[str, Any]]:
@@ -198,8 +198,3 @@ def editing(params: dict[str, Any]) -> tuple[Sampler, dict[str, Any]]:
         "k": max(1, params["num_to_transfer"]),
         "max_post_steps": params["max_post_steps"],
     }
-
-
-def just_above(threshold: float) -> float:
-    """The least float32 above, since ours commits at the threshold and the original above it."""
-    return float(torch.tensor(max(threshold, 0.0)).nextafter(torch.tensor(math.inf)))

@@ -32,7 +32,7 @@ def test_logits_equal_those_of_qwen2_under_a_block_causal_mask(changes: dict[str
 @pytest.mark.parametrize(("size", "small"), [(32, 8), (16, 8), (8, 8), (12, 12)])
 def test_it_says_how_it_reads_a_canvas(size: int, small: int) -> None:
     network = decoder_network(decoder_config(FAST_DLLM, VOCABULARY, bd_size=size))
-    assert network.scheme == Scheme(causal_block=size, fixed=True, shifted=True, judges_drawn=True)
+    assert network.scheme == Scheme(causal_block=size, fixed=True, shifted=True, judges_drawn=True, strict=True)
     assert network.block_length == small
 
 

@@ -37,3 +37,14 @@ def test_what_is_told_is_the_models_own_probability() -> None:
     query = ask([judged])
     (outcome,) = advance([judged], query, predictor()(query))
     torch.testing.assert_close(torch.tensor(outcome.confidences), expected)
+
+
+def test_at_a_threshold_of_one_block_causal_families_commit_one_a_forward() -> None:
+    """Their programs ask for more than the threshold, Fast-dLLM's for as much: at top_k 1 all have exactly 1."""
+    strict = replace(OWN, judges_drawn=True, strict=True)
+    for scheme, count in ((strict, 1), (replace(strict, strict=False), 8)):
+        each = row(scheme, TokenChoice(1.0, top_k=1))
+        each.params = get_sampler("threshold").Params(threshold=1.0)
+        query = ask([each])
+        (outcome,) = advance([each], query, predictor()(query))
+        assert len(outcome.positions) == count
