@@ -3,11 +3,13 @@
 from samplers.base import ParameterError, Sampler, SamplerError, SamplerParams, Selection, Step
 from samplers.cache import CacheMode
 from samplers.canvas import BIDIRECTIONAL, Canvas, Layout, Scheme
+from samplers.plugins import BrokenPlugin
 from samplers.prediction import Prediction, Statistic, TokenChoice
-from samplers.registry import UnknownSamplerError, get_sampler, list_samplers
+from samplers.registry import UnknownSamplerError, get_sampler, list_samplers, list_unavailable
 
 __all__ = [
     "BIDIRECTIONAL",
+    "BrokenPlugin",
     "CacheMode",
     "Canvas",
     "Layout",
@@ -24,4 +26,5 @@ __all__ = [
     "UnknownSamplerError",
     "get_sampler",
     "list_samplers",
+    "list_unavailable",
 ]

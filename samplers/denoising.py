@@ -6,7 +6,7 @@ environments and evaluation hand `denoise` a `predict` callable.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -69,10 +69,14 @@ class Outcome:
 
 
 Predict = Callable[[Query], Prediction]
+T = TypeVar("T")
 
 
 def ask(rows: Sequence[Denoising]) -> Query:
-    """The query of the next step of all these generations, none of them finished."""
+    """The query of the next step of all these generations, none of them finished.
+
+    Raises SamplerError if what a sampler asks for beside its statistics cannot be told.
+    """
     feeds = [row.feed() for row in rows]
     found = [row.asked(fed) for row, fed in zip(rows, feeds, strict=True)]
     index = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor([len(c) for c in found]))
@@ -107,9 +111,17 @@ def _only(rows: Sequence[Denoising], index: Tensor) -> dict[str, Tensor]:
     return {name: torch.tensor(wish)[index] for name, wish in wishes.items() if any(wish) and not all(wish)}
 
 
+def _told(sampler: Sampler, hook: Callable[..., T], *arguments: Any) -> T:
+    """What one of a sampler's methods says."""
+    try:
+        return hook(*arguments)
+    except Exception as error:
+        raise _failure(sampler, error) from error
+
+
 def _named(rows: Sequence[Denoising], asked: list[Tensor]) -> Tensor | None:
     """The tokens that samplers name, side by side."""
-    each = [row.sampler.name_tokens(row.state, at) for row, at in zip(rows, asked, strict=True)]
+    each = [_told(row.sampler, row.sampler.name_tokens, row.state, at) for row, at in zip(rows, asked, strict=True)]
     if all(tokens is None for tokens in each):
         return None
     most = max(tokens.shape[1] for tokens in each if tokens is not None)
@@ -128,7 +140,7 @@ def _bonus(rows: Sequence[Denoising], asked: list[Tensor]) -> Bonus | None:
     first = 0
     for row, at in zip(rows, asked, strict=True):
         places = at + row.canvas.layout.prompt_length
-        if (added := row.sampler.bonus(row.params, row.canvas.tokens, places)) is not None:
+        if (added := _told(row.sampler, row.sampler.bonus, row.params, row.canvas.tokens, places)) is not None:
             found.append((added[0] + first, added[1], added[2]))
         first += len(at)
     return Bonus(*(torch.cat(each) for each in zip(*found, strict=True))) if found else None
@@ -164,13 +176,20 @@ def _one(step: Step, i: int) -> Step:
     return replace(step, **parts, extra={name: value[i : i + 1] for name, value in step.extra.items()})
 
 
+def _failure(sampler: Sampler, error: Exception) -> SamplerError:
+    """The error of a generation whose sampler raised; its cause tells a log where in the sampler that was."""
+    failure = SamplerError(f"sampler {sampler.name} failed: {type(error).__name__}: {error}")
+    failure.__cause__ = error
+    return failure
+
+
 def _select(sampler: Sampler, step: Step) -> Sequence[Selection | Outcome]:
     """Per row, what to do, or the outcome of a failure."""
     try:
         return _rows_of(_checked(sampler, step))
     except Exception as error:
         if len(step.params) == 1:
-            return [Outcome(error=SamplerError(f"sampler {sampler.name} failed: {type(error).__name__}: {error}"))]
+            return [Outcome(error=_failure(sampler, error))]
     return [outcome for i in range(len(step.params)) for outcome in _select(sampler, _one(step, i))]
 
 

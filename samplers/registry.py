@@ -1,9 +1,10 @@
 """Name -> sampler: ours, and third parties' through the entry point group `unmask.samplers`."""
 
+import json
 from functools import cache
-from importlib.metadata import entry_points
 
-from samplers.base import Sampler
+from samplers.base import Sampler, SamplerParams
+from samplers.canvas import BIDIRECTIONAL, Scheme
 from samplers.credit import Credit
 from samplers.diffusion_gemma import DiffusionGemma
 from samplers.dream import Dream
@@ -13,7 +14,9 @@ from samplers.entropy_bound import EntropyBound
 from samplers.factor import Factor
 from samplers.hierarchy import Hierarchy, HierarchyRemask
 from samplers.margin import Margin
+from samplers.plugins import BrokenPlugin, Plugins, load_plugins
 from samplers.policy import Policy
+from samplers.prediction import Statistic
 from samplers.random import Random
 from samplers.sequential import Sequential
 from samplers.threshold import Threshold
@@ -38,8 +41,14 @@ _OURS: tuple[type[Sampler], ...] = (
 )
 
 
+_ELSEWHERE = ("oracle",)
+"""Names that are not samplers' here, but mean something where samplers are named: evaluation's own."""
+_POLICY_SUFFIX = "policy-"
+"""`model:policy-NAME` chooses a policy, so no sampler's name begins like that."""
+
+
 class UnknownSamplerError(KeyError):
-    """No sampler of that name; the message lists those there are."""
+    """No sampler of that name; the message lists those there are, and says why a plugin's is not among them."""
 
     def __str__(self) -> str:
         return str(self.args[0])
@@ -47,19 +56,32 @@ class UnknownSamplerError(KeyError):
 
 @cache
 def _registry() -> dict[str, Sampler]:
-    found: dict[str, Sampler] = {sampler.name: sampler() for sampler in _OURS}
-    for entry in entry_points(group="unmask.samplers"):
-        sampler = entry.load()
-        if not (isinstance(sampler, type) and issubclass(sampler, Sampler)):
-            raise TypeError(f"entry point {entry.name!r} in group unmask.samplers is not a Sampler class: {sampler!r}")
-        if sampler.name != entry.name:
-            raise ValueError(
-                f"entry point {entry.name!r} in group unmask.samplers names a sampler called {sampler.name!r}"
-            )
-        if entry.name in found:
-            raise ValueError(f"entry point {entry.name!r} in group unmask.samplers takes a name that is already in use")
-        found[entry.name] = sampler()
-    return found
+    return {sampler.name: sampler() for sampler in _OURS} | _plugins().found
+
+
+@cache
+def _plugins() -> Plugins[Sampler]:
+    taken = {*(sampler.name for sampler in _OURS), *_ELSEWHERE}
+    return load_plugins("unmask.samplers", Sampler, taken, _check)  # type: ignore[type-abstract]
+
+
+def _check(sampler: Sampler) -> None:
+    """Raise if what is asked of a sampler before it runs cannot be answered, or not in a form that can be shown."""
+    if sampler.name.startswith(_POLICY_SUFFIX):
+        raise ValueError(f"names that begin with {_POLICY_SUFFIX!r} stand for policies")
+    params: object = sampler.Params
+    if not (isinstance(params, type) and issubclass(params, SamplerParams)):
+        raise TypeError("Params is not a SamplerParams class")
+    json.dumps(sampler.schema(), allow_nan=False)
+    if not isinstance(sampler.paper, str):
+        raise TypeError("paper is not text")
+    sampler.summary()
+    if unknown := set(sampler.statistics) - set(Statistic):
+        raise ValueError(f"there is no statistic {min(map(str, unknown))!r}; there are {', '.join(Statistic)}")
+    if not (isinstance(sampler.top, int) and sampler.top >= 0):
+        raise TypeError("top is not a number of probabilities")
+    for scheme in (BIDIRECTIONAL, Scheme(causal_block=4), Scheme(shifted=True), Scheme(noise=4)):
+        sampler.misfit(scheme)
 
 
 def list_samplers() -> list[Sampler]:
@@ -67,9 +89,18 @@ def list_samplers() -> list[Sampler]:
     return list(_registry().values())
 
 
+def list_unavailable() -> list[BrokenPlugin]:
+    """Samplers of other distributions that could not be loaded."""
+    return list(_plugins().broken.values())
+
+
 def get_sampler(name: str) -> Sampler:
     """The sampler of that name. Raises UnknownSamplerError."""
     found = _registry().get(name)
     if found is None:
-        raise UnknownSamplerError(f"unknown sampler {name!r}; choose from {', '.join(_registry())}")
+        choices = f"choose from {', '.join(_registry())}"
+        if broken := _plugins().broken.get(name):
+            reason = f"sampler {name!r} of {broken.distribution} could not be loaded: {broken.reason}"
+            raise UnknownSamplerError(f"{reason}; {choices}")
+        raise UnknownSamplerError(f"unknown sampler {name!r}; {choices}")
     return found

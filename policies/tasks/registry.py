@@ -15,6 +15,8 @@ from policies.tasks.sudoku import Sudoku
 _EMBEDDED: tuple[type[Task], ...] = (Chain, Totals, Sort, Reverse, Sudoku)
 _FROM_FILES: dict[str, type[FileTask]] = {kind.name: kind for kind in (GSM8K, MATH, PromptFile)}
 
+_GROUP = "unmask.tasks"
+
 FILE_SPECS = "gsm8k:path=FILE, math:path=FILE_OR_FOLDER, file:path=FILE,checker=NAME"
 """How tasks from files are asked for, for messages and help; `train=` and `heldout=` may stand for `path=`."""
 
@@ -34,17 +36,36 @@ def embedded_tasks() -> tuple[Task, ...]:
 
 @cache
 def _registry() -> dict[str, Task]:
-    found = {task.name: task for task in embedded_tasks()}
-    for entry in entry_points(group="unmask.tasks"):
-        task = entry.load()
-        if not (isinstance(task, type) and issubclass(task, Task)):
-            raise TypeError(f"entry point {entry.name!r} in group unmask.tasks is not a Task class: {task!r}")
-        if task.name != entry.name:
-            raise ValueError(f"entry point {entry.name!r} in group unmask.tasks names a task called {task.name!r}")
-        if entry.name in found or entry.name in _FROM_FILES:
-            raise ValueError(f"entry point {entry.name!r} in group unmask.tasks takes a name that is already in use")
-        found[entry.name] = task()
-    return found
+    return {task.name: task for task in embedded_tasks()} | _third_parties()[0]
+
+
+@cache
+def _third_parties() -> tuple[dict[str, Task], dict[str, str]]:
+    """Tasks of other distributions by name, and why those that are skipped could not be loaded."""
+    if not _any_entry_points():
+        return {}, {}
+    from samplers.plugins import load_plugins  # brings torch, which lists and help do without otherwise
+
+    taken = {*(task.name for task in embedded_tasks()), *_FROM_FILES}
+    plugins = load_plugins(_GROUP, Task, taken, _check)  # type: ignore[type-abstract]
+    return plugins.found, {
+        name: f"task {name!r} of {why.distribution} could not be loaded: {why.reason}"
+        for name, why in plugins.broken.items()
+    }
+
+
+def _any_entry_points() -> bool:
+    try:
+        return bool(entry_points(group=_GROUP))
+    except Exception:  # loading them says why they cannot be read
+        return True
+
+
+def _check(task: Task) -> None:
+    if not isinstance(task.description, str):
+        raise TypeError("description is not text")
+    if not (isinstance(task.gen_length, int) and task.gen_length > 0):
+        raise TypeError("gen_length is not a number of tokens")
 
 
 def list_tasks() -> list[Task]:
@@ -63,7 +84,8 @@ def get_task(text: str) -> Task:
         return _from_files(name, rest)
     found = _registry().get(name)
     if found is None:
-        raise UnknownTaskError(f"unknown task {name!r}; choose from {', '.join(_registry())}; or {FILE_SPECS}")
+        said = _third_parties()[1].get(name, f"unknown task {name!r}")
+        raise UnknownTaskError(f"{said}; choose from {', '.join(_registry())}; or {FILE_SPECS}")
     if colon:
         raise ValueError(f"task {name} takes no options, so not {rest!r}")
     return found

@@ -2,7 +2,7 @@
 
 from fastapi import FastAPI, Response
 
-from samplers import Sampler, list_samplers
+from samplers import BrokenPlugin, Sampler, list_samplers, list_unavailable
 from samplers.policy import Policy
 from server.api.errors import NotFoundError
 from server.api.openapi import ERRORS, LOOKUP_ERRORS
@@ -14,10 +14,11 @@ def add_routes(app: FastAPI, serving: Serving) -> None:
     def cards() -> dict[str, SamplerCard]:
         reasons = {} if serving.engine.policies.list() else {Policy.name: "no policy is loaded"}
         scheme = serving.engine.info.scheme
-        return {
+        found = {
             sampler.name: _card(sampler, sampler.misfit(scheme) or reasons.get(sampler.name))
             for sampler in list_samplers()
         }
+        return found | {plugin.name: _broken_card(plugin) for plugin in list_unavailable()}
 
     @app.get("/v1/samplers", response_model=SamplerList, responses=ERRORS, tags=["catalogue"])
     async def samplers() -> Response:
@@ -43,3 +44,8 @@ def _card(sampler: Sampler, reason: str | None) -> SamplerCard:
         reason=reason,
         parameters=sampler.schema(),
     )
+
+
+def _broken_card(plugin: BrokenPlugin) -> SamplerCard:
+    reason = f"the sampler of {plugin.distribution} could not be loaded: {plugin.reason}"
+    return SamplerCard(id=plugin.name, description="", paper="", available=False, reason=reason, parameters={})

@@ -12,7 +12,7 @@ from policies.tasks import FILE_SPECS, Split, UnknownTaskError, get_task, list_t
 from server.commands.options import results_console, wrong
 
 if TYPE_CHECKING:
-    from samplers import Sampler
+    from samplers import BrokenPlugin, Sampler
 
 tasks_app = typer.Typer(help="Problems with checkable answers.", no_args_is_help=True)
 
@@ -24,31 +24,57 @@ def register(app: typer.Typer) -> None:
 
 def samplers(
     name: Annotated[str | None, typer.Argument(help="Show this one with all of its parameters.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Write a list of JSON objects, for programs.")] = False,
 ) -> None:
     """List the samplers, or show one with its parameters."""
-    from samplers import UnknownSamplerError, get_sampler, list_samplers
+    from samplers import UnknownSamplerError, get_sampler, list_samplers, list_unavailable
 
-    if name is None:
-        results_console().print(_overview(list_samplers()))
-        return
+    broken = [plugin for plugin in list_unavailable() if name in (None, plugin.name)]
     try:
-        results_console().print(_details(get_sampler(name)))
+        found = list_samplers() if name is None else [] if broken else [get_sampler(name)]
     except UnknownSamplerError as error:
         wrong("NAME", error)
+    if as_json:
+        typer.echo(json.dumps([*map(_entry, found), *map(_broken_entry, broken)], indent=1))
+    elif name is None:
+        results_console().print(_overview(found, broken))
+    else:
+        results_console().print(*map(_details, found), *map(_why_not, broken))
 
 
-def _overview(found: "list[Sampler]") -> Table:
+def _entry(sampler: "Sampler") -> dict[str, Any]:
+    return {
+        "id": sampler.name,
+        "kind": "sampler",
+        "available": True,
+        "reason": None,
+        "parameters": sampler.schema(),
+    }
+
+
+def _broken_entry(plugin: "BrokenPlugin") -> dict[str, Any]:
+    reason = f"{plugin.distribution}: {plugin.reason}"
+    return {"id": plugin.name, "kind": "sampler", "available": False, "reason": reason, "parameters": {}}
+
+
+def _overview(found: "list[Sampler]", broken: "list[BrokenPlugin]") -> Table:
     table = Table("sampler", "what it does", "parameters", "paper", title="samplers", show_lines=True)
     for sampler in found:
         stated = [f"{name} = {_default(field)}  ({_range(field)})" for name, field in _fields(sampler).items()]
-        table.add_row(sampler.name, Text(sampler.summary()), Text("\n".join(stated)), sampler.paper)
+        table.add_row(sampler.name, Text(sampler.summary()), Text("\n".join(stated)), Text(sampler.paper))
+    for plugin in broken:
+        table.add_row(Text(plugin.name, style="dim"), _why_not(plugin), "", "")
     return table
+
+
+def _why_not(plugin: "BrokenPlugin") -> Text:
+    return Text(f"{plugin.name} of {plugin.distribution} could not be loaded: {plugin.reason}")
 
 
 def _details(sampler: "Sampler") -> Group:
     table = Table("parameter", "default", "values", "meaning")
     for name, field in _fields(sampler).items():
-        table.add_row(name, _default(field), Text(_range(field)), Text(field.get("description", "")))
+        table.add_row(Text(name), Text(_default(field)), Text(_range(field)), Text(field.get("description", "")))
     parameters = table if table.rows else Text("It has no parameters.")
     return Group(
         Text(sampler.name, style="bold"), Text(sampler.summary()), Text(sampler.paper, style="dim"), parameters

@@ -18,6 +18,7 @@ from server.commands.options import (
     Threads,
     check_parent,
     fail,
+    fail_with_cause,
     open_model,
     open_policies,
     parse_block_length,
@@ -211,4 +212,4 @@ def _measure(
             except (ParameterError, UnknownPolicyError) as error:
                 wrong("--sampler", f"{what}: {error}")
             except (SamplerError, ResultsError, OSError) as error:
-                fail(f"{what}: {error}")
+                fail_with_cause(error, what)

@@ -18,7 +18,7 @@ from server.commands.options import (
     Policies,
     Threads,
     chat_prompt,
-    fail,
+    fail_with_cause,
     open_model,
     open_policies,
     parse_block_length,
@@ -110,14 +110,18 @@ def generate(
 
 def steps(row: "Denoising", predict: "Predict") -> "Iterator[tuple[Outcome, float]]":
     """Denoise a generation to its end; what each forward did, and the seconds it took."""
+    from samplers import SamplerError
     from samplers.denoising import advance, ask
 
     while not row.finished:
         began = time.monotonic()
-        query = ask([row])
-        (outcome,) = advance([row], query, predict(query))
-        if outcome.error is not None:
-            fail(outcome.error)
+        try:
+            query = ask([row])
+            (outcome,) = advance([row], query, predict(query))
+            if outcome.error is not None:
+                raise outcome.error
+        except SamplerError as error:
+            fail_with_cause(error)
         yield outcome, time.monotonic() - began
 
 

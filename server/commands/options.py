@@ -1,6 +1,7 @@
 """What several commands share: options, and how they fail."""
 
 import sys
+import traceback
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
@@ -53,6 +54,13 @@ def fail(message: object) -> NoReturn:
     """End the command with exit status 1 and one line on stderr."""
     typer.echo(f"Error: {message}", err=True)
     raise typer.Exit(1)
+
+
+def fail_with_cause(error: Exception, what: str = "") -> NoReturn:
+    """End the command like `fail`; where the error has a cause, such as a sampler that raised, its traceback first."""
+    if error.__cause__ is not None:
+        typer.echo("".join(traceback.format_exception(error.__cause__)), err=True, nl=False)
+    fail(f"{what}: {error}" if what else error)
 
 
 def wrong(flag: str, message: object) -> NoReturn:

@@ -13,7 +13,7 @@ from server.commands.options import (
     Device,
     Dtype,
     Model,
-    fail,
+    fail_with_cause,
     open_model,
     progress_console,
     subject_of,
@@ -70,7 +70,7 @@ def train_policy(
             trainer.report = report
             trainer.run()
     except (OSError, ValueError, FloatingPointError, SafetensorError, SamplerError) as error:
-        fail(error)
+        fail_with_cause(error)
     finally:
         world.leave()
     if trainer.stage < len(parsed.stage):

@@ -7,7 +7,7 @@ from dataclasses import replace
 import structlog
 
 from policies.store import Host, PolicyStore, UnknownPolicyError
-from samplers import CacheMode, Canvas, ParameterError, Prediction
+from samplers import CacheMode, Canvas, ParameterError, Prediction, SamplerError
 from samplers.denoising import Denoising, Outcome, Query, advance, ask
 from server.engine.backend import Backend, BackendDeadError, ModelInfo
 from server.engine.generation import Deliver, Generation
@@ -244,15 +244,19 @@ class Engine:
         began = time.monotonic()
         running = self._scheduler.pick()
         model_seconds = sampler_seconds = 0.0
-        for generations, query, result, seconds in self._predict(running):
+        for generations, result, seconds in self._predict(running):
             model_seconds += seconds
+            if isinstance(result, SamplerError):
+                for generation in generations:
+                    self._fail(generation, result)
+                continue
             if isinstance(result, Exception):
-                log.error("forward pass failed", error=repr(result))
+                log.error("forward pass failed", error=repr(result), exc_info=result)
                 for generation in generations:
                     self._remove(generation, FinishReason.ERROR, f"the forward pass failed: {type(result).__name__}")
                 continue
             mark = time.monotonic()
-            outcomes = advance([generation.row for generation in generations], query, result)
+            outcomes = advance([generation.row for generation in generations], *result)
             sampler_seconds += time.monotonic() - mark
             for generation, outcome in zip(generations, outcomes, strict=True):
                 try:
@@ -270,28 +274,28 @@ class Engine:
 
     def _predict(
         self, generations: list[Generation]
-    ) -> list[tuple[list[Generation], Query, Prediction | Exception, float]]:
+    ) -> list[tuple[list[Generation], tuple[Query, Prediction] | Exception, float]]:
         """One forward for all. If it fails, halves are tried on their own, so that one row cannot fail the others."""
-        query = ask([generation.row for generation in generations])
         began = time.monotonic()
         try:
+            query = ask([generation.row for generation in generations])
+            began = time.monotonic()
             prediction = self.backend.predict(query)
         except BackendDeadError:
             raise  # ends the engine, whose health then says so
         except Exception as error:
             seconds = time.monotonic() - began
             if len(generations) == 1:
-                return [(generations, query, error, seconds)]
+                return [(generations, error, seconds)]
             middle = len(generations) // 2
             return self._predict(generations[:middle]) + self._predict(generations[middle:])
         self._metrics.model_forward()
-        return [(generations, query, prediction, time.monotonic() - began)]
+        return [(generations, (query, prediction), time.monotonic() - began)]
 
     def _deliver(self, generation: Generation, outcome: Outcome) -> None:
         """Tell what a step did to one generation, and retire it if that was its last."""
         if outcome.error is not None:
-            log.error("generation failed", error=str(outcome.error), sampler=generation.request.sampler)
-            self._remove(generation, FinishReason.ERROR, str(outcome.error))
+            self._fail(generation, outcome.error)
             return
         row, sampler = generation.row, generation.request.sampler
         before = generation.counted
@@ -323,6 +327,11 @@ class Engine:
             self._remove(generation, FinishReason.STOP)
         elif row.finished:
             self._remove(generation, FinishReason.LENGTH)
+
+    def _fail(self, generation: Generation, error: SamplerError) -> None:
+        """Retire a generation that cannot go on. Where the sampler itself raised, the log shows its traceback."""
+        log.error("generation failed", error=str(error), sampler=generation.request.sampler, exc_info=error.__cause__)
+        self._remove(generation, FinishReason.ERROR, str(error))
 
     def _remove(self, generation: Generation, reason: FinishReason, message: str = "") -> None:
         with self._change:

@@ -7,6 +7,7 @@ import pytest
 
 from samplers import list_samplers
 from tests.api.serving import NAME, PROMPT, Running, error_of, serving
+from tests.installed import SAMPLER, Installed
 
 PARAMS: dict[str, dict[str, Any]] = {"random": {"k": 2}, "topk": {"steps": 4}, "threshold": {"threshold": 0.3}}
 
@@ -123,3 +124,38 @@ def test_samplers_are_listed_with_their_schema(server: Running) -> None:
         assert card["paper"] == sampler.paper
         assert card["parameters"] == sampler.schema()
     assert error_of(server.get("/v1/samplers/nope"), 404)["param"] == "sampler"
+
+
+def test_a_plugin_that_cannot_be_loaded_harms_no_other(tiny_model: Path, installed: Installed) -> None:
+    installed.sampler("import nothing_like_it")
+    with serving(tiny_model) as running:
+        assert running.complete()["unmask"]["sampler"] == "topk"
+        for fields in ({"sampler": "left_to_right"}, {"model": f"{NAME}:left_to_right"}):
+            error = error_of(running.post("/v1/completions", {"prompt": PROMPT} | fields), 400)
+            assert (error["param"], error["code"]) == (next(iter(fields)), "unknown_sampler")
+            assert "'left_to_right' of third_party 1.0 could not be loaded: ModuleNotFoundError" in error["message"]
+        *ours, broken = running.get("/v1/samplers").json()["data"]
+        assert [card["id"] for card in ours] == [sampler.name for sampler in list_samplers()]
+        assert broken == running.get("/v1/samplers/left_to_right").json()
+        assert broken["available"] is False and "No module named 'nothing_like_it'" in broken["reason"]
+        assert not any("left_to_right" in model["id"] for model in running.get("/v1/models").json()["data"])
+
+
+def test_a_third_partys_sampler_serves(tiny_model: Path, installed: Installed) -> None:
+    installed.sampler()
+    with serving(tiny_model) as running:
+        ours = running.complete(sampler="sequential", sampler_params={"k": 1})["choices"]
+        assert running.complete(sampler="left_to_right")["choices"] == ours
+        assert running.complete(model=f"{NAME}:left_to_right")["choices"] == ours
+        assert running.get("/v1/samplers/left_to_right").json()["available"] is True
+
+
+@pytest.mark.parametrize("method", ["start(self, params)", "check(self, params, layout)", "select(self, step)"])
+def test_a_third_partys_sampler_that_raises_fails_its_request_alone(
+    tiny_model: Path, installed: Installed, method: str
+) -> None:
+    installed.sampler(f"{SAMPLER}    def {method}:\n        raise ZeroDivisionError('by design')\n")
+    with serving(tiny_model) as running:
+        error_of(running.post("/v1/completions", {"prompt": PROMPT, "sampler": "left_to_right"}), 500)
+        assert running.get("/health").status_code == 200
+        assert running.complete()["unmask"]["sampler"] == "topk"

@@ -1,12 +1,14 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from policies.tasks import get_task, list_tasks
 from samplers import list_samplers
 from tests.commands.application import refused, right
+from tests.installed import SAMPLER, Installed
 
 
 def test_every_sampler_is_listed_with_its_paper() -> None:
@@ -26,6 +28,47 @@ def test_one_sampler_with_its_parameters() -> None:
 
 def test_an_unknown_sampler_is_wrong_use() -> None:
     assert "unknown sampler 'best'; choose from random, sequential, topk" in refused(2, "samplers", "best")
+
+
+def test_samplers_as_json() -> None:
+    found = json.loads(right("samplers", "--json").stdout)
+    assert [entry["id"] for entry in found] == [sampler.name for sampler in list_samplers()]
+    assert {frozenset(entry) for entry in found} == {frozenset({"id", "kind", "available", "reason", "parameters"})}
+    assert {(entry["kind"], entry["available"], entry["reason"]) for entry in found} == {("sampler", True, None)}
+    (threshold,) = json.loads(right("samplers", "threshold", "--json").stdout)
+    assert threshold["id"] == "threshold" and threshold["parameters"]["properties"]["threshold"]["default"] == 0.9
+    assert "unknown sampler 'best'" in refused(2, "samplers", "best", "--json")
+
+
+def test_a_plugin_that_cannot_be_loaded_is_listed_with_the_reason(installed: Installed, tiny_model: Path) -> None:
+    installed.sampler("import nothing_like_it")
+    reason = "ModuleNotFoundError: No module named 'nothing_like_it'"
+    shown = " ".join(right("samplers", "left_to_right").stdout.split())
+    assert shown == f"left_to_right of third_party 1.0 could not be loaded: {reason}"
+    everything = right("samplers").stdout
+    assert "left_to_right" in everything and "threshold" in everything
+    *ours, broken = json.loads(right("samplers", "--json").stdout)
+    assert all(entry["available"] for entry in ours)
+    assert broken == {
+        "id": "left_to_right",
+        "kind": "sampler",
+        "available": False,
+        "reason": f"third_party 1.0: {reason}",
+        "parameters": {},
+    }
+    assert json.loads(right("samplers", "left_to_right", "--json").stdout) == [broken]
+    assert right("generate", "a", "--model", tiny_model, "--max-tokens", 4).stdout
+    assert reason in refused(2, "generate", "a", "--model", tiny_model, "--sampler", "left_to_right")
+    assert reason in refused(2, "evaluate", "--model", tiny_model, "--sampler", "left_to_right")
+
+
+def test_where_a_sampler_failed_is_shown(installed: Installed, tiny_model: Path) -> None:
+    installed.sampler(f"{SAMPLER}    def select(self, step):\n        raise ZeroDivisionError('by design')\n")
+    chosen = ("--model", tiny_model, "--sampler", "left_to_right")
+    for arguments in (("generate", "a", "--max-tokens", 4), ("evaluate", "--task", "sort", "--count", 1)):
+        said = refused(1, *arguments, *chosen)
+        assert "Traceback" in said and "third_party.py" in said
+        assert "Error: " in said and "sampler left_to_right failed: ZeroDivisionError: by design" in said
 
 
 def test_tasks_are_listed() -> None:

@@ -1,5 +1,7 @@
 """The engine: any mixture of generations in one forward, and no failure that spreads."""
 
+import json
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +25,7 @@ from server.engine import (
     RequestError,
 )
 from server.engine.backend import BackendDeadError
+from server.logging import configure_logging
 from server.metrics import Metrics
 from tests.engine.backends import CheapBackend, Gate, Listener
 from tests.samplers.models import MASK, random_logits
@@ -257,6 +260,67 @@ def test_a_raising_sampler_in_one_row_of_eight(serve: Serve, monkeypatch: pytest
             assert end.reason is FinishReason.ERROR and "raises failed: ZeroDivisionError" in end.message
         else:
             assert listener.tokens(6 + i) == expected.tokens(6 + i)
+
+
+class RaisesBefore(Sampler):
+    """Fails where it tells what the forward shall compute for it, for one of the seeds."""
+
+    name = "raises_before"
+
+    def __init__(self, method: str) -> None:
+        self._method = method
+
+    def start(self, params: SamplerParams) -> Any:
+        return next(self.counted)
+
+    counted = iter(range(1000))
+
+    def select(self, step: Step) -> Selection:
+        return Selection(torch.zeros_like(step.candidate))
+
+    def name_tokens(self, state: Any, positions: Tensor) -> Tensor | None:
+        if self._method == "name_tokens" and state == 3:
+            raise ZeroDivisionError("by design")
+        return None
+
+    def bonus(self, params: SamplerParams, tokens: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        if self._method == "bonus" and tokens[0] == 4:
+            raise ZeroDivisionError("by design")
+        return None
+
+
+@pytest.mark.parametrize("method", ["name_tokens", "bonus"])
+def test_a_sampler_that_raises_before_the_forward_fails_alone(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    monkeypatch.setattr(RaisesBefore, "counted", iter(range(1000)))
+    monkeypatch.setitem(registry._registry(), "raises_before", RaisesBefore(method))
+    engine = serve(CheapBackend())
+    listeners = run(engine, [request(i, "raises_before", params=SamplerParams()) for i in range(8)])
+    clean = run(serve(CheapBackend()), [request(i, "topk", params=get_sampler("topk").Params()) for i in range(8)])
+    for i, (listener, expected) in enumerate(zip(listeners, clean, strict=True)):
+        end = listener.finish()
+        if i == 3:
+            assert end.reason is FinishReason.ERROR
+            assert end.message == "sampler raises_before failed: ZeroDivisionError: by design"
+        else:
+            assert listener.tokens(6 + i) == expected.tokens(6 + i)
+    (after,) = run(engine, [request(9)])
+    assert after.finish().reason is FinishReason.LENGTH
+
+
+def test_the_log_shows_where_a_sampler_failed(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(registry._registry(), "raises", Raises())
+    configure_logging("json")
+    try:
+        run(serve(CheapBackend()), [request(i, "raises", params=SamplerParams()) for i in range(8)])
+    finally:
+        logging.basicConfig(force=True)
+    (line,) = [json.loads(line) for line in capsys.readouterr().err.splitlines() if "generation failed" in line]
+    assert line["error"] == "sampler raises failed: ZeroDivisionError: by design" and line["sampler"] == "raises"
+    assert line["exception"].startswith("Traceback") and "test_engine.py" in line["exception"]
 
 
 def test_a_forward_that_fails_for_one_row(serve: Serve) -> None:

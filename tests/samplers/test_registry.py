@@ -1,25 +1,16 @@
 """Names, and samplers of third parties."""
 
-from collections.abc import Callable, Iterator
+import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from samplers import UnknownSamplerError, get_sampler, list_samplers
-from samplers.registry import _registry
-
-PLUGIN = """
-from samplers import Sampler, Selection
-
-class LeftToRight(Sampler):
-    \"\"\"Commit the leftmost candidate.\"\"\"
-    name = {name!r}
-    def select(self, step):
-        first = step.candidate.int().argmax(dim=1, keepdim=True)
-        return Selection(step.candidate & (first == first.new_tensor(range(step.candidate.shape[1]))))
-
-not_a_class = LeftToRight()
-"""
+from samplers import UnknownSamplerError, get_sampler, list_samplers, list_unavailable
+from samplers import plugins as plugins_module
+from tests.installed import SAMPLER, Installed, forget
 
 NAMES = [
     *(
@@ -42,25 +33,6 @@ NAMES = [
 ]
 
 
-@pytest.fixture
-def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str, str], None]]:
-    """Puts a distribution with one entry point on the path, as an installer would."""
-
-    def installed(entry: str, name: str, attribute: str = "LeftToRight") -> None:
-        (tmp_path / "third_party_sampler.py").write_text(PLUGIN.format(name=name))
-        info = tmp_path / "third_party-1.0.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: third-party\nVersion: 1.0\n")
-        (info / "entry_points.txt").write_text(f"[unmask.samplers]\n{entry} = third_party_sampler:{attribute}\n")
-        monkeypatch.syspath_prepend(str(tmp_path))
-        monkeypatch.delitem(__import__("sys").modules, "third_party_sampler", raising=False)
-        _registry.cache_clear()
-
-    yield installed
-    monkeypatch.undo()
-    _registry.cache_clear()
-
-
 def test_ours() -> None:
     assert [sampler.name for sampler in list_samplers()] == NAMES
     assert get_sampler("topk") is get_sampler("topk")
@@ -72,25 +44,121 @@ def test_an_unknown_name_lists_those_there_are() -> None:
     assert str(caught.value) == "unknown sampler 'nope'; choose from " + ", ".join(NAMES)
 
 
-def test_an_entry_point_adds_a_sampler(install: Callable[[str, str], None]) -> None:
-    install("left_to_right", "left_to_right")
+def test_an_entry_point_adds_a_sampler(installed: Installed, caplog: pytest.LogCaptureFixture) -> None:
+    installed.sampler()
     assert get_sampler("left_to_right").summary() == "Commit the leftmost candidate."
-    assert [sampler.name for sampler in list_samplers()][-1] == "left_to_right"
+    assert [sampler.name for sampler in list_samplers()] == [*NAMES, "left_to_right"]
+    assert list_unavailable() == [] and caplog.records == []
 
 
-def test_what_is_no_sampler_class_is_refused(install: Callable[[str, str, str], None]) -> None:
-    install("left_to_right", "left_to_right", "not_a_class")
-    with pytest.raises(TypeError, match=r"'left_to_right' in group unmask\.samplers is not a Sampler class"):
-        list_samplers()
+RENAMED = SAMPLER.replace('"left_to_right"', "{!r}")
+PARAMS = "    class Params({base}):\n        k: {kind} = {default}\n"
+BROKEN = {
+    "no such module": ("import nothing_like_it\n", "ModuleNotFoundError: No module named 'nothing_like_it'"),
+    "no python": ("def (", "SyntaxError: "),
+    "raises": ("raise RuntimeError('two\\nlines')", "RuntimeError: two lines"),
+    "exits": ("raise SystemExit(3)", "SystemExit: 3"),
+    "no such attribute": ("", "AttributeError: module 'third_party' has no attribute 'LeftToRight'"),
+    "no class": ("LeftToRight = 3", "third_party:LeftToRight is not a Sampler class"),
+    "another class": ("class LeftToRight: name = 'left_to_right'", "is not a Sampler class"),
+    "an object": (SAMPLER + "LeftToRight = LeftToRight()", "is not a Sampler class"),
+    "another name": (RENAMED.format("right_to_left"), "has the name 'right_to_left', not the entry point's"),
+    "no name": (SAMPLER.replace('    name = "left_to_right"\n', ""), "has the name None"),
+    "abstract": (SAMPLER.replace("def select", "def choose"), "TypeError: Can't instantiate abstract class"),
+    "raises when made": (
+        SAMPLER + "    def __init__(self):\n        raise OSError('no weights')",
+        "OSError: no weights",
+    ),
+    "needs arguments": (SAMPLER + "    def __init__(self, path):\n        self.path = path", "TypeError: "),
+    "no parameters": (SAMPLER + "    Params = dict\n", "Params is not a SamplerParams class"),
+    "no schema": (
+        SAMPLER + PARAMS.format(base="SamplerParams", kind="__import__('typing').Callable", default="print"),
+        "InvalidForJsonSchema: ",
+    ),
+    "no such statistic": (SAMPLER + "    statistics = frozenset({'surprise'})\n", "no statistic 'surprise'"),
+    "no number": (SAMPLER + "    top = 'all'\n", "top is not a number"),
+    "no text": (SAMPLER + "    paper = 3\n", "paper is not text"),
+    "fits by raising": (SAMPLER + "    def misfit(self, scheme):\n        raise KeyError('x')\n", "KeyError: 'x'"),
+}
 
 
-def test_a_name_that_is_not_the_entry_points_is_refused(install: Callable[[str, str], None]) -> None:
-    install("left_to_right", "right_to_left")
-    with pytest.raises(ValueError, match="names a sampler called 'right_to_left'"):
-        list_samplers()
+@pytest.mark.parametrize("fault", BROKEN)
+def test_what_cannot_be_loaded_is_skipped_with_one_warning(
+    installed: Installed, caplog: pytest.LogCaptureFixture, fault: str
+) -> None:
+    source, reason = BROKEN[fault]
+    installed.sampler(source)
+    for _ in range(2):
+        assert [sampler.name for sampler in list_samplers()] == NAMES
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING and record.exc_info is None
+    said = record.getMessage()
+    assert said.startswith("unmask.samplers 'left_to_right' of third_party 1.0 is skipped: ")
+    assert reason in said and "\n" not in said
+    (plugin,) = list_unavailable()
+    assert (plugin.name, plugin.distribution) == ("left_to_right", "third_party 1.0") and reason in plugin.reason
+    with pytest.raises(UnknownSamplerError) as caught:
+        get_sampler("left_to_right")
+    assert "'left_to_right' of third_party 1.0 could not be loaded" in str(caught.value)
+    assert plugin.reason in str(caught.value) and str(caught.value).endswith("choose from " + ", ".join(NAMES))
 
 
-def test_a_name_in_use_is_refused(install: Callable[[str, str], None]) -> None:
-    install("topk", "topk")
-    with pytest.raises(ValueError, match="already in use"):
-        list_samplers()
+@pytest.mark.parametrize("name", ["topk", "policy", "oracle", "policy-mine"])
+def test_a_name_that_means_something_else_is_not_taken(
+    installed: Installed, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    installed.sampler(RENAMED.format(name), entry=name)
+    assert [sampler.name for sampler in list_samplers()] == NAMES
+    assert len(caplog.records) == 1 and f"'{name}' of third_party 1.0 is skipped" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["two words", "Ümlaut", "a/b", "-a", "a" * 65])
+def test_a_name_that_no_request_could_use_is_refused(
+    installed: Installed, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    installed.sampler(RENAMED.format(name), entry=name)
+    assert [sampler.name for sampler in list_samplers()] == NAMES
+    assert "a name has at most 64 letters" in caplog.text
+
+
+def test_one_broken_plugin_leaves_the_others(installed: Installed, caplog: pytest.LogCaptureFixture) -> None:
+    installed.add("broken", "import nothing_like_it", "unmask.samplers", a="A", left_to_right="LeftToRight")
+    installed.sampler()
+    assert [sampler.name for sampler in list_samplers()] == [*NAMES, "left_to_right"]
+    assert [plugin.name for plugin in list_unavailable()] == ["a"]
+    assert len(caplog.records) == 2
+
+
+def test_the_first_of_two_with_one_name_is_taken(installed: Installed, caplog: pytest.LogCaptureFixture) -> None:
+    installed.add("another", SAMPLER, "unmask.samplers", left_to_right="LeftToRight")
+    installed.sampler()
+    assert [sampler.name for sampler in list_samplers()] == [*NAMES, "left_to_right"]
+    assert list_unavailable() == []
+    assert len(caplog.records) == 1 and "the name is already in use" in caplog.text
+
+
+def test_entry_points_that_cannot_be_read_are_none(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def raises(**_: object) -> None:
+        raise TypeError("half a line")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(plugins_module, "entry_points", raises)
+        forget()
+        assert [sampler.name for sampler in list_samplers()] == NAMES
+    forget()
+    assert "entry points cannot be read: TypeError: half a line" in caplog.text
+
+
+def test_what_is_installed_is_found_by_the_command_line(installed: Installed) -> None:
+    """In a process of its own, where nothing stands between the registry and what Python finds."""
+    installed.sampler()
+    installed.add("broken", "import nothing_like_it", "unmask.samplers", broken="Broken")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(installed.folder), *sys.path]), "COLUMNS": "200"}
+    command = [sys.executable, "-m", "server.cli", "samplers", "left_to_right"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr
+    assert "Commit the leftmost candidate." in done.stdout
+    warnings = [line for line in done.stderr.splitlines() if "broken 1.0 is skipped: ModuleNotFoundError" in line]
+    assert len(warnings) == 1 and "Traceback" not in done.stderr

@@ -1,0 +1,85 @@
+"""Classes that other distributions add through entry points. One that cannot be used is skipped, and the rest work."""
+
+import logging
+import re
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, EntryPoints, entry_points
+from typing import Generic, TypeVar
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+
+@dataclass(frozen=True)
+class BrokenPlugin:
+    """An entry point that could not be used, the distribution it is from, and why, in one line."""
+
+    name: str
+    distribution: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plugins(Generic[T]):
+    """What the entry points of a group gave, by name, and those that gave nothing."""
+
+    found: dict[str, T]
+    broken: dict[str, BrokenPlugin]
+
+
+def load_plugins(group: str, base: type[T], taken: Collection[str], check: Callable[[T], object]) -> Plugins[T]:
+    """Make one object of each class that the group's entry points name, and log a warning for each that is skipped.
+
+    Args:
+        base: what each must be a subclass of; its `name` is that of its entry point.
+        taken: names that are in use already.
+        check: raises if an object is no good.
+    """
+    plugins = Plugins[T]({}, {})
+    for entry in _entries(group):
+        try:
+            plugins.found[entry.name] = _made(entry, base, {*taken, *plugins.found}, check)
+        except (Exception, SystemExit) as error:  # a module that exits when it is imported ends nothing but itself
+            broken = BrokenPlugin(entry.name, _distribution(entry), _one_line(error))
+            log.warning("%s %r of %s is skipped: %s", group, broken.name, broken.distribution, broken.reason)
+            if entry.name not in taken:
+                plugins.broken.setdefault(entry.name, broken)
+    for name in plugins.found:
+        plugins.broken.pop(name, None)
+    return plugins
+
+
+def _entries(group: str) -> EntryPoints | tuple[()]:
+    try:
+        return entry_points(group=group)
+    except Exception as error:  # one distribution's unreadable metadata fails the search for all
+        log.warning("no %s are loaded, because entry points cannot be read: %s", group, _one_line(error))
+        return ()
+
+
+def _made(entry: EntryPoint, base: type[T], taken: Collection[str], check: Callable[[T], object]) -> T:
+    if not _NAME.fullmatch(entry.name):
+        raise ValueError("a name has at most 64 letters, digits, '_', '-' and '.', the first a letter or digit")
+    if entry.name in taken:
+        raise ValueError("the name is already in use")
+    loaded = entry.load()
+    if not (isinstance(loaded, type) and issubclass(loaded, base)):
+        raise TypeError(f"{entry.value} is not a {base.__name__} class")
+    name = getattr(loaded, "name", None)
+    if name != entry.name:
+        raise ValueError(f"{entry.value} has the name {name!r}, not the entry point's")
+    made = loaded()
+    check(made)
+    return made
+
+
+def _distribution(entry: EntryPoint) -> str:
+    return f"{entry.dist.name} {entry.dist.version}" if entry.dist is not None else "an unknown distribution"
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
