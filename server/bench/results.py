@@ -56,7 +56,8 @@ def ratio_of(name: str, unit: str, over: list[float], under: list[float], **deta
 
 def spread(name: str, unit: str, ratios: list[float], **detail: Any) -> Result:
     """Median and quartiles of ratios."""
-    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
+    # Inclusive: between the rounds' own ratios. The default extrapolates beyond few of them, even below zero.
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else [ratios[0]] * 3
     rounded = {key: round(value, 4) if isinstance(value, float) else value for key, value in detail.items()}
     return Result(name, round(middle, 4), round(low, 4), round(high, 4), unit, rounded | {"rounds": len(ratios)})
 

@@ -1,16 +1,19 @@
 """The benchmarks measure what they say, at a size that takes no time; no time is asserted."""
 
 import json
+import statistics
 from pathlib import Path
 
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from samplers import Canvas, get_sampler
 from samplers.denoising import Denoising, denoise
 from server.bench.curves import measure_growth
 from server.bench.engine import measure_engine
 from server.bench.reference import generate
-from server.bench.results import alternate, ratio_of, write_results
+from server.bench.results import alternate, ratio_of, spread, write_results
 from server.bench.subjects import Subject, embedded
 from server.engine.torch_backend import TorchBackend
 from server.models.llada import LLaDA
@@ -75,6 +78,20 @@ def test_ratios_are_taken_round_by_round() -> None:
     result = ratio_of("a", "b", over, under, model="c")
     assert (over, under) == ([2.0, 4.0, 6.0], [1.0, 1.0, 1.0])
     assert result.ratio == 4.0 and result.low <= 4.0 <= result.high and result.detail["rounds"] == 3
+
+
+@given(st.lists(st.floats(0.01, 100), min_size=2, max_size=9))
+def test_quartiles_lie_between_the_measured_ratios(ratios: list[float]) -> None:
+    result = spread("a", "b", ratios)
+    assert round(min(ratios), 4) <= result.low <= result.ratio <= result.high <= round(max(ratios), 4)
+    assert result.ratio == round(statistics.median(ratios), 4)
+
+
+def test_quartiles_of_few_ratios() -> None:
+    assert spread("a", "b", [3.0]).low == spread("a", "b", [3.0]).high == 3.0
+    two, four = spread("a", "b", [1.0, 9.0]), spread("a", "b", [1.0, 2.0, 3.0, 4.0])
+    assert (two.low, two.ratio, two.high) == (3.0, 5.0, 7.0)
+    assert (four.low, four.ratio, four.high) == (1.75, 2.5, 3.25)
 
 
 def test_prompts_are_of_one_length() -> None:
