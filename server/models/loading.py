@@ -69,7 +69,7 @@ def load_model(
     if load_format not in LOAD_FORMATS:
         raise ModelError(f"unknown load format {load_format!r}; choose from {', '.join(LOAD_FORMATS)}")
     if engine == "vllm" and find_spec("vllm") is None:
-        raise ModelError("the vllm engine needs vLLM, which is not installed: pip install 'unmask[vllm]'")
+        raise ModelError("the vllm engine needs vLLM, which is not installed: in a checkout, pip install '.[vllm]'")
     name, folder = find_model(model)
     place = choose_device(device)
     kind = choose_dtype(dtype, place)

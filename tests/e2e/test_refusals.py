@@ -87,7 +87,7 @@ def test_the_vllm_engine_without_vllm_names_the_extra(
     monkeypatch.setattr("server.models.loading.find_spec", lambda name: None)
     said = refused(capsys, 1, "serve", "--engine", "vllm", "--port", "0")
     assert said.startswith("Error: ") and said.count("\n") == 1
-    assert "pip install 'unmask[vllm]'" in said
+    assert "pip install '.[vllm]'" in said
 
 
 def test_a_port_in_use(capsys: pytest.CaptureFixture[str], tiny_model: Path) -> None:
