@@ -147,12 +147,15 @@ def rollout(
         allow_empty: a step may commit nothing: it costs a forward, and a block that has had as many forwards as
             positions ends the generation, unfinished and wrong (the paper's training environment).
         ask_oracle: keep also what the oracle would have committed.
+
+    Raises ValueError if a prompt is too long for the model, SamplerError if a generation cannot go on.
     """
     recorder = _Recorder(chooser, record, waits=allow_empty, oracles=[])
     rows = []
     for problem, seed in zip(problems, seeds, strict=True):
         prompt = subject.encode_prompt(problem.prompt)
         prompt = prompt[-(prompt_length or len(prompt)) :]
+        subject.check_length(task.name, len(prompt), gen_length)
         canvas = Canvas.blank(prompt, gen_length, subject.mask_id, block_length, scheme=subject.scheme)
         rows.append(Denoising(canvas, recorder, recorder.Params(), seed=seed, end_ids=subject.end_ids))
         if ask_oracle:

@@ -147,6 +147,11 @@ def evaluate(
     )
 
 
+def check_trial(subject: Subject, trial: Trial, choose: Callable[[SamplerSpec], Sampler] = registered) -> None:
+    """Raise what `evaluate` would raise before the trial's first forward."""
+    next(_start(subject, trial, choose))
+
+
 def _start(
     subject: Subject, trial: Trial, choose: Callable[[SamplerSpec], Sampler]
 ) -> Iterator[tuple[Problem, Denoising]]:
@@ -156,12 +161,10 @@ def _start(
     except ValueError as error:
         raise TrialError(str(error)) from None
     prompts = [subject.encode_prompt(problem.prompt) for problem in problems]
-    longest = max(map(len, prompts))
-    if longest + trial.gen_length > subject.max_length:
-        raise TrialError(
-            f"a prompt of task {trial.task.name} has {longest} tokens, which with a gen_length of {trial.gen_length} "
-            f"is more than the model's {subject.max_length}"
-        )
+    try:
+        subject.check_length(trial.task.name, max(map(len, prompts)), trial.gen_length)
+    except ValueError as error:
+        raise TrialError(str(error)) from None
     for i in sorted(range(trial.count), key=lambda i: len(prompts[i])):
         canvas = Canvas.blank(
             prompts[i],

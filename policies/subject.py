@@ -27,3 +27,11 @@ class Subject:
     def encode_prompt(self, text: str) -> list[int]:
         """Token ids of a problem's prompt."""
         return self.encode(self.template(text))
+
+    def check_length(self, task: str, prompt_length: int, gen_length: int) -> None:
+        """Raise ValueError if a prompt of a task and what is to be generated are longer than the longest canvas."""
+        if prompt_length + gen_length > self.max_length:
+            raise ValueError(
+                f"a prompt of task {task} has {prompt_length} tokens, which with a gen_length of {gen_length} is more "
+                f"than the model's {self.max_length}"
+            )

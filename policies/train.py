@@ -17,6 +17,7 @@ from policies.choosers import Experts, Explorer, PolicyChooser, RuleChooser
 from policies.environment import Chooser, Rollout, rollout
 from policies.gradient import Batch, gradient_steps
 from policies.network import LoadedPolicy, UnmaskingPolicy
+from policies.preflight import CHECK_SEED, check_model, check_problems
 from policies.recipe import Collect, Fit, Grpo, PolicyRecipe, Shift
 from policies.rewards import DeviationScale, group_advantage, path_likelihood, reward
 from policies.run_state import RunState
@@ -27,9 +28,6 @@ from policies.tasks import Problem
 from policies.world import World
 from samplers.policy import Policy, PolicyParams
 from samplers.threshold import Threshold
-
-CHECK_SEED = 11
-"""Held-out problems that checkpoints are chosen on; published figures must come from other seeds."""
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -43,6 +41,8 @@ def speed_of(alpha: Tensor | float, alphas: tuple[float, ...]) -> Tensor:
 @dataclass
 class PolicyTrainer:
     """One run in one folder: `policy.*` (the best so far), `state.safetensors`, `metrics.jsonl`.
+
+    Raises ValueError when it is made if recipe, tasks and model do not go together: nothing of that is found later.
 
     Args:
         origin: what the policy is trained on, as its card will say it.
@@ -68,11 +68,13 @@ class PolicyTrainer:
 
     def __post_init__(self) -> None:
         torch.manual_seed(self.recipe.seed)
+        check_problems(self.recipe)
         for stage in self.recipe.stage:
             if isinstance(stage, Grpo) and stage.prompts % self.world.size:
                 raise ValueError(f"{stage.prompts} prompts do not share out evenly over {self.world.size} processes")
         self.network = UnmaskingPolicy(self.recipe.policy)
         self.settings = settings_of(self.recipe)
+        check_model(self.recipe, self.settings, self.subject)
         self.optimizer: torch.optim.AdamW | None = None
         self.reference: UnmaskingPolicy | None = None
         self.scale = DeviationScale()
@@ -96,11 +98,15 @@ class PolicyTrainer:
             "updates_done": self.updates_done,
             "best": self.best,
             "scale": list(self.scale.state.items()),
+            "model_digest": self.origin.model_digest,
         }
         RunState(self.network, self.reference, self.optimizer, numbers).save(self.state_file, self.recipe)
 
     def resume(self) -> bool:
-        """Continue from the folder's state, if there is one. Raises ValueError if it is of another recipe."""
+        """Continue from the folder's state, if there is one.
+
+        Raises ValueError if it is of another recipe or model, or if runs that a later stage fits to are gone.
+        """
         if not self.state_file.exists():
             return False
 
@@ -111,7 +117,10 @@ class PolicyTrainer:
 
         found = RunState.load(self.state_file, self.recipe, self.network, optimizer)
         self.reference, self.optimizer, numbers = found.reference, found.optimizer, found.numbers
+        if numbers.get("model_digest", self.origin.model_digest) != self.origin.model_digest:
+            raise ValueError(f"{self.state_file} belongs to another model; choose another --out or delete it")
         self.stage, self.update = numbers["stage"], numbers["update"]
+        self._require_runs()
         self.seconds, self.updates_done, self.best = numbers["seconds"], numbers["updates_done"], numbers["best"]
         self.scale.state = dict(numbers["scale"])
         return True
@@ -183,6 +192,14 @@ class PolicyTrainer:
         self.runs[number] = Runs.of(rollouts)
         if self.world.first:
             self.runs[number].save(self._runs_file(number))
+
+    def _require_runs(self) -> None:
+        last_fit = max((i for i, stage in enumerate(self.recipe.stage) if isinstance(stage, Fit)), default=-1)
+        if last_fit < self.stage:
+            return
+        for number, stage in enumerate(self.recipe.stage[: self.stage]):
+            if isinstance(stage, Collect) and not self._runs_file(number).is_file():
+                raise ValueError(f"{self._runs_file(number)} is gone, and stage {last_fit} fits to it: start anew")
 
     def _all_runs(self, number: int) -> Runs:
         """What the stages before this one collected, in this session or an earlier one."""

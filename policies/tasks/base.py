@@ -55,6 +55,10 @@ class Task(ABC):
         """All right responses up to interchangeable words, where there may be several."""
         return [problem.reference]
 
+    def count(self, split: Split) -> int | None:
+        """How many problems of a split there are; None where they are drawn, without end."""
+        return None
+
     def draw(self, rng: random.Random, split: Split) -> Problem:
         """One problem of the given split."""
         while split_of((problem := self.sample(rng)).key) != split:

@@ -90,6 +90,10 @@ class FileTask(Task):
     def sample(self, rng: random.Random) -> Problem:
         return rng.choice(self._problems["train"] + self._problems["heldout"])
 
+    def count(self, split: Split) -> int:
+        """How many problems of a split there are."""
+        return len(self._problems[split])
+
     def draw(self, rng: random.Random, split: Split) -> Problem:
         """One problem of the given split. Raises ValueError if there is none."""
         self._require(1, split)

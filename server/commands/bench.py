@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from server.commands.options import Threads, check_parent, progress_console, use_threads
+from server.commands.options import Threads, check_file, progress_console, use_threads
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -32,7 +32,7 @@ def engine(json: Json = None, rounds: Rounds = 5, embedded_only: Small = False, 
     from server.bench.subjects import embedded, random_model
     from server.threads import apart
 
-    check_parent("--json", json)
+    check_file("--json", json)
     use_threads(threads)
 
     def results() -> "Iterable[Result]":
@@ -50,7 +50,7 @@ def http(json: Json = None, rounds: Rounds = 5, embedded_only: Small = False, th
     from server.bench.subjects import embedded, random_model, write_random_model
     from server.threads import apart
 
-    check_parent("--json", json)
+    check_file("--json", json)
     use_threads(threads)
 
     def results() -> "Iterable[Result]":

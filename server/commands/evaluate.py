@@ -1,5 +1,7 @@
 """`unmask evaluate`: accuracy against tokens per forward, as table, JSON, Markdown and picture."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,7 +18,8 @@ from server.commands.options import (
     Model,
     Policies,
     Threads,
-    check_parent,
+    check_file,
+    check_folder,
     fail,
     fail_with_cause,
     open_model,
@@ -90,7 +93,9 @@ def evaluate(
 ) -> None:
     """Measure samplers on held-out problems. Plot, Markdown and card show every row that the --json file holds."""
     for flag, path in (("--json", json_file), ("--plot", plot), ("--markdown", markdown_file)):
-        check_parent(flag, path)
+        check_file(flag, path)
+    if json_file is not None:
+        check_folder("--json", json_file.absolute().parent)  # the file is replaced, row by row
     trials = _trials(task, sampler, block_length, gen_length, count, seed, fill_after_end, chat)
     from server.evaluation.card import Card
     from server.evaluation.report import markdown, table
@@ -99,6 +104,8 @@ def evaluate(
         place = Card.read(card) if card is not None else None
     except ValueError as error:
         wrong("--card", error)
+    if card is not None:
+        check_folder("--card", card)
     named = split_policies(policy)
     use_threads(threads)
     loaded = open_model(model, device, dtype)
@@ -185,10 +192,13 @@ def _measure(
     path: Path | None,
     batch: int,
 ) -> None:
-    """Run the trials that have no row yet, each row kept as soon as it is there."""
+    """Run the trials that have no row yet, each row kept as soon as it is there.
+
+    All are looked at first, so that none is found to be impossible after hours of others.
+    """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from policies.evaluate import TrialError, evaluate
+    from policies.evaluate import TrialError, check_trial, evaluate
     from policies.specs import SamplerSpec, sampler_label
     from policies.store import UnknownPolicyError
     from samplers import ParameterError, Sampler, SamplerError
@@ -197,19 +207,28 @@ def _measure(
     def choose(spec: SamplerSpec) -> Sampler:
         return policies.sampler(spec.name, spec.params)
 
+    @contextmanager
+    def refusing(trial: "Trial") -> Iterator[str]:
+        """What a trial is called; its errors end the command."""
+        block = "full" if trial.block_length is None else f"block {trial.block_length}"
+        what = f"{trial.task.name}, {block}, {sampler_label(trial.sampler.name, trial.sampler.stated())}"
+        try:
+            yield what
+        except TrialError as error:
+            wrong("--count/--gen-length", error)
+        except (ParameterError, UnknownPolicyError) as error:
+            wrong("--sampler", f"{what}: {error}")
+        except (SamplerError, ResultsError, OSError) as error:
+            fail_with_cause(error, what)
+
     missing = [trial for trial in trials if results.find(trial) is None]
+    for trial in missing:
+        with refusing(trial):
+            check_trial(subject, trial, choose)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=progress_console()) as bar:
         task = bar.add_task("", total=sum(trial.count for trial in missing))
         for trial in missing:
-            block = "full" if trial.block_length is None else f"block {trial.block_length}"
-            what = f"{trial.task.name}, {block}, {sampler_label(trial.sampler.name, trial.sampler.stated())}"
-            bar.update(task, description=what)
-            try:
+            with refusing(trial) as what:
+                bar.update(task, description=what)
                 add_row(path, results, evaluate(subject, trial, batch, lambda: bar.advance(task), choose))
-            except TrialError as error:
-                wrong("--count/--gen-length", error)
-            except (ParameterError, UnknownPolicyError) as error:
-                wrong("--sampler", f"{what}: {error}")
-            except (SamplerError, ResultsError, OSError) as error:
-                fail_with_cause(error, what)

@@ -4,6 +4,7 @@ import sys
 import traceback
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
@@ -77,10 +78,36 @@ def parse_block_length(text: str) -> int | None:
     return int(text)
 
 
-def check_parent(flag: str, path: Path | None) -> None:
-    """Refuse a file in a folder that is not there before hours of work go into it."""
-    if path is not None and not path.absolute().parent.is_dir():
+def check_file(flag: str, path: Path | None) -> None:
+    """Refuse a file that cannot be written before hours of work go into it."""
+    if path is None:
+        return
+    if path.is_dir():
+        wrong(flag, f"{path} is a folder")
+    if not path.absolute().parent.is_dir():
         wrong(flag, f"{path.absolute().parent} is not a folder")
+    if not path.exists():
+        _check_writable(flag, path.absolute().parent)
+        return
+    try:
+        path.open("ab").close()
+    except OSError as error:
+        wrong(flag, f"{path}: {error.strerror}")
+
+
+def check_folder(flag: str, path: Path) -> None:
+    """Refuse a folder that cannot be made or written to, likewise; nothing is made yet."""
+    there = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+    if not there.is_dir():
+        wrong(flag, f"{there} is not a folder")
+    _check_writable(flag, there)
+
+
+def _check_writable(flag: str, folder: Path) -> None:
+    try:
+        TemporaryFile(dir=folder).close()
+    except OSError as error:
+        wrong(flag, f"{folder} cannot be written to: {error.strerror}")
 
 
 def open_model(model: str | None, device: str, dtype: str) -> "LoadedModel":

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from server.commands.options import fail, progress_console, use_threads, wrong
+from server.commands.options import check_folder, fail, progress_console, use_threads, wrong
 from server.commands.signals import stopping_on_signals
 
 
@@ -30,8 +30,10 @@ def train_model(
 
     try:
         parsed = load_recipe(recipe)
+        text = recipe.read_text(encoding="utf-8")  # now: the file may be another one when the run is done
     except ValueError as error:
         wrong("RECIPE.toml", error)
+    check_folder("--out", out)
     use_threads(threads)
     console = progress_console()
     try:
@@ -40,10 +42,10 @@ def train_model(
             console.print(f"going on from step {trainer.step}")
         with stopping_on_signals(trainer):
             trainer.run(console)
+        if trainer.progress < 1:
+            console.print(f"stopped at step {trainer.step}; run the same command to go on")
+            return
+        export(trainer, text, threads, out, note)
     except (OSError, ValueError, FloatingPointError, SafetensorError) as error:
         fail(error)
-    if trainer.progress < 1:
-        console.print(f"stopped at step {trainer.step}; run the same command to go on")
-        return
-    export(trainer, recipe.read_text(encoding="utf-8"), threads, out, note)
     typer.echo(str(out))

@@ -13,6 +13,7 @@ from server.commands.options import (
     Device,
     Dtype,
     Model,
+    check_folder,
     fail_with_cause,
     open_model,
     progress_console,
@@ -44,6 +45,7 @@ def train_policy(
     """Train a policy. Run it again to go on from the last checkpoint; `torchrun` runs it in several processes."""
     from safetensors import SafetensorError
 
+    from policies.preflight import check_problems
     from policies.recipe import load_policy_recipe
     from policies.tasks import get_task
     from policies.train import PolicyTrainer
@@ -59,6 +61,11 @@ def train_policy(
             get_task(name)
     except (KeyError, ValueError) as error:
         wrong("RECIPE.toml", f"{recipe}: tasks: {error.args[0]}")
+    try:
+        check_problems(parsed)
+    except ValueError as error:
+        wrong("RECIPE.toml", f"{recipe}: {error}")
+    check_folder("--out", out)
     use_threads(threads)
     loaded = open_model(model, device, dtype)
     world = World.join()

@@ -7,10 +7,13 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from policies.tasks import get_task, split_of
+from policies.tasks import Task, get_task, split_of
 from policies.tasks.chain import Chain, Piece, equation
 from server.training.recipe import MicroBatch, Recipe
 from server.training.tokenizer import END, MASK, special_id
+
+MOST_MISSES = 10_000
+"""Problems in a row that may not fit a canvas before a recipe is refused."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,13 @@ class Rows:
     weight: Tensor
 
 
+def _nothing_fits(task: Task, batch: MicroBatch) -> str:
+    return (
+        f"of {MOST_MISSES} problems of task {task.name} none has more than {batch.longer_than} and fewer than "
+        f"{batch.length} tokens, prompt and response together"
+    )
+
+
 class CanvasMaker:
     """Draws micro-batches. Everything follows from (seed, step, micro-batch): a resumed run sees the same rows."""
 
@@ -30,6 +40,14 @@ class CanvasMaker:
         self.tokenizer = tokenizer
         self.mask_id = special_id(tokenizer, MASK)
         self.end_id = special_id(tokenizer, END)
+
+    def check(self) -> None:
+        """Draw one of each micro-batch, also of those that take part late. Raises ValueError where that cannot be."""
+        for batch in self.recipe.micro_batch:
+            try:
+                self.draw(batch, 0)
+            except ValueError as error:
+                raise ValueError(f"micro_batch {batch.name}: {error}") from None
 
     def draw(self, batch: MicroBatch, step: int) -> Rows:
         name = f"{self.recipe.seed}/{step}/{batch.name}"
@@ -58,12 +76,15 @@ class CanvasMaker:
         """Task problems padded with end-of-text, and where their responses are."""
         rows: list[tuple[list[int], list[int]]] = []
         for name, count in batch.rows.items():
-            task, wanted = get_task(name), len(rows) + count
+            task, wanted, misses = get_task(name), len(rows) + count, 0
             while len(rows) < wanted:
                 problem = task.draw(rng, "train")
                 row = self._encode(problem.prompt), self._encode(problem.reference)
                 if self._fits(batch, *row):
                     rows.append(row)
+                    misses = 0
+                elif (misses := misses + 1) == MOST_MISSES:
+                    raise ValueError(_nothing_fits(task, batch))
         return self._lay_out(rows, batch.length)
 
     def _lay_out(self, rows: list[tuple[list[int], list[int]]], length: int) -> tuple[Tensor, Tensor]:
@@ -134,6 +155,8 @@ class CanvasMaker:
     def _equations(self, batch: MicroBatch, rng: random.Random) -> Rows:
         (count,) = batch.rows.values()
         size = len(equation(random.Random(0)))
+        if batch.length < size:
+            raise ValueError(f"an equation has {size} tokens, and does not fit into a length of {batch.length}")
         drills = [[piece for _ in range(batch.length // size) for piece in equation(rng)] for _ in range(count)]
         tokens = torch.tensor([self._ids(pieces) for pieces in drills])
         masked = torch.tensor([[value is not None for _, value in pieces] for pieces in drills])
@@ -144,7 +167,10 @@ class CanvasMaker:
         chain = Chain()
         rows: list[tuple[list[int], list[int]]] = []
         hidden: list[list[int]] = []
+        misses = 0
         while len(rows) < count:
+            if (misses := misses + 1) > MOST_MISSES:
+                raise ValueError(_nothing_fits(chain, batch))
             problem, pieces = chain.sample_worked(rng)
             row = self._encode(problem.prompt), self._ids(pieces)
             if split_of(problem.key) != "train" or not self._fits(batch, *row):
@@ -152,6 +178,7 @@ class CanvasMaker:
             values = {value for _, value in pieces if value is not None}
             chosen = {value for value in values if rng.random() < 0.6} or values
             rows.append(row)
+            misses = 0
             hidden.append([len(row[0]) + i for i, (_, value) in enumerate(pieces) if value in chosen])
         tokens, _ = self._lay_out(rows, batch.length)
         masked = torch.zeros(tokens.shape, dtype=torch.bool)
@@ -163,5 +190,7 @@ class CanvasMaker:
         return [self._piece_id(text) for text, _ in pieces]
 
     def _piece_id(self, text: str) -> int:
-        (found,) = self._encode(text)
-        return found
+        ids = self._encode(text)
+        if len(ids) != 1:
+            raise ValueError(f"{text!r} is {len(ids)} tokens, and must be one")
+        return ids[0]

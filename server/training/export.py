@@ -1,14 +1,17 @@
 """From a finished run to a Hugging Face folder with LLaDA's own names, and its model card."""
 
 import json
+import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
 
-from policies.tasks import embedded_tasks
+from policies.tasks import Split, Task, embedded_tasks, get_task
 from server.evaluation.card import place
 from server.models.llada import LLaDAConfig
 from server.training.tokenizer import END, MASK
@@ -58,36 +61,32 @@ def model_json(config: LLaDAConfig) -> dict[str, Any]:
 def model_card(trainer: Trainer, recipe_text: str, threads: int, note: str, size: int) -> str:
     """What the model is, how it was trained and how to measure it; `size` is of its weights in bytes."""
     parameters = sum(p.numel() for p in trainer.model.parameters())
-    taught = {name for batch in trainer.recipe.micro_batch for name in batch.rows}
-    known = [task for task in embedded_tasks() if task.name in taught] or embedded_tasks()
-    tasks = "\n".join(f"- `{task.name}`: {task.description}" for task in known)
-    example = known[0].problems(1, 0, "heldout")[0]
+    taught = dict.fromkeys(name for batch in trainer.recipe.micro_batch for name in batch.tasks)
+    tasks = {name: get_task(name) for name in taught}
+    ours = all(task in embedded_tasks() for task in tasks.values())
+    lines = [f"- `{task.name}`: {task.description}" for task in tasks.values()]
+    if any(batch.kind == "equations" for batch in trainer.recipe.micro_batch):
+        lines.append("- sums with one operation, of which only the result is to be found")
+    kinds = "\n".join(lines)
     remark = f"\n{note.strip()}\n" if note else ""
+    # What is generated here is ours to license; somebody else's problems, and what language they are in, are not.
+    licence = "license: apache-2.0\nlanguage: en\n" if ours else ""
     return f"""---
-license: apache-2.0
-language: en
-pipeline_tag: text-generation
+{licence}pipeline_tag: text-generation
 tags: [diffusion-language-model, llada]
 ---
 
 # A small masked-diffusion language model
 
-It solves problems of these kinds, and nothing else:
+It was trained on problems of these kinds, and on nothing else:
 
-{tasks}
-
-A problem goes to the model as it stands, for example:
-
-> {example.prompt}
-
-and the answer ends with the result: `{example.reference}`
-
+{kinds}
+{_example(list(tasks.values()))}
 ## What it is
 
 LLaDA's architecture (bidirectional Llama blocks; https://arxiv.org/abs/2502.09992) with {parameters:,} parameters
-({size:,} bytes in bfloat16) and a vocabulary of {trainer.model.config.rows} tokens: words and numbers of the tasks, and
-bytes for everything else. It was trained from nothing on generated problems; problems whose
-key has a CRC-32 divisible by 16 are held out.
+({size:,} bytes in bfloat16) and a vocabulary of {trainer.model.config.rows} tokens: words and numbers of the tasks
+that come with Unmask, and bytes for everything else. It was trained from nothing. {_data(list(tasks.values()))}
 
 ## Training
 
@@ -103,14 +102,58 @@ key has a CRC-32 divisible by 16 are held out.
 ## Measured
 
 {place("Not measured yet.")}
+{_how_to_measure(tasks, trainer.tokenizer)}"""
 
-To measure it again, `MODEL` being this folder:
 
-```
-unmask evaluate --model MODEL --block-length full --block-length 8 --block-length 16 --count 500 --json rows.json \\
-  --card MODEL
-```
+def _example(tasks: list[Task]) -> str:
+    """One problem, held out where there are such, and its answer; nothing if the model was trained on no problems."""
+    if not tasks:
+        return ""
+    split: Split = "train" if tasks[0].count("heldout") == 0 else "heldout"
+    example = tasks[0].problems(1, 0, split)[0]
+    prompt = "\n".join(f"> {line}" for line in example.prompt.splitlines())
+    fence = "`" * (1 + max(map(len, re.findall("`+", example.reference)), default=2))
+    return f"""
+A problem goes to the model as it stands, for example:
+
+{prompt}
+
+A right response to it:
+
+{fence}
+{example.reference}
+{fence}
 """
+
+
+def _data(tasks: list[Task]) -> str:
+    """Where the problems come from, and which are held out."""
+    said = []
+    if any(task.count("train") is None for task in tasks):
+        said.append("Generated problems whose key has a CRC-32 divisible by 16 are held out.")
+    for task in tasks:
+        if (count := task.count("train")) is not None:
+            held_out = task.count("heldout")
+            said.append(f"`{task.name}` has {count} problems from files to train on; {held_out} are held out.")
+    return "\n".join(said)
+
+
+def _how_to_measure(tasks: dict[str, Task], tokenizer: Tokenizer) -> str:
+    """A command for the generated tasks together, and one for each task from files, which say how long a text is."""
+    commands = []
+    generated = [name for name, task in tasks.items() if task.count("heldout") is None]
+    if generated:
+        named = "".join(f" --task {shlex.quote(name)}" for name in generated)
+        commands.append(f"{named} --block-length full --block-length 8 --block-length 16 --count 500")
+    for name, task in tasks.items():
+        if count := task.count("heldout"):
+            problems = task.problems(count, 0, "heldout")
+            length = 1 + max(len(tokenizer.encode(problem.reference).ids) for problem in problems)
+            commands.append(f" --task {shlex.quote(name)} --gen-length {length} --count {min(count, 500)}")
+    if not commands:
+        return "\nThere are no held-out problems to measure it on.\n"
+    lines = "\n".join(f"unmask evaluate --model MODEL{each} --json rows.json \\\n  --card MODEL" for each in commands)
+    return f"\nTo measure it again, `MODEL` being this folder:\n\n```\n{lines}\n```\n"
 
 
 def curve(log: Path, last: int, points: int = 6) -> str:

@@ -1,9 +1,9 @@
 """What a training run is: a TOML file, validated."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from policies.tasks import get_task
 from policies.toml import Part, read_toml
@@ -42,7 +42,9 @@ class MicroBatch(Part):
 
     name: str
     kind: Literal["masked", "links", "equations", "frontier"] = "masked"
-    rows: dict[str, int] = Field(min_length=1, description="problems per task; equations: one entry, any name")
+    rows: dict[str, Annotated[int, Field(gt=0)]] = Field(
+        min_length=1, description="problems per task; links and equations: one entry, any name"
+    )
     length: int = Field(gt=0, description="tokens of the canvas; problems that do not fit are drawn again")
     longer_than: int = Field(0, ge=0, description="draw problems of more tokens than this only")
     block_share: float | None = Field(None, ge=0, le=1, description="instead of the recipe's")
@@ -54,6 +56,19 @@ class MicroBatch(Part):
         if not value or value[0][0] != 0.0 or list(value) != sorted(value):
             raise ValueError("phases must be in order and begin at progress 0.0")
         return value
+
+    @model_validator(mode="after")
+    def _one_count(self) -> "MicroBatch":
+        if self.kind in ("links", "equations") and len(self.rows) > 1:
+            raise ValueError(f"micro_batch {self.name}: rows of kind {self.kind} have one entry, not {len(self.rows)}")
+        return self
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks whose problems these rows are, or are made of."""
+        if self.kind == "equations":
+            return ()
+        return ("chain",) if self.kind == "links" else tuple(self.rows)
 
     def takes_part(self, step: int, progress: float) -> bool:
         every = [n for start, n in self.every if start <= progress][-1]
@@ -81,12 +96,19 @@ class Recipe(Part):
     @classmethod
     def _known_tasks(cls, value: tuple[MicroBatch, ...]) -> tuple[MicroBatch, ...]:
         for batch in value:
-            for task in batch.rows if batch.kind in ("masked", "frontier") else ():
+            for task in batch.tasks:
                 try:
                     get_task(task)
                 except KeyError as error:
                     raise ValueError(str(error.args[0])) from None
         return value
+
+    @model_validator(mode="after")
+    def _canvases_fit(self) -> "Recipe":
+        for batch in self.micro_batch:
+            if batch.length > self.model.max_sequence_length:
+                raise ValueError(f"micro_batch {batch.name}: length {batch.length} is above max_sequence_length")
+        return self
 
 
 def load_recipe(path: Path) -> Recipe:

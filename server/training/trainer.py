@@ -86,7 +86,8 @@ def make_optimizers(model: LLaDA, recipe: Recipe) -> list[torch.optim.Optimizer]
 class Trainer:
     """One run. `seconds` counts training time over all sessions, so that a resumed run keeps its schedule.
 
-    Set `stopping` and `run` ends after the current step.
+    Set `stopping` and `run` ends after the current step. Raises ValueError when it is made if the recipe's tasks do not
+    give what it asks for.
     """
 
     recipe: Recipe
@@ -102,6 +103,7 @@ class Trainer:
         initialise(self.model, number_ids(self.tokenizer))
         self.optimizers = make_optimizers(self.model, self.recipe)
         self.canvases = CanvasMaker(self.recipe, self.tokenizer)
+        self.canvases.check()
         self.out.mkdir(parents=True, exist_ok=True)
 
     @property

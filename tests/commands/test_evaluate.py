@@ -13,6 +13,7 @@ from server.evaluation.report import markdown
 from server.evaluation.results import Results, add_row
 from server.models.loading import load_model
 from tests.commands.application import read_json, refused, right
+from tests.installed import SAMPLER, Installed
 
 ROW_KEYS = {
     *("task", "sampler", "params", "block_length", "gen_length", "count", "correct", "accuracy", "accuracy_low"),
@@ -52,6 +53,33 @@ def test_rows_are_what_programs_read(tiny_model: Path, tmp_path: Path) -> None:
     assert "topk k=8 (all at once)" in result.stdout
 
 
+def test_a_trial_that_cannot_be_run_is_found_before_the_first_is(tiny_model: Path, tmp_path: Path) -> None:
+    """Problems, lengths, policies and parameters of all of them, not those of one after hours of others."""
+    (tmp_path / "own.jsonl").write_text('{"prompt": "Say 1", "answer": "1"}\n')
+    rows = tmp_path / "rows.json"
+    first = ("evaluate", "--model", tiny_model, "--json", rows, "--task", "sort", "--count", 2)
+    for later, said in (
+        (("--task", f"file:heldout={tmp_path / 'own.jsonl'}", "--gen-length", 8), "has 1 heldout problems, not 2"),
+        (("--task", "chain", "--gen-length", 230), "more than the model's 256"),
+        (("--sampler", "topk", "--sampler", "policy:policy=none"), "no policy 'none' is loaded"),
+    ):
+        assert said in refused(2, *first, *later)
+        assert not rows.exists()
+
+
+@pytest.mark.parametrize("flag", ["--json", "--plot", "--markdown"])
+def test_a_file_that_cannot_be_written_is_found_first(tmp_path: Path, flag: str) -> None:
+    for path, said in (
+        (tmp_path, "is a folder"),
+        (tmp_path / "none" / "file", "is not a folder"),
+        ("/proc/unmask-file", "/proc cannot be written to"),
+        ("/proc/version", "/proc/version: "),
+    ):
+        assert said in refused(2, "evaluate", "--model", tmp_path / "none", flag, path)
+    for bench in ("engine", "http"):
+        assert "is a folder" in refused(2, "bench", bench, "--json", tmp_path)
+
+
 def test_a_second_run_measures_only_what_is_missing(tiny_model: Path, tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
     common = ("evaluate", "--model", tiny_model, *QUICK, "--json", file)
@@ -77,14 +105,13 @@ def test_two_runs_may_fill_one_file(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["rows.json"]
 
 
-def test_rows_before_a_failure_are_kept(tiny_model: Path, tmp_path: Path) -> None:
+def test_rows_before_a_failure_are_kept(tiny_model: Path, tmp_path: Path, installed: Installed) -> None:
     file = tmp_path / "rows.json"
-    common = ("--model", tiny_model, "--sampler", "topk:k=64", "--count", 2, "--json", file)
-    # A chain's prompt and 220 positions are more than the model's 256; a list's are not.
-    assert "more than the model's 256" in refused(
-        2, "evaluate", "--task", "sort", "--task", "chain", "--gen-length", 220, *common
-    )
-    assert [r["task"] for r in read_json(file)["rows"]] == ["sort"]
+    installed.sampler(f"{SAMPLER}    def select(self, step):\n        raise ZeroDivisionError('by design')\n")
+    samplers = ("--sampler", "topk:k=64", "--sampler", "left_to_right")
+    said = refused(1, "evaluate", "--model", tiny_model, "--task", "sort", *samplers, "--count", 2, "--json", file)
+    assert "sampler left_to_right failed: ZeroDivisionError" in said
+    assert [r["sampler"] for r in read_json(file)["rows"]] == ["topk"]
 
 
 def test_another_model_or_number_type_does_not_mix_in(tiny_model: Path, ending_model: Path, tmp_path: Path) -> None:

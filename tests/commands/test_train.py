@@ -1,18 +1,21 @@
 import json
 import os
+import re
+import shlex
 import signal
 from pathlib import Path
 
 import pytest
 from safetensors import safe_open
 
+from policies.tasks import embedded_tasks, get_task
 from server.commands.options import parse_block_length
 from server.evaluation.card import Card
 from server.models.loading import load_model
 from server.models.text import ChatTemplateError, TextCodec
 from server.training.recipe import load_recipe
 from server.training.trainer import Trainer
-from tests.commands.application import read_json, refused, right
+from tests.commands.application import read_json, refused, right, unmask
 
 RECIPE = """
 # A run of no use but to see it run.
@@ -70,6 +73,9 @@ def test_a_recipe_becomes_a_model_that_is_served(recipe: Path, tmp_path: Path) -
     assert not list(out.glob("*.partial"))
     card = (out / "README.md").read_text()
     assert "- `sort`:" in card and "- `reverse`:" in card and "- `sudoku`:" not in card
+    assert "license: apache-2.0" in card and "from files" not in card
+    assert "unmask evaluate --model MODEL --task sort --task reverse --block-length full" in card
+    assert "> Sort these numbers: " in card
 
     card = Card.read(out)
     assert RECIPE.strip() in card.before
@@ -86,6 +92,104 @@ def test_a_recipe_becomes_a_model_that_is_served(recipe: Path, tmp_path: Path) -
 
     recipe.write_text(RECIPE.replace("seed = 3", "seed = 4"))
     assert "belongs to another recipe" in refused(1, "train-model", recipe, "--out", out)
+
+
+OWN = [{"prompt": f"Say {n}\nplease", "answer": str(n), "reference": f"It is {n}"} for n in range(10, 60)]
+
+
+def own_data(file: Path, problems: list[dict[str, str]]) -> Path:
+    file.write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+    return file
+
+
+@pytest.mark.parametrize(("option", "held_out"), [("path", True), ("train", False)])
+def test_a_card_claims_what_the_model_was_trained_on_and_nothing_else(
+    tmp_path: Path, option: str, held_out: bool
+) -> None:
+    spec = f"file:{option}={own_data(tmp_path / 'riddles.jsonl', OWN)},checker=number"
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(RECIPE.replace("rows = { sort = 2, reverse = 1 }", f'rows = {{ "{spec}" = 2 }}'))
+    out = tmp_path / "out"
+    right("train-model", recipe, "--out", out)
+    card = (out / "README.md").read_text()
+    task = get_task(spec)
+    heldout = task.count("heldout")
+    assert (heldout != 0) is held_out
+    assert f"\n- `{task.name}`: prompts and answers of a user's own\n" in card
+    assert f"`{task.name}` has {task.count('train')} problems from files to train on; {heldout} are held out." in card
+    for other in embedded_tasks():
+        assert f"`{other.name}`" not in card and other.description not in card
+    for claim in ("license", "language: ", "CRC", "enerated"):
+        assert claim not in card
+    assert "\n> please\n" in card and "\n```\nIt is " in card
+    after = Card.read(out).after
+    if not held_out:
+        assert "There are no held-out problems to measure it on." in after and "unmask evaluate" not in after
+        return
+    (command,) = re.findall(r"^unmask (evaluate (?:.|\n)*?)```", after, re.M)
+    arguments = shlex.split(command.replace("MODEL", str(out)).replace("\\\n", ""))
+    assert arguments[arguments.index("--count") + 1] == str(heldout)
+    arguments[arguments.index("--json") + 1] = str(tmp_path / "rows.json")
+    right(*arguments, "--sampler", "topk")
+    assert task.name in Card.read(out).path.read_text().partition("## Measured")[2]
+
+
+def test_a_card_of_drills_and_links(recipe: Path, tmp_path: Path) -> None:
+    drill = '[[micro_batch]]\nname = "drill"\nkind = "equations"\nrows = { sort = 4 }\nlength = 24\n'
+    recipe.write_text(RECIPE.partition("[[micro_batch]]")[0] + drill)
+    right("train-model", recipe, "--out", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "- sums with one operation" in card and "`sort`:" not in card and "A problem goes" not in card
+    recipe.write_text(RECIPE.partition("[[micro_batch]]")[0] + drill.replace("equations", "links").replace("24", "128"))
+    right("train-model", recipe, "--out", tmp_path / "links")
+    card = (tmp_path / "links" / "README.md").read_text()
+    assert "- `chain`:" in card and "`sort`:" not in card and "sums with one" not in card
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "length", "said"),
+    [
+        ("masked", '"file:train=LONG,checker=number" = 1', 64, "late: of 10000 problems of task long-"),
+        ("masked", '"file:heldout=LONG,checker=number" = 1', 64, "has 0 train problems"),
+        ("masked", '"file:path=nowhere.jsonl" = 1', 64, "No such file"),
+        ("masked", "sort = 1", 4096, "late: length 4096 is above max_sequence_length"),
+        ("frontier", "sort = 1", 5, "of 10000 problems of task sort"),
+        ("masked", "sort = 0", 64, "Input should be greater than 0"),
+        ("links", "any = 1", 5, "of 10000 problems of task chain"),
+        ("equations", "any = 1", 5, "does not fit into a length of 5"),
+        ("equations", "sort = 1, chain = 1", 24, "rows of kind equations have one entry, not 2"),
+    ],
+)
+def test_what_cannot_be_trained_is_found_before_the_first_step(
+    recipe: Path, tmp_path: Path, kind: str, rows: str, length: int, said: str
+) -> None:
+    """Also in a micro-batch that takes part late, and instead of drawing for ever."""
+    long = own_data(tmp_path / "long.jsonl", [{**OWN[0], "prompt": "long " * 200}])
+    rows = rows.replace("LONG", str(long))
+    late = f'[[micro_batch]]\nname = "late"\nkind = "{kind}"\nrows = {{ {rows} }}\nlength = {length}\n'
+    recipe.write_text(RECIPE + late + "every = [[0.0, 0], [0.9, 1]]\n")
+    result = unmask("train-model", recipe, "--out", tmp_path / "out")
+    assert result.exit_code in (1, 2) and said in " ".join(result.stderr.split()), result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_where_nothing_can_be_written_is_found_first(recipe: Path) -> None:
+    assert "recipe.toml is not a folder" in refused(2, "train-model", recipe, "--out", recipe / "within")
+    assert "/proc cannot be written to" in refused(2, "train-model", recipe, "--out", "/proc/unmask")
+
+
+def test_the_card_has_the_recipe_that_was_trained(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_step = Trainer.train_step
+
+    def edited(self: Trainer) -> dict[str, float]:
+        recipe.write_text("seed = 99")
+        return train_step(self)
+
+    monkeypatch.setattr(Trainer, "train_step", edited)
+    right("train-model", recipe, "--out", tmp_path / "out")
+    assert RECIPE.strip() in Card.read(tmp_path / "out").before
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

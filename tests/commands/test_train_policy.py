@@ -75,6 +75,67 @@ def test_the_policy_is_evaluated_and_generates(trained: Path, tiny_model: Path, 
     right("generate", "Tom has", *named, "--sampler", "policy", "--sampler-params", params, "--max-tokens", 8)
 
 
+def heldout_file(folder: Path, count: int) -> str:
+    """The spec of a task with so many held-out problems, and as many to train on."""
+    for split in ("train", "heldout"):
+        lines = [json.dumps({"prompt": f"Say {n} {split}", "answer": str(n)}) for n in range(count)]
+        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    return f"file:train={folder / 'train.jsonl'},heldout={folder / 'heldout.jsonl'}"
+
+
+def edited(changes: dict[str, str]) -> str:
+    text = RECIPE
+    for old, new in changes.items():
+        assert old in text
+        text = text.replace(old, new)
+    return text
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({'"reverse"': '"TASK"', "check = 4": "check = 9"}, "has 8 heldout problems, not 9"),
+        ({'"reverse"': '"reverse", "TASK"', "check = 4": "check = 9"}, "has 8 heldout problems, not 9"),
+        ({'"reverse"': '"file:heldout=FOLDER/heldout.jsonl"'}, "has 0 train problems"),
+        ({'"reverse"': '"file:path=FOLDER/none.jsonl"'}, "No such file"),
+        ({'"reverse"': '"riddles"'}, "unknown task 'riddles'"),
+    ],
+)
+def test_too_few_problems_are_found_before_a_model_is_loaded(
+    tmp_path: Path, changes: dict[str, str], said: str
+) -> None:
+    task = heldout_file(tmp_path, 8)
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(edited(changes).replace("TASK", task).replace("FOLDER", str(tmp_path)))
+    no_model = ("--model", tmp_path / "no-model")
+    assert said in refused(2, "train-policy", recipe, *no_model, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_prompts_that_do_not_fit_the_model_are_found_before_any_stage(tiny_model: Path, tmp_path: Path) -> None:
+    lines = [{"prompt": "long " * (3 if n < 60 else 400), "answer": str(n)} for n in range(61)]
+    lines = [line | {"prompt": f"{n} {line['prompt']}"} for n, line in enumerate(lines)]
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(edited({'"reverse"': f'"file:train={tmp_path / "own.jsonl"}"', "check = 4": "check = 0"}))
+    said = refused(1, "train-policy", recipe, "--model", tiny_model, "--out", tmp_path / "out")
+    assert "a prompt of task own-" in said and "more than the model's 256" in said
+    recipe.write_text(edited({"gen_length = 8": "gen_length = 300"}))
+    assert "gen_length of 300" in refused(1, "train-policy", recipe, "--model", tiny_model, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_where_nothing_can_be_written_is_found_first(tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    for out, said in ((tmp_path / "recipe.toml", "is not a folder"), (Path("/proc/unmask"), "cannot be written to")):
+        assert said in refused(2, "train-policy", tmp_path / "recipe.toml", "--model", "none", "--out", out)
+
+
+def test_a_run_goes_on_with_its_own_model_and_runs(trained: Path, ending_model: Path, tiny_model: Path) -> None:
+    recipe = trained.parent / "recipe.toml"
+    assert "belongs to another model" in refused(1, "train-policy", recipe, "--model", ending_model, "--out", trained)
+
+
 def test_wrong_use_names_the_flag(trained: Path, tiny_model: Path, tmp_path: Path) -> None:
     model = ("--model", tiny_model)
     assert "NAME=DIR" in refused(2, "generate", "a", *model, "--policy", "mine")

@@ -16,8 +16,8 @@ from tests.deploy.checkout import ROOT, plain_environment
 PYTHON = """#!/bin/sh
 case $1 in
 -c) shift; exec {python} -c "import sys; {disguise}; $*" ;;
--m) {python} "$@" --without-pip && site=$(echo "$3"/lib/python*/site-packages) && mkdir "$site/pip-1.dist-info" &&
-    echo "Name: pip" > "$site/pip-1.dist-info/METADATA" && echo pip-1.dist-info/RECORD,, > "$site/pip-1.dist-info/RECORD" ;;
+-m) {python} "$@" --without-pip && cd "$3"/lib/python*/site-packages && mkdir pip-1.dist-info &&
+    echo "Name: pip" > pip-1.dist-info/METADATA && echo pip-1.dist-info/RECORD,, > pip-1.dist-info/RECORD ;;
 esac
 """
 # As Debian's without python3-venv: it begins, and fails.

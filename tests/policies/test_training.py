@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from policies.recipe import Grpo, PolicyRecipe, load_policy_recipe
 from policies.supervised import Runs
 from policies.train import PolicyTrainer, speed_of
 from policies.world import World
+from samplers import Scheme
 from samplers.policy import Policy, PolicyParams
 from tests.policies.tiny import SMALL, recipe
 from tests.policies.toys import LENGTH, LEVELS, ReadySet
@@ -350,3 +352,32 @@ def test_a_malformed_recipe_is_told_in_one_line(tmp_path: Path, text: str, messa
     with pytest.raises(ValueError, match=message) as error:
         load_policy_recipe(path)
     assert "\n" not in str(error.value)
+
+
+def test_runs_that_are_gone_are_missed_before_the_stages_in_between(tmp_path: Path) -> None:
+    run = recipe(COLLECT, FIT, GRPO, COLLECT | {"by": "policy"}, FIT)
+    first = trainer(run, tmp_path)
+
+    def stop(line: dict[str, Any]) -> None:
+        first.stopping = line["stage"] == 2
+
+    first.report = stop
+    first.run()
+    assert trainer(run, tmp_path).resume()
+    (tmp_path / "runs-0.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"runs-0.safetensors is gone, and stage 4 fits to it"):
+        trainer(run, tmp_path).resume()
+
+
+def test_what_the_model_cannot_do_is_found_when_the_run_is_made(tmp_path: Path) -> None:
+    origin = Origin(model="toy", model_digest="0" * 64, architecture="Toy", vocab_size=3)
+    subject = ReadySet().subject(0.5)
+    for changes, lengths, said in (
+        ({"scheme": Scheme(causal_block=4, fixed=True)}, (3,), "block_lengths: block_length 3 does not divide"),
+        ({"scheme": Scheme(noise=3)}, ("full",), "this model has no mask token"),
+        ({"max_length": LENGTH}, ("full",), f"a prompt of task ready-set has 1 tokens, .* {LENGTH}"),
+    ):
+        run = recipe(COLLECT, FIT, block_lengths=lengths)
+        with pytest.raises(ValueError, match=said):
+            PolicyTrainer(run, {}, replace(subject, **changes), origin, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
