@@ -1,14 +1,15 @@
 """The engine: any mixture of generations in one forward, and no failure that spreads."""
 
-import json
-import logging
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 import torch
 from torch import Tensor
 
@@ -25,7 +26,6 @@ from server.engine import (
     RequestError,
 )
 from server.engine.backend import BackendDeadError
-from server.logging import configure_logging
 from server.metrics import Metrics
 from tests.engine.backends import CheapBackend, Gate, Listener
 from tests.samplers.models import MASK, random_logits
@@ -309,18 +309,14 @@ def test_a_sampler_that_raises_before_the_forward_fails_alone(
     assert after.finish().reason is FinishReason.LENGTH
 
 
-def test_the_log_shows_where_a_sampler_failed(
-    serve: Serve, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_log_shows_where_a_sampler_failed(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(registry._registry(), "raises", Raises())
-    configure_logging("json")
-    try:
+    with structlog.testing.capture_logs() as lines:
         run(serve(CheapBackend()), [request(i, "raises", params=SamplerParams()) for i in range(8)])
-    finally:
-        logging.basicConfig(force=True)
-    (line,) = [json.loads(line) for line in capsys.readouterr().err.splitlines() if "generation failed" in line]
+    (line,) = [line for line in lines if line["event"] == "generation failed"]
     assert line["error"] == "sampler raises failed: ZeroDivisionError: by design" and line["sampler"] == "raises"
-    assert line["exception"].startswith("Traceback") and "test_engine.py" in line["exception"]
+    frames = traceback.extract_tb(line["exc_info"].__traceback__)
+    assert (frames[-1].name, Path(frames[-1].filename)) == ("select", Path(__file__))
 
 
 def test_a_forward_that_fails_for_one_row(serve: Serve) -> None:
