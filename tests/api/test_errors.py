@@ -66,6 +66,7 @@ def test_time_that_is_up_is_a_504(tiny_model: Path) -> None:
     with serving(tiny_model, request_timeout=0.2) as running, ThreadPoolExecutor(1) as pool:
         with running.gate.closed():
             answer = pool.submit(running.post, "/v1/completions", BODY)
+            until(lambda: running.gauges()[0])
             time.sleep(0.3)  # the pass that is under way then outlasts the request's time
         assert error_of(answer.result(), 504)["code"] == "timeout"
 
