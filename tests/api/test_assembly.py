@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from server.api.assembly import Detokenizer, StopStrings
 from server.models.text import TextCodec
+from server.training.tokenizer import END, MASK
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,12 @@ def pieces(detokenizer: Detokenizer, tokens: Sequence[int], sizes: Sequence[int]
 SIZES = st.lists(st.integers(0, 4), max_size=30)
 
 
-@given(text=st.text(max_size=30), sizes=SIZES)
+def plain(text: str) -> bool:
+    """Whether no token in it is one that decoding leaves out; fresh examples hold whatever stands in the source."""
+    return MASK not in text and END not in text
+
+
+@given(text=st.text(max_size=30).filter(plain), sizes=SIZES)
 def test_pieces_of_a_text_are_whole_characters(codec: TextCodec, text: str, sizes: list[int]) -> None:
     found = pieces(Detokenizer(codec), codec.encode(text), sizes)
     assert "".join(found) == text
