@@ -25,6 +25,7 @@ from server.engine import (
     QueueFullError,
     RequestError,
 )
+from server.engine import engine as engine_module
 from server.engine.backend import BackendDeadError
 from server.metrics import Metrics
 from tests.engine.backends import CheapBackend, Gate, Listener
@@ -311,9 +312,11 @@ def test_a_sampler_that_raises_before_the_forward_fails_alone(
 
 def test_the_log_shows_where_a_sampler_failed(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(registry._registry(), "raises", Raises())
-    with structlog.testing.capture_logs() as lines:
-        run(serve(CheapBackend()), [request(i, "raises", params=SamplerParams()) for i in range(8)])
-    (line,) = [line for line in lines if line["event"] == "generation failed"]
+    said = structlog.testing.LogCapture()
+    kind = structlog.make_filtering_bound_logger(0)
+    monkeypatch.setattr(engine_module, "log", structlog.wrap_logger(None, processors=[said], wrapper_class=kind))
+    run(serve(CheapBackend()), [request(i, "raises", params=SamplerParams()) for i in range(8)])
+    (line,) = [line for line in said.entries if line["event"] == "generation failed"]
     assert line["error"] == "sampler raises failed: ZeroDivisionError: by design" and line["sampler"] == "raises"
     frames = traceback.extract_tb(line["exc_info"].__traceback__)
     assert (frames[-1].name, Path(frames[-1].filename)) == ("select", Path(__file__))
