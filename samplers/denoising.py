@@ -262,6 +262,8 @@ def _committed(row: Denoising, step: Step, i: int, selection: Selection) -> Outc
         return _commit(row, step, i, selection)
     except SamplerError as error:
         return Outcome(error=SamplerError(f"sampler {row.sampler.name} failed: {error}"))
+    except Exception as error:
+        return Outcome(error=_failure(row.sampler, error))
 
 
 def _commit(row: Denoising, step: Step, i: int, selection: Selection) -> Outcome:

@@ -310,6 +310,31 @@ def test_a_sampler_that_raises_before_the_forward_fails_alone(
     assert after.finish().reason is FinishReason.LENGTH
 
 
+class RaisesAfter(Sampler):
+    """Fails where it says how long it may revise."""
+
+    name = "raises_after"
+    revises = True
+
+    def select(self, step: Step) -> Selection:
+        return Selection(step.candidate, done=torch.ones(len(step.params), dtype=torch.bool))
+
+    def post_steps(self, params: SamplerParams) -> int:
+        raise ZeroDivisionError("by design")
+
+
+def test_a_sampler_that_raises_after_the_forward_fails_alone(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry._registry(), "raises_after", RaisesAfter())
+    requests = [request(i) for i in range(8)]
+    requests[3] = request(3, "raises_after", params=SamplerParams(), choice=TokenChoice())
+    for i, listener in enumerate(run(serve(CheapBackend()), requests)):
+        end = listener.finish()
+        if i == 3:
+            assert end.message == "sampler raises_after failed: ZeroDivisionError: by design"
+        else:
+            assert listener.tokens(6 + i) == tokens_alone(i)
+
+
 def test_the_log_shows_where_a_sampler_failed(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(registry._registry(), "raises", Raises())
     said = structlog.testing.LogCapture()
