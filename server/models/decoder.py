@@ -6,9 +6,10 @@ from typing import Any, ClassVar, Protocol, Self, cast
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import model_validator
 from torch import Tensor, nn
 
+from server.models.config import Count, Layers, RotaryConfig
 from server.models.layers import RMSNorm, RotaryTables, gated, rotate, split_heads
 from server.models.network import Network
 from server.models.packed import Packed
@@ -17,57 +18,36 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Queries, keys and values [tokens, heads, head_dim] to what each query reads, of the queries' shape."""
 
 
-class DecoderConfig(BaseModel):
+class DecoderConfig(RotaryConfig):
     """The keys of a `config.json` that matter here; variants that are not built are refused by name.
 
-    Attributes:
-        published: what the family's code takes for keys that its published files leave out or set to null.
+    What may be left out has the value that Qwen2's and Qwen3's own classes give it.
     """
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
-    published: ClassVar[dict[str, Any]] = {}
-
-    hidden_size: int = Field(gt=0)
-    intermediate_size: int = Field(gt=0)
-    num_hidden_layers: int = Field(gt=0)
-    num_attention_heads: int = Field(gt=0)
-    num_key_value_heads: int = Field(gt=0)
-    head_dim: int | None = Field(None, gt=0)
-    vocab_size: int = Field(gt=0)
-    max_position_embeddings: int = Field(gt=0)
-    rope_theta: float = Field(gt=0)
-    partial_rotary_factor: float = Field(1.0, gt=0, le=1)
-    rms_norm_eps: float = 1e-6
+    hidden_size: Count
+    intermediate_size: Count
+    num_hidden_layers: Layers
+    num_attention_heads: Count
+    num_key_value_heads: Count
+    head_dim: Count | None = None
+    vocab_size: Count
+    max_position_embeddings: Count = 32_768
     tie_word_embeddings: bool = False
     mask_token_id: int
-    eos_token_id: int | tuple[int, ...]
 
     hidden_act: str = "silu"
-    rope_scaling: dict[str, Any] | None = None
-    use_sliding_window: bool | None = False
+    use_sliding_window: bool = False
+    layer_types: tuple[str, ...] = ()
 
     @model_validator(mode="before")
     @classmethod
-    def _published_defaults(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        return data | {key: value for key, value in cls.published.items() if data.get(key) is None}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _newer_names(cls, data: Any) -> Any:
-        """Files written by transformers 5 keep the rotation's numbers together."""
-        if not isinstance(data, dict) or not isinstance(rope := data.get("rope_parameters"), dict):
-            return data
-        scaling = None if rope.get("rope_type", "default") == "default" else rope
-        numbers = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
-        return {"rope_scaling": scaling, **numbers, **data}
+    def _heads_of_their_own(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("num_key_value_heads") is None:
+            return data | {"num_key_value_heads": data.get("num_attention_heads")}
+        return data
 
     @model_validator(mode="after")
-    def _refuse_variants(self) -> Self:
-        for key, value in self.built.items():
-            if getattr(self, key) not in (value if isinstance(value, tuple) else (value,)):
-                raise ValueError(f"{key} = {getattr(self, key)!r} is a variant that is not built (only {value!r} is)")
+    def _check_heads(self) -> Self:
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(f"hidden_size = {self.hidden_size} does not divide into {self.num_attention_heads} heads")
         if self.rotated_size % 2 or not self.rotated_size:
@@ -81,24 +61,18 @@ class DecoderConfig(BaseModel):
                 f"num_attention_heads = {self.num_attention_heads} is no multiple of num_key_value_heads = "
                 f"{self.num_key_value_heads}"
             )
-        for key, ids in (("mask_token_id", {self.mask_token_id}), ("eos_token_id", self.end_ids)):
-            for id in ids:
-                if not 0 <= id < self.vocab_size:
-                    raise ValueError(f"{key} = {id} is outside the vocabulary of {self.vocab_size}")
+        for kind in self.layer_types:
+            if kind != "full_attention":
+                raise ValueError(f"layer_types with {kind!r} is a variant that is not built (only 'full_attention' is)")
         return self
 
     @property
     def built(self) -> dict[str, Any]:
-        """Keys and the only values (a tuple: one of these) that the family's network can do."""
-        return {"hidden_act": "silu", "rope_scaling": None, "use_sliding_window": (False, None)}
+        return {"hidden_act": "silu", "use_sliding_window": False}
 
     @property
     def rows(self) -> int:
         return self.vocab_size
-
-    @property
-    def end_ids(self) -> frozenset[int]:
-        return frozenset((self.eos_token_id,) if isinstance(self.eos_token_id, int) else self.eos_token_id)
 
     @property
     def max_length(self) -> int:
@@ -180,15 +154,17 @@ class Layer(nn.Module):
 
     Attributes:
         attention_name: what checkpoints call the attention.
+        norm: makes its norms.
     """
 
     attention_name: ClassVar[str] = "self_attn"
+    norm: ClassVar[type[RMSNorm]] = RMSNorm
 
     def __init__(self, config: DecoderConfig, attention: Projections, mlp: nn.Module) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = self.norm(config.hidden_size, config.rms_norm_eps)
         self.add_module(self.attention_name, cast(nn.Module, attention))
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = self.norm(config.hidden_size, config.rms_norm_eps)
         self.mlp = mlp
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, wanted: Tensor | None = None) -> Tensor:
@@ -218,11 +194,17 @@ class Layer(nn.Module):
 class Decoder(nn.Module):
     """Embedding, layers and the last norm."""
 
-    def __init__(self, config: DecoderConfig, make_layer: Callable[[int], nn.Module], embedding_name: str) -> None:
+    def __init__(
+        self,
+        config: DecoderConfig,
+        make_layer: Callable[[int], nn.Module],
+        embedding_name: str,
+        norm: type[RMSNorm] = RMSNorm,
+    ) -> None:
         super().__init__()
         self.add_module(embedding_name, nn.Embedding(config.vocab_size, config.hidden_size))
         self.layers = nn.ModuleList(make_layer(i) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = norm(config.hidden_size, config.rms_norm_eps)
 
 
 class DecoderNetwork(Network):
@@ -232,15 +214,17 @@ class DecoderNetwork(Network):
 
     Attributes:
         embedding_name: what checkpoints call the embedding.
+        norm: makes the last norm.
     """
 
     config: DecoderConfig
     embedding_name: ClassVar[str] = "embed_tokens"
+    norm: ClassVar[type[RMSNorm]] = RMSNorm
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.model = Decoder(config, self.make_layer, self.embedding_name)
+        self.model = Decoder(config, self.make_layer, self.embedding_name, self.norm)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         reach = min(config.max_length, 4096)
@@ -257,6 +241,12 @@ class DecoderNetwork(Network):
         embedding = self.model.get_submodule(self.embedding_name)
         assert isinstance(embedding, nn.Embedding)
         return embedding
+
+    @classmethod
+    def own_name(cls, config: DecoderConfig, name: str) -> str:
+        if config.tie_word_embeddings and name == "lm_head.weight":
+            return f"model.{cls.embedding_name}.weight"
+        return name
 
     @property
     def cache_shapes(self) -> Sequence[tuple[int, int]]:

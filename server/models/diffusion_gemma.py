@@ -25,6 +25,9 @@ from server.models.layers import rotate, split_heads
 from server.models.network import Network
 from server.models.packed import Packed
 
+DECODER, ENCODER, FACTOR = "model.decoder.", "model.encoder.language_model.", ".layer_scalar"
+"""Names of tensors: beginnings of those of the two ways to read, and the end of what they do not share."""
+
 
 class Norm(nn.Module):
     """Root-mean-square norm, in float32 up to and including the weight.
@@ -218,7 +221,7 @@ class DiffusionGemma(Network):
 
     Config = DiffusionGemmaConfig
     config: DiffusionGemmaConfig
-    ignored = ("model.encoder.vision_tower.", "model.encoder.embed_vision.")
+    ignored = (*Network.ignored, "*.embed_scale", "model.encoder.vision_tower.*", "model.encoder.embed_vision.*")
 
     def __init__(self, config: DiffusionGemmaConfig) -> None:
         super().__init__()
@@ -228,6 +231,20 @@ class DiffusionGemma(Network):
         self.block_length = config.canvas_length
         self.model = Model(text)
         self._tables: dict[Kind, tuple[Tensor, Tensor]] = {}
+
+    @classmethod
+    def own_name(cls, config: DiffusionGemmaConfig, name: str) -> str:
+        """The head is the embedding, and all of the encoder's text model but its factors is the decoder's."""
+        if name == "lm_head.weight":
+            return "model.decoder.embed_tokens.weight"
+        if name.startswith(ENCODER) and not name.endswith(FACTOR):
+            return DECODER + name.removeprefix(ENCODER)
+        return name
+
+    @classmethod
+    def stand_in(cls, name: str) -> str | None:
+        """Programs that export the encoder as a copy leave its factors out too: they are the decoder's then."""
+        return DECODER + name.removeprefix(ENCODER) if name.startswith(ENCODER) else None
 
     @property
     def decoder(self) -> Decoder:

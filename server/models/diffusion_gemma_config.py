@@ -7,6 +7,13 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor
 
+from server.models.config import MOST_LAYERS, CheckpointConfig, Count, Layers, TokenIds
+
+GLOBAL_HEAD_DIM = 512
+"""Size of full layers' heads where a file says none."""
+PATTERN = 6
+"""Every such layer sees everything, where a file does not say which do."""
+
 
 class Kind(StrEnum):
     """What a layer's attention sees."""
@@ -36,6 +43,13 @@ class Rope(BaseModel):
         return self
 
 
+ROTATIONS = {
+    Kind.SLIDING: {"rope_theta": 10_000.0},
+    Kind.FULL: {"rope_type": "proportional", "rope_theta": 1_000_000.0, "partial_rotary_factor": 0.25},
+}
+"""Of both kinds of layers, where a file says none."""
+
+
 class LayerConfig(BaseModel):
     """Where a layer differs from the others."""
 
@@ -45,29 +59,26 @@ class LayerConfig(BaseModel):
     num_key_value_heads: int | None = Field(None, gt=0)
 
 
-class TextConfig(BaseModel):
-    """`text_config`. Variants that are not built are refused by name."""
+class TextConfig(CheckpointConfig):
+    """`text_config`. What may be left out is as in the original's class."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-    hidden_size: int = Field(gt=0)
-    intermediate_size: int = Field(gt=0)
-    moe_intermediate_size: int = Field(gt=0)
-    num_experts: int = Field(gt=0)
-    top_k_experts: int = Field(gt=0)
-    num_hidden_layers: int = Field(gt=0)
-    num_attention_heads: int = Field(gt=0)
-    num_key_value_heads: int = Field(gt=0)
-    head_dim: int = Field(gt=0)
-    vocab_size: int = Field(gt=0)
-    max_position_embeddings: int = Field(gt=0)
-    sliding_window: int = Field(gt=0)
+    hidden_size: Count
+    intermediate_size: Count
+    moe_intermediate_size: Count
+    num_experts: Count
+    top_k_experts: Count
+    num_hidden_layers: Layers
+    num_attention_heads: Count
+    num_key_value_heads: Count = 4
+    head_dim: Count = 256
+    vocab_size: Count = 262_144
+    max_position_embeddings: Count = 131_072
+    sliding_window: Count = 512
     layer_types: tuple[Kind, ...]
     per_layer_config: dict[int, LayerConfig] = Field(default_factory=dict)
     rope_parameters: dict[Kind, Rope]
-    rms_norm_eps: float = 1e-6
     final_logit_softcapping: float = Field(30.0, gt=0)
-    eos_token_id: int | tuple[int, ...] | None = 1
+    eos_token_id: TokenIds = 1
 
     hidden_activation: str = "gelu_pytorch_tanh"
     attention_bias: bool = False
@@ -76,22 +87,25 @@ class TextConfig(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _older_names(cls, data: Any) -> Any:
-        """Full layers' heads, where a file says them once and not layer by layer, and the family's rotations."""
+    def _kinds_of_layers(cls, data: Any) -> Any:
+        """Kinds, full layers' heads where a file says them once and not layer by layer, and the family's rotations."""
         if not isinstance(data, dict):
             return data
-        published = {
-            Kind.SLIDING: {"rope_theta": 10_000.0},
-            Kind.FULL: {"rope_type": "proportional", "rope_theta": 1_000_000.0, "partial_rotary_factor": 0.25},
-        }
-        kinds, size = data.get("layer_types"), data.get("global_head_dim")
+        kinds, layers = data.get("layer_types"), data.get("num_hidden_layers")
+        if kinds is None and isinstance(layers, int) and layers <= MOST_LAYERS:
+            kinds = [Kind.SLIDING if (index + 1) % PATTERN else Kind.FULL for index in range(layers)]
+        if isinstance(kinds, list) and kinds:
+            kinds = [*kinds[:-1], Kind.FULL]  # as the original has it, whatever the file says
         per_layer = data.get("per_layer_config")
-        if per_layer is None and isinstance(kinds, list) and size is not None:
-            full = {"head_dim": size, "num_key_value_heads": data.get("num_global_key_value_heads")}
+        if per_layer is None and isinstance(kinds, list):
+            size, heads = data.get("global_head_dim"), data.get("num_global_key_value_heads")
+            full = {"head_dim": GLOBAL_HEAD_DIM if size is None else size, "num_key_value_heads": heads}
             per_layer = {i: full for i, kind in enumerate(kinds) if kind == Kind.FULL}
+        given = data.get("rope_parameters")
         return data | {
-            "rope_parameters": data.get("rope_parameters") or published,
-            "per_layer_config": per_layer or {},
+            "layer_types": kinds,
+            "per_layer_config": per_layer,
+            "rope_parameters": ROTATIONS if given is None else given,
         }
 
     @field_validator("use_bidirectional_attention")
@@ -102,11 +116,7 @@ class TextConfig(BaseModel):
         return value
 
     @model_validator(mode="after")
-    def _refuse_variants(self) -> Self:
-        built = {"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False, "tie_word_embeddings": True}
-        for key, value in built.items():
-            if getattr(self, key) != value:
-                raise ValueError(f"{key} = {getattr(self, key)!r} is a variant that is not built (only {value!r} is)")
+    def _check_layers(self) -> Self:
         if len(self.layer_types) != self.num_hidden_layers:
             raise ValueError(f"{len(self.layer_types)} layer_types for num_hidden_layers = {self.num_hidden_layers}")
         if missing := set(self.layer_types) - set(self.rope_parameters):
@@ -124,15 +134,15 @@ class TextConfig(BaseModel):
                 raise ValueError(f"layer {index}: head_dim = {size} is odd")
             if size != self.head_size(kind):
                 raise ValueError(f"layer {index}: head_dim = {size}, but other {kind} layers have another")
-        for end in self.end_ids:
-            if not 0 <= end < self.vocab_size:
-                raise ValueError(f"eos_token_id = {end} is outside the vocabulary of {self.vocab_size}")
         return self
 
     @property
-    def end_ids(self) -> frozenset[int]:
-        ends = self.eos_token_id
-        return frozenset(() if ends is None else (ends,) if isinstance(ends, int) else ends)
+    def built(self) -> dict[str, Any]:
+        return {"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False, "tie_word_embeddings": True}
+
+    @property
+    def rows(self) -> int:
+        return self.vocab_size
 
     def kind(self, index: int) -> Kind:
         """What that layer's attention sees."""
@@ -155,22 +165,18 @@ class TextConfig(BaseModel):
         return torch.nn.functional.pad(found, (0, size // 2 - turned))
 
 
-class DiffusionGemmaConfig(BaseModel):
+class DiffusionGemmaConfig(CheckpointConfig):
     """`config.json`."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
     text_config: TextConfig
-    canvas_length: int = Field(256, gt=0)
+    canvas_length: Count = 256
     tie_word_embeddings: bool = True
     mask_token_id: None = None
 
-    @field_validator("tie_word_embeddings")
-    @classmethod
-    def _tied(cls, value: bool) -> bool:
-        if not value:
-            raise ValueError("False is a variant that is not built: encoder, decoder and head share their weights")
-        return value
+    @property
+    def built(self) -> dict[str, Any]:
+        # Otherwise encoder, decoder and head would have weights of their own.
+        return {"tie_word_embeddings": True}
 
     @property
     def rows(self) -> int:
@@ -178,7 +184,7 @@ class DiffusionGemmaConfig(BaseModel):
 
     @property
     def end_ids(self) -> frozenset[int]:
-        return self.text_config.end_ids
+        return super().end_ids | self.text_config.end_ids
 
     @property
     def max_length(self) -> int:

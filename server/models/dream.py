@@ -3,9 +3,6 @@
 Its outputs are still about the next position.
 """
 
-from typing import Any
-
-from pydantic import model_validator
 from torch import nn
 
 from samplers import Scheme
@@ -14,13 +11,6 @@ from server.models.decoder import Attention, DecoderConfig, DecoderNetwork, Gate
 
 class DreamConfig(DecoderConfig):
     """`config.json` of a Dream checkpoint."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _need_a_mask(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("mask_token_id") is None:
-            raise ValueError("mask_token_id is not given, and the tokenizer has no <|mask|>")
-        return data
 
 
 class Dream(DecoderNetwork):

@@ -3,12 +3,10 @@
 Its outputs are still about the next position.
 """
 
-from typing import ClassVar, Self
-
-from pydantic import Field, model_validator
 from torch import nn
 
 from samplers import Scheme
+from server.models.config import Count
 from server.models.decoder import Attention, DecoderConfig, DecoderNetwork, GatedMLP, Layer
 
 SMALL_BLOCK = 8
@@ -18,17 +16,7 @@ SMALL_BLOCK = 8
 class FastDLLMConfig(DecoderConfig):
     """`config.json` of a Fast-dLLM v2 checkpoint."""
 
-    published: ClassVar = {"mask_token_id": 151665}
-
-    bd_size: int = Field(32, gt=0)
-    layer_types: tuple[str, ...] | None = None
-
-    @model_validator(mode="after")
-    def _refuse_windows(self) -> Self:
-        for kind in self.layer_types or ():
-            if kind != "full_attention":
-                raise ValueError(f"layer_types with {kind!r} is a variant that is not built (only 'full_attention' is)")
-        return self
+    bd_size: Count = 32
 
 
 class FastDLLM(DecoderNetwork):

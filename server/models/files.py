@@ -1,8 +1,13 @@
 """Reading the JSON files of a model folder."""
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+INDEX = "model.safetensors.index.json"
 
 
 class ModelError(Exception):
@@ -11,10 +16,12 @@ class ModelError(Exception):
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises ModelError if there is no file or no object in it."""
+    with readable(path):
+        content = path.read_bytes()
+    if not content.strip():
+        raise ModelError(f"{path}: the file is empty")
     try:
-        found = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ModelError(f"{path}: {error.strerror}") from None
+        found = json.loads(content)
     except (ValueError, RecursionError) as error:  # bad JSON and bad UTF-8 are ValueErrors
         raise ModelError(f"{path}: not a JSON file: {error}") from None
     if not isinstance(found, dict):
@@ -23,5 +30,32 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_optional_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file, empty if there is no such file. Raises ModelError if it is no object."""
-    return read_json(path) if path.exists() else {}
+    """The JSON object in a file, empty if there is no such file. Raises ModelError if it is no object.
+
+    A link that leads nowhere is a file that cannot be read, not one that was left out.
+    """
+    return read_json(path) if os.path.lexists(path) else {}
+
+
+@contextmanager
+def readable(place: Path) -> Iterator[None]:
+    """Tell what the system refuses while files are read as a ModelError about the file, or about this place."""
+    try:
+        yield
+    except OSError as error:
+        raise ModelError(f"{error.filename or place}: {error.strerror or error}") from None
+
+
+def other_forms(folder: Path) -> str:
+    """Weights of another form in a folder, as the end of a message; nothing if there are none."""
+    with readable(folder):
+        names = sorted(path.name for path in folder.iterdir())
+    if "adapter_config.json" in names:
+        return "; adapter_config.json belongs to an adapter: merge it into its model first"
+    if shards := [name for name in names if name.startswith("model-") and name.endswith(".safetensors")]:
+        return f", and no {INDEX} for {shards[0]}"
+    if others := [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".npz"))]:
+        return f"; {others[0]} is not read, only safetensors are"
+    if named := [name for name in names if name.endswith(".safetensors")]:
+        return f"; {named[0]} is not one of transformers' names"
+    return ""

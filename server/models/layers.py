@@ -14,9 +14,19 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float()
-        x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * x32.to(x.dtype)
+        return self.weight * self.normed(x).to(x.dtype)
+
+    def normed(self, x: Tensor) -> Tensor:
+        """Without the weight, float32."""
+        wide = x.float()
+        return wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+
+
+class WideRMSNorm(RMSNorm):
+    """The same in float32 up to and including the weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.normed(x) * self.weight.float()).to(x.dtype)
 
 
 def rope_tables(length: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -70,11 +80,13 @@ class RotaryTables:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Bidirectional attention over [batch, length, heads, head_dim]."""
+    """Bidirectional attention over [batch, length, heads, head_dim]; several heads of queries may share one of keys."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    shared = q.shape[1] // k.shape[1]
     if q.device.type == "cpu" and q.requires_grad:
         # Written out: the backward pass of the fused CPU kernel is about ten times slower than this.
+        k, v = (x if shared == 1 else x.repeat_interleave(shared, dim=1) for x in (k, v))
         mixed: Tensor = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1) @ v
     else:
-        mixed = F.scaled_dot_product_attention(q, k, v)
+        mixed = F.scaled_dot_product_attention(q, k, v, enable_gqa=shared > 1)
     return mixed.transpose(1, 2)

@@ -5,41 +5,40 @@ Module names are the checkpoint's own tensor names, so a state dict needs no ren
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from server.models.config import Count, Layers, RotaryConfig
 from server.models.layers import RMSNorm, RotaryTables, attention, gated, rotate, split_heads
 from server.models.network import Network
 from server.models.packed import Packed
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Queries, keys and values [..., heads, head_dim] to what each query reads, of the queries' shape."""
+"""Queries, keys and values [..., heads, head_dim] to what each query reads, of the queries' shape; several heads of
+queries may share one of keys."""
 
 
-class LLaDAConfig(BaseModel):
+class LLaDAConfig(RotaryConfig):
     """The keys of a LLaDA `config.json` that matter here; variants that are not built are refused by name."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-    d_model: int = Field(gt=0)
-    n_layers: int = Field(gt=0)
-    n_heads: int = Field(gt=0)
-    n_kv_heads: int | None = None
-    mlp_hidden_size: int | None = None
-    mlp_ratio: int = 4
-    vocab_size: int = Field(gt=0)
-    embedding_size: int | None = None
-    max_sequence_length: int = Field(gt=0)
-    rope_theta: float = 10000.0
+    d_model: Count
+    n_layers: Layers
+    n_heads: Count
+    n_kv_heads: Count
+    multi_query_attention: bool | None = None
+    mlp_hidden_size: Count | None = None
+    mlp_ratio: Count = 4
+    vocab_size: Count
+    embedding_size: Count | None = None
+    max_sequence_length: Count
     rope_full_precision: bool = True
-    rms_norm_eps: float = 1e-5
+    rms_norm_eps: float = Field(1e-5, ge=0)
     weight_tying: bool = False
     mask_token_id: int
-    eos_token_id: int | tuple[int, ...]
     pad_token_id: int | None = None
 
     layer_norm_type: str = "rms"
@@ -52,59 +51,50 @@ class LLaDAConfig(BaseModel):
     input_emb_norm: bool = False
     scale_logits: bool = False
     include_bias: bool = False
-    include_qkv_bias: bool | None = False
+    include_qkv_bias: bool = False
     clip_qkv: float | None = None
 
     @model_validator(mode="before")
     @classmethod
-    def _published_defaults(cls, data: Any) -> Any:
-        # The published 8B configurations name no mask token; the code of the family hard-codes 126336.
-        if isinstance(data, dict) and data.get("mask_token_id") is None:
-            return {**data, "mask_token_id": 126336}
-        return data
+    def _heads_of_keys(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or data.get("n_kv_heads") is not None:
+            return data
+        return data | {"n_kv_heads": 1 if data.get("multi_query_attention") else data.get("n_heads")}
 
     @model_validator(mode="after")
-    def _refuse_variants(self) -> "LLaDAConfig":
-        built = {
+    def _check_heads(self) -> Self:
+        if self.d_model % self.n_heads or (self.d_model // self.n_heads) % 2:
+            raise ValueError(f"d_model = {self.d_model} does not divide into {self.n_heads} heads of even size")
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_heads = {self.n_heads} is no multiple of n_kv_heads = {self.n_kv_heads}")
+        said = {None: self.n_kv_heads, True: 1, False: self.n_heads}[self.multi_query_attention]
+        if said != self.n_kv_heads:
+            raise ValueError(
+                f"n_kv_heads = {self.n_kv_heads} contradicts multi_query_attention = {self.multi_query_attention}"
+            )
+        return self
+
+    @property
+    def built(self) -> dict[str, Any]:
+        return {
             "layer_norm_type": "rms",
             "activation_type": "silu",
             "block_type": "llama",
             "block_group_size": 1,
             "rope": True,
+            "partial_rotary_factor": 1,
             "alibi": False,
             "attention_layer_norm": False,
             "input_emb_norm": False,
             "scale_logits": False,
             "include_bias": False,
+            "include_qkv_bias": False,
             "clip_qkv": None,
         }
-        for key, value in built.items():
-            if getattr(self, key) != value:
-                raise ValueError(
-                    f"{key} = {getattr(self, key)!r} is a LLaDA variant that is not built (only {value!r} is)"
-                )
-        if self.include_qkv_bias:
-            raise ValueError("include_qkv_bias = True is a LLaDA variant that is not built")
-        if self.n_kv_heads not in (None, self.n_heads):
-            raise ValueError(f"n_kv_heads = {self.n_kv_heads} (grouped queries) is a LLaDA variant that is not built")
-        if self.d_model % self.n_heads or (self.d_model // self.n_heads) % 2:
-            raise ValueError(f"d_model = {self.d_model} does not divide into {self.n_heads} heads of even size")
-        if not 0 <= self.mask_token_id < self.rows:
-            raise ValueError(f"mask_token_id = {self.mask_token_id} is outside the vocabulary of {self.rows}")
-        for end in self.end_ids:
-            if not 0 <= end < self.rows:
-                raise ValueError(f"eos_token_id = {end} is outside the vocabulary of {self.rows}")
-        return self
 
     @property
     def rows(self) -> int:
-        """Rows of the embedding and of the head."""
         return self.embedding_size or self.vocab_size
-
-    @property
-    def end_ids(self) -> frozenset[int]:
-        """Tokens that end a text."""
-        return frozenset((self.eos_token_id,) if isinstance(self.eos_token_id, int) else self.eos_token_id)
 
     @property
     def max_length(self) -> int:
@@ -123,12 +113,13 @@ class Block(nn.Module):
     def __init__(self, config: LLaDAConfig) -> None:
         super().__init__()
         width, mlp = config.d_model, config.mlp_width
-        self.n_heads = config.n_heads
+        keys = config.n_kv_heads * config.head_dim
+        self.head_dim = config.head_dim
         self.attn_norm = RMSNorm(width, config.rms_norm_eps)
         self.ff_norm = RMSNorm(width, config.rms_norm_eps)
         self.q_proj = nn.Linear(width, width, bias=False)
-        self.k_proj = nn.Linear(width, width, bias=False)
-        self.v_proj = nn.Linear(width, width, bias=False)
+        self.k_proj = nn.Linear(width, keys, bias=False)
+        self.v_proj = nn.Linear(width, keys, bias=False)
         self.attn_out = nn.Linear(width, width, bias=False)
         self.ff_proj = nn.Linear(width, mlp, bias=False)
         self.up_proj = nn.Linear(width, mlp, bias=False)
@@ -161,7 +152,7 @@ class Block(nn.Module):
         return out
 
     def _heads(self, x: Tensor) -> Tensor:
-        return split_heads(x, x.shape[-1] // self.n_heads)
+        return split_heads(x, self.head_dim)
 
 
 class Transformer(nn.Module):
@@ -198,9 +189,15 @@ class LLaDA(Network):
         cos, sin = self._tables(length, self.transformer.wte.weight.device)
         return (cos, sin) if self.config.rope_full_precision else (cos.to(dtype), sin.to(dtype))
 
+    @classmethod
+    def own_name(cls, config: LLaDAConfig, name: str) -> str:
+        if config.weight_tying and name == "model.transformer.ff_out.weight":
+            return "model.transformer.wte.weight"
+        return name
+
     @property
     def cache_shapes(self) -> Sequence[tuple[int, int]]:
-        return [(self.config.n_heads, self.config.head_dim)] * self.config.n_layers
+        return [(self.config.n_kv_heads, self.config.head_dim)] * self.config.n_layers
 
     def hidden(self, tokens: Tensor) -> Tensor:
         # Written out, so that training can take it back.

@@ -1,5 +1,6 @@
 """LLaDA2.0 and 2.1 (inclusionAI `modeling_llada2_moe.py`): mixtures of experts that see within a block, and back."""
 
+import re
 from typing import Any, ClassVar
 
 import torch
@@ -8,38 +9,36 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from samplers import Scheme
+from server.models.config import Count
 from server.models.decoder import DecoderConfig, DecoderNetwork, GatedMLP, Layer
 from server.models.experts import highest, mix
 from server.models.layers import RMSNorm, rotate
 
-END_TOKEN_ID = 156892
 BLOCK_LENGTH = 32
 
 
 class LLaDA2Config(DecoderConfig):
     """`config.json` of a LLaDA2 checkpoint. Defaults are those of the original's own configuration class."""
 
-    published: ClassVar = {"mask_token_id": 156895}
+    published: ClassVar = {"max_position_embeddings": 16_384, "partial_rotary_factor": 0.5, "rms_norm_eps": 1e-5}
 
-    moe_intermediate_size: int = Field(gt=0)
-    num_experts: int = Field(gt=0)
-    num_experts_per_tok: int = Field(gt=0)
+    moe_intermediate_size: Count
+    num_experts: Count
+    num_experts_per_tok: Count
     num_shared_experts: int | None = Field(None, ge=0)
-    n_group: int = Field(8, gt=0)
-    topk_group: int = Field(4, gt=0)
+    n_group: Count = 8
+    topk_group: Count = 4
     routed_scaling_factor: float = 2.5
     first_k_dense_replace: int = Field(0, ge=0)
-    partial_rotary_factor: float = Field(0.5, gt=0, le=1)
-    rms_norm_eps: float = 1e-5
 
     use_bias: bool = True
     use_qkv_bias: bool = False
     use_qk_norm: bool = True
-    norm_head: bool | None = False
-    norm_topk_prob: bool | None = True
-    score_function: str | None = "sigmoid"
-    router_dtype: str | None = "fp32"
-    moe_router_enable_expert_bias: bool | None = True
+    norm_head: bool = False
+    norm_topk_prob: bool = True
+    score_function: str = "sigmoid"
+    router_dtype: str = "fp32"
+    moe_router_enable_expert_bias: bool = True
     expert_capacity: float | None = None
     block_size: int | None = None
 
@@ -48,7 +47,7 @@ class LLaDA2Config(DecoderConfig):
     def _padding_ends_the_text(cls, data: Any) -> Any:
         if not isinstance(data, dict) or data.get("eos_token_id") is not None:
             return data
-        return data | {"eos_token_id": END_TOKEN_ID if data.get("pad_token_id") is None else data["pad_token_id"]}
+        return data | {"eos_token_id": data.get("pad_token_id")}
 
     @model_validator(mode="after")
     def _check_router(self) -> "LLaDA2Config":
@@ -72,11 +71,11 @@ class LLaDA2Config(DecoderConfig):
             "use_bias": False,
             "use_qkv_bias": False,
             "use_qk_norm": True,
-            "norm_head": (False, None),
-            "norm_topk_prob": (True, None),
-            "score_function": ("sigmoid", None),
-            "router_dtype": ("fp32", "float32", None),
-            "moe_router_enable_expert_bias": (True, None),
+            "norm_head": False,
+            "norm_topk_prob": True,
+            "score_function": "sigmoid",
+            "router_dtype": ("fp32", "float32"),
+            "moe_router_enable_expert_bias": True,
             "expert_capacity": None,
             "block_size": None,
         }
@@ -109,7 +108,10 @@ class FusedAttention(nn.Module):
 
 
 class Router(nn.Module):
-    """Chooses a token's experts, of the best groups only, in float32."""
+    """Chooses a token's experts, of the best groups only, in float32.
+
+    Its weight is of the model's type; `expert_bias` stays float32, see `LLaDA2.float32`.
+    """
 
     expert_bias: Tensor
 
@@ -168,8 +170,16 @@ class LLaDA2(DecoderNetwork):
     Config = LLaDA2Config
     config: LLaDA2Config
     embedding_name: ClassVar[str] = "word_embeddings"
+    float32: ClassVar[tuple[str, ...]] = ("*.mlp.gate.expert_bias",)
     scheme = Scheme(causal_block=BLOCK_LENGTH, judges_drawn=True, strict=True)
     block_length = BLOCK_LENGTH
+
+    @classmethod
+    def stacked(cls, config: LLaDA2Config, name: str) -> tuple[str, ...]:
+        """Experts as inclusionAI's training code holds them: one tensor for all of a layer."""
+        if found := re.fullmatch(r"(model\.layers\.\d+\.mlp\.experts)\.((?:gate|up|down)_proj)", name):
+            return tuple(f"{found[1]}.{expert}.{found[2]}.weight" for expert in range(config.num_experts))
+        return ()
 
     def make_layer(self, index: int) -> nn.Module:
         config = self.config

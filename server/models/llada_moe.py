@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from server.models.config import Count
 from server.models.decoder import Attention, DecoderConfig, DecoderNetwork, GatedMLP, Layer, Projections
 from server.models.experts import SoftmaxMixture
 from server.models.layers import RMSNorm
@@ -16,28 +17,20 @@ class LLaDAMoEConfig(DecoderConfig):
     `norm_topk_prob`, `routed_scaling_factor` and `router_num_group` are not read: the original's router knows none.
     """
 
-    published: ClassVar = {"mask_token_id": 156895, "eos_token_id": 156892}
+    published: ClassVar = {"rms_norm_eps": 1e-5}
 
     intermediate_size: int = Field(gt=0, validation_alias="dense_intermediate_size")
-    expert_intermediate_size: int = Field(gt=0)
-    shared_expert_intermediate_size: int | None = Field(None, gt=0)
-    num_experts: int = Field(gt=0)
-    num_experts_per_tok: int = Field(gt=0)
+    expert_intermediate_size: Count
+    shared_expert_intermediate_size: Count | None = None
+    num_experts: Count
+    num_experts_per_tok: Count
     moe_layer_freq: tuple[int, ...]
-    moe_router_enable_expert_bias: bool | None = None
-    qk_layernorm: bool | None = None
-    rms_norm_eps: float = 1e-5
+    moe_router_enable_expert_bias: bool = False
+    qk_layernorm: bool = False
 
     attention_bias: bool = False
     clip_qkv: float | None = None
-    moe_router_score_function: str | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _heads_of_their_own(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("num_key_value_heads") is None:
-            return {**data, "num_key_value_heads": data.get("num_attention_heads")}
-        return data
+    moe_router_score_function: str = "softmax"
 
     @model_validator(mode="after")
     def _check_layers(self) -> "LLaDAMoEConfig":
@@ -55,7 +48,7 @@ class LLaDAMoEConfig(DecoderConfig):
         return super().built | {
             "attention_bias": False,
             "clip_qkv": None,
-            "moe_router_score_function": ("softmax", None),
+            "moe_router_score_function": "softmax",
         }
 
 
@@ -78,6 +71,7 @@ class LLaDAMoE(DecoderNetwork):
 
     Config = LLaDAMoEConfig
     config: LLaDAMoEConfig
+    float32: ClassVar[tuple[str, ...]] = ("*.mlp.expert_bias",)
 
     def make_layer(self, index: int) -> nn.Module:
         config = self.config
@@ -91,6 +85,6 @@ class LLaDAMoE(DecoderNetwork):
             config.expert_intermediate_size,
             config.num_experts,
             config.num_experts_per_tok,
-            biased=bool(config.moe_router_enable_expert_bias),  # published checkpoints have none
+            biased=config.moe_router_enable_expert_bias,  # published checkpoints have none
         )
         return MoELayer(config, attention, mixture, shared)

@@ -1,12 +1,13 @@
 """From a folder or a hub id to a model that is ready to run."""
 
-from collections.abc import Iterable
+import os
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import structlog
 import torch
 from pydantic import ValidationError
 
@@ -15,15 +16,19 @@ from server.engine.backend import Backend, ModelInfo
 from server.engine.torch_backend import TorchBackend
 from server.engine.vllm.backend import VllmBackend, VllmError, VllmOptions, check_supported
 from server.models.compiling import compile_layers
-from server.models.files import ModelError, read_json, read_optional_json
+from server.models.files import ModelError, other_forms, read_json, read_optional_json, readable
 from server.models.network import Network
 from server.models.packing import pack_linear_layers
 from server.models.registry import Family, find_family
+from server.models.special_tokens import CONFIG, GENERATION, find_ends, find_mask
 from server.models.text import TextCodec
+from server.models.variants import quantised_by, refuse_growing_canvases
 from server.models.weights import SkipInit, draw_weights, find_weights, load_weights
 from server.threads import apart
 
 __all__ = ["LoadedModel", "ModelError", "describe", "find_model", "load_model", "load_network"]
+
+log = structlog.get_logger(__name__)
 
 EMBEDDED_NAME = "unmask-tiny"
 ENGINES = ("torch", "vllm")
@@ -75,13 +80,18 @@ def load_model(
     kind = choose_dtype(dtype, place)
     if place.type == "cpu":
         share_one_heap()
-    text = TextCodec.load(folder)
+    with readable(folder):
+        if not os.path.lexists(folder / CONFIG):
+            raise ModelError(f"{folder / CONFIG}: no such file{other_forms(folder)}")
+        text = TextCodec.load(folder)
     architecture, family, network = build_network(folder, text=text)
     if engine == "torch":
         apart(lambda: give_weights(network, folder, place, kind, load_format))
     else:
         _check_for_vllm(folder, architecture, network, load_format)
     config = network.config
+    if max_model_len is not None and max_model_len > config.max_length:
+        log.warning("--max-model-len is above the model's own context, which stays the limit", limit=config.max_length)
     if text.vocab_size > config.rows:
         raise ModelError(
             f"{folder}: the tokenizer has token ids up to {text.vocab_size - 1}, but the model's vocabulary ends at "
@@ -117,8 +127,9 @@ def _check_for_vllm(folder: Path, architecture: str, network: Network, load_form
     except VllmError as error:
         raise ModelError(str(error)) from None
     # A quantised checkpoint has other tensors, which vLLM knows.
-    if load_format == "auto" and "quantization_config" not in read_json(folder / "config.json"):
-        find_weights(network, folder, network.ignored)
+    if load_format == "auto" and quantised_by(folder) is None:
+        with readable(folder):
+            find_weights(network, folder)
 
 
 def describe(architecture: str, network: Network) -> ModelInfo:
@@ -161,23 +172,31 @@ def give_weights(
     network: Network, folder: Path, device: torch.device, dtype: torch.dtype, load_format: str = "auto"
 ) -> None:
     """Weights for a network without, those of the folder or random ones. Raises ModelError."""
-    if load_format == "dummy":
-        draw_weights(network, device, dtype)
-    else:
-        load_weights(network, folder, device, dtype, network.ignored)
+    if method := quantised_by(folder):
+        raise ModelError(f"{folder}: the checkpoint is quantised ({method}), which the torch engine does not support")
+    try:
+        if load_format == "dummy":
+            draw_weights(network, device, dtype)
+        else:
+            with readable(folder):
+                load_weights(network, folder, device, dtype)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise ModelError(f"{folder}: the weights do not fit into the memory of {device}") from None
 
 
 def build_network(
     folder: Path, settings: dict[str, Any] | None = None, text: TextCodec | None = None
 ) -> tuple[str, Family, Network]:
     """Architecture, family and the network, without weights, as `load_network` reads them. Raises ModelError."""
-    path = folder / "config.json"
-    config = read_json(path) | (settings or {})
+    path = folder / CONFIG
+    config, generation = read_json(path) | (settings or {}), read_optional_json(folder / GENERATION)
+    refuse_growing_canvases(folder, (config, generation), text)
     try:
         architecture, family = find_family(config)
-        if config.get("mask_token_id") is None and text is not None and family.mask_token is not None:
-            config["mask_token_id"] = text.token_id(family.mask_token)
-        parsed = family.network.Config.model_validate(config)
+        mask = find_mask(folder, config, generation, family, text)
+        parsed = family.network.Config.model_validate(config if mask is None else config | {"mask_token_id": mask})
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))
@@ -186,8 +205,11 @@ def build_network(
         ) from None
     except ValueError as error:
         raise ModelError(f"{path}: {error}") from None
-    with torch.device("meta"), SkipInit():
-        network = family.network(parsed)
+    try:
+        with torch.device("meta"), SkipInit():
+            network = family.network(parsed)
+    except (RuntimeError, OverflowError) as error:  # sizes whose product is no number
+        raise ModelError(f"{path}: {str(error).splitlines()[0]}") from None
     return architecture, family, network
 
 
@@ -228,13 +250,21 @@ def find_model(model: str | None) -> tuple[str, Path]:
         if not folder.is_dir():
             raise ModelError(f"{folder}: the embedded model is not there; name another one with --model")
         return EMBEDDED_NAME, folder
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return folder.resolve().name, folder
-    if folder.exists():
+    try:
+        folder = Path(model).expanduser()
+        with readable(folder):
+            is_folder, exists = folder.is_dir(), os.path.lexists(folder)
+            if is_folder:
+                next(folder.iterdir(), None)  # told here once, and not of each file in another way
+                return folder.resolve().name, folder
+    except (RuntimeError, ValueError) as error:  # no such user's home; a name with a NUL
+        raise ModelError(f"{model!r}: {error}") from None
+    if exists and folder.exists():
         raise ModelError(
             f"{folder}: not a folder; a model is a folder with config.json, tokenizer.json and safetensors"
         )
+    if exists:
+        raise ModelError(f"{folder}: a link that leads nowhere")
     if model.startswith(("/", ".", "~")) or model.count("/") > 1 or "\\" in model:
         raise ModelError(f"{folder}: no such folder")
     return model, _download(model)
@@ -264,22 +294,9 @@ def _download(name: str) -> Path:
 
 
 def _end_ids(folder: Path, network: Network, family: Family, text: TextCodec) -> frozenset[int]:
-    """Tokens that end a text, by both configuration files and by name. Raises ModelError if one is no token."""
-    path = folder / "generation_config.json"
-    ends = set(network.config.end_ids) | set(_ids(path, read_optional_json(path).get("eos_token_id")))
-    ends |= {found for token in family.end_tokens if (found := text.token_id(token)) is not None}
-    outside = [end for end in ends if not 0 <= end < network.config.rows]
-    if outside:
-        raise ModelError(f"{path}: eos_token_id {outside[0]} is outside the vocabulary of {network.config.rows}")
-    if network.config.mask_token_id in ends:
-        raise ModelError(f"{folder / 'config.json'}: token {network.config.mask_token_id} is both mask and end-of-text")
-    return frozenset(ends)
-
-
-def _ids(path: Path, value: Any) -> Iterable[int]:
-    if value is None:
-        return []
-    ids = value if isinstance(value, list) else [value]
-    if not all(isinstance(id, int) for id in ids):
-        raise ModelError(f"{path}: eos_token_id is neither a number nor a list of numbers")
-    return ids
+    """Tokens that end a text. Raises ModelError if the mask is one of them."""
+    config, generation = network.config, read_optional_json(folder / GENERATION)
+    ends = find_ends(folder, config.end_ids, generation, family, text, config.rows)
+    if config.mask_token_id in ends:
+        raise ModelError(f"{folder / CONFIG}: token {config.mask_token_id} is both mask and end-of-text")
+    return ends

@@ -1,8 +1,9 @@
 """What the engine asks of a model: a class for each family does it."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
-from typing import Any, ClassVar, Protocol
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from pydantic import BaseModel
@@ -11,6 +12,11 @@ from torch import Tensor, nn
 from samplers import BIDIRECTIONAL, Scheme
 from samplers.prediction import Wanted
 from server.models.packed import KeyValues, Packed, Row
+
+
+def matches(name: str, patterns: tuple[str, ...]) -> bool:
+    """Match the name of a tensor against patterns, in which * stands for anything."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 class ModelConfig(Protocol):
@@ -40,14 +46,50 @@ class Network(nn.Module):
         Config: validates `config.json`.
         scheme: how it reads a canvas.
         block_length: what is denoised together unless a request says otherwise; None is full diffusion.
-        ignored: what the names of tensors begin with that are in checkpoints and not used.
+        ignored: patterns of names of tensors that are in checkpoints and not used.
+        float32: patterns of names of tensors that stay float32 whatever type the others have: a rounded bias of a
+            router sends tokens to other experts.
     """
 
     Config: ClassVar[type[BaseModel]]
     config: ModelConfig
     scheme: Scheme = BIDIRECTIONAL
     block_length: int | None = None
-    ignored: ClassVar[tuple[str, ...]] = ()
+    ignored: ClassVar[tuple[str, ...]] = ("*rotary_emb.*",)
+    float32: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def own_name(cls, config: Any, name: str) -> str:
+        """The name here of a tensor that files may hold under this one too, as a copy or in its place."""
+        return name
+
+    @classmethod
+    def stacked(cls, config: Any, name: str) -> tuple[str, ...]:
+        """The names here of tensors that files may hold one upon the other under this one; none for all others."""
+        return ()
+
+    @classmethod
+    def stand_in(cls, name: str) -> str | None:
+        """The tensor that has the values of this one, where a file has none like it; None where there must be one."""
+        return None
+
+    def dtype_of(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        """The type of a tensor of that name, where the model's is `dtype`."""
+        return torch.float32 if matches(name, self.float32) else dtype
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move or convert all tensors, as `to` does, but none that stays float32 to another type."""
+        if not self.float32:
+            return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
+        kept = {name: tensor for name, tensor in self.state_dict().items() if matches(name, self.float32)}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, tensor in kept.items():
+            place, _, leaf = name.rpartition(".")
+            owner = self.get_submodule(place)
+            moved = getattr(owner, leaf)
+            if moved.dtype != torch.float32:
+                owner._buffers[leaf] = tensor.to(moved.device)
+        return self
 
     @property
     @abstractmethod

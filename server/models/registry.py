@@ -23,24 +23,60 @@ class Family:
         model_type: the `model_type` of its configurations.
         end_tokens: names of tokens that end a text beside those that the configuration gives.
         experts: whether its layers are mixtures of experts.
-        mask_token: name of the mask token, for configurations that do not give it.
+        mask_tokens: names of the mask token, and its published id, for checkpoints that do not say which it is; a
+            family without one has none.
+        other_types: further values of `model_type`.
     """
 
     network: type[Network]
     model_type: str
     end_tokens: tuple[str, ...] = ()
     experts: bool = False
-    mask_token: str | None = None
+    mask_tokens: tuple[str, ...] = ()
+    mask_token_id: int | None = None
+    other_types: tuple[str, ...] = ()
 
 
 ARCHITECTURES: dict[str, Family] = {
-    "LLaDAModelLM": Family(LLaDA, "llada", end_tokens=("<|eot_id|>",)),
-    "LLaDAMoEModelLM": Family(LLaDAMoE, "lladamoe", end_tokens=("<|role_end|>",), experts=True),
-    "LLaDA2MoeModelLM": Family(LLaDA2, "llada2_moe", end_tokens=("<|role_end|>",), experts=True),
-    "DreamModel": Family(Dream, "Dream", end_tokens=("<|im_end|>",), mask_token="<|mask|>"),
-    "SDARForCausalLM": Family(SDAR, "sdar", end_tokens=("<|im_end|>",)),
-    "SDARMoeForCausalLM": Family(SDARMoE, "sdar_moe", end_tokens=("<|im_end|>",), experts=True),
-    "Fast_dLLM_QwenForCausalLM": Family(FastDLLM, "Fast_dLLM_Qwen", end_tokens=("<|im_end|>",)),
+    "LLaDAModelLM": Family(
+        LLaDA, "llada", end_tokens=("<|eot_id|>",), mask_tokens=("<|mdm_mask|>",), mask_token_id=126336
+    ),
+    "LLaDAMoEModelLM": Family(
+        LLaDAMoE,
+        "lladamoe",
+        end_tokens=("<|role_end|>",),
+        experts=True,
+        mask_tokens=("<|mask|>",),
+        mask_token_id=156895,
+    ),
+    "LLaDA2MoeModelLM": Family(
+        LLaDA2,
+        "llada2_moe",
+        end_tokens=("<|role_end|>",),
+        experts=True,
+        mask_tokens=("<|mask|>",),
+        mask_token_id=156895,
+        other_types=("llada2_moe_veomni",),  # as inclusionAI's training code writes it
+    ),
+    "DreamModel": Family(Dream, "Dream", end_tokens=("<|im_end|>",), mask_tokens=("<|mask|>",), mask_token_id=151666),
+    "SDARForCausalLM": Family(
+        SDAR, "sdar", end_tokens=("<|im_end|>",), mask_tokens=("<|MASK|>", "<MASK>"), mask_token_id=151669
+    ),
+    "SDARMoeForCausalLM": Family(
+        SDARMoE,
+        "sdar_moe",
+        end_tokens=("<|im_end|>",),
+        experts=True,
+        mask_tokens=("<|MASK|>", "<MASK>"),
+        mask_token_id=151669,
+    ),
+    "Fast_dLLM_QwenForCausalLM": Family(
+        FastDLLM,
+        "Fast_dLLM_Qwen",
+        end_tokens=("<|im_end|>",),
+        mask_tokens=("|<MASK>|",),
+        mask_token_id=151665,
+    ),
     "DiffusionGemmaForBlockDiffusion": Family(DiffusionGemma, "diffusion_gemma"),
 }
 EARLY_LLADA_MOE = {
@@ -56,7 +92,9 @@ def find_family(config: dict[str, Any]) -> tuple[str, Family]:
     supported = ", ".join(ARCHITECTURES)
     names, model_type = config.get("architectures"), config.get("model_type")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or not names:
-        names = [name for name, family in ARCHITECTURES.items() if family.model_type == model_type]
+        names = [
+            name for name, family in ARCHITECTURES.items() if model_type in (family.model_type, *family.other_types)
+        ]
         if not names:
             raise ValueError(f"names no architecture; supported: {supported}")
     name = names[0]
@@ -67,6 +105,6 @@ def find_family(config: dict[str, Any]) -> tuple[str, Family]:
     family = ARCHITECTURES[name]
     if config.get("num_experts") and not family.experts:
         raise ValueError(f"architecture {name!r} with experts (num_experts = {config['num_experts']}) is not supported")
-    if model_type not in (None, family.model_type):
+    if model_type not in (None, family.model_type, *family.other_types):
         raise ValueError(f"model_type {model_type!r} is not supported for architecture {name!r}")
     return name, family

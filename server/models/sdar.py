@@ -2,30 +2,42 @@
 
 from typing import Any, ClassVar
 
-from pydantic import Field
+from pydantic import model_validator
 from torch import nn
 
 from samplers import Scheme
+from server.models.config import Count
 from server.models.decoder import Attention, DecoderConfig, DecoderNetwork, GatedMLP, Layer
-from server.models.layers import RMSNorm
+from server.models.layers import RMSNorm, WideRMSNorm
 
 
 class SDARConfig(DecoderConfig):
     """`config.json` of an SDAR checkpoint."""
 
-    published: ClassVar = {"mask_token_id": 151669}
-
-    block_size: int = Field(4, gt=0)
+    block_size: Count = 4
     attention_bias: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _size_of_heads(cls, data: Any) -> Any:
+        # As of Qwen3's class: null is a share of the width, nothing at all is the published models' size.
+        return {"head_dim": 128} | data if isinstance(data, dict) else data
 
     @property
     def built(self) -> dict[str, Any]:
         return super().built | {"attention_bias": False}
 
 
-class SDAR(DecoderNetwork):
-    """The network."""
+class SDARLayer(Layer):
+    """A layer with this family's norms."""
 
+    norm: ClassVar[type[RMSNorm]] = WideRMSNorm
+
+
+class SDAR(DecoderNetwork):
+    """The network. Its original norms with a kernel that multiplies by the weight in float32."""
+
+    norm: ClassVar[type[RMSNorm]] = WideRMSNorm
     Config: ClassVar[type[SDARConfig]] = SDARConfig
 
     def __init__(self, config: SDARConfig) -> None:
@@ -35,4 +47,4 @@ class SDAR(DecoderNetwork):
 
     def make_layer(self, index: int) -> nn.Module:
         mlp = GatedMLP(self.config.hidden_size, self.config.intermediate_size)
-        return Layer(self.config, Attention(self.config, norm=RMSNorm), mlp)
+        return SDARLayer(self.config, Attention(self.config, norm=self.norm), mlp)

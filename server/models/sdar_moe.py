@@ -2,29 +2,29 @@
 
 from typing import Any, ClassVar, Self
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 from torch import nn
 
-from server.models.decoder import Attention, Layer
+from server.models.config import Count
+from server.models.decoder import Attention
 from server.models.experts import SoftmaxMixture
-from server.models.layers import RMSNorm
-from server.models.sdar import SDAR, SDARConfig
+from server.models.sdar import SDAR, SDARConfig, SDARLayer
 
 
 class SDARMoEConfig(SDARConfig):
     """`config.json` of such a checkpoint."""
 
-    num_experts: int = Field(gt=0)
-    num_experts_per_tok: int = Field(gt=0)
-    moe_intermediate_size: int = Field(gt=0)
+    num_experts: Count
+    num_experts_per_tok: Count
+    moe_intermediate_size: Count
     norm_topk_prob: bool = False
-    decoder_sparse_step: int = Field(1, gt=0)
+    decoder_sparse_step: Count = 1
     mlp_only_layers: tuple[int, ...] = ()
 
     @model_validator(mode="before")
     @classmethod
-    def _no_list_is_an_empty_one(cls, data: Any) -> Any:
-        return {**data, "mlp_only_layers": ()} if isinstance(data, dict) and not data.get("mlp_only_layers") else data
+    def _size_of_heads(cls, data: Any) -> Any:
+        return data  # Qwen3-MoE's class has no size of its own
 
     @model_validator(mode="after")
     def _enough_experts(self) -> Self:
@@ -56,4 +56,4 @@ class SDARMoE(SDAR):
             config.num_experts_per_tok,
             normalised=config.norm_topk_prob,
         )
-        return Layer(config, Attention(config, norm=RMSNorm), mixture)
+        return SDARLayer(config, Attention(config, norm=self.norm), mixture)

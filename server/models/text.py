@@ -69,6 +69,10 @@ class TextCodec:
         """The id of the token of that name, if there is one."""
         return self._tokenizer.token_to_id(token)
 
+    def special_token(self, name: str) -> str | None:
+        """The token that the tokenizer's settings give a role, such as `mask_token`, if they do."""
+        return self._special_tokens.get(name)
+
     def chat_prompt(self, messages: list[dict[str, str]]) -> str:
         """The text that asks the model for the next message. Raises ChatTemplateError."""
         if self._template is None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -213,7 +212,10 @@ def without_biases(folder: Path) -> None:
 
 
 BROKEN: dict[str, tuple[Break, str]] = {
-    "no mask anywhere": (no_mask, "config.json: mask_token_id is not given, and the tokenizer has no <|mask|>"),
+    "no mask anywhere": (
+        no_mask,
+        "config.json: mask_token_id is not given, and the tokenizer neither declares a mask_token nor has <|mask|>",
+    ),
     "rotation": (
         lambda f: edit(f / "config.json", lambda c: c.update(rope_scaling={"type": "yarn", "factor": 4.0})),
         "config.json: rope_scaling = {'type': 'yarn', 'factor': 4.0} is a variant that is not built",
@@ -286,5 +288,3 @@ def test_the_published_configuration_is_accepted() -> None:
     }
     config = DreamConfig.model_validate(published)
     assert (config.mask_token_id, config.head_size, config.rows, config.end_ids) == (151666, 128, 152064, {151643})
-    with pytest.raises(ValidationError, match="mask_token_id is not given"):
-        DreamConfig.model_validate(published | {"mask_token_id": None})

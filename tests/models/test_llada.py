@@ -42,11 +42,22 @@ def tokens(rows: int, length: int) -> Tensor:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_logits_equal_those_of_llama_without_its_causal_mask(tied: bool) -> None:
-    """transformers' own Llama under an explicit mask of zeros: the same numbers."""
+@pytest.mark.parametrize(
+    "heads",
+    [
+        {},
+        {"n_heads": 4, "n_kv_heads": 2},
+        {"n_heads": 4, "n_kv_heads": 1},
+        {"n_heads": 4, "n_kv_heads": None, "multi_query_attention": True},
+        {"n_heads": 4, "n_kv_heads": None, "multi_query_attention": None},
+    ],
+)
+def test_logits_equal_those_of_llama_without_its_causal_mask(tied: bool, heads: dict[str, Any]) -> None:
+    """transformers' own Llama under an explicit mask of zeros: the same numbers, with grouped queries too."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    ours = tiny_network(tiny_config(VOCABULARY, rope_theta=500000.0)) if not tied else tied_network()
+    changes = {"rope_theta": 500000.0} | heads
+    ours = tied_network(**changes) if tied else tiny_network(tiny_config(VOCABULARY, **changes))
     config = ours.config
     llama = LlamaForCausalLM(
         LlamaConfig(
@@ -55,7 +66,7 @@ def test_logits_equal_those_of_llama_without_its_causal_mask(tied: bool) -> None
             intermediate_size=config.mlp_width,
             num_hidden_layers=config.n_layers,
             num_attention_heads=config.n_heads,
-            num_key_value_heads=config.n_heads,
+            num_key_value_heads=config.n_kv_heads,
             max_position_embeddings=config.max_sequence_length,
             rms_norm_eps=config.rms_norm_eps,
             rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
@@ -72,12 +83,17 @@ def test_logits_equal_those_of_llama_without_its_causal_mask(tied: bool) -> None
     with torch.no_grad():
         expected = llama(ids, attention_mask=torch.zeros(3, 1, 40, 40)).logits
         found = ours(ids)
-    assert (found - expected).abs().max() <= 1e-5
+        everything = torch.arange(ids.numel())
+        packed = ours.head(ours.packed(Packed([Row(0, 40, 40, 40)] * 3, ids.flatten(), everything)))
+    learnt = ours.requires_grad_(True)(ids).detach()
+    for each in (found, packed.view_as(found), learnt):
+        assert (each - expected).abs().max() <= 1e-5
     assert expected.std() > 0.5, "the comparison is not one of zeros"
 
 
-def tied_network() -> LLaDA:
-    network = LLaDA(LLaDAConfig.model_validate(tiny_config(VOCABULARY, weight_tying=True))).requires_grad_(False)
+def tied_network(**changes: Any) -> LLaDA:
+    config = LLaDAConfig.model_validate(tiny_config(VOCABULARY, weight_tying=True, **changes))
+    network = LLaDA(config).requires_grad_(False)
     generator = torch.Generator().manual_seed(2)
     for p in network.parameters():
         if p.dim() == 2:
@@ -143,7 +159,7 @@ def test_rotation_in_full_precision_is_a_choice_of_the_checkpoint() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"block_type": "sequential"}, "block_type = 'sequential' is a LLaDA variant that is not built"),
+        ({"block_type": "sequential"}, "block_type = 'sequential' is a variant that is not built"),
         ({"block_group_size": 2}, "block_group_size = 2"),
         ({"layer_norm_type": "default"}, "layer_norm_type"),
         ({"activation_type": "swiglu"}, "activation_type"),
@@ -155,10 +171,12 @@ def test_rotation_in_full_precision_is_a_choice_of_the_checkpoint() -> None:
         ({"include_bias": True}, "include_bias"),
         ({"include_qkv_bias": True}, "include_qkv_bias"),
         ({"clip_qkv": 8.0}, "clip_qkv"),
-        ({"n_kv_heads": 1}, "n_kv_heads = 1 (grouped queries)"),
+        ({"n_heads": 4, "n_kv_heads": 3}, "n_heads = 4 is no multiple of n_kv_heads = 3"),
+        ({"n_kv_heads": 2, "multi_query_attention": True}, "n_kv_heads = 2 contradicts multi_query_attention = True"),
+        ({"n_kv_heads": 1, "multi_query_attention": False}, "n_kv_heads = 1 contradicts multi_query_attention = False"),
         ({"n_heads": 5, "n_kv_heads": 5}, "does not divide into 5 heads"),
         ({"mask_token_id": VOCABULARY}, f"mask_token_id = {VOCABULARY} is outside the vocabulary"),
-        ({"mask_token_id": None}, "mask_token_id = 126336 is outside"),
+        ({"mask_token_id": 126336}, "mask_token_id = 126336 is outside"),
         ({"eos_token_id": -1}, "eos_token_id = -1 is outside"),
         ({"eos_token_id": [1, 99]}, "eos_token_id = 99 is outside"),
     ],
@@ -170,7 +188,7 @@ def test_variants_that_are_not_built_are_refused_by_name(change: dict[str, Any],
 
 
 def test_the_published_configuration_is_accepted() -> None:
-    """The keys of LLaDA-8B-Instruct's own file, which names no mask token."""
+    """The keys of LLaDA-8B-Instruct's own file, and the mask token, which it does not name."""
     config = LLaDAConfig.model_validate(
         {
             "activation_type": "silu",
@@ -198,6 +216,7 @@ def test_the_published_configuration_is_accepted() -> None:
             "rope_theta": 500000.0,
             "scale_logits": False,
             "vocab_size": 126464,
+            "mask_token_id": 126336,
             "weight_tying": False,
         }
     )

@@ -353,7 +353,7 @@ PUBLISHED = {
 
 
 def test_the_published_configuration_is_accepted() -> None:
-    config = LLaDA2Config.model_validate(PUBLISHED)
+    config = LLaDA2Config.model_validate(PUBLISHED | {"mask_token_id": 156895})
     assert (config.mask_token_id, config.end_ids, config.rotated_size) == (156895, {156892}, 64)
     assert (config.max_length, config.rows) == (32768, 157184)
 
@@ -379,7 +379,7 @@ def test_the_published_configuration_is_accepted() -> None:
         ({"topk_group": 5}, "topk_group = 5 is more than n_group = 4"),
         ({"num_experts_per_tok": 5}, "num_experts_per_tok = 5 is more than the 4 experts of topk_group = 2 groups"),
         ({"partial_rotary_factor": 0.2}, "partial_rotary_factor = 0.2 of head_dim = 16 is not even"),
-        ({"mask_token_id": None}, "mask_token_id = 156895 is outside the vocabulary of 90"),
+        ({"mask_token_id": 156895}, "mask_token_id = 156895 is outside the vocabulary of 90"),
     ],
 )
 def test_variants_that_are_not_built_are_refused_by_name(change: dict[str, Any], message: str) -> None:

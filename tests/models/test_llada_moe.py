@@ -206,7 +206,7 @@ PUBLISHED = {
 
 
 def test_the_published_configuration_is_accepted() -> None:
-    config = LLaDAMoEConfig.model_validate(PUBLISHED)
+    config = LLaDAMoEConfig.model_validate(PUBLISHED | {"mask_token_id": 156895})
     assert (config.mask_token_id, config.end_ids, config.head_size) == (156895, {156892}, 128)
     assert (config.rotated_size, config.intermediate_size, config.max_length) == (128, 8192, 8192)
 
@@ -235,7 +235,7 @@ def test_another_type_is_another_model() -> None:
         ({"moe_layer_freq": [1]}, "moe_layer_freq has 1 entries for num_hidden_layers = 2"),
         ({"num_experts_per_tok": 9}, "num_experts_per_tok = 9 is more than num_experts = 8"),
         ({"partial_rotary_factor": -1}, "greater than 0"),
-        ({"mask_token_id": None}, "mask_token_id = 156895 is outside the vocabulary of 90"),
+        ({"mask_token_id": 156895}, "mask_token_id = 156895 is outside the vocabulary of 90"),
     ],
 )
 def test_variants_that_are_not_built_are_refused_by_name(change: dict[str, Any], message: str) -> None:

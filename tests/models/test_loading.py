@@ -134,7 +134,7 @@ def claim_tensor(path: Path) -> None:
 
 
 BROKEN: dict[str, tuple[Break, str]] = {
-    "no config": (lambda f: (f / "config.json").unlink(), "config.json: No such file or directory"),
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json: no such file"),
     "config no JSON": (lambda f: (f / "config.json").write_text("{nope"), "config.json: not a JSON file"),
     "config binary": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"), "config.json: not a JSON file"),
     "config too deep": (lambda f: (f / "config.json").write_text("[" * 100_000), "config.json: not a JSON file"),
@@ -156,7 +156,7 @@ BROKEN: dict[str, tuple[Break, str]] = {
         "config.json: d_model: Field required",
     ),
     "a key of the wrong type": (lambda f: edit_json(f / "config.json", n_layers="many"), "config.json: n_layers: "),
-    "a variant": (lambda f: edit_json(f / "config.json", alibi=True), "config.json: alibi = True is a LLaDA variant"),
+    "a variant": (lambda f: edit_json(f / "config.json", alibi=True), "config.json: alibi = True is a variant"),
     "mask outside": (
         lambda f: edit_json(f / "config.json", mask_token_id=10**6),
         "config.json: mask_token_id = 1000000 is outside the vocabulary",

@@ -74,7 +74,7 @@ def test_it_says_how_it_reads_a_canvas() -> None:
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"num_key_value_heads": 3}, "no multiple of num_key_value_heads = 3"),
         ({"block_size": 0}, "block_size"),
-        ({"mask_token_id": None}, "mask_token_id = 151669 is outside"),
+        ({"mask_token_id": 151669}, "mask_token_id = 151669 is outside"),
         ({"eos_token_id": [1, 99]}, "eos_token_id = 99 is outside"),
     ],
 )
@@ -137,9 +137,10 @@ def test_published_configurations_are_found_and_accepted(published: dict[str, An
     """By the architecture's name, or by the type alone; neither file names the mask token."""
     name, family = find_family(published if named else published | {"architectures": None})
     assert [name] == published["architectures"]
-    config = family.network.Config.model_validate(published)
+    assert family.mask_token_id == 151669
+    config = family.network.Config.model_validate(published | {"mask_token_id": family.mask_token_id})
     assert isinstance(config, SDARConfig)
-    assert (config.mask_token_id, config.head_size, config.block_size) == (151669, 128, 4)
+    assert (config.head_size, config.block_size) == (128, 4)
     assert config.end_ids == {151643}
 
 

@@ -10,6 +10,7 @@ from vllm.transformers_utils.config_parser_base import ConfigParserBase
 
 from server.engine.vllm.plugin import CONFIG_FORMAT
 from server.models.files import read_json
+from server.models.network import Network
 from server.models.registry import find_family
 
 SHAPE = {
@@ -17,7 +18,7 @@ SHAPE = {
     "intermediate_size": ("intermediate_size", "mlp_width"),
     "num_hidden_layers": ("num_hidden_layers", "n_layers"),
     "num_attention_heads": ("num_attention_heads", "n_heads"),
-    "num_key_value_heads": ("num_key_value_heads", "n_heads"),
+    "num_key_value_heads": ("num_key_value_heads", "n_kv_heads"),
     "head_dim": ("head_size", "head_dim"),
     "max_position_embeddings": ("max_length",),
     "vocab_size": ("rows",),
@@ -39,7 +40,7 @@ class ConfigParser(ConfigParserBase):
         **kwargs: Any,
     ) -> tuple[dict[str, Any], PreTrainedConfig]:
         source = read_json(Path(model) / "config.json")
-        architecture, parsed = parse(source)
+        architecture, _, parsed = parse(source)
         shape = {
             name: next(getattr(parsed, ours) for ours in names if hasattr(parsed, ours))
             for name, names in SHAPE.items()
@@ -52,9 +53,9 @@ class ConfigParser(ConfigParserBase):
         return config.to_dict(), config
 
 
-def parse(source: dict[str, Any]) -> tuple[str, BaseModel]:
-    """Architecture and configuration of a `config.json`. Raises ValueError."""
+def parse(source: dict[str, Any]) -> tuple[str, type[Network], BaseModel]:
+    """Architecture, our own network of it and configuration of a `config.json`. Raises ValueError."""
     architecture, family = find_family(source)
     # What masks is told by our side, which may know it from the tokenizer only; here it just has to be some token.
     settings = {"mask_token_id": 0} if source.get("mask_token_id") is None else {}
-    return architecture, family.network.Config.model_validate(source | settings)
+    return architecture, family.network, family.network.Config.model_validate(source | settings)

@@ -20,6 +20,7 @@ from samplers.summary import summarise
 from server.engine.torch_backend import LOGIT_ELEMENTS
 from server.engine.vllm.config import parse
 from server.engine.vllm.instructions import INSTRUCTION, TASK, Instruction, answers, together
+from server.models.network import matches
 
 Scheduled = tuple[int, dict[str, Any]]
 """One request of a batch: its number of tokens and its pooling request's keyword arguments."""
@@ -47,6 +48,7 @@ class Denoiser(nn.Module):
     """A masked diffusion model made of vLLM's layers. A family says what its layers are.
 
     Attributes:
+        own: our own network of the same architecture, which knows the names in checkpoints.
         shifted: whether a position is decided by the output of the one before it.
         packed_modules_mapping: vLLM's fused layers, and the checkpoint's tensors that they are made of.
         scheduled: what the current batch's requests are, in order; none in a warm-up.
@@ -65,7 +67,7 @@ class Denoiser(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         self.config: Any
-        _, self.config = parse(vllm_config.model_config.hf_config.source)
+        _, self.own, self.config = parse(vllm_config.model_config.hf_config.source)
         self.mask_id: int = vllm_config.model_config.hf_config.mask_id
         self.pooler = Answers()
         self.logits_processor = LogitsProcessor(vllm_config.model_config.get_vocab_size())
@@ -144,6 +146,9 @@ class Denoiser(nn.Module):
         }
         done = set()
         for name, tensor in weights:
+            if matches(name, self.own.ignored):
+                continue
+            name = self.own.own_name(self.config, name)  # copies have been found to be the same
             place, _, leaf = name.rpartition(".")
             place, _, part = place.rpartition(".")
             if part in fused:

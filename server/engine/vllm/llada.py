@@ -20,7 +20,7 @@ class Block(nn.Module):
     def __init__(self, config: LLaDAConfig, vllm_config: Any, prefix: str) -> None:
         super().__init__()
         width, inner = config.d_model, config.mlp_width
-        self.heads = Heads(width, config.n_heads, config.n_heads, config.head_dim)
+        self.heads = Heads(width, config.n_heads, config.n_kv_heads, config.head_dim)
         self.attn_norm = RMSNorm(width, config.rms_norm_eps)
         self.ff_norm = RMSNorm(width, config.rms_norm_eps)
         self.qkv_proj = self.heads.projection(vllm_config, f"{prefix}.qkv_proj")

@@ -1,0 +1,103 @@
+"""Common parts of all families' configurations: defaults, variants that are refused, special tokens."""
+
+from typing import Annotated, Any, ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+MOST_LAYERS = 10_000
+"""More are a mistake: the modules of that many would not fit into memory, whatever their size."""
+
+Count = Annotated[int, Field(gt=0)]
+Layers = Annotated[int, Field(gt=0, le=MOST_LAYERS)]
+TokenIds = int | tuple[int, ...]
+
+
+class CheckpointConfig(BaseModel):
+    """Base of a family's configuration. An entry that is null counts as left out, as it does in transformers' classes.
+
+    Attributes:
+        published: the original class's values of entries that are left out, where these differ from the fields'.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+    published: ClassVar[dict[str, Any]] = {}
+
+    rms_norm_eps: float = Field(1e-6, ge=0)
+    eos_token_id: TokenIds = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        return cls.published | {key: value for key, value in data.items() if value is not None}
+
+    @model_validator(mode="after")
+    def _refuse_variants(self) -> Self:
+        for key, value in self.built.items():
+            if getattr(self, key) not in (value if isinstance(value, tuple) else (value,)):
+                raise ValueError(f"{key} = {getattr(self, key)!r} is a variant that is not built (only {value!r} is)")
+        return self
+
+    @model_validator(mode="after")
+    def _tokens_are_in_the_vocabulary(self) -> Self:
+        mask: int | None = getattr(self, "mask_token_id", None)
+        for key, ids in (("mask_token_id", () if mask is None else (mask,)), ("eos_token_id", self.end_ids)):
+            for id in ids:
+                if not 0 <= id < self.rows:
+                    raise ValueError(f"{key} = {id} is outside the vocabulary of {self.rows}")
+        return self
+
+    @property
+    def built(self) -> dict[str, Any]:
+        """Keys and the only values (a tuple: one of these) that the family's network can do."""
+        return {}
+
+    @property
+    def rows(self) -> int:
+        """Rows of the embedding and of the head."""
+        raise NotImplementedError
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Tokens that end a text."""
+        return frozenset((self.eos_token_id,) if isinstance(self.eos_token_id, int) else self.eos_token_id)
+
+
+class RotaryConfig(CheckpointConfig):
+    """The same of a family whose layers all rotate alike, in the default way."""
+
+    rope_theta: float = Field(10_000.0, gt=0)
+    partial_rotary_factor: float = Field(1.0, gt=0, le=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _flat_rotation(cls, data: Any) -> Any:
+        """Put the rotation's numbers beside the others: transformers 5 keeps them in `rope_parameters`.
+
+        `rope_scaling` is that entry's older name. Any rotation but the default one is refused, and so are numbers that
+        contradict each other.
+        """
+        if not isinstance(data, dict):
+            return data
+        flat = dict(data)
+        for key in ("rope_scaling", "rope_parameters"):
+            for name, value in _default_rotation(key, flat.pop(key, None)).items():
+                if flat.get(name) not in (None, value):
+                    raise ValueError(f"{name} = {flat[name]!r}, but {key} says {value!r}")
+                flat[name] = value
+        return flat
+
+
+def _default_rotation(key: str, said: Any) -> dict[str, Any]:
+    """The numbers of a rotation that is described in one entry. Raises ValueError if it is not the default one."""
+    if not said:
+        return {}
+    if not isinstance(said, dict):
+        raise ValueError(f"{key} = {said!r} is not an object")
+    if isinstance(said.get("full_attention"), dict):  # by kind of layer, of which there are no others here
+        said = said["full_attention"]
+    if (said.get("rope_type") or said.get("type") or "default") != "default":
+        raise ValueError(f"{key} = {said!r} is a variant that is not built (only the default rotation is)")
+    names = ("rope_theta", "partial_rotary_factor")
+    return {name: said[name] for name in names if said.get(name) is not None}
