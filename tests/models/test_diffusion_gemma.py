@@ -33,7 +33,7 @@ def tokens(*shape: int, seed: int = 1) -> Tensor:
 def ours(network: DiffusionGemma, prompt: Tensor, draft: Tensor, said: Tensor | None = None) -> Tensor:
     """Logits [draft, vocabulary] of one draft after one prompt, given the logits said before."""
     first, length = len(prompt), len(prompt) + len(draft)
-    memory = network.room(length, torch.float32, CPU)
+    memory = network.room(length, network.decoder.embed_tokens.weight.dtype, CPU)
     if said is not None:
         memory.said = first, network.remembered(said, NOTHING)
     row = Row(0, length, len(draft), length, memory, draft=first)
@@ -42,8 +42,8 @@ def ours(network: DiffusionGemma, prompt: Tensor, draft: Tensor, said: Tensor | 
 
 
 @pytest.fixture(scope="module")
-def theirs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, DiffusionGemma]:
-    """transformers' model, random, and ours of the checkpoint that it writes, which has a vision tower too."""
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of transformers' own, random, which has a vision tower too."""
     pytest.importorskip("transformers.models.diffusion_gemma", reason="this transformers has no DiffusionGemma")
     from transformers import DiffusionGemmaConfig as Config
     from transformers import DiffusionGemmaForBlockDiffusion
@@ -67,9 +67,22 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, DiffusionGemm
                 p.uniform_(0.7, 1.3)
     folder = tmp_path_factory.mktemp("gemma")
     model.save_pretrained(folder)
-    _, _, network = load_network(folder, CPU, torch.float32)
+    return folder
+
+
+def both(folder: Path, dtype: torch.dtype) -> tuple[Any, DiffusionGemma]:
+    """transformers' model of a checkpoint, and ours."""
+    from transformers import DiffusionGemmaForBlockDiffusion
+
+    model = DiffusionGemmaForBlockDiffusion.from_pretrained(folder, dtype=dtype)
+    _, _, network = load_network(folder, CPU, dtype)
     assert isinstance(network, DiffusionGemma)
-    return model, network
+    return model.eval().requires_grad_(False), network
+
+
+@pytest.fixture(scope="module")
+def theirs(written: Path) -> tuple[Any, DiffusionGemma]:
+    return both(written, torch.float32)
 
 
 @pytest.mark.parametrize("length", [1, WINDOW - 1, WINDOW, WINDOW + 1, 3 * WINDOW])
@@ -86,6 +99,33 @@ def test_logits_equal_those_of_transformers(theirs: tuple[Any, DiffusionGemma], 
             encoded = network.packed(Packed([row], prompt[i], torch.arange(length)))
             assert torch.allclose(encoded, expected.encoder_last_hidden_state[i], atol=1e-4)
     assert expected.logits.std() > 1, "logits that are all alike would agree whatever the network does"
+
+
+def test_half_precision_is_rounded_where_transformers_rounds(written: Path) -> None:
+    """Part by part to the last bit; the whole is as near as two orders of an attention's sum are."""
+    model, network = both(written, torch.bfloat16)
+    x = torch.randn(20, 32, generator=torch.Generator().manual_seed(4)).to(torch.bfloat16)
+    decoder = model.model.decoder
+    for theirs, layer in zip(decoder.layers, network.decoder.layers, strict=True):
+        _, shares, chosen = theirs.router(x)
+        weights, experts = layer.router(x)
+        assert weights.dtype == shares.dtype == torch.float32
+        assert weights.equal(shares) and experts.equal(chosen)
+        assert layer.experts(x, weights, experts).equal(theirs.experts(x, chosen, shares))
+        assert layer.mlp(x).equal(theirs.mlp(x))
+        assert layer.input_layernorm(x).equal(theirs.input_layernorm(x))
+        assert layer.layer_scalar.equal(theirs.layer_scalar)
+    ids = tokens(20)
+    assert (network.decoder.embed_tokens(ids) * network._factor).equal(decoder.embed_tokens(ids))
+    signal = x.flip(0)
+    assert network.decoder.self_conditioning(x, signal).equal(decoder.self_conditioning(x, signal))
+    prompt, draft = tokens(1, 3 * WINDOW), tokens(1, CANVAS, seed=2)
+    for said in (None, torch.randn(1, CANVAS, VOCABULARY, generator=torch.Generator().manual_seed(3)) * 3):
+        half = None if said is None else said.to(torch.bfloat16)  # as its own loop hands them on
+        expected = model(input_ids=prompt, decoder_input_ids=draft, self_conditioning_logits=half).logits[0]
+        found = ours(network, prompt[0], draft[0], None if said is None else said[0])
+        assert found.dtype == expected.dtype == torch.float32
+        assert (found - expected).abs().mean() < 0.02 * expected.std()
 
 
 def small() -> TorchBackend:
@@ -288,3 +328,35 @@ def test_older_files_say_the_full_layers_heads_once(tmp_path: Path) -> None:
     parsed = DiffusionGemmaConfig.model_validate(config).text_config
     assert [parsed.cache_shape(i) for i in range(3)] == [(2, 8), (2, 8), (1, 16)]
     assert parsed.rope_parameters[parsed.kind(2)].partial_rotary_factor == 0.25
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"num_hidden_layers": 13},
+        {"num_hidden_layers": 6, "num_global_key_value_heads": 2, "global_head_dim": 64},
+        {"num_hidden_layers": 2, "layer_types": ["full_attention", "sliding_attention"]},
+    ],
+)
+@pytest.mark.parametrize("null", [True, False])
+def test_what_is_left_out_is_as_in_transformers(given: dict[str, Any], null: bool) -> None:
+    pytest.importorskip("transformers.models.diffusion_gemma", reason="this transformers has no DiffusionGemma")
+    from transformers import DiffusionGemmaTextConfig
+
+    sizes = {"hidden_size": 32, "intermediate_size": 40, "moe_intermediate_size": 24, "num_attention_heads": 8}
+    said = given | sizes | {"num_experts": 4, "top_k_experts": 2}
+    theirs = DiffusionGemmaTextConfig(**json.loads(json.dumps(said)))
+    keys: tuple[str, ...] = ("vocab_size", "max_position_embeddings", "sliding_window")
+    keys += ("rms_norm_eps", "final_logit_softcapping", "hidden_activation", "attention_bias", "eos_token_id")
+    nothing = (
+        dict.fromkeys((*keys, "head_dim", "num_key_value_heads", "rope_parameters", "per_layer_config")) if null else {}
+    )
+    ours = DiffusionGemmaConfig.model_validate({"text_config": said | nothing}).text_config
+    assert {key: getattr(ours, key) for key in keys} == {key: getattr(theirs, key) for key in keys}
+    assert list(ours.layer_types) == list(theirs.layer_types)
+    for index, kind in enumerate(theirs.layer_types):
+        layer = theirs.per_layer_config[index]
+        assert ours.cache_shape(index) == (layer.num_key_value_heads, layer.head_dim)
+        rope = ours.rope_parameters[ours.kind(index)]
+        expected = {"partial_rotary_factor": 1.0} | theirs.rope_parameters[kind]
+        assert rope.model_dump() == expected
