@@ -34,7 +34,7 @@ class Denoising:
             where it holds the prompt's end.
         settled: length of the committed prefix of the generation region: what can no longer change.
         told: the settled tokens that count as generated: those of the text, up to and including the first end-of-text.
-            Only ever appended to; a change of what is settled is refused (see `_check_open`).
+            Only ever appended to: a candidate is masked, so not settled, and a revision of what is settled is refused.
         state: what the sampler keeps between steps.
         given: bool [gen_length], positions that were not masked to begin with.
     """
@@ -232,7 +232,7 @@ class Denoising:
 
         What it holds counts from then on, end-of-text too; returns what that settles as padding.
         """
-        self._check_open(remask)
+        self._check_open(torch.cat([positions, remask]))
         self._cache.note(self.feed(), self.canvas.layout, self.block)
         self._write(positions, tokens)
         self.canvas.generated[remask] = self._mask_id
@@ -256,7 +256,6 @@ class Denoising:
             raise SamplerError(f"only positions {first} to {stop - 1} may change now, not all of {positions.tolist()}")
 
     def _write(self, positions: Tensor, tokens: Tensor) -> None:
-        self._check_open(positions)
         self.canvas.generated[positions] = tokens
         self.canvas.masked[positions] = False
 
