@@ -11,8 +11,8 @@ from samplers.denoising import Predict
 class Subject:
     """A model under test: a forward pass, its text codec, its special tokens, its longest canvas.
 
-    `template` makes a problem's text the model's prompt, such as the message of a chat; `scheme` is how the model reads
-    a canvas.
+    `prompt` makes a problem's text the model's prompt, such as the message of a chat; None: as `encode` does. `scheme`
+    is how the model reads a canvas.
     """
 
     predict: Predict
@@ -21,12 +21,12 @@ class Subject:
     mask_id: int | None
     end_ids: frozenset[int]
     max_length: int
-    template: Callable[[str], str] = str
+    prompt: Callable[[str], list[int]] | None = None
     scheme: Scheme = BIDIRECTIONAL
 
     def encode_prompt(self, text: str) -> list[int]:
         """Token ids of a problem's prompt."""
-        return self.encode(self.template(text))
+        return self.encode(text) if self.prompt is None else self.prompt(text)
 
     def check_length(self, task: str, prompt_length: int, gen_length: int) -> None:
         """Raise ValueError if a prompt of a task and what is to be generated are longer than the longest canvas."""

@@ -6,6 +6,7 @@ from functools import partial
 from fastapi import FastAPI, Request, Response
 
 from server.api.answer import Answer, check_stream_options
+from server.api.assembly import escaped
 from server.api.bodies import read_body
 from server.api.choices import Choice, Piece, Token
 from server.api.generation import Job, Running, start
@@ -51,14 +52,17 @@ def read_job(serving: Serving, body: ChatBody) -> Job:
         message = f"max_tokens says {older}, but max_completion_tokens says {newer}: send one of them"
         raise RequestError("max_tokens", message, "conflicting_values")
     field = "max_tokens" if newer is None else "max_completion_tokens"
-    prompt = encode_chat(serving.text, body.messages)
+    prompt = encode_chat(serving.text, body.messages, bool(body.add_special_tokens))
     return Job([prompt], [], newer or older, prompt_field="messages", length_field=field)
 
 
-def encode_chat(text: TextCodec, messages: Sequence[Message]) -> list[int]:
+def encode_chat(
+    text: TextCodec, messages: Sequence[Message], add_special_tokens: bool = False, add_generation_prompt: bool = True
+) -> list[int]:
     """Messages as tokens. Raises RequestError."""
+    chat = [message.for_template() for message in messages]
     try:
-        return text.encode(text.chat_prompt([message.flat() for message in messages]))
+        return text.encode_chat(chat, add_generation_prompt, add_special_tokens)
     except ChatTemplateError as error:
         raise RequestError("messages", str(error)) from None
 
@@ -70,7 +74,6 @@ class ChatAnswer(Answer):
 
     def __init__(self, running: Running, body: ChatBody, serving: Serving) -> None:
         super().__init__(running, body, serving.catalogue.name)
-        self._token = serving.text.token
         self._wants_logprobs = bool(body.logprobs)
 
     def first(self) -> Sequence[ChatChunk]:
@@ -121,6 +124,6 @@ class ChatAnswer(Answer):
         return ChatLogprobs(content=[self._logprob(token) for token in tokens]) if self._wants_logprobs else None
 
     def _logprob(self, token: Token) -> TokenLogprob:
-        text = self._token(token.id)
-        # Part of a character has no text of its own.
-        return TokenLogprob(token=text, logprob=token.logprob, bytes=None if "\ufffd" in text else list(text.encode()))
+        part = token.part
+        text = escaped(part.bytes) if part.text is None else part.text
+        return TokenLogprob(token=text, logprob=token.logprob, bytes=list(part.bytes))

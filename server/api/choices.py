@@ -9,7 +9,7 @@ import anyio
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
-from server.api.assembly import Detokenizer, StopStrings
+from server.api.assembly import Detokenizer, StopStrings, TokenText, TokenTexts
 from server.api.errors import GenerationFailedError, failure
 from server.api.responses import Finish, ForwardPass
 from server.engine import Committed, Finished, FinishReason
@@ -22,11 +22,10 @@ NO_CHANCE = -9999.0
 
 @dataclass(frozen=True)
 class Token:
-    """A token of the text, the log probability that it was committed with, and the character it starts at."""
+    """A token of the text, and the log probability that it was committed with."""
 
-    id: int
+    part: TokenText
     logprob: float
-    offset: int
 
 
 @dataclass(frozen=True)
@@ -69,13 +68,13 @@ class Choice:
         self._stream = stream
         self._codec = codec
         self._detokenizer = Detokenizer(codec)
+        self._texts = TokenTexts(codec)
         self._stops = StopStrings(stops)
         self._logprobs = logprobs
         self._trajectory = trajectory
         self._logs: dict[int, float] = {}  # by position
         self._tokens: list[Token] = []  # whose text has not been told yet
-        self._positions = 0  # tokens that went into the detokenizer
-        self._decoded = 0  # characters that came out of it
+        self._positions = 0  # tokens whose text is known
         self._told = 0  # characters that were told
 
     def cancel(self) -> None:
@@ -94,6 +93,8 @@ class Choice:
 
     def _finished(self, event: Finished) -> Piece:
         self.completion_tokens, self.forwards = event.completion_tokens, event.forwards
+        if self._logprobs:
+            self._know(self._texts.add([], last=True))
         text = self._stops.add(self._detokenizer.add([], last=True), last=True)
         if self._stops.stopped:
             return Piece(text, self._tell(text), finish=FinishReason.STOP)
@@ -102,25 +103,21 @@ class Choice:
         return Piece(text, self._tell(text, last=True), finish=event.reason)
 
     def _decode(self, event: Committed) -> str:
-        if not self._logprobs:
-            return self._detokenizer.add(event.text_tokens)
-        for position, confidence in zip(event.positions, event.confidences, strict=True):
-            self._logs[position] = math.log(confidence) if confidence > 0 else NO_CHANCE
-        texts = []
-        for token in event.text_tokens:
-            text, own = self._detokenizer.add([token]), self._codec.token(token)
-            # What comes out can begin with the halves of characters before it, which turned out to be all there is.
-            start = self._decoded + (len(text) - len(own) if text.endswith(own) else 0)
-            self._tokens.append(Token(token, self._logs[self._positions], start))
-            texts.append(text)
-            self._decoded += len(text)
+        if self._logprobs:
+            for position, confidence in zip(event.positions, event.confidences, strict=True):
+                self._logs[position] = math.log(confidence) if confidence > 0 else NO_CHANCE
+            self._know(self._texts.add(event.text_tokens))
+        return self._detokenizer.add(event.text_tokens)
+
+    def _know(self, parts: Sequence[TokenText]) -> None:
+        for part in parts:
+            self._tokens.append(Token(part, self._logs[self._positions]))
             self._positions += 1
-        return "".join(texts)
 
     def _tell(self, text: str, last: bool = False) -> list[Token]:
         """The tokens that begin in the text that is told now; at the end also those without a text."""
         self._told += len(text)
-        told = [token for token in self._tokens if last or token.offset < self._told]
+        told = [token for token in self._tokens if last or token.part.start < self._told]
         self._tokens = self._tokens[len(told) :]
         return told
 

@@ -7,6 +7,7 @@ from functools import partial
 from fastapi import FastAPI, Request, Response
 
 from server.api.answer import Answer, check_stream_options
+from server.api.assembly import escaped
 from server.api.bodies import read_body
 from server.api.choices import Choice, Piece
 from server.api.generation import Job, Running, check_ids, start
@@ -15,6 +16,7 @@ from server.api.requests import CompletionBody
 from server.api.responses import Completion, CompletionChoice, CompletionLogprobs, Usage, Used
 from server.api.serving import Serving
 from server.engine import RequestError
+from server.models.text import TextCodec
 
 
 def add_routes(app: FastAPI, serving: Serving) -> None:
@@ -40,12 +42,26 @@ def add_routes(app: FastAPI, serving: Serving) -> None:
 
 def read_job(serving: Serving, body: CompletionBody) -> Job:
     """Prompts and suffix as tokens. Raises RequestError."""
-    text, given = serving.text, body.prompts()
-    prompts = [text.encode(prompt) if isinstance(prompt, str) else prompt for prompt in given]
+    text, given, info = serving.text, body.prompts(), serving.engine.info
+    around = body.add_special_tokens is not False
+    prompts = [text.encode(prompt, around) if isinstance(prompt, str) else prompt for prompt in given]
+    suffix = text.encode(body.suffix or "")
     for prompt in prompts:
-        check_ids("prompt", prompt, serving.engine.info.vocab_size)
+        check_ids("prompt", prompt, info.vocab_size)
+        _check_masks("prompt", prompt, info.mask_id, text)
+    _check_masks("suffix", suffix, info.mask_id, text)
     echo = [p if isinstance(p, str) else text.decode(p, skip_special_tokens=False) for p in given if body.echo]
-    return Job(prompts, text.encode(body.suffix or ""), body.max_tokens, prompt_field="prompt", echo=echo)
+    return Job(prompts, suffix, body.max_tokens, prompt_field="prompt", echo=echo)
+
+
+def _check_masks(field: str, ids: Sequence[int], mask: int | None, text: TextCodec) -> None:
+    """Refuse the mask token outside of the generation region: nothing would ever be put in its place."""
+    if mask is not None and mask in ids:
+        raise RequestError(
+            field,
+            f"{field} has the mask token {text.token(mask)} ({mask}): only the generation region is filled; send the "
+            "text before it as prompt and the text after it as suffix",
+        )
 
 
 class CompletionAnswer(Answer):
@@ -55,7 +71,6 @@ class CompletionAnswer(Answer):
 
     def __init__(self, running: Running, body: CompletionBody, serving: Serving) -> None:
         super().__init__(running, body, serving.catalogue.name)
-        self._token = serving.text.token
         self._wants_logprobs = body.logprobs is not None
 
     def first(self) -> Sequence[Completion]:
@@ -97,7 +112,10 @@ class CompletionAnswer(Answer):
 
     def _logprobs(self, piece: Piece) -> CompletionLogprobs:
         return CompletionLogprobs(
-            tokens=[self._token(token.id) for token in piece.tokens],
+            tokens=[
+                f"bytes:{escaped(token.part.bytes)}" if token.part.text is None else token.part.text
+                for token in piece.tokens
+            ],
             token_logprobs=[token.logprob for token in piece.tokens],
-            text_offset=[token.offset for token in piece.tokens],
+            text_offset=[token.part.start for token in piece.tokens],
         )

@@ -107,7 +107,7 @@ def _requests(serving: Serving, body: GenerationBody, rule: Rule, job: Job) -> t
     info = serving.engine.info
     sampler, params = rule
     block_length = info.blocks(body.block_length if "block_length" in body.model_fields_set else info.block_length)
-    ends = frozenset() if body.ignore_eos else info.end_ids
+    ends = (frozenset() if body.ignore_eos else info.end_ids) | _named_ends(serving, body)
     number = body.n or 1
     left = [info.max_length - len(prompt) - len(job.suffix) for prompt in job.prompts]
     lengths = [job.max_tokens or max(1, min(DEFAULT_MAX_TOKENS, each)) for each in left]
@@ -182,6 +182,15 @@ def check_ids(field: str, ids: Sequence[int], vocab_size: int) -> None:
     largest = max(ids, default=0)
     if largest >= vocab_size:
         raise RequestError(field, f"{field}: {largest} is not a token id, the model has {vocab_size} of them")
+
+
+def _named_ends(serving: Serving, body: GenerationBody) -> frozenset[int]:
+    """Special tokens that the body names as stops, which texts leave out. Raises RequestError for the mask token."""
+    mask = serving.engine.info.mask_id
+    if mask is not None and mask in (body.stop_token_ids or []):
+        raise RequestError("stop_token_ids", f"{mask} is the mask token, which no text ends with: leave it out")
+    found = [serving.text.special_token_id(stop) for stop in body.stop]
+    return frozenset(id for id in found if id is not None and id != mask)
 
 
 def _seeds(seed: int | None, prompts: int, number: int) -> list[int]:

@@ -11,7 +11,10 @@ from pydantic import (
     JsonValue,
     StringConstraints,
     Tag,
+    ValidationInfo,
+    field_validator,
 )
+from pydantic_core import PydanticCustomError
 
 MAX_CHOICES = 16
 MAX_STOPS = 16
@@ -19,7 +22,7 @@ DEFAULT_MAX_TOKENS = 128
 INT64 = 2**63
 
 # Tags of unions. Validation puts them into the location of an error, where `field_of` drops them.
-TEXT, TEXTS, IDS, ID_LISTS, PARTS = "(text)", "(texts)", "(ids)", "(id lists)", "(parts)"
+TEXT, TEXTS, IDS, ID_LISTS, PARTS, NONE = "(text)", "(texts)", "(ids)", "(id lists)", "(parts)", "(none)"
 
 TokenId = Annotated[int, Field(ge=0, lt=INT64)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
@@ -34,7 +37,7 @@ def _prompt_kind(value: Any) -> str:
 
 
 def _content_kind(value: Any) -> str:
-    return PARTS if isinstance(value, list) else TEXT
+    return PARTS if isinstance(value, list) else NONE if value is None else TEXT
 
 
 def _list_of_stops(value: Any) -> Any:
@@ -135,6 +138,11 @@ class CompletionBody(GenerationBody):
     prompt: Prompt = Field(description="A text, token ids, or a list of either.")
     suffix: str | None = Field(None, description="Text after the generation region (infilling).")
     echo: bool | None = Field(None, description="Put the prompt before the text.")
+    add_special_tokens: bool | None = Field(
+        None,
+        description="Put special tokens around a prompt that is a text as the tokenizer does, such as a "
+        "beginning-of-sequence. Default: true.",
+    )
     logprobs: Annotated[int, Field(ge=0, le=0)] | None = Field(
         None, description="0: the chosen token's log probability at the forward pass that committed it."
     )
@@ -156,21 +164,39 @@ class TextPart(BaseModel):
 
 
 class Message(BaseModel):
-    """A turn of a chat."""
+    """A turn of a chat. Fields that are not listed here go to the chat template too."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="allow")
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
-        Annotated[str, Tag(TEXT)] | Annotated[list[TextPart], Field(fail_fast=True), Tag(PARTS)],
+        Annotated[str, Tag(TEXT)]
+        | Annotated[list[TextPart], Field(fail_fast=True), Tag(PARTS)]
+        | Annotated[None, Tag(NONE)],
         Discriminator(_content_kind),
-    ]
+    ] = Field(None, validate_default=True, description="A text or a list of them. An assistant's may be missing.")
+    name: str | None = Field(None, description="For templates that tell who speaks; others leave it out.")
+    reasoning_content: str | None = Field(
+        None, description="What an assistant thought before its content, for templates that repeat it."
+    )
 
-    def flat(self) -> dict[str, str]:
-        """Role and text, as chat templates know them: `developer` is what used to be `system`."""
-        role = "system" if self.role == "developer" else self.role
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": role, "content": text}
+    @field_validator("content")
+    @classmethod
+    def _only_assistants_are_silent(cls, content: Any, info: ValidationInfo) -> Any:
+        role = info.data.get("role", "assistant")
+        if content is None and role != "assistant":
+            raise PydanticCustomError("missing", "a {role} message needs a text", {"role": role})
+        return content
+
+    def for_template(self) -> dict[str, Any]:
+        """The message as chat templates know it: `developer` is what used to be `system`."""
+        given = {"name": self.name, "reasoning_content": self.reasoning_content, **(self.model_extra or {})}
+        content = self.content
+        return {
+            "role": "system" if self.role == "developer" else self.role,
+            "content": [part.model_dump() for part in content] if isinstance(content, list) else content,
+            **{name: each for name, each in given.items() if each is not None and name not in UNSUPPORTED_IN_MESSAGE},
+        }
 
 
 Messages = Annotated[list[Message], Field(min_length=1, fail_fast=True)]
@@ -185,6 +211,11 @@ class ChatBody(GenerationBody):
         None, description="The chosen tokens' log probabilities at the forward passes that committed them."
     )
     top_logprobs: Annotated[int, Field(ge=0, le=0)] | None = None
+    add_special_tokens: bool | None = Field(
+        None,
+        description="Put the tokenizer's special tokens around the chat, beside those that its template writes. "
+        "Default: false.",
+    )
 
 
 class TokenizeBody(Body):
@@ -193,6 +224,13 @@ class TokenizeBody(Body):
     model: str | None = None
     prompt: str | None = None
     messages: Messages | None = None
+    add_special_tokens: bool | None = Field(
+        None, description="As in the completion of a prompt (default: true) or of a chat (default: false)."
+    )
+    add_generation_prompt: bool | None = Field(
+        None, description="End a chat with the beginning of the assistant's message. Default: true."
+    )
+    return_token_strs: bool | None = Field(None, description="Add the tokens as the vocabulary has them.")
 
 
 class DetokenizeBody(Body):
@@ -260,7 +298,7 @@ UNSUPPORTED: dict[type[Body], dict[str, tuple[Any, ...]]] = {
         "suffix": _NOTHING,
         "echo": (False,),
     },
-    TokenizeBody: {"add_generation_prompt": (True,), "continue_final_message": (False,), "tools": _NOTHING},
+    TokenizeBody: {"continue_final_message": (False,), "tools": _NOTHING},
     DetokenizeBody: {},
     PolicyBody: {},
 }

@@ -113,7 +113,7 @@ class Completion(BaseModel):
 class TokenLogprob(BaseModel):
     token: str
     logprob: float
-    bytes: list[int] | None
+    bytes: list[int] = Field(description="Those of all tokens together are the text's. Special tokens have none.")
     top_logprobs: list[Any] = []
 
 
@@ -235,6 +235,7 @@ class Tokens(BaseModel):
     count: int
     max_model_len: int
     tokens: list[int]
+    token_strs: list[str] | None = Field(None, exclude_if=_absent, description="The tokens as the vocabulary has them.")
 
 
 class Detokenized(BaseModel):

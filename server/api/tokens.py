@@ -31,8 +31,13 @@ def add_routes(app: FastAPI, serving: Serving) -> None:
         serving.catalogue.check_model(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise RequestError("prompt", "send either prompt or messages")
+        if body.messages is None and body.add_generation_prompt is not None:
+            raise RequestError("add_generation_prompt", "add_generation_prompt is for messages: leave it out")
         tokens = await anyio.to_thread.run_sync(partial(_encode, serving, body))
-        return json_response(Tokens(count=len(tokens), max_model_len=info.max_length, tokens=tokens))
+        strings = [text.token_name(token) for token in tokens] if body.return_token_strs else None
+        return json_response(
+            Tokens(count=len(tokens), max_model_len=info.max_length, tokens=tokens, token_strs=strings)
+        )
 
     @app.post(
         "/detokenize",
@@ -52,5 +57,7 @@ def add_routes(app: FastAPI, serving: Serving) -> None:
 
 def _encode(serving: Serving, body: TokenizeBody) -> list[int]:
     if body.messages is not None:
-        return encode_chat(serving.text, body.messages)
-    return serving.text.encode(body.prompt or "")
+        return encode_chat(
+            serving.text, body.messages, bool(body.add_special_tokens), body.add_generation_prompt is not False
+        )
+    return serving.text.encode(body.prompt or "", add_special_tokens=body.add_special_tokens is not False)

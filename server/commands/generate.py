@@ -17,7 +17,7 @@ from server.commands.options import (
     Model,
     Policies,
     Threads,
-    chat_prompt,
+    encode_prompt,
     fail_with_cause,
     open_model,
     open_policies,
@@ -31,7 +31,6 @@ from server.commands.options import (
 if TYPE_CHECKING:
     from policies.specs import SamplerSpec
     from samplers.denoising import Denoising, Outcome, Predict
-    from server.models.text import TextCodec
 
 
 def register(app: typer.Typer) -> None:
@@ -80,7 +79,10 @@ def generate(
     loaded = open_model(model, device, dtype)
     info, text = loaded.backend.info, loaded.text
     spec = spec or _spec(info.sampler, sampler_params)
-    ids = text.encode(_prompt_text(prompt, chat, text))
+    # The newline that a shell's echo adds is no part of a prompt.
+    ids = encode_prompt(text, sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt, chat)
+    if info.mask_id is not None and info.mask_id in ids:
+        wrong("PROMPT", f"has the mask token {text.token(info.mask_id)}, and only the text after it is filled in")
     if len(ids) + max_tokens > info.max_length:
         wrong("--max-tokens", f"{max_tokens} and a prompt of {len(ids)} tokens exceed the model's {info.max_length}")
     block = info.blocks(info.block_length if block_length is None else block)
@@ -159,10 +161,3 @@ def _spec(sampler: str, params: str) -> "SamplerSpec":
         wrong("--sampler-params", f"not JSON: {error}")
     except ValueError as error:
         wrong("--sampler-params", error)
-
-
-def _prompt_text(prompt: str, chat: bool, text: "TextCodec") -> str:
-    """What goes to the model: the prompt, or the chat template's rendering of it."""
-    # The newline that a shell's echo adds is no part of a prompt.
-    content = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
-    return chat_prompt(text, content) if chat else content

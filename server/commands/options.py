@@ -163,12 +163,17 @@ def open_policies(given: list[tuple[str, Path]], model: str | None, loaded: "Loa
     return policies
 
 
-def chat_prompt(text: "TextCodec", content: str) -> str:
-    """A prompt as the chat template renders it, or the end of the command with the reason why not."""
+def encode_prompt(text: "TextCodec", content: str, chat: bool) -> list[int]:
+    """A prompt's tokens: as the tokenizer begins texts, or as the message of a chat.
+
+    Where the chat template refuses it the command ends with the reason why.
+    """
     from server.models.text import ChatTemplateError
 
+    if not chat:
+        return text.encode(content, add_special_tokens=True)
     try:
-        return text.chat_prompt([{"role": "user", "content": content}])
+        return text.encode_chat([{"role": "user", "content": content}])
     except ChatTemplateError as error:
         fail(error)
 
@@ -178,7 +183,7 @@ def subject_of(loaded: "LoadedModel", chat: bool = False) -> "Subject":
     from policies.subject import Subject
 
     info, text = loaded.backend.info, loaded.text
-    template = partial(chat_prompt, text) if chat else str
+    prompt = partial(encode_prompt, text, chat=chat)
     end_ids = info.end_ids
     return Subject(
         loaded.backend.predict,
@@ -187,6 +192,6 @@ def subject_of(loaded: "LoadedModel", chat: bool = False) -> "Subject":
         info.mask_id,
         end_ids,
         info.max_length,
-        template,
+        prompt,
         info.scheme,
     )

@@ -6,9 +6,10 @@
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from server.models.files import ModelError, read_json
+from server.models.tokenizer_settings import named_tokens
 
 CLASSES = ("Qwen2Tokenizer", "Qwen2TokenizerFast", "DreamTokenizer")
 """Values of `tokenizer_class` that split text as below; the two files alone do not say."""
@@ -55,7 +56,22 @@ def load_byte_bpe(folder: Path) -> Tokenizer:
             raise ModelError(
                 f"{path}: added token {token.content!r} cannot have the id {id}: ids must follow one another"
             )
+    tokenizer.post_processor = _around(tokenizer, settings)
     return tokenizer
+
+
+def _around(tokenizer: Tokenizer, settings: dict[str, Any]) -> processors.TemplateProcessing:
+    """Puts the tokens around a text that `add_bos_token` and `add_eos_token` ask for."""
+    names = named_tokens(settings)
+    bos, eos = (
+        [names[f"{kind}_token"]] if settings.get(f"add_{kind}_token") and f"{kind}_token" in names else []
+        for kind in ("bos", "eos")
+    )
+    ids = {token: tokenizer.token_to_id(token) for token in bos + eos}
+    return processors.TemplateProcessing(
+        single=[*bos, "$A", *eos],
+        special_tokens=[(token, id) for token, id in ids.items() if id is not None],
+    )
 
 
 def _vocabulary(path: Path) -> dict[str, int]:

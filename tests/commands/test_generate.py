@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import processors
 
 from samplers import Canvas, get_sampler
 from samplers.denoising import Denoising, Outcome, denoise
@@ -14,6 +15,7 @@ from server.commands.generate import steps
 from server.commands.watch import CanvasView, shade
 from server.models.loading import load_model
 from tests.commands.application import refused, right, unmask
+from tests.tiny import tiny_tokenizer, write_tiny_model
 
 PROMPT = "Tom has 3 apples."
 
@@ -49,6 +51,26 @@ def test_the_chat_template_applies(tiny_model: Path) -> None:
     as_text = right("generate", f"user: {PROMPT}\nassistant:", *common)
     assert right("generate", PROMPT, "--chat", *common).stdout == as_text.stdout
     assert right("generate", PROMPT, *common).stdout != as_text.stdout
+
+
+def test_a_prompt_begins_as_the_tokenizer_says(tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / "model")
+    plain = right("generate", PROMPT, "--model", model, "--max-tokens", 8)
+    tokenizer = tiny_tokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 1)]
+    )
+    tokenizer.save(str(model / "tokenizer.json"))
+    begun = right("generate", PROMPT, "--model", model, "--max-tokens", 8)
+    assert begun.stdout != plain.stdout
+    tiny_tokenizer().save(str(model / "tokenizer.json"))
+    assert right("generate", f"<|endoftext|>{PROMPT}", "--model", model, "--max-tokens", 8).stdout == begun.stdout
+
+
+def test_a_mask_token_in_the_prompt_is_refused(tiny_model: Path) -> None:
+    message = refused(2, "generate", f"{PROMPT} <|mdm_mask|>", "--model", tiny_model)
+    assert "PROMPT" in message and "<|mdm_mask|>" in message
+    right("generate", f"{PROMPT} <|mdm_mask|>", "--chat", "--model", tiny_model, "--max-tokens", 4)
 
 
 def test_drawn_tokens_follow_the_seed(tiny_model: Path) -> None:

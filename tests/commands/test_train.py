@@ -235,9 +235,9 @@ def test_a_chat_is_its_last_question(recipe: Path, tmp_path: Path) -> None:
         {"role": "assistant", "content": "Sorted: 1 2"},
         {"role": "user", "content": "  Sort these numbers: 4 3\n"},
     ]
-    assert codec.chat_prompt(chat) == "Sort these numbers: 4 3"
+    assert codec.decode(codec.encode_chat(chat)) == "Sort these numbers: 4 3"
     with pytest.raises(ChatTemplateError, match="there is no user message"):
-        codec.chat_prompt(chat[:1])
+        codec.encode_chat(chat[:1])
 
 
 @pytest.mark.parametrize(("text", "length"), [("full", None), ("0", None), ("16", 16)])

@@ -65,9 +65,21 @@ def test_merges_and_added_tokens_are_used(codec: TextCodec) -> None:
     assert len(codec.encode("Tom has apples")) == 3
     assert [codec.token_id(token) for token in ADDED] == list(range(codec.vocab_size - len(ADDED), codec.vocab_size))
     assert codec.decode(codec.encode("a<|mask|>")) == "a"
-    assert codec.chat_prompt([{"role": "user", "content": "Hi"}]) == (
+    assert codec.decode(codec.encode_chat([{"role": "user", "content": "Hi"}]), False) == (
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     )
+
+
+@pytest.mark.parametrize("bos", [None, False, True])
+@pytest.mark.parametrize("eos", [None, True])
+def test_tokens_around_a_text_are_those_of_transformers(tmp_path: Path, bos: bool | None, eos: bool | None) -> None:
+    from transformers import Qwen2Tokenizer
+
+    asked = {"add_bos_token": bos, "add_eos_token": eos}
+    given = {name: value for name, value in asked.items() if value is not None}
+    write_tokenizer(tmp_path, tokenizer_class="Qwen2Tokenizer", **given)
+    expected = Qwen2Tokenizer.from_pretrained(tmp_path).encode("Tom has")
+    assert TextCodec.load(tmp_path).encode("Tom has", add_special_tokens=True) == expected
 
 
 def edit(folder: Path, change: Callable[[dict[str, Any]], object], name: str = "tokenizer_config.json") -> None:

@@ -6,13 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoTokenizer
 
 from server.models.files import ModelError
 from server.models.text import ChatTemplateError, TextCodec
+from tests.kinds_of_tokenizers import KINDS
 from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
 
 Write = Callable[..., Path]
 HELLO = [{"role": "user", "content": " Hi! "}]
+
+
+def chat(codec: TextCodec, messages: list[Any]) -> str:
+    """The prompt of a chat, by way of its tokens."""
+    return codec.decode(codec.encode_chat(messages), skip_special_tokens=False)
 
 
 @pytest.fixture
@@ -52,6 +60,76 @@ def test_special_tokens_in_a_text_count_and_none_is_added(write: Write) -> None:
     assert codec.token_id("<|endoftext|>") == 1 and codec.token_id("<|eot_id|>") is None
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_around_a_text_are_those_of_transformers(tmp_path: Path, kind: str) -> None:
+    KINDS[kind]().save(str(tmp_path / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": False, "bos_token": "<bos>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    second, codec = AutoTokenizer.from_pretrained(tmp_path), TextCodec.load(tmp_path)
+    for text in ("a", "hello the world", " he<eos>llo <mask>", ""):
+        assert codec.encode(text, add_special_tokens=True) == second.encode(text)
+        assert codec.encode(text) == second.encode(text, add_special_tokens=False)
+    assert codec.encode("a", add_special_tokens=True)[0] == codec.token_id("<bos>")
+
+
+def test_whatever_the_tokenizer_puts_around_a_text_is_there(write: Write) -> None:
+    folder = write()
+    tokenizer = tiny_tokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|mdm_mask|> $A <|endoftext|>", special_tokens=[("<|mdm_mask|>", 0), ("<|endoftext|>", 1)]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    codec = TextCodec.load(folder)
+    inside = codec.encode("Tom has")
+    assert codec.encode("Tom has", add_special_tokens=True) == [0, *inside, 1]
+    message = [{"role": "user", "content": "Tom has"}]
+    assert codec.encode_chat(message) == inside
+    assert codec.encode_chat(message, add_special_tokens=True) == [0, *inside, 1]
+
+
+def test_a_named_token_is_special_though_only_the_settings_say_so(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "<mask>": 1, "a": 2}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"mask_token": "<mask>", "pad_token": "<none>", "tokenizer_class": "PreTrainedTokenizerFast"})
+    )
+    codec, second = TextCodec.load(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert codec.encode("a<mask>a") == second.encode("a<mask>a") == [2, 1, 2]
+    assert codec.decode([2, 1, 2]) == second.decode([2, 1, 2], skip_special_tokens=True) == "a a"
+    assert codec.special_token_id("<mask>") == 1 and codec.special_token_id("a") is None
+    assert codec.vocab_size == 3, "a token without an id in the vocabulary is none"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"additional_special_tokens": ["<role>"]},
+        {"extra_special_tokens": {"role_token": "<role>"}},
+        {"extra_special_tokens": ["<role>"]},
+        {"role_token": "<role>"},
+        {"added_tokens_decoder": {"2": {"content": "<role>", "special": True, "lstrip": True, "normalized": False}}},
+        {},
+    ],
+)
+@pytest.mark.parametrize("added", [False, True])
+def test_which_tokens_are_special_is_what_transformers_says(
+    tmp_path: Path, settings: dict[str, Any], added: bool
+) -> None:
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "<role>": 2}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if added:
+        tokenizer.add_tokens([AddedToken("<role>", special=False, normalized=False)])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"} | settings)
+    )
+    codec, second = TextCodec.load(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert codec.encode("a<role>a") == second.encode("a<role>a")
+    assert codec.decode([1, 2, 1]) == second.decode([1, 2, 1], skip_special_tokens=True)
+
+
 def test_half_a_surrogate_pair_is_no_reason_to_fail(write: Write) -> None:
     codec = TextCodec.load(write())
     assert codec.decode(codec.encode("a\ud800b\udc00")) == "a\ufffdb\ufffd"
@@ -75,17 +153,17 @@ def test_padding_and_truncation_of_the_file_are_switched_off(write: Write) -> No
 def test_a_template_in_the_tokenizers_settings(write: Write) -> None:
     codec = TextCodec.load(write({"chat_template": CHAT_TEMPLATE}))
     assert codec.has_chat_template
-    assert codec.chat_prompt(HELLO) == "user:  Hi! \nassistant:"
+    assert chat(codec, HELLO) == "user:  Hi! \nassistant:"
 
 
 def test_a_template_in_a_file_comes_first(write: Write) -> None:
     codec = TextCodec.load(write({"chat_template": CHAT_TEMPLATE}, jinja="file: {{ messages[0].content | trim }}"))
-    assert codec.chat_prompt(HELLO) == "file: Hi!"
+    assert chat(codec, HELLO) == "file: Hi!"
 
 
 def test_the_default_of_several_templates(write: Write) -> None:
     named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
-    assert TextCodec.load(write({"chat_template": named})).chat_prompt(HELLO) == "plain"
+    assert chat(TextCodec.load(write({"chat_template": named})), HELLO) == "plain"
     assert not TextCodec.load(write({"chat_template": named[:1]})).has_chat_template
 
 
@@ -97,7 +175,7 @@ def test_the_template_sees_special_tokens_as_texts_or_objects(write: Write) -> N
         "chat_template": "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}{{ unk_token }}{{ pad_token }}",
     }
     codec = TextCodec.load(write(settings, {"bos_token": "<older>", "unk_token": "<unk>"}))
-    assert codec.chat_prompt(HELLO) == "<s> Hi! </s><unk>"
+    assert chat(codec, HELLO) == "<s> Hi! </s><unk>"
 
 
 def test_the_published_llada_template(write: Write) -> None:
@@ -108,7 +186,7 @@ def test_the_published_llada_template(write: Write) -> None:
         "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
     )
     codec = TextCodec.load(write({"chat_template": template, "bos_token": "<|startoftext|>"}))
-    assert codec.chat_prompt(HELLO) == (
+    assert chat(codec, HELLO) == (
         "<|startoftext|><|start_header_id|>user<|end_header_id|>\n\nHi!<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n"
     )
@@ -122,7 +200,7 @@ def test_what_templates_may_use(write: Write) -> None:
     )
     codec = TextCodec.load(write(jinja=template))
     messages = [{"role": "tool", "content": "x"}, {"role": "user", "content": '<é> "q"'}]
-    assert codec.chat_prompt(messages) == '"<é> \\"q\\""4'
+    assert chat(codec, messages) == '"<é> \\"q\\""4'
 
 
 @pytest.mark.parametrize(
@@ -140,7 +218,7 @@ def test_what_templates_may_use(write: Write) -> None:
 def test_refusals_of_a_template_are_one_line(write: Write, template: str, why: str) -> None:
     codec = TextCodec.load(write(jinja=template))
     with pytest.raises(ChatTemplateError) as caught:
-        codec.chat_prompt(HELLO)
+        chat(codec, HELLO)
     message = str(caught.value).lower()
     assert why.lower() in message and "\n" not in message
 
@@ -149,7 +227,7 @@ def test_no_template_is_said(write: Write) -> None:
     codec = TextCodec.load(write({}))
     assert not codec.has_chat_template
     with pytest.raises(ChatTemplateError, match="no chat template"):
-        codec.chat_prompt(HELLO)
+        chat(codec, HELLO)
 
 
 @pytest.mark.parametrize(

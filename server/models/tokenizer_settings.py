@@ -1,0 +1,35 @@
+"""Which tokens have a part to play by a tokenizer's settings."""
+
+from collections.abc import Iterable
+from typing import Any
+
+
+def named_tokens(settings: dict[str, Any]) -> dict[str, str]:
+    """The `..._token` entries of the tokenizer's settings, written as strings or as objects with `content`."""
+    found = {}
+    for name, value in settings.items():
+        content = value.get("content") if isinstance(value, dict) else value
+        if name.endswith("_token") and isinstance(content, str):
+            found[name] = content
+    return found
+
+
+def flagged_tokens(settings: dict[str, Any]) -> set[str]:
+    """Tokens that have a name of the model's own, or are special by `added_tokens_decoder`."""
+    own, decoder = settings.get("extra_special_tokens"), settings.get("added_tokens_decoder")
+    entries = [
+        entry.get("content")
+        for entry in (decoder.values() if isinstance(decoder, dict) else [])
+        if isinstance(entry, dict) and entry.get("special") is True
+    ]
+    return _texts([*entries, *(own.values() if isinstance(own, dict) else [])])
+
+
+def listed_tokens(settings: dict[str, Any]) -> set[str]:
+    """Tokens in lists of special ones."""
+    lists = [settings.get(name) for name in ("additional_special_tokens", "extra_special_tokens")]
+    return _texts(entry for each in lists if isinstance(each, list) for entry in each)
+
+
+def _texts(values: Iterable[Any]) -> set[str]:
+    return {value for value in values if isinstance(value, str)}
