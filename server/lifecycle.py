@@ -3,20 +3,20 @@
 import asyncio
 import os
 import socket
+import threading
 import time
 from contextvars import Context
 from functools import partial
-from http import HTTPStatus
 from types import FrameType
 
 import anyio.to_thread
 import structlog
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from server.api.errors import BadHeaderError, error_response
 from server.engine import Engine
+from server.protocol import Protocol
+from server.settings import Settings
 
 log = structlog.get_logger(__name__)
 
@@ -35,27 +35,24 @@ def listen(host: str, port: int) -> socket.socket:
     return bound
 
 
-class Protocol(HttpToolsProtocol):
-    """HTTP whose answer to what is no HTTP has our errors' shape too."""
-
-    def send_400_response(self, msg: str) -> None:
-        response = error_response(BadHeaderError(msg))
-        head = [*response.raw_headers, (b"connection", b"close")]
-        lines = [f"HTTP/1.1 400 {HTTPStatus.BAD_REQUEST.phrase}".encode(), *(b": ".join(header) for header in head)]
-        self.transport.write(b"\r\n".join([*lines, b"", bytes(response.body)]))
-        self.transport.close()
+DEATH_NOTICE = 2.0
+"""Seconds in which a server whose engine died still answers, so that clients and probes hear of it."""
+LAST_ANSWERS = 1
+"""Seconds that it then leaves to answers which are on their way."""
+LEAVE_WITHIN = 5.0
+"""Seconds after which a process whose engine died ends, whatever hangs."""
 
 
 class DrainingServer(uvicorn.Server):
     """Asked to stop, it lets running requests finish and answers new ones with 503 until then.
 
-    A second signal ends the process at once.
+    A second signal ends the process at once. If the engine dies, it stops by itself.
 
     Attributes:
         drained: False if the time for draining was up before everything had finished.
     """
 
-    def __init__(self, app: FastAPI, engine: Engine, drain_timeout: float) -> None:
+    def __init__(self, app: FastAPI, engine: Engine, settings: Settings) -> None:
         config = uvicorn.Config(
             app,
             http=Protocol,
@@ -65,12 +62,14 @@ class DrainingServer(uvicorn.Server):
             access_log=False,
             server_header=False,
             proxy_headers=False,
+            timeout_keep_alive=settings.keep_alive,  # type: ignore[arg-type] # any number of seconds will do
         )
         super().__init__(config)
         self.drained = True
         self._engine = engine
-        self._timeout = drain_timeout
+        self._timeout = settings.drain_timeout
         self._drain: asyncio.Task[None] | None = None
+        self._died: float | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         # Not the parent's: it closes the socket at once, and ends the process by the signal.
@@ -78,6 +77,16 @@ class DrainingServer(uvicorn.Server):
             os._exit(1)
         # A context of its own: a signal may come in the midst of a request, whose name is no name for this.
         self._drain = asyncio.get_running_loop().create_task(self._drain_and_exit(), context=Context())
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called ten times a second; True ends the server."""
+        if self._died is None and self._engine.failure is not None:
+            self._died = time.monotonic()
+            log.error("the engine died: the server ends, with exit status 1", error=repr(self._engine.failure))
+        if self._died is not None and time.monotonic() - self._died > DEATH_NOTICE:
+            self.config.timeout_graceful_shutdown = LAST_ANSWERS
+            return True
+        return await super().on_tick(counter)
 
     async def _drain_and_exit(self) -> None:
         deadline = time.monotonic() + self._timeout
@@ -92,14 +101,22 @@ class DrainingServer(uvicorn.Server):
         self.should_exit = True
 
 
-def serve(app: FastAPI, engine: Engine, bound: socket.socket, drain_timeout: float) -> bool:
-    """Serve until a signal says to stop; whether everything that ran then could finish. Stops the engine."""
-    server = DrainingServer(app, engine, drain_timeout)
+def serve(app: FastAPI, engine: Engine, bound: socket.socket, settings: Settings) -> bool:
+    """Serve until a signal says to stop or the engine dies. Stops the engine.
+
+    Returns whether everything that ran could finish.
+    """
+    server = DrainingServer(app, engine, settings)
     host, port = bound.getsockname()[:2]
     log.info("serving", url=f"http://{f'[{host}]' if ':' in host else host}:{port}")
     try:
         server.run(sockets=[bound])
     finally:
+        if engine.failure is not None:
+            # A broken device or a dead worker process can hold up everything that is still to be done.
+            deadline = threading.Timer(LEAVE_WITHIN, os._exit, (1,))
+            deadline.daemon = True
+            deadline.start()
         if server.drained:
             engine.stop()
-    return server.drained
+    return server.drained and engine.failure is None

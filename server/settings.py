@@ -126,6 +126,12 @@ class Settings(BaseSettings):
     drain_timeout: float = Field(
         60.0, ge=0, description="Seconds that running requests get to finish when the server is asked to stop."
     )
+    keep_alive: float = Field(
+        75.0,
+        gt=0,
+        description="Seconds that a connection may idle between requests; "
+        "more than the clients and proxies before the server keep one in their pools.",
+    )
     log_format: Literal["text", "json"] = Field("text", description="Form of the log lines on standard error.")
 
 

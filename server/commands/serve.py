@@ -73,7 +73,7 @@ def _check_engine(settings: Settings) -> None:
 
 
 def _load_and_serve(settings: Settings, bound: socket.socket) -> bool:
-    """Serve until a signal says to stop; whether everything that ran then could finish."""
+    """Serve until a signal says to stop or the engine dies; whether everything that ran could finish."""
     from server.app import create_app
     from server.engine import Engine, Limits, RequestError
     from server.engine.memory import TooLittleMemoryError, bound_memory, megabytes
@@ -119,7 +119,7 @@ def _load_and_serve(settings: Settings, bound: socket.socket) -> bool:
         wrong(flag(error.field.partition(".")[0]), error)
     engine.start()
     with watching(policies, settings.policy_dir):
-        return serve_app(app, engine, bound, settings.drain_timeout)
+        return serve_app(app, engine, bound, settings)
 
 
 def health(

@@ -83,6 +83,11 @@ class Engine:
         return self._thread.is_alive() and self._failure is None
 
     @property
+    def failure(self) -> BaseException | None:
+        """What the engine's thread died of, if it did."""
+        return self._failure
+
+    @property
     def accepting(self) -> bool:
         """Whether new generations are taken."""
         return self.alive and not self._draining

@@ -120,7 +120,7 @@ def serving(model: Path, **settings: Any) -> Iterator[Running]:
     engine = Engine(gate, metrics, Limits(chosen.max_batch, chosen.max_queue, chosen.max_batch_tokens))
     bound = listen("127.0.0.1", 0)
     app = create_app(engine, loaded.text, metrics, chosen)
-    server = DrainingServer(app, engine, chosen.drain_timeout)
+    server = DrainingServer(app, engine, chosen)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, name="server")
     engine.start()
     thread.start()

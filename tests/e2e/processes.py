@@ -6,9 +6,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -38,6 +39,8 @@ class Process:
     popen: subprocess.Popen[str]
     url: str
     http: httpx.Client
+    logged: Callable[[], list[str]]
+    """The lines of its log."""
 
     def post(self, **fields: Any) -> httpx.Response:
         return self.http.post("/v1/completions", json={"prompt": "Tom has", **fields})
@@ -47,9 +50,9 @@ class Process:
 
 
 @contextmanager
-def served(*arguments: str, **changes: str) -> Iterator[Process]:
+def served(*arguments: str, program: Sequence[str] = COMMAND, **changes: str) -> Iterator[Process]:
     """`unmask serve` on a free port, killed at the end of the block unless it has ended."""
-    command = [*COMMAND, "serve", "--port", "0", "--log-format", "json", *arguments]
+    command = [*program, "serve", "--port", "0", "--log-format", "json", *arguments]
     with tempfile.TemporaryFile("w+") as log:
         popen = subprocess.Popen(
             command, cwd=ROOT, env=environment(**changes), stdout=subprocess.PIPE, stderr=log, text=True
@@ -61,7 +64,7 @@ def served(*arguments: str, **changes: str) -> Iterator[Process]:
                     time.sleep(0.05)
                 url = json.loads(told[0])["url"]
                 with httpx.Client(base_url=url, timeout=60, trust_env=False) as http:
-                    yield Process(popen, url, http)
+                    yield Process(popen, url, http, partial(_lines, log))
             finally:
                 popen.kill()
 
