@@ -7,6 +7,8 @@ from server.api.catalogue import Catalogue, default_rule
 from server.api.errors import add_error_handlers
 from server.api.middleware.auth import ApiKeys
 from server.api.middleware.body_limit import BodyLimit
+from server.api.middleware.head import HeadAsGet
+from server.api.middleware.paths import PlainPaths
 from server.api.middleware.request_id import RequestId
 from server.api.openapi import complete_openapi
 from server.api.serving import Serving
@@ -42,13 +44,15 @@ def create_app(engine: Engine, text: TextCodec, metrics: Metrics, settings: Sett
     tokens.add_routes(app, serving)
     operations.add_routes(app, serving)
     # The last one added is the first to see a request.
+    app.add_middleware(PlainPaths)
+    app.add_middleware(HeadAsGet)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
-    keys = [key.get_secret_value() for key in settings.api_key]
-    if keys:
+    open_paths: frozenset[str] | None = None
+    if keys := [key.get_secret_value() for key in settings.api_key]:
         if settings.admin_key is not None:
             keys.append(settings.admin_key.get_secret_value())
         open_paths = operations.OPEN | ({operations.METRICS} if settings.metrics_open else set())
         app.add_middleware(ApiKeys, keys=keys, open_paths=open_paths)
     app.add_middleware(RequestId)
-    complete_openapi(app, needs_key=bool(keys))
+    complete_openapi(app, open_paths)
     return app

@@ -2,10 +2,11 @@
 
 import logging
 import sys
-from typing import Literal
+from io import StringIO
+from typing import Literal, TextIO
 
 import structlog
-from structlog.typing import Processor
+from structlog.typing import EventDict, ExcInfo, Processor, WrappedLogger
 
 
 def configure_logging(form: Literal["text", "json"] = "text") -> None:
@@ -18,9 +19,10 @@ def configure_logging(form: Literal["text", "json"] = "text") -> None:
     if form == "json":
         render: list[Processor] = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     else:
-        # Plain, because the pretty ones print local variables: slow, and keys and prompts are among them.
-        traceback = structlog.dev.plain_traceback
-        render = [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=traceback)]
+        render = [
+            escape_controls,
+            structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=plain_traceback),
+        ]
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         logger_factory=structlog.stdlib.LoggerFactory(),
@@ -37,3 +39,26 @@ def configure_logging(form: Literal["text", "json"] = "text") -> None:
     logging.basicConfig(handlers=[handler], level=logging.INFO, force=True)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)  # what it says of starting and stopping, we say
     logging.getLogger("httpx").setLevel(logging.WARNING)
+
+
+def escape_controls(logger: WrappedLogger, name: str, event: EventDict) -> EventDict:
+    """Let no text in a line begin another line or command the terminal; clients choose some of these texts."""
+    return {key: escaped(value) if isinstance(value, str) else value for key, value in event.items()}
+
+
+def escaped(text: str) -> str:
+    """A text whose control characters and line breaks, of all kinds, are written as escapes."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def plain_traceback(file: TextIO, error: ExcInfo) -> None:
+    """Write a traceback, indented, so that no line of an exception's message looks like a line of the log.
+
+    Plain, because the pretty ones print local variables: slow, and keys and prompts are among them.
+    """
+    buffer = StringIO()
+    structlog.dev.plain_traceback(buffer, error)
+    # Not splitlines(), which would leave the rarer line breaks of a message as they are.
+    file.write("\n".join(f"  {escaped(line)}" for line in buffer.getvalue().split("\n")))

@@ -1,27 +1,61 @@
 """Prometheus metrics, recorded where the event happens. The one place that names them."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
+from typing import Concatenate, ParamSpec
 
+import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
+
+log = structlog.get_logger(__name__)
 
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
-# vLLM's buckets where the meaning is shared.
-E2E = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0)
+# vLLM's buckets where the meaning is shared, and smaller ones: a small model answers in milliseconds.
+E2E = (
+    *(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2),
+    *(0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0),
+)
 FIRST_TOKEN = (
-    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0),
+    *(0.001, 0.002, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0),
     *(20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
 )
-PER_TOKEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
+PER_TOKEN = (
+    *(0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005),
+    *(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
+)
 COUNTS = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0, 64.0, 128.0, 256.0)
 PER_FORWARD = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 64.0, 128.0)
 STEP = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
 
+P = ParamSpec("P")
+
+
+def recording(record: Callable[Concatenate["Metrics", P], None]) -> Callable[Concatenate["Metrics", P], None]:
+    """A method that records, and never raises: what it measures goes on without it. The first failure is logged."""
+
+    @functools.wraps(record)
+    def guarded(self: "Metrics", /, *args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            record(self, *args, **kwargs)
+        except Exception:
+            if record.__name__ not in self.failed:
+                self.failed.add(record.__name__)
+                log.exception("a metric cannot be recorded; this is told once", metric=record.__name__)
+
+    return guarded
+
+
 class Metrics:
-    """All metrics of one served model, in a registry of its own."""
+    """All metrics of one served model, in a registry of its own.
+
+    Attributes:
+        failed: recording methods that have failed, which is a bug here or in what called them.
+    """
 
     def __init__(self, model_name: str) -> None:
+        self.failed: set[str] = set()
         self.registry = CollectorRegistry()
         self.model_name = self._model = model_name
 
@@ -65,44 +99,53 @@ class Metrics:
         for metric in (self._running, self._waiting, self._prompt_tokens, self._model_forwards):
             metric.labels(model_name)
 
+    @recording
     def queue(self, running: int, waiting: int) -> None:
         """How many generations run and wait now."""
         self._running.labels(self._model).set(running)
         self._waiting.labels(self._model).set(waiting)
 
+    @recording
     def memory(self, parts: Mapping[str, int]) -> None:
         """What serving takes at most, in bytes."""
         for part, count in parts.items():
             self._memory.labels(self._model, part).set(count)
 
+    @recording
     def prompt_tokens(self, count: int) -> None:
         """A request was accepted."""
         self._prompt_tokens.labels(self._model).inc(count)
 
+    @recording
     def queue_time(self, seconds: float) -> None:
         """A generation was admitted."""
         self._queue.labels(self._model).observe(seconds)
 
+    @recording
     def model_forward(self) -> None:
         """The model ran once, for however many rows."""
         self._model_forwards.labels(self._model).inc()
 
+    @recording
     def committed(self, sampler: str, positions: int, tokens: int) -> None:
         """A generation took part in a forward, committed `positions`, and `tokens` more are settled text."""
         self._forwards.labels(self._model, sampler).inc()
         self._per_step.labels(self._model, sampler).observe(positions)
         self._tokens.labels(self._model, sampler).inc(tokens)
 
+    @recording
     def first_token(self, seconds: float) -> None:
         """The first token of a generation is settled."""
         self._first.labels(self._model).observe(seconds)
 
+    @recording
     def step(self, rows: int, model: float, sampler: float, rest: float) -> None:
         """A step of `rows` generations took this many seconds, by part."""
         self._rows.labels(self._model).observe(rows)
         for part, seconds in (("model", model), ("sampler", sampler), ("rest", rest)):
             self._step.labels(self._model, part).observe(seconds)
 
+    @recording
     def finished(
         self, sampler: str, reason: str, tokens: int, forwards: int, seconds: float, decode_seconds: float
     ) -> None:

@@ -33,7 +33,25 @@ def _split(value: Any) -> Any:
     return value.split(",") if isinstance(value, str) else value
 
 
-Key = Annotated[SecretStr, Field(min_length=1)]
+SPACE = " \t\n\r\f\v"
+"""White space as HTTP knows it, which clients' keys are freed of too."""
+
+
+def _split_keys(value: Any) -> Any:
+    """As `_split`, without what holds no key: white space and nothing, which a secret mounted from a file can have."""
+    if not isinstance(value, str):
+        return value
+    keys = [key for key in _split(value) if key.strip(SPACE)]
+    if not keys:
+        raise ValueError("there is no key in it: leave it out to serve without keys")
+    return keys
+
+
+def _strip(value: Any) -> Any:
+    return value.strip(SPACE) if isinstance(value, str) else value
+
+
+Key = Annotated[SecretStr, BeforeValidator(_strip), Field(min_length=1)]
 
 
 def name_and_folder(value: Any) -> Any:
@@ -112,7 +130,7 @@ class Settings(BaseSettings):
     )
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0: any that is free.")
-    api_key: Annotated[tuple[Key, ...], NoDecode, BeforeValidator(_split)] = Field(
+    api_key: Annotated[tuple[Key, ...], NoDecode, BeforeValidator(_split_keys)] = Field(
         (), description="A key that clients may use (repeatable); without any, everybody may.", examples=["KEY"]
     )
     admin_key: Key | None = Field(

@@ -9,7 +9,7 @@ from fastapi import Request
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from server.api.errors import BadHeaderError
+from server.api.errors import BadHeaderError, UnsupportedEncodingError
 from server.api.requests import UNSUPPORTED, UNSUPPORTED_IN_MESSAGE, Body, ChatBody, TokenizeBody
 from server.engine import RequestError
 
@@ -18,15 +18,35 @@ LONG = 64 * 1024
 SHOWN = 80
 """Characters of a wrong value that its error repeats."""
 
+SIGNATURES = {
+    b"\xef\xbb\xbf": "begins with a byte order mark (BOM)",
+    b"\xff\xfe": "begins with a byte order mark (BOM) and is UTF-16 or UTF-32",
+    b"\xfe\xff": "begins with a byte order mark (BOM) and is UTF-16",
+    b"\x00\x00\xfe\xff": "begins with a byte order mark (BOM) and is UTF-32",
+    b"{\x00": "is UTF-16 or UTF-32",
+    b"\x00": "is UTF-16 or UTF-32",
+    b"\x1f\x8b": "is compressed (gzip)",
+    b"\x28\xb5\x2f\xfd": "is compressed (zstd)",
+}
+"""What a body that is no JSON may begin with, where the parser's message would not tell."""
+
 B = TypeVar("B", bound=Body)
 
 
 async def read_body(request: Request, cls: type[B]) -> B:
-    """The request's JSON body. Raises RequestError, BadHeaderError or, from the limit on bodies, BodyTooLargeError."""
+    """The request's JSON body.
+
+    Raises RequestError, BadHeaderError, UnsupportedEncodingError or, from the limit on bodies, BodyTooLargeError.
+    """
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     # A web page of another site can send any other type without asking first.
     if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
-        raise BadHeaderError(f"content-type is {kind!r}: send JSON as application/json")
+        raise BadHeaderError(f"content-type is {show(kind)}: send JSON as application/json")
+    for header in ("content-encoding", "transfer-encoding"):
+        codings = {coding.strip().lower() for coding in ",".join(request.headers.getlist(header)).split(",")}
+        if packed := codings - {"", "identity", "chunked"}:
+            coding = show(", ".join(sorted(packed)))
+            raise UnsupportedEncodingError(f"{header} is {coding}: send the body as it is, without compression")
     data = await request.body()
     if len(data) > LONG:
         return await anyio.to_thread.run_sync(partial(parse_body, data, cls))
@@ -35,6 +55,8 @@ async def read_body(request: Request, cls: type[B]) -> B:
 
 def parse_body(data: bytes, cls: type[B]) -> B:
     """The body in these bytes. Raises RequestError."""
+    if (found := next((what for start, what in SIGNATURES.items() if data.startswith(start)), None)) is not None:
+        raise RequestError("body", f"the request's body {found}: send plain UTF-8", "invalid_json")
     try:
         body = cls.model_validate_json(data)
     except ValidationError as error:

@@ -75,12 +75,21 @@ class ChatAnswer(Answer):
     def __init__(self, running: Running, body: ChatBody, serving: Serving) -> None:
         super().__init__(running, body, serving.catalogue.name)
         self._wants_logprobs = bool(body.logprobs)
+        self._begun: set[int] = set()
 
     def first(self) -> Sequence[ChatChunk]:
-        begin = ChatDelta(role="assistant", content="")
-        return [self._chunk([ChatChunkChoice(index=choice.index, delta=begin)]) for choice in self.running.choices]
+        # Clients measure the time to the first token by the first chunk, so the role waits for what it comes with.
+        return []
 
-    def chunk(self, choice: Choice, piece: Piece) -> ChatChunk:
+    def chunks(self, choice: Choice, piece: Piece) -> Sequence[ChatChunk]:
+        chunk = self._piece(choice, piece)
+        if choice.index in self._begun:
+            return [chunk]
+        self._begun.add(choice.index)
+        role = ChatChunkChoice(index=choice.index, delta=ChatDelta(role="assistant", content=""))
+        return [self._chunk([role]), chunk]
+
+    def _piece(self, choice: Choice, piece: Piece) -> ChatChunk:
         part = ChatChunkChoice(
             index=choice.index,
             delta=ChatDelta(content=piece.text or None),

@@ -78,8 +78,8 @@ class CompletionAnswer(Answer):
             return []
         return [self._completion([self._choice(choice, Piece(self._echo(choice)))]) for choice in self.running.choices]
 
-    def chunk(self, choice: Choice, piece: Piece) -> Completion:
-        return self._completion([self._choice(choice, piece)], unmask=self.running.used if piece.finish else None)
+    def chunks(self, choice: Choice, piece: Piece) -> Sequence[Completion]:
+        return [self._completion([self._choice(choice, piece)], unmask=self.running.used if piece.finish else None)]
 
     def usage_chunk(self) -> Completion:
         return self._completion([], usage=self.running.usage())

@@ -6,6 +6,7 @@ from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match, Route
 
 from server.engine import FinishReason, NotServingError, QueueFullError, RequestError
 
@@ -40,6 +41,10 @@ class BadHeaderError(Exception):
     """A header that makes no sense."""
 
 
+class UnsupportedEncodingError(Exception):
+    """A body that is compressed."""
+
+
 class UnauthorizedError(Exception):
     """No API key, or one that is not known."""
 
@@ -70,6 +75,7 @@ ERRORS: list[tuple[type[Exception], int, str, str | None]] = [
     (UnauthorizedError, 401, INVALID, "invalid_api_key"),
     (ForbiddenError, 403, "permission_error", "forbidden"),
     (BodyTooLargeError, 413, INVALID, "request_too_large"),
+    (UnsupportedEncodingError, 415, INVALID, "unsupported_encoding"),
     (QueueFullError, 429, "rate_limit_error", "queue_full"),
     (ClientDisconnect, 499, INVALID, "client_disconnected"),
     (NotServingError, 503, "service_unavailable_error", "not_serving"),
@@ -101,6 +107,8 @@ def error_response(error: Exception) -> Response:
         headers["retry-after"] = str(RETRY_SECONDS)
     if status == HTTPStatus.UNAUTHORIZED:
         headers["www-authenticate"] = "Bearer"
+    if status == HTTPStatus.UNSUPPORTED_MEDIA_TYPE:
+        headers["accept-encoding"] = "identity"
     if status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
         headers["connection"] = "close"  # the rest of the body is not worth reading
     return Response(ErrorResponse(error=detail).model_dump_json(), status, headers, media_type="application/json")
@@ -121,10 +129,21 @@ def add_error_handlers(app: FastAPI) -> None:
     async def answer(request: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException) and error.detail == HTTPStatus(error.status_code).phrase:
             what = f"{error.detail}: {request.method} {request.scope['path'][:200]}"
-            error = HTTPException(error.status_code, what, error.headers)
+            headers = {name.lower(): value for name, value in (error.headers or {}).items()}
+            if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+                headers["allow"] = ", ".join(_allowed(app, request))
+            error = HTTPException(error.status_code, what, headers)
         return error_response(error)
 
     app.add_exception_handler(HTTPException, answer)
     for cls, *_ in ERRORS:
         if cls is not Exception:  # that is what the outermost middleware answers, under the request's name
             app.add_exception_handler(cls, answer)
+
+
+def _allowed(app: FastAPI, request: Request) -> list[str]:
+    """The methods of a request's path, by all of its routes: the first route knows only its own."""
+    routes = [route for route in app.routes if isinstance(route, Route)]
+    fitting = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
+    methods = {method for route in fitting for method in route.methods or ()}
+    return sorted(methods | ({"HEAD"} if "GET" in methods else set()))

@@ -20,6 +20,7 @@ def _errors(*statuses: int) -> Responses:
         403: "Not the admin key",
         404: "There is no such thing",
         413: "The body is too long",
+        415: "The body is compressed",
         429: "The queue is full; try again after `Retry-After` seconds",
         500: "The server failed",
         503: "The server is stopping, or its engine is not running",
@@ -30,9 +31,9 @@ def _errors(*statuses: int) -> Responses:
 
 ERRORS = _errors(401)
 LOOKUP_ERRORS = _errors(401, 404)
-BODY_ERRORS = _errors(400, 401, 404, 413)
-ADMIN_ERRORS = _errors(400, 401, 403, 404, 413)
-GENERATION_ERRORS = _errors(400, 401, 404, 413, 429, 500, 503, 504)
+BODY_ERRORS = _errors(400, 401, 404, 413, 415)
+ADMIN_ERRORS = _errors(400, 401, 403, 404, 413, 415)
+GENERATION_ERRORS = _errors(400, 401, 404, 413, 415, 429, 500, 503, 504)
 UNAVAILABLE = _errors(503)
 
 
@@ -49,17 +50,25 @@ def streamed(chunk: type[BaseModel]) -> Responses:
     return {200: {"description": what, "content": {"text/event-stream": {"schema": event}}}}
 
 
-def complete_openapi(app: FastAPI, needs_key: bool) -> None:
-    """Add the schemas of request bodies to the app's OpenAPI, and take out answers that are never given."""
+def complete_openapi(app: FastAPI, open_paths: frozenset[str] | None) -> None:
+    """Add the schemas of request bodies to the app's OpenAPI, and take out answers that are never given.
+
+    Args:
+        open_paths: the paths that need no key; None if none does.
+    """
     _, bodies = models_json_schema([(model, "validation") for model in UNSUPPORTED], ref_template=SCHEMAS)
     document = app.openapi()
     schemas = document["components"]["schemas"]
     schemas.update(bodies["$defs"])
-    for path in document["paths"].values():
-        for operation in path.values():
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
             operation["responses"].pop("422", None)  # a path parameter is a string: nothing to validate
+            if open_paths is None or path in open_paths:
+                operation["responses"].pop("401", None)
+            if open_paths is not None and path in open_paths:
+                operation["security"] = []
     for unused in ("HTTPValidationError", "ValidationError"):
         schemas.pop(unused, None)
-    if needs_key:
+    if open_paths is not None:
         document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         document["security"] = [{"key": []}]

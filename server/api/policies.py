@@ -1,6 +1,5 @@
 """`/v1/policies`"""
 
-import hmac
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from policies.store import Stored, UnknownPolicyError
 from server.api.bodies import read_body
 from server.api.catalogue import POLICY
 from server.api.errors import ForbiddenError, NotFoundError
+from server.api.middleware.auth import bearer_key, is_key
 from server.api.openapi import ADMIN_ERRORS, ERRORS, LOOKUP_ERRORS, body_of
 from server.api.requests import PolicyBody
 from server.api.responses import PolicyEntry, PolicyList, PolicyRemoved, json_response
@@ -80,9 +80,7 @@ def _check_admin(request: Request, serving: Serving) -> None:
     key = serving.settings.admin_key
     if key is None:
         raise ForbiddenError("policies cannot be changed over HTTP: the server was started without --admin-key")
-    scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    known = key.get_secret_value().encode()
-    if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode("latin-1"), known):
+    if not is_key(bearer_key(request.headers), key.get_secret_value()):
         raise ForbiddenError("this needs the admin key: send it as 'Authorization: Bearer KEY'")
 
 

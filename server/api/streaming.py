@@ -20,10 +20,10 @@ class Chunks(ABC):
 
     @abstractmethod
     def first(self) -> Sequence[BaseModel]:
-        """What it begins with."""
+        """What it begins with, before any forward pass."""
 
     @abstractmethod
-    def chunk(self, choice: Choice, piece: Piece) -> BaseModel:
+    def chunks(self, choice: Choice, piece: Piece) -> Sequence[BaseModel]:
         """A piece of a choice."""
 
     @abstractmethod
@@ -53,18 +53,19 @@ class EventStreamResponse(Response):
         async def write(text: str, more: bool = True) -> None:
             await send({"type": "http.response.body", "body": text.encode("ascii"), "more_body": more})
 
-        async def write_event(event: BaseModel) -> None:
+        async def write_events(events: Sequence[BaseModel]) -> None:
             # ASCII, because some readers of lines break them at U+2028 and the like.
-            await write(f"data: {event.model_dump_json(ensure_ascii=True, exclude=self._exclude)}\n\n")
+            texts = [event.model_dump_json(ensure_ascii=True, exclude=self._exclude) for event in events]
+            if texts:
+                await write("".join(f"data: {text}\n\n" for text in texts))
 
         async def consume(choice: Choice, piece: Piece) -> None:
             if piece != Piece():
-                await write_event(self._chunks.chunk(choice, piece))
+                await write_events(self._chunks.chunks(choice, piece))
 
         with cancelling(self._choices):
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            for chunk in self._chunks.first():
-                await write_event(chunk)
+            await write_events(self._chunks.first())
             try:
                 await follow(self._choices, receive, consume)
             except ClientDisconnect:
@@ -73,9 +74,8 @@ class EventStreamResponse(Response):
             except Exception as error:
                 if not isinstance(error, GenerationFailedError):
                     log.exception("stream failed")
-                await write_event(ErrorResponse(error=describe(error)[1]))
+                await write_events([ErrorResponse(error=describe(error)[1])])
             else:
-                for chunk in self._chunks.last():
-                    await write_event(chunk)
+                await write_events(self._chunks.last())
                 await write("data: [DONE]\n\n")
             await write("", more=False)

@@ -62,6 +62,10 @@ class Gate:
         finally:
             self._open.set()
 
+    def let_through(self) -> None:
+        """Open for good."""
+        self._open.set()
+
     def close(self) -> None:
         self._backend.close()
 

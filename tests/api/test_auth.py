@@ -1,12 +1,17 @@
 """API keys: everything needs one, but for what says it does not."""
 
+import http.client
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 from openai import AuthenticationError
 from starlette.routing import Route
 
+from server.settings import WrongSettingError, load_settings
 from tests.api.serving import Running, error_of, serving
 
 KEYS = ["first-key", "zweiter schlüssel"]
@@ -40,9 +45,17 @@ def test_every_route_but_the_open_ones_needs_a_key(guarded: Running) -> None:
     assert {route.path for route in routes} > OPEN
 
 
-@pytest.mark.parametrize("path", ["/nothing", "/health/", "/health/../v1/models", "//health", "/v1/models?x=/health"])
-def test_what_is_not_exactly_open_needs_a_key(guarded: Running, path: str) -> None:
-    error_of(guarded.get(path), 401)
+@pytest.mark.parametrize("method", ["GET", "HEAD", "OPTIONS"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/nothing", "/health/", "/health/../v1/models", "//health", "/v1/models?x=/health", "/v1/models/"),
+        *("//v1/models", "/v1//models", "/health//v1/models", "/health/%2e%2e/v1/models", "/%2fhealth", "/health%00"),
+    ],
+)
+def test_what_is_not_exactly_open_needs_a_key(guarded: Running, path: str, method: str) -> None:
+    url = httpx.URL(f"{guarded.url}/").copy_with(raw_path=path.encode())  # as it is
+    assert guarded.http.request(method, url).status_code == 401
 
 
 def test_a_host_header_opens_nothing(guarded: Running) -> None:
@@ -54,6 +67,58 @@ def test_a_host_header_opens_nothing(guarded: Running) -> None:
 def test_every_key_opens(guarded: Running, key: str) -> None:
     assert guarded.get("/v1/models", headers=bearer(key)).status_code == 200
     assert guarded.get("/metrics", headers=bearer(key)).status_code == 200
+
+
+@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("form", ["Bearer {} ", "Bearer   {}", "Bearer\t{}\t", "bearer {}", "BEARER {}"])
+def test_white_space_around_a_clients_key_is_none_of_it(guarded: Running, key: str, form: str) -> None:
+    connection = http.client.HTTPConnection(guarded.url.removeprefix("http://"))
+    with closing(connection):
+        connection.request("GET", "/v1/models", headers={"authorization": form.format(key).encode()})
+        assert connection.getresponse().status == 200
+
+
+@pytest.mark.parametrize(
+    ("environment", "keys"),
+    [
+        ("key1, key2", ["key1", "key2"]),
+        ("key1\n", ["key1"]),
+        (" key1 ,\tkey2\r\n", ["key1", "key2"]),
+        ("key1,", ["key1"]),
+        (",\n,key1, ,", ["key1"]),
+        ("gr\u00fc\u00df e\u00e0", ["gr\u00fc\u00df e\u00e0"]),  # its last byte is white space in Latin-1
+    ],
+)
+def test_white_space_around_the_servers_keys_is_none_of_them(
+    tiny_model: Path, environment: str, keys: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UNMASK_API_KEY", environment)
+    monkeypatch.setenv("UNMASK_ADMIN_KEY", " admin\n")
+    with serving(tiny_model) as running:
+        for key in [*keys, "admin"]:
+            assert running.get("/v1/models", headers=bearer(key)).status_code == 200
+        error_of(running.get("/v1/models", headers={"authorization": "Bearer"}), 401)
+        assert error_of(running.http.delete("/v1/policies/x", headers=bearer("admin")), 404)
+        assert error_of(running.http.delete("/v1/policies/x", headers=bearer(keys[0])), 403)
+
+
+@pytest.mark.parametrize("environment", [" ", "\n", ",", " , \n"])
+def test_keys_that_are_only_white_space_do_not_open_the_server(
+    environment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UNMASK_API_KEY", environment)
+    with pytest.raises(WrongSettingError, match="no key") as caught:
+        load_settings({})
+    assert caught.value.where == "UNMASK_API_KEY"
+
+
+def test_keys_of_flags_and_files_are_stripped_too(tmp_path: Path) -> None:
+    config = tmp_path / "unmask.toml"
+    config.write_text('api_key = [" a\\n", "b,c"]\nadmin_key = " d "\n')
+    found = load_settings({}, config)
+    assert [key.get_secret_value() for key in found.api_key] == ["a", "b,c"]
+    assert found.admin_key is not None and found.admin_key.get_secret_value() == "d"
+    assert [key.get_secret_value() for key in load_settings({"api_key": ["e\n", " f"]}).api_key] == ["e", "f"]
 
 
 @pytest.mark.parametrize(
@@ -76,9 +141,33 @@ def test_metrics_are_open_by_flag(tiny_model: Path) -> None:
         error_of(running.get("/v1/models"), 401)
 
 
-def test_openapi_tells_of_the_key(guarded: Running, server: Running) -> None:
-    assert guarded.get("/openapi.json", headers=bearer(KEYS[0])).json()["security"] == [{"key": []}]
-    assert "security" not in server.get("/openapi.json").json()
+def claims(document: Any) -> dict[str, bool]:
+    """Whether each operation of an OpenAPI document needs a key, by the standard's rules."""
+    found = {}
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            found[f"{method} {path}"] = bool(operation.get("security", document.get("security")))
+            assert ("401" in operation["responses"]) == found[f"{method} {path}"], path
+    return found
+
+
+@pytest.mark.parametrize("metrics_open", [False, True])
+def test_openapi_tells_what_needs_a_key(tiny_model: Path, metrics_open: bool) -> None:
+    with serving(tiny_model, api_key=KEYS, metrics_open=metrics_open) as running:
+        claimed = claims(running.get("/openapi.json", headers=bearer(KEYS[0])).json())
+        for operation, needs_key in claimed.items():
+            method, path = operation.split()
+            answer = running.http.request(method, path.format(model="x", sampler="x", policy="x"))
+            assert (answer.status_code == 401) == needs_key, operation
+    assert [path for path, needs_key in claimed.items() if not needs_key] == (
+        ["get /health", "get /ready", "get /metrics"] if metrics_open else ["get /health", "get /ready"]
+    )
+
+
+def test_openapi_claims_no_keys_where_there_are_none(server: Running) -> None:
+    document = server.get("/openapi.json").json()
+    assert not any(claims(document).values())
+    assert "securitySchemes" not in document["components"]
 
 
 def test_no_other_sites_page_may_read_answers(server: Running) -> None:

@@ -1,5 +1,7 @@
 """Whatever comes in: 400, OpenAI's shape, the field's name; never a 5xx."""
 
+import codecs
+import gzip
 import json
 import time
 from typing import Any
@@ -177,6 +179,48 @@ def test_a_missing_field_is_named(server: Running, path: str, param: str) -> Non
 def test_what_is_no_json_object_is_refused(server: Running, path: str, body: bytes) -> None:
     answer = server.http.post(path, content=body, headers={"content-type": "application/json"})
     assert error_of(answer, 400)["param"] == "body"
+
+
+@pytest.mark.parametrize(
+    ("start", "said"),
+    [
+        (codecs.BOM_UTF8, "BOM"),
+        (codecs.BOM_UTF16_LE, "BOM"),
+        (codecs.BOM_UTF16_BE, "BOM"),
+        (codecs.BOM_UTF32_LE, "BOM"),
+        (codecs.BOM_UTF32_BE, "BOM"),
+        (b"\x1f\x8b\x08", "gzip"),
+    ],
+)
+@pytest.mark.parametrize("path", [COMPLETE, CHAT, "/tokenize"])
+def test_a_body_in_another_form_is_told_which(server: Running, path: str, start: bytes, said: str) -> None:
+    body = start + json.dumps({"prompt": PROMPT, "max_tokens": 1}).encode()
+    answer = server.http.post(path, content=body, headers={"content-type": "application/json"})
+    error = error_of(answer, 400)
+    assert error["param"] == "body" and said in error["message"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+def test_other_encodings_of_text_are_named(server: Running, encoding: str) -> None:
+    body = json.dumps({"prompt": PROMPT, "max_tokens": 1}).encode(encoding)
+    answer = server.http.post(COMPLETE, content=body, headers={"content-type": "application/json"})
+    assert "UTF-8" in error_of(answer, 400)["message"]
+
+
+@pytest.mark.parametrize("coding", ["gzip", "GZIP", "x-gzip", "deflate", "br", "zstd", "identity, gzip"])
+def test_a_compressed_body_is_refused_by_name(server: Running, coding: str) -> None:
+    body = gzip.compress(json.dumps({"prompt": PROMPT, "max_tokens": 1}).encode())
+    headers = {"content-type": "application/json", "content-encoding": coding}
+    answer = server.http.post(COMPLETE, content=body, headers=headers)
+    error = error_of(answer, 415)
+    assert "content-encoding" in error["message"] and coding.lower().removeprefix("identity, ") in error["message"]
+    assert answer.headers["accept-encoding"] == "identity"
+
+
+def test_no_compression_is_no_compression(server: Running) -> None:
+    body = json.dumps({"prompt": PROMPT, "max_tokens": 1})
+    headers = {"content-type": "application/json", "content-encoding": "identity"}
+    assert server.http.post(COMPLETE, content=body, headers=headers).status_code == 200
 
 
 def test_other_content_types_are_refused(server: Running) -> None:

@@ -1,5 +1,7 @@
 """/v1/chat/completions through the openai client."""
 
+import json
+import threading
 from typing import Any
 
 import pytest
@@ -75,6 +77,38 @@ def test_the_stream(server: Running, whole: Any, number: int) -> None:
         # Two rows in a forward are added up in another order than one.
         logs = [token.logprob for token in expected]
         assert [token.logprob for token in tokens] == pytest.approx(logs, abs=1e-4)
+
+
+def test_a_stream_says_nothing_before_there_is_text(server: Running, whole: Any) -> None:
+    body = {"messages": MESSAGES, "max_tokens": 20, "n": 2, "block_length": 1, "stream": True}
+    received: list[str] = []
+    with server.gate.closed():
+        stream = server.http.stream("POST", "/v1/chat/completions", json=body)
+        with stream as answer:
+            assert answer.status_code == 200, "the head comes at once"
+            reader = threading.Thread(target=lambda: received.extend(answer.iter_lines()))
+            reader.start()
+            reader.join(0.5)
+            assert received == []
+            server.gate.let_through()
+            reader.join(30)
+    events = [json.loads(line[6:])["choices"][0] for line in received if line.startswith("data: {")]
+    for index in (0, 1):
+        first, second, *_ = [choice for choice in events if choice["index"] == index]
+        assert first["delta"] == {"role": "assistant", "content": ""} and first["finish_reason"] is None
+        assert second["delta"]["content"]
+
+
+@pytest.mark.parametrize("fields", [{}, {"return_trajectory": True}])
+def test_a_stream_without_text_still_has_a_role(server: Running, whole: Any, fields: dict[str, Any]) -> None:
+    stop = whole.choices[0].message.content[:1]
+    body = {"messages": MESSAGES, "max_tokens": 20, "stop": [stop], "stream": True, **fields}
+    lines = server.post("/v1/chat/completions", body).text.split("\n\n")
+    choices = [json.loads(line[6:])["choices"][0] for line in lines if line.startswith("data: {")]
+    assert choices[0]["delta"]["role"] == "assistant"
+    assert [choice["delta"].get("role") for choice in choices[1:]] == [None] * (len(choices) - 1)
+    assert "".join(choice["delta"].get("content") or "" for choice in choices) == ""
+    assert choices[-1]["finish_reason"] == "stop"
 
 
 @pytest.mark.asyncio

@@ -180,6 +180,14 @@ def test_two_readings_of_a_bodys_length_are_refused(server: Running, headers: li
         assert answers.ended()
 
 
+def test_a_transfer_that_is_compressed_is_refused(server: Running) -> None:
+    with connected(server) as connection:
+        answers = Answers(connection)
+        connection.sendall(head("Transfer-Encoding: gzip, chunked") + b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY))
+        status, body = answers.next()
+        assert status == 415 and "transfer-encoding is 'gzip'" in body["error"]["message"]
+
+
 def test_trailers_are_no_headers(tiny_model: Path) -> None:
     with serving(tiny_model, api_key=["secret"]) as running, connected(running) as connection:
         answers = Answers(connection)

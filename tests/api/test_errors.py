@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.api.serving import PROMPT, Running, error_of, serving, until
@@ -24,13 +25,57 @@ def own(tiny_model: Path) -> Iterator[Running]:
 def test_no_such_route(server: Running) -> None:
     error = error_of(server.get("/v1/nothing"), 404)
     assert "/v1/nothing" in error["message"]
-    assert error_of(server.get("/health/"), 404)["code"] == "not_found"
+    assert error_of(server.get("/v1"), 404)["code"] == "not_found"
 
 
 def test_wrong_method(server: Running) -> None:
     answer = server.get("/v1/completions")
     assert error_of(answer, 405)["code"] == "method_not_allowed"
     assert answer.headers["allow"] == "POST"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("PUT", "/v1/policies", "GET, HEAD, POST"),
+        ("PATCH", "/v1/policies/x", "DELETE, GET, HEAD"),
+        ("POST", "/v1/policies/x/", "DELETE, GET, HEAD"),
+        ("OPTIONS", "/v1/chat/completions", "POST"),
+        ("HEAD", "/v1/chat/completions", "POST"),
+        ("DELETE", "/v1/models", "GET, HEAD"),
+        ("DELETE", "/v1/models/a/b", "GET, HEAD"),
+        ("POST", "/docs", "GET, HEAD"),
+    ],
+)
+def test_a_wrong_method_is_told_all_right_ones(server: Running, method: str, path: str, allowed: str) -> None:
+    answer = server.http.request(method, path)
+    assert answer.status_code == 405
+    assert answer.headers["allow"] == allowed
+
+
+@pytest.mark.parametrize("path", ["/v1/models/", "//v1/models", "/v1//models", "///v1///models///"])
+def test_slashes_too_many_are_overlooked(server: Running, path: str) -> None:
+    # httpx would read //v1 as a host
+    url = httpx.URL(f"{server.url}/").copy_with(raw_path=path.encode())
+    assert server.http.get(url).json() == server.get("/v1/models").json()
+
+
+def test_slashes_too_many_after_what_has_parameters(server: Running) -> None:
+    assert server.get("/v1/models/tiny:topk/").json()["id"] == "tiny:topk"
+    assert server.get("/v1/samplers//topk").json()["id"] == "topk"
+    assert server.post("/v1/completions/", BODY).status_code == 200
+    assert server.get("/health/").json() == {"status": "ok"}
+    assert error_of(server.get("/"), 404)
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/v1/models", "/v1/samplers/topk", "/metrics", "/docs", "/v1/x"])
+def test_head_is_get_without_the_body(server: Running, path: str) -> None:
+    whole, head = server.get(path), server.http.head(path)
+    assert head.content == b""
+    assert head.status_code == whole.status_code
+    names = ["content-type"] if path == "/metrics" else ["content-type", "content-length"]
+    assert [head.headers[name] for name in names] == [whole.headers[name] for name in names]
+    assert server.http.head(path).status_code == whole.status_code, "the connection goes on"
 
 
 def test_a_failed_forward_pass_is_a_500_and_the_next_request_is_fine(own: Running) -> None:

@@ -26,11 +26,23 @@ class ApiKeys:
             await error_response(error)(scope, receive, send)
 
     def _knows(self, headers: Headers) -> bool:
-        scheme, _, key = headers.get("authorization", "").partition(" ")
-        digest = _digest(key.strip().encode("latin-1"))  # which is how headers are decoded
+        key = bearer_key(headers)
+        digest = _digest(key or b"")
         # All are compared, whichever fits, so that the time taken tells nothing about the keys.
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
-        return scheme.lower() == "bearer" and any(matches)
+        return key is not None and any(matches)
+
+
+def bearer_key(headers: Headers) -> bytes | None:
+    """The key in `Authorization: Bearer KEY`, without white space around it."""
+    # Headers are decoded as Latin-1, in which bytes of other characters look like white space.
+    parts = headers.get("authorization", "").encode("latin-1").split(maxsplit=1)
+    return parts[1].rstrip() if len(parts) == 2 and parts[0].lower() == b"bearer" else None
+
+
+def is_key(given: bytes | None, key: str) -> bool:
+    """Whether a client's key is this one, found out in constant time."""
+    return given is not None and hmac.compare_digest(_digest(given), _digest(key.encode()))
 
 
 def _digest(key: bytes) -> bytes:
