@@ -1,22 +1,27 @@
 """From the bytes of a request to a validated body, or to an error that names the field."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, TypeVar
 
 import anyio.to_thread
 from fastapi import Request
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from server.api.errors import BadHeaderError, UnsupportedEncodingError
-from server.api.requests import UNSUPPORTED, UNSUPPORTED_IN_MESSAGE, Body, ChatBody, TokenizeBody
+from server.api.fields import refusal
+from server.api.requests import Body, ChatBody, GenerationBody, TokenizeBody
 from server.engine import RequestError
 
 LONG = 64 * 1024
 """Bytes or characters from which on work on a text leaves the event loop."""
 SHOWN = 80
 """Characters of a wrong value that its error repeats."""
+MAX_NAME = 100
+"""Characters of a field's name that its error repeats."""
+MAX_UNKNOWN = 100
+"""Names of fields that a body may have beyond ours; each is compared with all of ours."""
 
 SIGNATURES = {
     b"\xef\xbb\xbf": "begins with a byte order mark (BOM)",
@@ -61,21 +66,50 @@ def parse_body(data: bytes, cls: type[B]) -> B:
         body = cls.model_validate_json(data)
     except ValidationError as error:
         raise request_error(error.errors(include_url=False, include_context=False)[0]) from None
-    refuse_unsupported(body.model_extra or {}, UNSUPPORTED[cls])
-    if isinstance(body, ChatBody | TokenizeBody):
-        for i, message in enumerate(body.messages or []):
-            refuse_unsupported(message.model_extra or {}, UNSUPPORTED_IN_MESSAGE, f"messages.{i}.")
+    refuse_fields(body)
     return body
 
 
-def refuse_unsupported(given: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]], where: str = "") -> None:
-    """Raise RequestError for the first given field that asks for something which cannot be done."""
-    for name, value in given.items():
-        if value is not None and name in neutral and value not in neutral[name]:
-            field = f"{where}{name}"
-            raise RequestError(
-                field, f"{field} is not supported (got {show(value)}): leave it out", "unsupported_value"
-            )
+def refuse_fields(body: Body) -> None:
+    """Raise RequestError for the first field, however deep, that is not known and not harmless."""
+    unknown: set[str] = set()
+    for where, part in _parts(body):
+        extra = part.model_extra or {}
+        unknown |= extra.keys()
+        if len(unknown) > MAX_UNKNOWN:
+            raise RequestError("body", f"more than {MAX_UNKNOWN} fields of the body are not known", "unknown_parameter")
+        given = {name: getattr(part, name) for name in part.model_fields_set if name not in extra} | extra
+        for name in extra:
+            if (instead := refusal(type(part), name, given)) is not None:
+                field, value = f"{where}{name[:MAX_NAME]}", show(given[name])
+                raise RequestError(field, f"{field} is not supported (got {value}): {instead}", "unsupported_value")
+    if isinstance(body, ChatBody | TokenizeBody):
+        _refuse_template_arguments((body.model_extra or {}).get("chat_template_kwargs"))
+
+
+def _parts(body: Body) -> Iterator[tuple[str, BaseModel]]:
+    """The body and what is nested in it that takes unknown fields, with what stands before the names in it."""
+    yield "", body
+    if isinstance(body, GenerationBody):
+        for name in ("stream_options", "vllm_xargs"):
+            if (part := getattr(body, name)) is not None:
+                yield f"{name}.", part
+    if isinstance(body, ChatBody | TokenizeBody):
+        for i, message in enumerate(body.messages or []):
+            yield f"messages.{i}.", message
+
+
+def _refuse_template_arguments(arguments: Any) -> None:
+    """Raise RequestError for arguments of the chat template, but for those that switch something off."""
+    if arguments is None or arguments == "":
+        return
+    field, value = "chat_template_kwargs", arguments
+    if isinstance(arguments, dict):
+        asking = [name for name, value in arguments.items() if value not in (None, False)]
+        if not asking:
+            return
+        field, value = f"{field}.{asking[0][:MAX_NAME]}", arguments[asking[0]]
+    raise RequestError(field, f"{field} is not supported (got {show(value)}): leave it out", "unsupported_value")
 
 
 def request_error(error: ErrorDetails, where: tuple[str, ...] = ()) -> RequestError:
@@ -83,7 +117,7 @@ def request_error(error: ErrorDetails, where: tuple[str, ...] = ()) -> RequestEr
     if error["type"] == "json_invalid":
         return RequestError("body", f"the request's body is not JSON: {error['msg']}", "invalid_json")
     # Parts in brackets are the tags of unions, not names that a client knows.
-    path = [str(part) for part in (*where, *error["loc"]) if not str(part).startswith("(")]
+    path = [str(part)[:MAX_NAME] for part in (*where, *error["loc"]) if not str(part).startswith("(")]
     field = ".".join(path) or "body"
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
     if error["type"] == "missing":

@@ -126,7 +126,7 @@ def validate_params(sampler: Sampler, params: dict[str, Any], where: str = "samp
         known = ", ".join(sampler.Params.model_fields) or "none"
         raise RequestError(
             failure.field,
-            f"sampler {sampler.name} has no parameter {details['loc'][0]!r}; it has: {known}",
+            f"sampler {sampler.name} has no parameter {show(details['loc'][0])}; it has: {known}",
             failure.code,
         ) from None
 

@@ -7,7 +7,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from server.api.errors import ErrorResponse
-from server.api.requests import UNSUPPORTED
+from server.api.fields import bodies
 
 Responses = dict[int | str, dict[str, Any]]
 SCHEMAS = "#/components/schemas/{model}"
@@ -56,10 +56,10 @@ def complete_openapi(app: FastAPI, open_paths: frozenset[str] | None) -> None:
     Args:
         open_paths: the paths that need no key; None if none does.
     """
-    _, bodies = models_json_schema([(model, "validation") for model in UNSUPPORTED], ref_template=SCHEMAS)
+    _, schema = models_json_schema([(model, "validation") for model in bodies()], ref_template=SCHEMAS)
     document = app.openapi()
     schemas = document["components"]["schemas"]
-    schemas.update(bodies["$defs"])
+    schemas.update(schema["$defs"])
     for path, operations in document["paths"].items():
         for operation in operations.values():
             operation["responses"].pop("422", None)  # a path parameter is a string: nothing to validate

@@ -57,7 +57,7 @@ Stops = Annotated[StopList, BeforeValidator(_list_of_stops, json_schema_input_ty
 
 
 class Body(BaseModel):
-    """A request body. Unknown fields are let through; those that ask for what cannot be done are refused by name."""
+    """A request body. Unknown fields are let through here; `fields` knows which of them are refused."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="allow", allow_inf_nan=False)
 
@@ -65,14 +65,14 @@ class Body(BaseModel):
 class SamplerArguments(BaseModel):
     """A choice of sampler in the place that vLLM's clients have for extra arguments."""
 
-    model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
+    model_config = ConfigDict(strict=True, frozen=True, extra="allow")
 
     sampler: str | None = None
     sampler_params: dict[str, JsonValue] | None = None
 
 
 class StreamOptions(BaseModel):
-    model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
+    model_config = ConfigDict(strict=True, frozen=True, extra="allow")
 
     include_usage: bool | None = Field(None, description="Send one more chunk, with the usage and no choices.")
 
@@ -252,54 +252,8 @@ class PolicyBody(Body):
     )
 
 
-# What cannot be done, and the values that do not ask for it. Null never does.
-_NOTHING: tuple[Any, ...] = ([], {}, "", False)
-_SHARED: dict[str, tuple[Any, ...]] = {
-    "logit_bias": ({},),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
-    "length_penalty": (1,),
-    "min_p": (0,),
-    "min_tokens": (0,),
-    "use_beam_search": (False,),
-    "response_format": ({"type": "text"},),
-    "prompt_logprobs": (),
-    "prompt_embeds": _NOTHING,
-    "truncate_prompt_tokens": (),
-    "include_stop_str_in_output": (False,),
-    "skip_special_tokens": (True,),
-    "logits_processors": _NOTHING,
-    "allowed_token_ids": _NOTHING,
-    "bad_words": _NOTHING,
-    "structured_outputs": _NOTHING,
-    "guided_json": _NOTHING,
-    "guided_regex": _NOTHING,
-    "guided_choice": _NOTHING,
-    "guided_grammar": _NOTHING,
+UNSUPPORTED_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("tool_calls", "function_call", "audio"), ([], {}, "", False)),
+    **dict.fromkeys(("prefix", "partial"), (False,)),  # the beginning of the answer, in some servers
 }
-UNSUPPORTED: dict[type[Body], dict[str, tuple[Any, ...]]] = {
-    CompletionBody: {**_SHARED, "best_of": (1,)},
-    ChatBody: {
-        **_SHARED,
-        "tools": _NOTHING,
-        "tool_choice": ("none", "auto"),
-        "functions": _NOTHING,
-        "function_call": ("none", "auto"),
-        "modalities": ([], ["text"]),
-        "audio": _NOTHING,
-        "prediction": _NOTHING,
-        "web_search_options": (),
-        "chat_template": _NOTHING,
-        "chat_template_kwargs": _NOTHING,
-        "documents": _NOTHING,
-        "add_generation_prompt": (True,),
-        "continue_final_message": (False,),
-        "suffix": _NOTHING,
-        "echo": (False,),
-    },
-    TokenizeBody: {"continue_final_message": (False,), "tools": _NOTHING},
-    DetokenizeBody: {},
-    PolicyBody: {},
-}
-UNSUPPORTED_IN_MESSAGE: dict[str, tuple[Any, ...]] = {"tool_calls": _NOTHING, "function_call": _NOTHING, "audio": ()}
+"""What cannot be done with a message, and the values that do not ask for it. Null never does."""
