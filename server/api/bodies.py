@@ -11,7 +11,7 @@ from pydantic_core import ErrorDetails
 
 from server.api.errors import BadHeaderError, UnsupportedEncodingError
 from server.api.fields import refusal
-from server.api.requests import Body, ChatBody, GenerationBody, TokenizeBody
+from server.api.requests import Body, ChatBody, GenerationBody, SamplerArguments, TokenizeBody
 from server.engine import RequestError
 
 LONG = 64 * 1024
@@ -73,18 +73,29 @@ def parse_body(data: bytes, cls: type[B]) -> B:
 def refuse_fields(body: Body) -> None:
     """Raise RequestError for the first field, however deep, that is not known and not harmless."""
     unknown: set[str] = set()
+    top = _given(body)
     for where, part in _parts(body):
         extra = part.model_extra or {}
         unknown |= extra.keys()
         if len(unknown) > MAX_UNKNOWN:
             raise RequestError("body", f"more than {MAX_UNKNOWN} fields of the body are not known", "unknown_parameter")
-        given = {name: getattr(part, name) for name in part.model_fields_set if name not in extra} | extra
-        for name in extra:
+        given = top if part is body else _given(part)
+        for name, value in extra.items():
+            if isinstance(part, SamplerArguments) and name in top and top[name] == value:
+                continue  # says again what the body says
             if (instead := refusal(type(part), name, given)) is not None:
-                field, value = f"{where}{name[:MAX_NAME]}", show(given[name])
-                raise RequestError(field, f"{field} is not supported (got {value}): {instead}", "unsupported_value")
+                field = f"{where}{name[:MAX_NAME]}"
+                raise RequestError(
+                    field, f"{field} is not supported (got {show(value)}): {instead}", "unsupported_value"
+                )
     if isinstance(body, ChatBody | TokenizeBody):
-        _refuse_template_arguments((body.model_extra or {}).get("chat_template_kwargs"))
+        _refuse_template_arguments(top.get("chat_template_kwargs"))
+
+
+def _given(part: BaseModel) -> dict[str, Any]:
+    """All fields that were given, known or not."""
+    extra = part.model_extra or {}
+    return {name: getattr(part, name) for name in part.model_fields_set - extra.keys()} | extra
 
 
 def _parts(body: Body) -> Iterator[tuple[str, BaseModel]]:

@@ -152,6 +152,7 @@ NEUTRAL = [
     {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": False}},
     {"stream": True, "stream_options": {"include_obfuscation": True}},
     {"vllm_xargs": {"sampler": "topk", "anything": None}},
+    {"vllm_xargs": {"sampler": "topk", "seed": 5}, "seed": 5},
 ]
 
 
@@ -166,6 +167,7 @@ def test_what_asks_for_nothing_is_let_through(server: Running, path: str, fields
 def test_harmless_and_unknown_fields_are_let_through(server: Running, path: str) -> None:
     harmless: dict[str, Any] = dict.fromkeys(HARMLESS, "x")
     others = {"my_own_field": 1, "prompt_id": "x", "model_id": 5, "stream_id": "a", "user_id": 3, "topic": 1, "x": 2}
+    others |= dict.fromkeys(("json", "schema", "copy", "dict", "model_dump", "model_extra", "__class__"), 1)
     expected = server.post(path, RIGHT[path]).json()
     answer = server.post(path, RIGHT[path] | harmless | others)
     assert answer.status_code == 200, answer.text
@@ -180,6 +182,7 @@ def test_harmless_and_unknown_fields_are_let_through(server: Running, path: str)
         ({"vllm_xargs": {"block_length": 8}}, "vllm_xargs.block_length"),
         ({"vllm_xargs": {"samplr": "topk"}}, "vllm_xargs.samplr"),
         ({"vllm_xargs": {"anything": 1}}, "vllm_xargs.anything"),
+        ({"vllm_xargs": {"seed": 5}, "seed": 6}, "vllm_xargs.seed"),
     ],
 )
 @pytest.mark.parametrize("path", [COMPLETE, CHAT])
