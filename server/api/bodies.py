@@ -75,7 +75,9 @@ def refuse_fields(body: Body) -> None:
     unknown: set[str] = set()
     top = _given(body)
     for where, part in _parts(body):
-        extra = part.model_extra or {}
+        extra = part.model_extra
+        if not extra:
+            continue
         unknown |= extra.keys()
         if len(unknown) > MAX_UNKNOWN:
             raise RequestError("body", f"more than {MAX_UNKNOWN} fields of the body are not known", "unknown_parameter")
