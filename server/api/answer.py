@@ -10,8 +10,8 @@ from pydantic import BaseModel
 
 from server.api.choices import Choice, Piece, cancelling, follow
 from server.api.generation import Running
-from server.api.requests import GenerationBody
-from server.api.responses import ForwardPass, json_response
+from server.api.requests import GenerationBody, StreamOptions
+from server.api.responses import ForwardPass, Usage, json_response
 from server.api.streaming import Chunks, EventStreamResponse
 from server.engine import RequestError
 
@@ -44,19 +44,23 @@ class Answer(Chunks):
         """The trajectory's part in a piece, None where it was not asked for."""
         return piece.passes if self.body.return_trajectory else None
 
+    def usage_so_far(self, choice: Choice) -> Usage | None:
+        """The usage in each chunk of a choice, None where it was not asked for."""
+        return self.running.usage_of(choice) if self._options.continuous_usage_stats else None
+
     def last(self) -> Sequence[BaseModel]:
-        return [self.usage_chunk()] if self._tells_usage else []
+        return [self.usage_chunk()] if self._options.include_usage else []
 
     @property
-    def _tells_usage(self) -> bool:
-        options = self.body.stream_options
-        return bool(options and options.include_usage)
+    def _options(self) -> StreamOptions:
+        return self.body.stream_options or StreamOptions()
 
     async def respond(self, request: Request) -> Response:
         """Run the choices to their end. Raises GenerationFailedError, ClientDisconnect."""
         choices = self.running.choices
         if self.body.stream:
-            return EventStreamResponse(choices, self, exclude=set() if self._tells_usage else {"usage"})
+            tells_usage = self._options.include_usage or self._options.continuous_usage_stats
+            return EventStreamResponse(choices, self, exclude=set() if tells_usage else {"usage"})
         pieces: list[list[Piece]] = [[] for _ in choices]
 
         async def collect(choice: Choice, piece: Piece) -> None:

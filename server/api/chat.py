@@ -87,7 +87,7 @@ class ChatAnswer(Answer):
             return [chunk]
         self._begun.add(choice.index)
         role = ChatChunkChoice(index=choice.index, delta=ChatDelta(role="assistant", content=""))
-        return [self._chunk([role]), chunk]
+        return [self._chunk([role], self.usage_so_far(choice)), chunk]
 
     def _piece(self, choice: Choice, piece: Piece) -> ChatChunk:
         part = ChatChunkChoice(
@@ -97,7 +97,7 @@ class ChatAnswer(Answer):
             finish_reason=piece.finish,
             trajectory=self.passes(piece),
         )
-        return self._chunk([part], unmask=self.running.used if piece.finish else None)
+        return self._chunk([part], self.usage_so_far(choice), self.running.used if piece.finish else None)
 
     def usage_chunk(self) -> ChatChunk:
         return self._chunk([], usage=self.running.usage())

@@ -48,7 +48,7 @@ class Choice:
         logprobs, trajectory: whether to tell tokens and forward passes too.
 
     Attributes:
-        completion_tokens, forwards: what the engine counted; known at the end.
+        completion_tokens, forwards: what the engine has counted so far.
     """
 
     def __init__(
@@ -87,6 +87,7 @@ class Choice:
             yield self._finished(event) if isinstance(event, Finished) else self._committed(event)
 
     def _committed(self, event: Committed) -> Piece:
+        self.completion_tokens, self.forwards = event.settled, event.forward
         passes = [self._pass(event)] if self._trajectory else []
         text = self._stops.add(self._decode(event))
         return Piece(text, self._tell(text), passes)

@@ -76,10 +76,14 @@ class CompletionAnswer(Answer):
     def first(self) -> Sequence[Completion]:
         if not self.running.job.echo:
             return []
-        return [self._completion([self._choice(choice, Piece(self._echo(choice)))]) for choice in self.running.choices]
+        return [self._chunk(choice, Piece(self._echo(choice))) for choice in self.running.choices]
 
     def chunks(self, choice: Choice, piece: Piece) -> Sequence[Completion]:
-        return [self._completion([self._choice(choice, piece)], unmask=self.running.used if piece.finish else None)]
+        return [self._chunk(choice, piece)]
+
+    def _chunk(self, choice: Choice, piece: Piece) -> Completion:
+        used = self.running.used if piece.finish else None
+        return self._completion([self._choice(choice, piece)], self.usage_so_far(choice), used)
 
     def usage_chunk(self) -> Completion:
         return self._completion([], usage=self.running.usage())

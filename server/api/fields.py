@@ -23,7 +23,6 @@ from server.api.requests import (
     Message,
     PolicyBody,
     SamplerArguments,
-    StreamOptions,
     TokenizeBody,
 )
 
@@ -203,7 +202,6 @@ REFUSED: dict[type[BaseModel], Refusals] = {
     TokenizeBody: _TEMPLATE | _refused("return_token_strs", False),
     DetokenizeBody: {},
     PolicyBody: {},
-    StreamOptions: _refused("continuous_usage_stats", False, instead="write include_usage, the usage comes at the end"),
     Message: {name: Refusal(neutral) for name, neutral in UNSUPPORTED_IN_MESSAGE.items()},
 }
 HARMLESS = {

@@ -49,6 +49,11 @@ class Running:
     choices: list[Choice]
     used: Used
 
+    def usage_of(self, choice: Choice) -> Usage:
+        """What the engine has counted so far of one choice."""
+        prompt = len(self.job.prompts[choice.prompt]) + len(self.job.suffix)
+        return Usage.of(prompt=prompt, completion=choice.completion_tokens, forwards=choice.forwards)
+
     def usage(self) -> Usage:
         """What the engine counted, once all choices have ended."""
         return Usage.of(

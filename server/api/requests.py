@@ -75,6 +75,9 @@ class StreamOptions(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="allow")
 
     include_usage: bool | None = Field(None, description="Send one more chunk, with the usage and no choices.")
+    continuous_usage_stats: bool | None = Field(
+        None, description="Send with each chunk the usage so far of the choice that it belongs to."
+    )
 
 
 class GenerationBody(Body):

@@ -299,3 +299,28 @@ def test_fields_that_change_nothing_are_accepted(server: Running) -> None:
         "something_unheard_of": [1, 2],
     }
     assert server.complete(**neutral)["choices"][0]["text"] == server.complete()["choices"][0]["text"]
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize("include", [False, True])
+def test_the_usage_so_far_comes_with_each_chunk_if_asked_for(server: Running, path: str, include: bool) -> None:
+    chat = path.endswith("chat/completions")
+    asked = {"messages": [{"role": "user", "content": PROMPT}]} if chat else {"prompt": [PROMPT, "8"]}
+    options = {"continuous_usage_stats": True, "include_usage": include}
+    body = {**asked, "max_tokens": 12, "n": 2, "block_length": 2, "stream": True, "stream_options": options}
+    lines = server.post(path, body).text.split("\n\n")
+    chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    whole = server.post(path, {name: value for name, value in body.items() if not name.startswith("stream")}).json()
+    if include:
+        *chunks, last = chunks
+        assert last["choices"] == [] and last["usage"] == whole["usage"]
+    final: dict[int, Any] = {}
+    for chunk in chunks:
+        usage, index = chunk["usage"], chunk["choices"][0]["index"]
+        assert usage["completion_tokens"] >= final.get(index, usage)["completion_tokens"]
+        assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+        final[index] = usage
+    assert len(chunks) > 2 * len(final) and chunks[0]["usage"]["completion_tokens"] < 12
+    assert [final[i]["completion_tokens"] for i in sorted(final)] == [12] * len(final)
+    per_prompt = [final[i]["prompt_tokens"] for i in sorted(final)][::2]
+    assert sum(per_prompt) == whole["usage"]["prompt_tokens"]
