@@ -207,8 +207,8 @@ class Engine:
             while self._next_batch():
                 self._turn()
         except BaseException as error:
-            log.exception("engine died")
             self._failure = error
+            log.exception("engine died")
         finally:
             with self._change:
                 left = self._scheduler.clear()

@@ -144,7 +144,15 @@ def test_a_sane_request_id_comes_back(server: Running, given: str, kept: bool) -
     assert answer.headers["x-request-id"]
 
 
-@pytest.mark.parametrize("junk", [b"GARBAGE\r\n\r\n", b"POST /v1/completions HTTP/1.1\r\ncontent-length: x\r\n\r\n"])
+@pytest.mark.parametrize(
+    "junk",
+    [
+        b"GARBAGE\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\ncontent-length: x\r\n\r\n",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nconnection: upgrade\r\nupgrade: h2c\r\nx: \x00\r\n\r\n",
+    ],
+)
 def test_what_is_no_http_gets_our_shape_too(server: Running, junk: bytes) -> None:
     with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as connection:
         connection.sendall(junk)
