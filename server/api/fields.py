@@ -134,6 +134,7 @@ _MORE_TO_TELL = {
     ),
     **_renamed("logprobs", "n_probs return_logprob return_logprobs", 0),
     **_renamed("echo", "return_full_text", False),
+    **_refused("continuous_usage_stats include_usage", False, instead="write it in stream_options"),
 }
 _THINKING = _refused(
     "enable_thinking thinking think thinking_budget thinking_token_budget thinking_forced_open reasoning "
@@ -175,7 +176,6 @@ _DIFFUSION = {
 _GENERATION = _FORM | _CHOICE_OF_TOKENS | _LENGTH_AND_END | _MORE_TO_TELL | _THINKING | _ELSEWHERE | _DIFFUSION
 _TEMPLATE = {
     **_refused("chat_template documents tools", *NOTHING),
-    **_refused("add_generation_prompt", True),
     **_refused("continue_final_message", False),
 }
 REFUSED: dict[type[BaseModel], Refusals] = {
@@ -190,6 +190,7 @@ REFUSED: dict[type[BaseModel], Refusals] = {
     ChatBody: {
         **_GENERATION,
         **_TEMPLATE,
+        **_refused("add_generation_prompt", True),
         **_refused("tool_choice function_call", "none", "auto"),
         **_refused("functions parse_tool_calls tool_prompt audio prediction web_search_options", *NOTHING),
         **_refused("web_search search_parameters plugins", *NOTHING),
@@ -199,7 +200,7 @@ REFUSED: dict[type[BaseModel], Refusals] = {
         **_refused("suffix", *NOTHING, instead="write it to /v1/completions"),
         **_refused("echo", False, instead="write it to /v1/completions"),
     },
-    TokenizeBody: _TEMPLATE | _refused("return_token_strs", False),
+    TokenizeBody: _TEMPLATE,
     DetokenizeBody: {},
     PolicyBody: {},
     Message: {name: Refusal(neutral) for name, neutral in UNSUPPORTED_IN_MESSAGE.items()},
