@@ -78,6 +78,12 @@ class DrainingServer(uvicorn.Server):
         # A context of its own: a signal may come in the midst of a request, whose name is no name for this.
         self._drain = asyncio.get_running_loop().create_task(self._drain_and_exit(), context=Context())
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started and sockets:  # said only now, when a client that reads it can connect
+            host, port = sockets[0].getsockname()[:2]
+            log.info("serving", url=f"http://{f'[{host}]' if ':' in host else host}:{port}")
+
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second; True ends the server."""
         if self._died is None and self._engine.failure is not None:
@@ -107,8 +113,6 @@ def serve(app: FastAPI, engine: Engine, bound: socket.socket, settings: Settings
     Returns whether everything that ran could finish.
     """
     server = DrainingServer(app, engine, settings)
-    host, port = bound.getsockname()[:2]
-    log.info("serving", url=f"http://{f'[{host}]' if ':' in host else host}:{port}")
     try:
         server.run(sockets=[bound])
     finally:
