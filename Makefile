@@ -1,6 +1,7 @@
 PYTHON ?= python3
 PORT ?= 8000
 FIXTURES ?= ../shared/fixtures
+REQUESTS ?= 1000
 
 BIN := .venv/bin
 INSTALL := -m pip install --quiet --disable-pip-version-check
@@ -8,11 +9,13 @@ PIP := $(BIN)/python $(INSTALL) --editable
 VLLM := .venv-vllm/bin/python
 
 .DELETE_ON_ERROR:
-.PHONY: help serve test check bench train-demo conformance test-vllm test-image test-quickstart dashboard-up clean again
+.PHONY: help serve test test-fuzz check bench train-demo conformance test-vllm test-image test-quickstart dashboard-up
+.PHONY: clean again
 
 help:
 	@echo "make serve            serve the embedded model on 127.0.0.1:$(PORT)          (PORT=8000, PYTHON=python3)"
 	@echo "make test             run the default tests"
+	@echo "make test-fuzz        ask every family a thousand random things       (REQUESTS=1000 SEED=a fresh one)"
 	@echo "make check            lint, types, import rules"
 	@echo "make bench            measure the engine and the HTTP server: bench-*.json"
 	@echo "make train-demo       train a policy for some minutes, into runs/demo"
@@ -28,6 +31,10 @@ serve: .venv/.serve
 
 test: .venv/.test
 	$(BIN)/python -m pytest
+
+test-fuzz: .venv/.test
+	$(BIN)/python -m tests.fuzz --requests $(REQUESTS) $(if $(SEED),--seed $(SEED))
+	$(BIN)/python -m tests.fuzz --requests 45 $(if $(SEED),--seed $(SEED)) --process
 
 check: .venv/.check
 	$(BIN)/ruff check .
