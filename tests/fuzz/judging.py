@@ -31,25 +31,19 @@ class Ending:
     reason: str
 
 
-def judge(subject: Subject, body: dict[str, Any], answer: Answer, echoed: Sequence[str] = ()) -> Iterator[Problem]:
-    """Problems of one answer with a trajectory.
-
-    Args:
-        echoed: texts that stand before the choices' own.
-    """
+def judge(subject: Subject, body: dict[str, Any], answer: Answer) -> Iterator[Problem]:
+    """Problems of one answer with a trajectory."""
     count = tokens = 0
-    for index, choice in enumerate(answer.choices):
-        count += len(choice.passes)
-        ending = yield from _judge_choice(subject, body, choice, echoed[index] if echoed else "")
-        tokens += len(ending.tokens) if ending else 0
+    for choice in answer.choices:
+        ending = yield from _judge_choice(subject, body, choice)
         if ending is None:
             return
+        count += len(choice.passes)
+        tokens += len(ending.tokens)
     yield from _judge_usage(body, answer, tokens, count)
 
 
-def _judge_choice(
-    subject: Subject, body: dict[str, Any], choice: Choice, echoed: str
-) -> Generator[Problem, None, Ending | None]:
+def _judge_choice(subject: Subject, body: dict[str, Any], choice: Choice) -> Generator[Problem, None, Ending | None]:
     ends: Set[int] = set(body.get("stop_token_ids") or []) | (set() if body.get("ignore_eos") else set(subject.ends))
     stops = _stops(body)
     canvas: dict[int, int] = {}
@@ -70,8 +64,8 @@ def _judge_choice(
     except ValueError as error:
         yield Problem("the canvas is not finished", f"{error}; finish_reason {choice.finish}")
         return None
-    if choice.text != echoed + ending.text:
-        yield Problem("text is not that of the tokens", f"{choice.text!r}, the tokens say {echoed + ending.text!r}")
+    if choice.text != ending.text:
+        yield Problem("text is not that of the tokens", f"{choice.text!r}, the tokens say {ending.text!r}")
     if choice.finish != ending.reason:
         yield Problem("finish_reason", f"{choice.finish}, the tokens say {ending.reason}")
     return ending
