@@ -16,6 +16,9 @@ from pydantic_settings import (
 )
 
 PREFIX = "UNMASK_"
+MOST_THREADS = 1024
+THREADS = "Processor threads that compute."
+THREADS_DEFAULT = "Default: one a core, within a container's limit."
 
 
 def _json_object(value: Any) -> Any:
@@ -91,6 +94,7 @@ class Settings(BaseSettings):
     )
     device: str = Field("auto", description="cpu, cuda, cuda:N, or auto: a GPU if there is one.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="Number type of the weights.")
+    threads: int | None = Field(None, ge=1, le=MOST_THREADS, description=f"{THREADS} {THREADS_DEFAULT}")
     cache: Literal["none", "prefix", "dual"] | None = Field(
         None,
         description="What is kept of a block's first step, where a request does not say: none; prefix, all before the "

@@ -1,5 +1,6 @@
 """What several commands share: options, and how they fail."""
 
+import os
 import sys
 import traceback
 from functools import partial
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 import typer
 from rich.console import Console
 
-from server.settings import name_and_folder
+from server.settings import MOST_THREADS, THREADS, THREADS_DEFAULT, name_and_folder
 
 if TYPE_CHECKING:
     from policies.store import PolicyStore
@@ -46,9 +47,8 @@ Cache = Annotated[
         "is exact, prefix for a block-causal model and none for others.",
     ),
 ]
-Threads = Annotated[
-    int | None, typer.Option("--threads", min=1, help="Processor threads; without it as many as torch likes.")
-]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, max=MOST_THREADS, help=f"{THREADS} {THREADS_DEFAULT}")]
+TrainingThreads = Annotated[int, typer.Option("--threads", min=1, max=MOST_THREADS, help=THREADS)]
 
 
 def fail(message: object) -> NoReturn:
@@ -121,11 +121,17 @@ def open_model(model: str | None, device: str, dtype: str) -> "LoadedModel":
 
 
 def use_threads(threads: int | None) -> None:
-    """Let torch use this many processor threads."""
-    if threads is not None:
-        import torch
+    """Let torch use this many processor threads, or as many as a container's limit leaves of its own choice."""
+    import torch
 
+    from server.processors import quota
+    from server.waiting import sleep_where_crowded
+
+    if threads is None and "OMP_NUM_THREADS" not in os.environ and quota() < torch.get_num_threads():
+        threads = max(1, int(quota()))
+    if threads is not None:
         torch.set_num_threads(threads)
+    sleep_where_crowded()
 
 
 def results_console() -> Console:

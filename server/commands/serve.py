@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import structlog
 import typer
 
-from server.commands.options import fail, open_policies, wrong
+from server.commands.options import fail, open_policies, use_threads, wrong
 from server.settings import PREFIX, Settings, WrongSettingError, flag, load_settings
 
 log = structlog.get_logger(__name__)
@@ -85,6 +85,7 @@ def _load_and_serve(settings: Settings, bound: socket.socket) -> bool:
     from server.policy_folder import watching
     from server.threads import apart
 
+    use_threads(settings.threads)
     try:
         loaded = load_model(
             settings.model,

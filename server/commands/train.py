@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from server.commands.options import check_folder, fail, progress_console, use_threads, wrong
+from server.commands.options import TrainingThreads, check_folder, fail, progress_console, use_threads, wrong
 from server.commands.signals import stopping_on_signals
 
 
@@ -16,7 +16,7 @@ def register(app: typer.Typer) -> None:
 def train_model(
     recipe: Annotated[Path, typer.Argument(help="The run, as a TOML file.", metavar="RECIPE.toml")],
     out: Annotated[Path, typer.Option("--out", help="Where checkpoint, log and the finished model go.")],
-    threads: Annotated[int, typer.Option("--threads", min=1, help="Processor threads.")] = 1,
+    threads: TrainingThreads = 1,
     note: Annotated[
         str, typer.Option("--note", help="A remark for the model card that the recipe does not make.")
     ] = "",

@@ -13,6 +13,7 @@ from server.commands.options import (
     Device,
     Dtype,
     Model,
+    TrainingThreads,
     check_folder,
     fail_with_cause,
     open_model,
@@ -40,7 +41,7 @@ def train_policy(
     chat: Chat = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    threads: Annotated[int, typer.Option("--threads", min=1, help="Processor threads.")] = 1,
+    threads: TrainingThreads = 1,
 ) -> None:
     """Train a policy. Run it again to go on from the last checkpoint; `torchrun` runs it in several processes."""
     from safetensors import SafetensorError

@@ -22,6 +22,7 @@ from server.engine.request import (
 )
 from server.engine.scheduler import Limits, Scheduler
 from server.metrics import Metrics
+from server.waiting import sleep_where_crowded
 
 log = structlog.get_logger(__name__)
 
@@ -75,6 +76,7 @@ class Engine:
 
     def start(self) -> None:
         """Start the engine's thread."""
+        sleep_where_crowded()
         self._thread.start()
 
     @property
