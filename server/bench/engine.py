@@ -1,4 +1,4 @@
-"""The engine alone: against the plain loop, by parts, with many samplers, its model against bare matrix products."""
+"""The engine alone: its model against bare matrix products, against the plain loop, by parts, with many samplers."""
 
 import threading
 import time
@@ -93,13 +93,13 @@ def measure_engine(subject: Subject, rounds: int, concurrent: tuple[int, ...] = 
         "steps": subject.steps,
         "prompt_length": len(subject.prompts[0]),
     }
+    yield _matmul(subject, rounds, detail)
     for count in concurrent:
         yield _against_reference(running, subject, subject.prompts[:count], rounds, False, detail)
         if subject.ends:
             yield _against_reference(running, subject, subject.ends[:count], rounds, True, detail)
     yield _parts(running, subject, rounds, detail)
     yield _mixed(running, subject, rounds, detail)
-    yield _matmul(subject, rounds, detail)
     yield _invariant(subject, rounds, detail)
     running.engine.drain()
     running.engine.wait_idle()

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -19,14 +20,17 @@ from server.bench.results import Result, alternate, ratio_of
 from server.bench.subjects import Subject
 
 
-def measure_http(subject: Subject, model: Path | None, rounds: int, concurrent: tuple[int, ...]) -> Iterator[Result]:
+def measure_http(
+    subject: Subject, model: Path | None, rounds: int, concurrent: tuple[int, ...], threads: int | None = None
+) -> Iterator[Result]:
     """Tokens a second of streams over those of the engine, the same prompts and weights.
 
     Args:
         model: the folder that the server loads; None is the embedded model.
+        threads: as many as the server is given; the engine alone has those of this process.
     """
     running = Running(subject)
-    with serving(model) as url:
+    with serving(model, threads) as url:
         for count in concurrent:
             requests = running.requests(subject.prompts[:count], "topk", {"steps": subject.steps}, False)
 
@@ -36,7 +40,7 @@ def measure_http(subject: Subject, model: Path | None, rounds: int, concurrent: 
 
             def streamed(count: int = count) -> float:
                 began = time.perf_counter()
-                tokens = asyncio.run(_streams(url, subject, subject.prompts[:count]))
+                tokens = asyncio.run(stream_all(url, subject, subject.prompts[:count]))
                 return tokens / (time.perf_counter() - began)
 
             over, under = alternate(streamed, alone, rounds)
@@ -55,15 +59,22 @@ def measure_http(subject: Subject, model: Path | None, rounds: int, concurrent: 
 
 
 @contextlib.contextmanager
-def serving(model: Path | None) -> Iterator[str]:
-    """A server of its own on a free port. Raises RuntimeError if it does not come up."""
+def serving(model: Path | None, threads: int | None = None, environment: dict[str, str] | None = None) -> Iterator[str]:
+    """A server of its own on a free port. Raises RuntimeError if it does not come up.
+
+    Args:
+        environment: variables that it has beside this process's.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    named = [] if model is None else ["--model", str(model)]
-    command = [sys.executable, "-m", "server.cli", "serve", *named, "--port", str(port), "--dtype", "float32"]
+    given = [] if model is None else ["--model", str(model)]
+    given += [] if threads is None else ["--threads", str(threads)]
+    command = [sys.executable, "-m", "server.cli", "serve", *given, "--port", str(port), "--dtype", "float32"]
     url = f"http://127.0.0.1:{port}"
-    process = subprocess.Popen([*command, "--max-batch", "64"], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [*command, "--max-batch", "64"], stderr=subprocess.DEVNULL, env=os.environ | (environment or {})
+    )
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         for _ in range(600):
@@ -78,7 +89,7 @@ def serving(model: Path | None) -> Iterator[str]:
         process.wait()
 
 
-async def _streams(url: str, subject: Subject, prompts: list[list[int]]) -> int:
+async def stream_all(url: str, subject: Subject, prompts: list[list[int]]) -> int:
     """Stream all at once; the tokens that came."""
     async with httpx.AsyncClient(base_url=url, timeout=600, trust_env=False) as client:
         return sum(await asyncio.gather(*(_stream(client, subject, prompt) for prompt in prompts)))

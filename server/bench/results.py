@@ -1,16 +1,12 @@
 """Ratios of alternating measurements, and the file they go to."""
 
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from server.threads import apart
 
@@ -62,17 +58,6 @@ def spread(name: str, unit: str, ratios: list[float], **detail: Any) -> Result:
     return Result(name, round(middle, 4), round(low, 4), round(high, 4), unit, rounded | {"rounds": len(ratios)})
 
 
-def machine() -> dict[str, Any]:
-    """What it was measured on."""
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-    }
-
-
-def write_results(path: Path, results: Iterable[Result]) -> None:
-    content = {"machine": machine(), "results": [asdict(result) for result in results]}
+def write_results(path: Path, machine: dict[str, Any], results: Iterable[Result]) -> None:
+    content = {"machine": machine, "results": [asdict(result) for result in results]}
     path.write_text(json.dumps(content, indent=1) + "\n")

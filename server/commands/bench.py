@@ -26,7 +26,7 @@ def register(app: typer.Typer) -> None:
 
 
 def engine(json: Json = None, rounds: Rounds = 5, embedded_only: Small = False, threads: Threads = None) -> None:
-    """The engine alone: against a plain loop, by parts, with many samplers; its model; how a forward grows."""
+    """The engine alone: its model against bare products, against a plain loop, by parts; how a forward grows."""
     from server.bench.curves import measure_growth
     from server.bench.engine import measure_engine
     from server.bench.subjects import embedded, random_model
@@ -54,20 +54,23 @@ def http(json: Json = None, rounds: Rounds = 5, embedded_only: Small = False, th
     use_threads(threads)
 
     def results() -> "Iterable[Result]":
-        yield from measure_http(apart(lambda: embedded(16)), None, rounds, (1, 16))
+        yield from measure_http(apart(lambda: embedded(16)), None, rounds, (1, 16), threads)
         if not embedded_only:
             with tempfile.TemporaryDirectory() as folder:
                 subject = apart(lambda: random_model(16))
                 write_random_model(subject, Path(folder))
-                yield from measure_http(subject, Path(folder), rounds, (1, 16))
+                yield from measure_http(subject, Path(folder), rounds, (1, 16), threads)
 
     _tell(results(), json)
 
 
 def _tell(results: "Iterable[Result]", json: Path | None) -> None:
-    """A line for each result as it comes, and all of them to the file."""
+    """The machine, a line for each result as it comes, and all of it to the file."""
+    from server.bench.machine import in_words, machine
     from server.bench.results import write_results
 
+    measured_on = machine()
+    typer.echo(in_words(measured_on))
     found: list[Result] = []
     with progress_console().status("measuring"):
         for result in results:
@@ -75,4 +78,4 @@ def _tell(results: "Iterable[Result]", json: Path | None) -> None:
             spread = f"{result.low:.3f} ... {result.high:.3f}"
             typer.echo(f"{result.detail['model']}: {result.name} {result.ratio:.3f} ({spread}), {result.unit}")
     if json is not None:
-        write_results(json, found)
+        write_results(json, measured_on, found)

@@ -1,9 +1,11 @@
 """The benchmarks measure what they say, at a size that takes no time; no time is asserted."""
 
 import json
+import platform
 import statistics
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,6 +14,7 @@ from samplers import Canvas, get_sampler
 from samplers.denoising import Denoising, denoise
 from server.bench.curves import measure_growth
 from server.bench.engine import measure_engine
+from server.bench.machine import in_words, instructions, machine
 from server.bench.reference import generate
 from server.bench.results import alternate, ratio_of, spread, write_results
 from server.bench.subjects import Subject, embedded
@@ -45,18 +48,18 @@ def test_the_plain_loop_gives_the_engines_tokens(tiny_model: Path) -> None:
 def test_every_measurement_is_there(tiny_model: Path, tmp_path: Path) -> None:
     results = list(measure_engine(tiny(tiny_model), rounds=2, concurrent=(1, 4)))
     assert [result.name for result in results] == [
+        "model_vs_matmul",
         "engine_vs_reference_1",
         "engine_vs_reference_1_ends_early",
         "engine_vs_reference_4",
         "engine_vs_reference_4_ends_early",
         "sampler_and_rest_share",
         "mixed_samplers_cost",
-        "model_vs_matmul",
         "batch_invariant_cost",
     ]
     for result in results:
         assert 0 < result.low <= result.ratio <= result.high and result.detail["model"] == "tiny"
-    write_results(tmp_path / "out.json", results)
+    write_results(tmp_path / "out.json", machine(), results)
     content = json.loads((tmp_path / "out.json").read_text())
     assert content["machine"]["cores"] >= 1 and len(content["results"]) == len(results)
     assert set(content["results"][0]) == {"name", "ratio", "low", "high", "unit", "detail"}
@@ -92,6 +95,21 @@ def test_quartiles_of_few_ratios() -> None:
     two, four = spread("a", "b", [1.0, 9.0]), spread("a", "b", [1.0, 2.0, 3.0, 4.0])
     assert (two.low, two.ratio, two.high) == (3.0, 5.0, 7.0)
     assert (four.low, four.ratio, four.high) == (1.75, 2.5, 3.25)
+
+
+def test_the_machine_is_told_with_its_instructions_threads_and_load() -> None:
+    found = machine()
+    assert found["processor"] in Path("/proc/cpuinfo").read_text()
+    assert set(found["instructions"]) == {"torch", "onednn", "mkl"} and all(found["instructions"].values())
+    assert found["threads"] == torch.get_num_threads() and len(found["load"]) == 3
+    for told in (found["processor"], found["instructions"]["onednn"], f"load {found['load'][0]}"):
+        assert told in in_words(found)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names of x86 instruction sets")
+def test_instructions_are_those_in_force(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "SSE41")
+    assert instructions()["onednn"] == "Intel SSE4.1"
 
 
 def test_prompts_are_of_one_length() -> None:
