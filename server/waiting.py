@@ -30,9 +30,13 @@ class Sleepers:
     its settings when it is loaded; after that it lets waiting threads sleep only while it has more threads than there
     are processors (GOMP_SPINCOUNT in its manual). These are the threads too many. Unlike a change of the number of
     threads that compute, this changes no sum.
+
+    Args:
+        libraries: GNU's OpenMP, as often as this process has it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, libraries: list[ctypes.CDLL]) -> None:
+        self._libraries = libraries
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -59,7 +63,7 @@ class Sleepers:
     def _hold(self, started: threading.Event) -> None:
         """A team stays as long as the thread that asked for it."""
         nothing = ctypes.cast(ctypes.CDLL(None).getpid, ctypes.c_void_p)
-        for library in openmp_libraries():
+        for library in self._libraries:
             # With the other threads' helpers that is one more than there are processors.
             team = max(2, library.omp_get_num_procs() - torch.get_num_threads() + 2)
             library.GOMP_parallel(nothing, None, ctypes.c_uint(team), ctypes.c_uint(0))
@@ -68,7 +72,7 @@ class Sleepers:
 
 
 def openmp_libraries() -> list[ctypes.CDLL]:
-    """GNU's OpenMP, as often as this process has it."""
+    """GNU's OpenMP, as often as this process has it; none where it has another, as on macOS."""
     try:
         lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -110,13 +114,14 @@ def sleep_where_crowded() -> None:
     Does nothing where the environment says how threads wait, and without GNU's OpenMP. It belongs to the process and
     ends with it.
     """
-    if any(name in os.environ for name in CHOSEN_BY) or not openmp_libraries() or read_usage() is None:
-        return
-    threading.Thread(target=_watch, name="processor-watch", daemon=True).start()
+    libraries = openmp_libraries()
+    if libraries and read_usage() is not None and not any(name in os.environ for name in CHOSEN_BY):
+        sleepers = Sleepers(libraries)
+        threading.Thread(target=_watch, args=(sleepers,), name="processor-watch", daemon=True).start()
 
 
-def _watch() -> None:
-    watch, sleepers, never = Watch(torch.get_num_threads, lambda: len(allowed())), Sleepers(), threading.Event()
+def _watch(sleepers: Sleepers) -> None:
+    watch, never = Watch(torch.get_num_threads, lambda: len(allowed())), threading.Event()
     while True:
         usage = read_usage()
         assert usage is not None

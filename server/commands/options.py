@@ -127,7 +127,8 @@ def use_threads(threads: int | None) -> None:
     from server.processors import quota
     from server.waiting import sleep_where_crowded
 
-    if threads is None and "OMP_NUM_THREADS" not in os.environ and quota() < torch.get_num_threads():
+    chosen = threads is not None or "OMP_NUM_THREADS" in os.environ or "MKL_NUM_THREADS" in os.environ
+    if not chosen and quota() < torch.get_num_threads():
         threads = max(1, int(quota()))
     if threads is not None:
         torch.set_num_threads(threads)

@@ -14,10 +14,10 @@ from server.waiting import CALM, Watch, sleep_where_crowded
 
 SPUN = """
 import os, time, torch
-from server.waiting import Sleepers
+from server.waiting import Sleepers, openmp_libraries
 
 torch.set_num_threads(2)
-sleepers = Sleepers()
+sleepers = Sleepers(openmp_libraries())
 before = set(os.listdir("/proc/self/task"))
 x = torch.ones(1 << 20)
 [helper] = set(os.listdir("/proc/self/task")) - before
