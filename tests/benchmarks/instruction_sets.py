@@ -1,4 +1,4 @@
-"""`unmask bench engine` without how a forward grows, under two instruction sets that take turns.
+"""`unmask bench engine` under two instruction sets that take turns.
 
 python -m tests.benchmarks.instruction_sets [--rounds 3] [--turns 2] [--embedded-only] [--json FILE]
 The processor's own, and AVX2, to which the environment of a process keeps torch, oneDNN and MKL. Each number is the
@@ -12,10 +12,12 @@ import statistics
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from server.bench.machine import in_words
+from server.bench.results import Result
 
 SETS: dict[str, dict[str, str]] = {
     "native": {},
@@ -35,6 +37,7 @@ def turn(environment: dict[str, str], rounds: int, embedded_only: bool, threads:
 
 def run(rounds: int, embedded_only: bool, threads: int | None) -> dict[str, Any]:
     """What a turn's process does."""
+    from server.bench.curves import measure_growth
     from server.bench.engine import measure_engine
     from server.bench.machine import machine
     from server.bench.subjects import embedded, random_model
@@ -42,13 +45,17 @@ def run(rounds: int, embedded_only: bool, threads: int | None) -> dict[str, Any]
     from server.threads import apart
 
     use_threads(threads)
-    found = {"machine": machine(), "results": []}
-    for make in (embedded,) if embedded_only else (embedded, random_model):
-        subject = apart(lambda make=make: make(16))
-        found["results"] += [
-            {"model": subject.name, "name": result.name, "ratio": result.ratio}
-            for result in measure_engine(subject, rounds)
-        ]
+
+    def results() -> Iterator[Result]:
+        yield from measure_engine(apart(lambda: embedded(16)), rounds)
+        if not embedded_only:
+            yield from measure_engine(apart(lambda: random_model(16)), rounds)
+            yield from measure_growth(rounds)
+
+    found: dict[str, Any] = {"machine": machine(), "results": []}
+    for result in results():
+        found["results"].append({"model": result.detail["model"], "name": result.name, "ratio": result.ratio})
+        print(found["results"][-1], file=sys.stderr, flush=True)
     return found
 
 
