@@ -19,6 +19,8 @@ MARGIN = 0.3
 """Processors that others may keep busy of those that our threads need: clients, and what a system does beside."""
 CALM = 8
 """Looks in a row that must find processors free before threads wait awake again."""
+MOST_SLEEPERS = 128
+"""Containers limit threads, and the library ends the process when it cannot start one."""
 
 
 class Sleepers:
@@ -66,7 +68,8 @@ class Sleepers:
         for library in self._libraries:
             # With the other threads' helpers that is one more than there are processors.
             team = max(2, library.omp_get_num_procs() - torch.get_num_threads() + 2)
-            library.GOMP_parallel(nothing, None, ctypes.c_uint(team), ctypes.c_uint(0))
+            if team <= MOST_SLEEPERS:
+                library.GOMP_parallel(nothing, None, ctypes.c_uint(team), ctypes.c_uint(0))
         started.set()
         self._over.wait()
 
