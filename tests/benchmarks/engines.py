@@ -20,6 +20,7 @@ import torch
 from policies.tasks import get_task
 from samplers import Canvas, Statistic, get_sampler
 from samplers.denoising import Denoising, denoise
+from server.bench.machine import in_words, machine
 from server.engine import Backend
 from server.engine.vllm.backend import VllmBackend
 from server.models.loading import LoadedModel, load_model
@@ -142,6 +143,7 @@ def main() -> None:
     finally:
         vllm.close()
     info = vllm.info
+    print(in_words(machine()))
     print(
         f"{models['vllm'].name}: {info.parameters:,} weights, vocabulary {info.vocab_size}, {arguments.rounds} rounds"
     )

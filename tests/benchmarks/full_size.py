@@ -19,6 +19,7 @@ import torch
 from samplers import Canvas, get_sampler
 from samplers.denoising import Denoising, Query, ask
 from samplers.summary import summarise
+from server.bench.machine import in_words, machine
 from server.bench.products import bare_products
 from server.bench.results import timed
 from server.engine import Backend
@@ -102,6 +103,7 @@ def main() -> None:
         began = time.perf_counter()
         loaded = load_model(folder, arguments.engine, device="cpu", dtype=arguments.dtype, load_format="dummy")
         took = time.perf_counter() - began
+    print(in_words(machine()))
     backend, info = loaded.backend, loaded.backend.info
     size = info.parameters * getattr(torch, info.dtype).itemsize
     grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
