@@ -43,7 +43,9 @@ def load_plugins(group: str, base: type[T], taken: Collection[str], check: Calla
     for entry in _entries(group):
         try:
             plugins.found[entry.name] = _made(entry, base, {*taken, *plugins.found}, check)
-        except (Exception, SystemExit) as error:  # a module that exits when it is imported ends nothing but itself
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a module that exits, or a native one that panics, ends nothing but itself
             broken = BrokenPlugin(entry.name, _distribution(entry), _one_line(error))
             log.warning("%s %r of %s is skipped: %s", group, broken.name, broken.distribution, broken.reason)
             if entry.name not in taken:

@@ -9,7 +9,7 @@ from server.api.answer import Answer, check_stream_options
 from server.api.assembly import escaped
 from server.api.bodies import read_body
 from server.api.choices import Choice, Piece, Token
-from server.api.generation import Job, Running, start
+from server.api.generation import Job, Running, check_masks, start
 from server.api.openapi import GENERATION_ERRORS, body_of, streamed
 from server.api.requests import ChatBody, Message
 from server.api.responses import (
@@ -53,6 +53,7 @@ def read_job(serving: Serving, body: ChatBody) -> Job:
         raise RequestError("max_tokens", message, "conflicting_values")
     field = "max_tokens" if newer is None else "max_completion_tokens"
     prompt = encode_chat(serving.text, body.messages, bool(body.add_special_tokens))
+    check_masks(serving, "messages", prompt)
     return Job([prompt], [], newer or older, prompt_field="messages", length_field=field)
 
 

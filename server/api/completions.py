@@ -10,13 +10,12 @@ from server.api.answer import Answer, check_stream_options
 from server.api.assembly import escaped
 from server.api.bodies import read_body
 from server.api.choices import Choice, Piece
-from server.api.generation import Job, Running, check_ids, start
+from server.api.generation import Job, Running, check_ids, check_masks, start
 from server.api.openapi import GENERATION_ERRORS, body_of, streamed
 from server.api.requests import CompletionBody
 from server.api.responses import Completion, CompletionChoice, CompletionLogprobs, Usage, Used
 from server.api.serving import Serving
 from server.engine import RequestError
-from server.models.text import TextCodec
 
 
 def add_routes(app: FastAPI, serving: Serving) -> None:
@@ -48,20 +47,10 @@ def read_job(serving: Serving, body: CompletionBody) -> Job:
     suffix = text.encode(body.suffix or "")
     for prompt in prompts:
         check_ids("prompt", prompt, info.vocab_size)
-        _check_masks("prompt", prompt, info.mask_id, text)
-    _check_masks("suffix", suffix, info.mask_id, text)
+        check_masks(serving, "prompt", prompt)
+    check_masks(serving, "suffix", suffix)
     echo = [p if isinstance(p, str) else text.decode(p, skip_special_tokens=False) for p in given if body.echo]
     return Job(prompts, suffix, body.max_tokens, prompt_field="prompt", echo=echo)
-
-
-def _check_masks(field: str, ids: Sequence[int], mask: int | None, text: TextCodec) -> None:
-    """Refuse the mask token outside of the generation region: nothing would ever be put in its place."""
-    if mask is not None and mask in ids:
-        raise RequestError(
-            field,
-            f"{field} has the mask token {text.token(mask)} ({mask}): only the generation region is filled; send the "
-            "text before it as prompt and the text after it as suffix",
-        )
 
 
 class CompletionAnswer(Answer):

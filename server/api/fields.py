@@ -48,6 +48,8 @@ class Refusal:
         """Whether this value is refused, next to these fields."""
         if value is None or value in self.neutral:
             return False
+        if -1 in self.neutral and isinstance(value, int | float) and value < 0:
+            return False  # where -1 switches something off, any negative number does
         return self.agrees is None or not self.agrees(value, given)
 
 
@@ -117,7 +119,7 @@ _LENGTH_AND_END = {
     ),
     **_renamed("n", "n_cmpl num_return_sequences num_choices"),
     **_renamed("stop", "stop_words stop_sequences stop_sequence stopping_strings stop_strings", *NOTHING),
-    **_renamed("stop_token_ids", "eos_token_id eos_token_ids stop_tokens stop_ids", *NOTHING),
+    **_renamed("stop_token_ids", "eos_token_id eos_token_ids stop_token stop_tokens stop_ids", *NOTHING),
     **_renamed("ignore_eos", "ignore_eos_token", False),
     **_refused("stop_regex", *NOTHING, instead="write texts as stop"),
     **_refused("include_stop_str_in_output no_stop_trim", False),
@@ -162,7 +164,11 @@ _DIFFUSION = {
         "diffusion_steps denoising_steps num_steps num_diffusion_steps max_steps nfe",
         instead="write sampler_params.steps, for a sampler that has it",
     ),
-    **_refused("steps_per_block", instead="write sampler_params.k, for a sampler that has it"),
+    **_refused(
+        "steps_per_block minimal_topk num_to_transfer num_transfer_tokens",
+        instead="write sampler_params.k, for a sampler that has it",
+    ),
+    **_refused("dllm_algorithm_config", *NOTHING, instead="write sampler_params"),
     **_refused(
         "conf_threshold dynamic_threshold unmask_threshold tau",
         instead="write sampler_params.threshold, for a sampler that has it",
@@ -212,7 +218,7 @@ HARMLESS = {
         "says who asks, and what is kept of it",
     ),
     **_ignored(
-        "service_tier models provider route id_slot slot_id routed_dp_rank data_parallel_rank bootstrap_port "
+        "service_tier models mode provider route id_slot slot_id routed_dp_rank data_parallel_rank bootstrap_port "
         "disagg_prefill_dp_rank keep_alive",
         "says where and when it runs",
     ),
@@ -238,16 +244,17 @@ HARMLESS = {
     ),
 }
 """Fields that are ignored knowingly, even where they look like others, and why that does no harm."""
-CLOSE = 0.88
-"""How alike two names are, as difflib counts, if one is the other misspelt."""
+CLOSE = 0.86
+"""How alike two longer names are, as difflib counts, if one is the other misspelt."""
 
 
 def refusal(cls: type[BaseModel], name: str, given: Given) -> str | None:
     """What to do about a field that the body does not have; None where it does no harm."""
     value = given[name]
-    if value is None or name in HARMLESS:
+    if value is None or _plain(name) in _plainly(HARMLESS):
         return None
-    if known := REFUSED.get(cls, {}).get(name):
+    refused = REFUSED.get(cls, {})
+    if known := refused.get(name) or refused.get(_plainly(refused).get(_plain(name), "")):
         return known.instead if known.concerns(value, given) else None
     if issubclass(cls, SamplerArguments):
         return _elsewhere(name)
@@ -258,18 +265,42 @@ def refusal(cls: type[BaseModel], name: str, given: Given) -> str | None:
 
 @lru_cache(maxsize=4096)
 def misspelt(name: str, cls: type[BaseModel]) -> str | None:
-    """What to write instead of a name that is nearly one which the body has."""
-    names = {_plain(each): each for each in cls.model_fields}
-    if issubclass(cls, GenerationBody):
-        names = {_plain(each): f"sampler_params.{each}" for each in _parameters()} | names
-    plain = _plain(name)
-    if plain in names:
-        return f"write {names[plain]}"
-    if len(plain) < 5:
-        return None
-    swapped = [each for each in names if sorted(each) == sorted(plain)]
-    close = swapped or get_close_matches(plain, names, 1, CLOSE)
-    return f"write {names[close[0]]} if you mean that, else leave it out" if close else None
+    """What to write instead of a name that is nearly one which the body has, or one that is refused."""
+    refused = REFUSED.get(cls, {})
+    if found := _nearest(name, cls.model_fields, 3):
+        return _write(found, name, found)
+    if issubclass(cls, GenerationBody) and (found := _nearest(name, _parameters(), 6)):
+        return _write(f"sampler_params.{found}", name, found)
+    if found := _nearest(name, refused, 6):
+        return f"if it is to be {found}: {refused[found].instead}"
+    return None
+
+
+def _write(instead: str, name: str, found: str) -> str:
+    sure = _plain(name) == _plain(found)
+    return f"write {instead}" if sure else f"write {instead} if you mean that, else leave it out"
+
+
+def _nearest(name: str, names: Iterable[str], shortest: int) -> str | None:
+    """The name that is meant by one in another style, or by a misspelt one of at least this length."""
+    plain, known = _plain(name), _plainly(names)
+    if plain in known or len(plain) < shortest:
+        return known.get(plain)
+    slips = [each for each in known if _is_slip(plain, each)]
+    close = slips or (get_close_matches(plain, known, 1, CLOSE) if len(plain) > 4 else [])
+    return known[close[0]] if close else None
+
+
+def _is_slip(a: str, b: str) -> bool:
+    """Whether one slip of a finger makes one name of the other; in a short name another letter is another name."""
+    if min(len(a), len(b)) < 3:
+        return False  # k, n
+    start = next((i for i, (left, right) in enumerate(zip(a, b, strict=False)) if left != right), min(len(a), len(b)))
+    x, y = a[start:], b[start:]
+    if len(x) == len(y):
+        return (x[2:] == y[2:] and x[:2] == y[1::-1]) or (x[1:] == y[1:] and len(a) > 4)
+    longer, shorter = (x, y) if len(x) > len(y) else (y, x)
+    return longer[1:] == shorter
 
 
 def _elsewhere(name: str) -> str:
@@ -284,6 +315,11 @@ def _elsewhere(name: str) -> str:
 def _plain(name: str) -> str:
     """A name without what styles of writing names differ in."""
     return name.lower().replace("_", "").replace("-", "")
+
+
+def _plainly(names: Iterable[str]) -> dict[str, str]:
+    """Names without their style, and with it."""
+    return {_plain(each): each for each in names}
 
 
 def _parameters() -> dict[str, list[str]]:

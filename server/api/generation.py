@@ -198,6 +198,17 @@ def _named_ends(serving: Serving, body: GenerationBody) -> frozenset[int]:
     return frozenset(id for id in found if id is not None and id != mask)
 
 
+def check_masks(serving: Serving, field: str, ids: Sequence[int]) -> None:
+    """Refuse the mask token outside of the generation region: nothing would ever be put in its place."""
+    mask = serving.engine.info.mask_id
+    if mask is not None and mask in ids:
+        raise RequestError(
+            field,
+            f"{field}: the mask token {serving.text.token(mask)} ({mask}) is in it, but only the generation region is "
+            "filled; a completion takes the text before it as prompt and the text after it as suffix",
+        )
+
+
 def _seeds(seed: int | None, prompts: int, number: int) -> list[int]:
     """A seed for each choice.
 

@@ -105,6 +105,7 @@ def load_model(
         device=str(place),
         dtype=str(kind).removeprefix("torch."),
     )
+    text.make_special(info.end_ids if info.mask_id is None else {info.mask_id, *info.end_ids})
     if engine == "vllm":
         try:
             return LoadedModel(name, VllmBackend(folder, info, load_format, vllm), text)

@@ -1,6 +1,6 @@
 """Text to tokens and back, and chats to prompts: what a checkpoint's tokenizer files say."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,7 @@ class TextCodec:
         tokenizer.no_padding()
         self._tokenizer = tokenizer
         self._template = template
-        self._control = ControlTokens(tokenizer, template) if template is not None else None
-        self._bytes = TokenBytes(tokenizer)
+        self._learn_special_tokens()
         self._begin, self._end = _around(tokenizer)
         self._special_tokens = special_tokens
         self.vocab_size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
@@ -43,6 +42,22 @@ class TextCodec:
         settings = read_optional_json(folder / "special_tokens_map.json")
         settings |= read_optional_json(folder / "tokenizer_config.json")
         return cls(load_tokenizer(folder, settings), ChatTemplate.load(folder, settings), named_tokens(settings))
+
+    def _learn_special_tokens(self) -> None:
+        self._control = ControlTokens(self._tokenizer, self._template) if self._template is not None else None
+        self._bytes = TokenBytes(self._tokenizer)
+
+    def make_special(self, ids: Iterable[int]) -> None:
+        """Make those of these tokens special that were added to the vocabulary: the model has a use for them.
+
+        A word of the vocabulary stays a word.
+        """
+        added = self._tokenizer.get_added_tokens_decoder()
+        if plain := [added[id] for id in sorted(set(ids)) if id in added and not added[id].special]:
+            for token in plain:
+                token.special = True
+            self._tokenizer.add_special_tokens(plain)
+            self._learn_special_tokens()
 
     @property
     def has_chat_template(self) -> bool:

@@ -5,9 +5,13 @@ from typing import Any
 
 
 def named_tokens(settings: dict[str, Any]) -> dict[str, str]:
-    """The `..._token` entries of the tokenizer's settings, written as strings or as objects with `content`."""
+    """The `..._token` entries of the tokenizer's settings, written as strings or as objects with `content`.
+
+    Some are in `extra_special_tokens`, where transformers 5 keeps those that a model has beside the usual ones.
+    """
+    own = settings.get("extra_special_tokens")
     found = {}
-    for name, value in settings.items():
+    for name, value in {**(own if isinstance(own, dict) else {}), **settings}.items():
         content = value.get("content") if isinstance(value, dict) else value
         if name.endswith("_token") and isinstance(content, str):
             found[name] = content

@@ -36,6 +36,8 @@ def quantised_by(folder: Path) -> str | None:
     for source in (config, text if isinstance(text, dict) else {}):
         if (said := source.get("quantization_config")) or (said := source.get("compression_config")):
             return _method(said)
+        if said := source.get("quantization"):
+            return _method({"format": "mlx", **said} if isinstance(said, dict) else said)
     for name in ("quantize_config.json", "quant_config.json", "hf_quant_config.json"):
         if said := read_optional_json(folder / name):
             return _method(said)

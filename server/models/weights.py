@@ -183,7 +183,7 @@ def _check_names(folder: Path, wanted: Iterable[str], sources: Mapping[str, Sour
 def _check_tensor(path: Path, name: str, tensor: Any, shape: torch.Size) -> None:
     found, kind = tuple(tensor.get_shape()), tensor.get_dtype()
     if kind not in FLOATS:
-        quantised = ": the weights are quantised" if kind.startswith(("F8", "F4", "F6", "U8", "I8")) else ""
+        quantised = ": the weights are quantised" if kind not in ("BOOL", "C64", "I64") else ""
         raise ModelError(
             f"{path}: tensor {name} is {kind}, which is not supported ({', '.join(FLOATS)} are){quantised}"
         )

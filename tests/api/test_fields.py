@@ -94,6 +94,29 @@ INSTEAD: list[tuple[str, Any, str]] = [
     ("return_trajectry", True, "return_trajectory"),
     ("treshold", 0.5, "sampler_params.threshold"),
     ("logprob", 1, "logprobs"),
+    ("cach", "dual", "cache"),
+    ("stp", ["x"], "stop"),
+    ("sed", 3, "seed"),
+    ("streem", True, "stream"),
+    ("suffixx", "x", "suffix"),
+    # others' names in another style, or misspelt
+    ("maxNewTokens", 3, "max_tokens"),
+    ("maxOutputTokens", 3, "max_tokens"),
+    ("stopSequences", ["x"], "stop"),
+    ("presencePenalty", 0.5, "leave it out"),
+    ("logitBias", {"5": 1}, "leave it out"),
+    ("enableThinking", True, "leave it out"),
+    ("grammer", "root ::= x", "leave it out"),
+    ("guided_regexp", "a+", "leave it out"),
+    ("response_formats", {"type": "json_object"}, "leave it out"),
+    ("no_repeat_ngram", 2, "leave it out"),
+    ("return_token_id", True, "leave it out"),
+    # of the originals' own programs
+    ("minimal_topk", 2, "sampler_params.k"),
+    ("num_to_transfer", 2, "sampler_params.k"),
+    ("stop_token", 5, "stop_token_ids"),
+    ("dllm_algorithm_config", {"threshold": 0.5}, "sampler_params"),
+    ("continuous_usage_stats", True, "stream_options"),
 ]
 
 
@@ -120,6 +143,8 @@ def test_a_samplers_parameter_outside_of_its_parameters(server: Running, paramet
 
 
 NEUTRAL = [
+    {"adaptive_target": -0.01, "adaptive_decay": 0.9},  # SillyTavern's defaults
+    {"serviceTier": "auto", "mode": "instruct", "models": ["x"], "betas": []},
     *({name: None} for name, _, _ in INSTEAD),
     *(
         {name: False}
@@ -127,7 +152,15 @@ NEUTRAL = [
     ),
     *(
         {name: 0}
-        for name in ("min_p", "mirostat", "xtc_probability", "cfg_scale", "no_repeat_ngram_size", "min_tokens")
+        for name in (
+            "adaptive_target",
+            "min_p",
+            "mirostat",
+            "xtc_probability",
+            "cfg_scale",
+            "no_repeat_ngram_size",
+            "min_tokens",
+        )
     ),
     *({name: 1} for name in ("repeat_penalty", "typical_p", "best_of", "num_beams", "tfs_z", "guidance_scale")),
     *({name: []} for name in ("stop_words", "bad_words", "samplers")),

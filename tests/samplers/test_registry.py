@@ -58,6 +58,7 @@ BROKEN = {
     "no python": ("def (", "SyntaxError: "),
     "raises": ("raise RuntimeError('two\\nlines')", "RuntimeError: two lines"),
     "exits": ("raise SystemExit(3)", "SystemExit: 3"),
+    "panics": ("class Panic(BaseException): pass\nraise Panic('native code')", "Panic: native code"),
     "no such attribute": ("", "AttributeError: module 'third_party' has no attribute 'LeftToRight'"),
     "no class": ("LeftToRight = 3", "third_party:LeftToRight is not a Sampler class"),
     "another class": ("class LeftToRight: name = 'left_to_right'", "is not a Sampler class"),
