@@ -115,7 +115,7 @@ def _told(sampler: Sampler, hook: Callable[..., T], *arguments: Any) -> T:
     """What one of a sampler's methods says."""
     try:
         return hook(*arguments)
-    except Exception as error:
+    except BaseException as error:
         raise _failure(sampler, error) from error
 
 
@@ -176,8 +176,13 @@ def _one(step: Step, i: int) -> Step:
     return replace(step, **parts, extra={name: value[i : i + 1] for name, value in step.extra.items()})
 
 
-def _failure(sampler: Sampler, error: Exception) -> SamplerError:
-    """The error of a generation whose sampler raised; its cause tells a log where in the sampler that was."""
+def _failure(sampler: Sampler, error: BaseException) -> SamplerError:
+    """The error of a generation whose sampler raised; its cause tells a log where in the sampler that was.
+
+    A sampler that exits, or whose native code panics, fails its own generation too. Raises what a user's Ctrl-C raises.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        raise error
     failure = SamplerError(f"sampler {sampler.name} failed: {type(error).__name__}: {error}")
     failure.__cause__ = error
     return failure
@@ -187,9 +192,10 @@ def _select(sampler: Sampler, step: Step) -> Sequence[Selection | Outcome]:
     """Per row, what to do, or the outcome of a failure."""
     try:
         return _rows_of(_checked(sampler, step))
-    except Exception as error:
+    except BaseException as error:
+        failure = _failure(sampler, error)
         if len(step.params) == 1:
-            return [Outcome(error=_failure(sampler, error))]
+            return [Outcome(error=failure)]
     return [outcome for i in range(len(step.params)) for outcome in _select(sampler, _one(step, i))]
 
 
@@ -203,7 +209,8 @@ def _rows_of(selection: Selection) -> list[Selection]:
 
 def _checked(sampler: Sampler, step: Step) -> Selection:
     """The sampler's selection, held against the contract, with the surest candidate where a row commits none."""
-    selection = sampler.select(step)
+    # A copy: what may be committed is not for the sampler to change.
+    selection = sampler.select(replace(step, candidate=step.candidate.clone()))
     commit = selection.commit
     if not isinstance(selection, Selection) or commit.dtype != torch.bool or commit.shape != step.candidate.shape:
         raise SamplerError("a selection must be bool and of the candidates' shape")
@@ -262,7 +269,7 @@ def _committed(row: Denoising, step: Step, i: int, selection: Selection) -> Outc
         return _commit(row, step, i, selection)
     except SamplerError as error:
         return Outcome(error=SamplerError(f"sampler {row.sampler.name} failed: {error}"))
-    except Exception as error:
+    except BaseException as error:
         return Outcome(error=_failure(row.sampler, error))
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import structlog
 
 from policies.store import Host, PolicyStore, UnknownPolicyError
-from samplers import CacheMode, Canvas, ParameterError, Prediction, SamplerError
+from samplers import CacheMode, Canvas, ParameterError, Prediction, SamplerError, SamplerError
 from samplers.denoising import Denoising, Outcome, Query, advance, ask
 from server.engine.backend import Backend, BackendDeadError, ModelInfo
 from server.engine.generation import Deliver, Generation
@@ -142,6 +142,10 @@ class Engine:
             raise RequestError(f"sampler_params.{error.field}", str(error)) from None
         except UnknownPolicyError as error:
             raise RequestError("sampler_params.policy", str(error), "unknown_policy") from None
+        except (RequestError, KeyboardInterrupt):
+            raise
+        except BaseException as error:  # also one that exits, or whose native code panics
+            raise SamplerError(f"sampler {request.sampler} failed: {type(error).__name__}: {error}") from error
 
     def submit(self, request: GenerationRequest, deliver: Deliver) -> Generation:
         """Queue a generation. `deliver` gets its events on the engine's thread and must not block.

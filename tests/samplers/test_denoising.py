@@ -261,6 +261,38 @@ def test_rows_of_different_samplers_and_lengths_share_a_step() -> None:
         assert a.canvas.tokens.equal(b.canvas.tokens) and a.forwards == b.forwards
 
 
+class Careless(Sampler):
+    """Does to the loop what no sampler may."""
+
+    name = "careless"
+
+    class Params(SamplerParams):
+        fault: str = ""
+
+    def select(self, step: Step) -> Selection:
+        if any(params.fault == "panic" for params in step.params if isinstance(params, self.Params)):
+            raise Panic("native code")
+        return Selection(step.candidate.zero_())
+
+
+class Panic(BaseException):
+    """What extension modules raise that are written in Rust."""
+
+
+def test_a_sampler_that_changes_what_it_is_given_still_ends() -> None:
+    row = Denoising(Canvas.blank([1], 6, MASK), rule := Careless(), rule.Params())
+    denoise([row], predictor())
+    assert row.finished and row.forwards == 6
+
+
+def test_a_sampler_that_panics_fails_its_own_generation() -> None:
+    rule = Careless()
+    rows = [Denoising(Canvas.blank([i], 6, MASK), rule, rule.Params(fault="panic" * (i == 1))) for i in range(3)]
+    query = ask(rows)
+    outcomes = advance(rows, query, predictor()(query))
+    assert ["Panic: native code" in str(outcome.error) for outcome in outcomes] == [False, True, False]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
