@@ -7,7 +7,7 @@ from dataclasses import replace
 import structlog
 
 from policies.store import Host, PolicyStore, UnknownPolicyError
-from samplers import CacheMode, Canvas, ParameterError, Prediction, SamplerError, SamplerError
+from samplers import CacheMode, Canvas, ParameterError, Prediction, SamplerError
 from samplers.denoising import Denoising, Outcome, Query, advance, ask
 from server.engine.backend import Backend, BackendDeadError, ModelInfo
 from server.engine.generation import Deliver, Generation
