@@ -1,6 +1,5 @@
 """A model's chat template: from messages to the text that asks for the next one."""
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 from jinja2 import TemplateSyntaxError
 
-from server.models.files import ModelError, read_optional_json
+from server.models.files import ModelError, is_there, read_optional_json
 from server.models.jinja import chat_environment
 from server.models.tokenizer_settings import named_tokens
 
@@ -130,7 +129,7 @@ def _source(folder: Path, settings: dict[str, Any]) -> tuple[Path, str] | None:
     """Where the template is, and its text. A file of its own comes before the tokenizer's settings."""
     for name in ("chat_template.jinja", "additional_chat_templates/default.jinja"):
         path = folder / name
-        if os.path.lexists(path):  # a link that leads nowhere is not one that was left out
+        if is_there(path):  # a link that leads nowhere is not one that was left out
             try:
                 return path, path.read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:

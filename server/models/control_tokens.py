@@ -7,6 +7,10 @@ The tokenizer looks for control tokens everywhere, so that text typed into a mes
 3. the markers go, and a twin of the tokenizer, in which control tokens have these secret names only, reads the text.
 
 The twin reads all other text as the tokenizer does, across what was marked too.
+
+A template that edits texts, such as one that takes `/think` out of them, can make a control token of what was none. So
+where a text holds the first character of one, the chat is rendered again with every such character broken off from what
+follows, and if that has other control tokens, it is what counts.
 """
 
 import re
@@ -39,6 +43,8 @@ class ControlTokens:
         self._template = template
         self._finder = _finder(self._control.values())
         self._edges = Edges(self._control)
+        firsts = {content[0] for content in self._control if len(content) > 1}
+        self._firsts = re.compile("|".join(map(re.escape, sorted(firsts))) or r"(?!)")
         nonce = secrets.token_hex(8)  # nobody can type what they cannot know
         self._secret = {content: f"{nonce}x{i}x" for i, content in enumerate(self._control)}
         self._twin = Tokenizer(tokenizer.model)
@@ -69,8 +75,18 @@ class ControlTokens:
         everything = "\0".join(texts) + self._template.source
         marker, *stand_ins = _unused(everything, 1 + len(self._edges.single))
         marking = Marking(marker, dict(zip(self._edges.single, stand_ins, strict=True)))
-        marked = [self._mark(message, marking) for message in chat]
-        return self._read(self._template.render(marked, add_generation_prompt), marking)
+
+        def render(wary: bool) -> tuple[str, list[tuple[int, int]]]:
+            marked = [self._mark(message, marking, wary) for message in chat]
+            text = self._template.render(marked, add_generation_prompt)
+            return text, self._found(text)
+
+        text, found = render(wary=False)
+        if any(self._firsts.search(each) for each in texts):
+            other, proven = render(wary=True)
+            if [text[start:end] for start, end in found] != [other[start:end] for start, end in proven]:
+                text, found = other, proven
+        return self._read(text, found, marking)
 
     def _renamed(self, token: AddedToken) -> AddedToken:
         secret, normalizer = self._secret[token.content], self._twin.normalizer
@@ -85,8 +101,12 @@ class ControlTokens:
             special=True,
         )
 
-    def _mark(self, message: Mapping[str, Any], marking: "Marking") -> dict[str, Any]:
+    def _mark(self, message: Mapping[str, Any], marking: "Marking", wary: bool) -> dict[str, Any]:
+        """The message with its control tokens broken; the wary way, with whatever one could begin with."""
+
         def broken(text: str) -> str:
+            if wary:
+                return marking.broken_wherever(self._firsts, text)
             return marking.broken(text, self._found(text))
 
         def beside(text: str) -> str:
@@ -117,9 +137,9 @@ class ControlTokens:
         encoding = self._finder.encode(text, add_special_tokens=False)
         return [where for id, where in zip(encoding.ids, encoding.offsets, strict=True) if id]
 
-    def _read(self, text: str, marking: "Marking") -> list[int]:
+    def _read(self, text: str, found: Iterable[tuple[int, int]], marking: "Marking") -> list[int]:
         out, last = [], 0
-        for start, end in self._found(text):
+        for start, end in found:
             out += [text[last:start], self._secret[text[start:end]]]
             last = end
         encoding = self._twin.encode(marking.removed("".join([*out, text[last:]])), add_special_tokens=False)
@@ -149,6 +169,12 @@ class Marking:
             out += [text[last:start], alone or text[start] + self.marker + text[start + 1 : end]]
             last = end
         return "".join([*out, text[last:]])
+
+    def broken_wherever(self, firsts: re.Pattern[str], text: str) -> str:
+        """A text in which nothing that begins with one of these characters is a token, whatever becomes of it."""
+        for typed, mark in self._single.items():
+            text = text.replace(typed, mark)
+        return firsts.sub(lambda found: found[0] + self.marker, text)
 
     def removed(self, text: str) -> str:
         """The text as it was typed."""

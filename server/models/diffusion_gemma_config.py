@@ -171,12 +171,16 @@ class DiffusionGemmaConfig(CheckpointConfig):
     text_config: TextConfig
     canvas_length: Count = 256
     tie_word_embeddings: bool = True
-    mask_token_id: None = None
 
     @property
     def built(self) -> dict[str, Any]:
         # Otherwise encoder, decoder and head would have weights of their own.
         return {"tie_word_embeddings": True}
+
+    @property
+    def mask_token_id(self) -> None:
+        """None, also where the tokenizer's mask token, which the model has no use for, is written down."""
+        return None
 
     @property
     def rows(self) -> int:

@@ -1,7 +1,6 @@
 """Reading the JSON files of a model folder."""
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,7 +33,17 @@ def read_optional_json(path: Path) -> dict[str, Any]:
 
     A link that leads nowhere is a file that cannot be read, not one that was left out.
     """
-    return read_json(path) if os.path.lexists(path) else {}
+    return read_json(path) if is_there(path) else {}
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is a file, or a link, also one that leads nowhere. Raises ModelError if that cannot be known."""
+    with readable(path):
+        try:
+            path.lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+    return True
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """From a folder or a hub id to a model that is ready to run."""
 
-import os
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from importlib.util import find_spec
@@ -16,7 +15,7 @@ from server.engine.backend import Backend, ModelInfo
 from server.engine.torch_backend import TorchBackend
 from server.engine.vllm.backend import VllmBackend, VllmError, VllmOptions, check_supported
 from server.models.compiling import compile_layers
-from server.models.files import ModelError, other_forms, read_json, read_optional_json, readable
+from server.models.files import ModelError, is_there, other_forms, read_json, read_optional_json, readable
 from server.models.network import Network
 from server.models.packing import pack_linear_layers
 from server.models.registry import Family, find_family
@@ -81,7 +80,7 @@ def load_model(
     if place.type == "cpu":
         share_one_heap()
     with readable(folder):
-        if not os.path.lexists(folder / CONFIG):
+        if not is_there(folder / CONFIG):
             raise ModelError(f"{folder / CONFIG}: no such file{other_forms(folder)}")
         text = TextCodec.load(folder)
     architecture, family, network = build_network(folder, text=text)
@@ -254,7 +253,7 @@ def find_model(model: str | None) -> tuple[str, Path]:
     try:
         folder = Path(model).expanduser()
         with readable(folder):
-            is_folder, exists = folder.is_dir(), os.path.lexists(folder)
+            is_folder, exists = folder.is_dir(), is_there(folder)
             if is_folder:
                 next(folder.iterdir(), None)  # told here once, and not of each file in another way
                 return folder.resolve().name, folder

@@ -1,7 +1,6 @@
 """A network's tensors: from safetensors files only, every one checked before any is used; or drawn at random."""
 
 import math
-import os
 from collections import deque
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from server.models.files import INDEX, ModelError, other_forms, read_json
+from server.models.files import INDEX, ModelError, is_there, other_forms, read_json
 from server.models.network import Network, matches
 from server.models.variants import looks_quantised
 
@@ -143,9 +142,9 @@ def draw_weights(network: Network, device: torch.device, dtype: torch.dtype) -> 
 def _files(folder: Path) -> list[Path]:
     """The safetensors files of a folder; the single one counts more than an index, as in transformers."""
     single, index = folder / SINGLE, folder / INDEX
-    if os.path.lexists(single):
+    if is_there(single):
         return [single]
-    if os.path.lexists(index):
+    if is_there(index):
         shards = read_json(index).get("weight_map")
         if not isinstance(shards, dict) or not shards:
             raise ModelError(f"{index}: has no weight_map")

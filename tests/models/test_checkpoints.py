@@ -489,6 +489,13 @@ def mask_of(folder: Path) -> int | None:
     return load_model(str(folder), device="cpu").backend.info.mask_id
 
 
+def test_a_family_without_a_mask_token_does_not_mind_one_that_is_written_down(tmp_path: Path) -> None:
+    """Gemma's tokenizers have one; transformers' class leaves the entry alone."""
+    folder = write_tiny_gemma(tmp_path / "m")
+    edit_json(folder / "config.json", mask_token_id=4)
+    assert mask_of(folder) is None
+
+
 def test_a_mask_token_among_the_models_own_is_declared_too(tmp_path: Path) -> None:
     """As transformers 5 writes names that not every model has."""
     folder = tmp_path / "m"
@@ -826,6 +833,19 @@ def test_commands_end_with_one_line(tmp_path: Path, command: tuple[str, ...]) ->
     folder_in_its_place(folder / "config.json")
     said = refused(1, *command, "--model", folder)
     assert said == f"Error: {folder / 'config.json'}: Is a directory"
+
+
+def test_files_that_may_be_listed_and_not_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is closed to root, so the system's answer is made up."""
+    folder, look = write_tiny_model(tmp_path / "m"), Path.lstat
+
+    def closed(path: Path) -> os.stat_result:
+        if path.parent == folder:
+            raise PermissionError(13, "Permission denied", str(path))
+        return look(path)
+
+    monkeypatch.setattr(Path, "lstat", closed)
+    assert line_of(folder).endswith(": Permission denied")
 
 
 @pytest.mark.parametrize("name", ["config a folder", "weights cut", "GGUF only"])
