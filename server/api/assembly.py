@@ -58,7 +58,8 @@ class TokenText:
 
     Attributes:
         text: what it adds; the name of a token that adds nothing; None where it is only part of a character.
-        bytes: those of all tokens together are the text's, but for beginnings of characters that it never ends.
+        bytes: those of all tokens together are the text's, but where bytes are no characters, which the text shows as
+            U+FFFD.
         start: the character of the text at which it begins.
     """
 
@@ -111,16 +112,36 @@ class TokenTexts:
         # All but a part of a character is taken from the text: what a token adds depends on where it stands.
         if len(found) == 1 and _text(found[0]) is not None:
             return [text.encode()]
-        if len(found) > 1 and self._codec.is_byte(heard[0]) and not self._codec.is_byte(heard[-1]):
-            run = b"".join(found[:-1])
+        if len(found) > 1 and self._codec.is_byte(heard[0]):
+            count = len(found) - (not self._codec.is_byte(heard[-1]))
+            run = b"".join(found[:count])
             read = _text(run)
-            found[-1] = text[len(run if read is None else read) :].encode()
+            if read is not None and (stripped := _missing(read, text)):
+                found[:count] = _without_first(found[:count], stripped)
+                read = read[stripped:]
+            if count < len(found):
+                found[-1] = text[len(run if read is None else read) :].encode()
         return found
 
 
 def escaped(data: bytes) -> str:
     """Bytes that are no text, as OpenAI shows them."""
     return "".join(f"\\x{byte:02x}" for byte in data)
+
+
+def _missing(read: str, text: str) -> int:
+    """Spaces that a decoder strips from the beginning of a text."""
+    spaces = len(read) - len(read.lstrip(" "))
+    return next((i for i in range(spaces + 1) if text.startswith(read[i:])), 0)
+
+
+def _without_first(parts: Sequence[bytes], count: int) -> list[bytes]:
+    """Bytes without the first of all."""
+    found = []
+    for part in parts:
+        found.append(part[count:])
+        count = max(0, count - len(part))
+    return found
 
 
 def _text(data: bytes) -> str | None:

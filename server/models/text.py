@@ -40,7 +40,8 @@ class TextCodec:
     def load(cls, folder: Path) -> "TextCodec":
         """The codec of a model folder. Raises ModelError."""
         settings = read_optional_json(folder / "special_tokens_map.json")
-        settings |= read_optional_json(folder / "tokenizer_config.json")
+        own = read_optional_json(folder / "tokenizer_config.json")
+        settings |= {name: value for name, value in own.items() if value is not None}
         return cls(load_tokenizer(folder, settings), ChatTemplate.load(folder, settings), named_tokens(settings))
 
     def _learn_special_tokens(self) -> None:

@@ -505,6 +505,14 @@ def test_a_mask_token_among_the_models_own_is_declared_too(tmp_path: Path) -> No
     assert mask_of(folder) == hole
 
 
+def test_a_null_in_one_file_leaves_the_other_its_word(tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    hole, _ = with_tokens(folder, "<hole>", "<|mdm_mask|>")
+    edit_json(folder / "tokenizer_config.json", mask_token=None)
+    (folder / "special_tokens_map.json").write_text(json.dumps({"mask_token": "<hole>"}))
+    assert mask_of(folder) == hole
+
+
 @pytest.mark.parametrize("spelt", ["<hole>", {"content": "<hole>", "special": True}])
 @pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
 def test_the_tokenizers_mask_token_counts_where_the_configuration_names_none(

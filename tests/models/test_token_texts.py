@@ -117,3 +117,19 @@ def test_the_bytes_of_split_characters() -> None:
         assert [part.bytes for part in found] == [b"a", b"\xe4", b"\xbd", b"\xa0", b"b"]
         assert [part.text for part in found] == ["a", None, None, None, "b"]
         assert [part.start for part in found] == [0, 1, 1, 1, 2]
+
+
+@pytest.mark.parametrize("kind", ["llama", "first_space"])
+@pytest.mark.parametrize(
+    "names", [["<0x20>", "<0x6C>", "<0x72>", "a"], ["<0x20>", "<0x0A>"], ["<0x20>", "<0xC3>", "<0xA9>"]]
+)
+def test_a_space_that_is_stripped_has_no_bytes(kind: str, names: list[str]) -> None:
+    """LLaMA's decoders take the first space from a text, also one that a byte token wrote."""
+    codec = TextCodec(KINDS[kind](), None, {})
+    ids = [id for name in names for id in ([codec.token_id(name)] if name.startswith("<") else codec.encode(name)[-1:])]
+    texts = TokenTexts(codec)
+    found = [*texts.add(ids), *texts.add([], last=True)]
+    text = whole(codec, ids)
+    assert not text.startswith(" ")
+    assert b"".join(part.bytes for part in found) == text.encode()
+    assert found[0].bytes == b"" and [part.start for part in found[:2]] == [0, 0]
