@@ -91,6 +91,8 @@ def find_family(config: dict[str, Any]) -> tuple[str, Family]:
     """Name and family of the architecture that a `config.json` asks for. Raises ValueError if it is not built."""
     supported = ", ".join(ARCHITECTURES)
     names, model_type = config.get("architectures"), config.get("model_type")
+    if not isinstance(model_type, str | None):
+        raise ValueError(f"model_type is {model_type!r}, not a text")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or not names:
         names = [
             name for name, family in ARCHITECTURES.items() if model_type in (family.model_type, *family.other_types)

@@ -505,6 +505,14 @@ def test_a_mask_token_among_the_models_own_is_declared_too(tmp_path: Path) -> No
     assert mask_of(folder) == hole
 
 
+@pytest.mark.parametrize("kind", [["llada"], {"name": "llada"}, 3])
+@pytest.mark.parametrize("experts", [None, 4])
+def test_a_model_type_that_is_no_text(tmp_path: Path, kind: Any, experts: int | None) -> None:
+    folder = write_tiny_model(tmp_path / "m")
+    edit_json(folder / "config.json", model_type=kind, num_experts=experts)
+    assert line_of(folder) == f"{folder / 'config.json'}: model_type is {kind!r}, not a text"
+
+
 def test_a_null_in_one_file_leaves_the_other_its_word(tmp_path: Path) -> None:
     folder = tmp_path / "m"
     hole, _ = with_tokens(folder, "<hole>", "<|mdm_mask|>")
