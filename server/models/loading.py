@@ -208,7 +208,7 @@ def build_network(
     try:
         with torch.device("meta"), SkipInit():
             network = family.network(parsed)
-    except (RuntimeError, OverflowError) as error:  # sizes whose product is no number
+    except (RuntimeError, OverflowError, TypeError) as error:  # sizes whose product is no number
         raise ModelError(f"{path}: {str(error).splitlines()[0]}") from None
     return architecture, family, network
 

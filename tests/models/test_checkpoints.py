@@ -513,6 +513,12 @@ def test_a_model_type_that_is_no_text(tmp_path: Path, kind: Any, experts: int | 
     assert line_of(folder) == f"{folder / 'config.json'}: model_type is {kind!r}, not a text"
 
 
+def test_sizes_whose_product_is_no_number(tmp_path: Path) -> None:
+    folder = write_decoder(tmp_path / "m", SDAR_MOE)
+    edit_json(folder / "config.json", num_attention_heads=10**18)
+    assert line_of(folder).startswith(f"{folder / 'config.json'}: ") and "\n" not in line_of(folder)
+
+
 def test_a_null_in_one_file_leaves_the_other_its_word(tmp_path: Path) -> None:
     folder = tmp_path / "m"
     hole, _ = with_tokens(folder, "<hole>", "<|mdm_mask|>")
