@@ -106,6 +106,7 @@ def measure(measures: dict[str, Measure], count: int, rounds: int) -> dict[str, 
     beside: dict[str, list[float]] = {name: [] for name in measures}
     for _ in range(rounds):
         for name, each in measures.items():
+            time.sleep((CALM + 2) * PERIOD)  # the setting before was a neighbour too
             free[name].append(each())
         with neighbours(count):
             for name, each in measures.items():
