@@ -181,7 +181,7 @@ def _first_step(subject: Subject, count: int) -> Query:
 
 def _invariant(subject: Subject, rounds: int, detail: dict[str, Any]) -> Result:
     """What bitwise the same results cost: a forward of 16 rows, each computed on its own, over the usual one."""
-    query = _first_step(subject, 16)
+    query = apart(lambda: _first_step(subject, 16))
     alone = TorchBackend(subject.backend.network, subject.backend.info, batch_invariant=True)
 
     invariant, usual = alternate(
@@ -192,7 +192,7 @@ def _invariant(subject: Subject, rounds: int, detail: dict[str, Any]) -> Result:
 
 def _matmul(subject: Subject, rounds: int, detail: dict[str, Any]) -> Result:
     """The matrix products of a forward alone, over the forward: the share of what the machine can do."""
-    backend, query = subject.backend, _first_step(subject, 16)
+    backend, query = subject.backend, apart(lambda: _first_step(subject, 16))
     tokens = sum(canvas.layout.length for canvas in query.canvases)
     bare, operations = apart(lambda: bare_products(subject.plain.config, tokens, len(query.row)))
     alone, whole = alternate(timed(bare), timed(lambda: backend.predict(query)), rounds)
