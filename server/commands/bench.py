@@ -1,6 +1,7 @@
 """`unmask bench`: ratios measured in one run, on this machine."""
 
 import tempfile
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -68,9 +69,11 @@ def _tell(results: "Iterable[Result]", json: Path | None) -> None:
     """The machine, a line for each result as it comes, and all of it to the file."""
     from server.bench.machine import in_words, machine
     from server.bench.results import write_results
+    from server.waiting import CALM, PERIOD
 
     measured_on = machine()
     typer.echo(in_words(measured_on))
+    time.sleep((CALM + 2) * PERIOD)  # what told the instructions was a neighbour, next to whom threads wait asleep
     found: list[Result] = []
     with progress_console().status("measuring"):
         for result in results:
