@@ -72,7 +72,9 @@ class TextCodec:
         Args:
             add_special_tokens: put those around it that the tokenizer does, such as a beginning-of-sequence.
         """
-        ids: list[int] = self._tokenizer.encode(_whole(text), add_special_tokens=add_special_tokens).ids
+        # Of a batch, the library lets go of the interpreter's lock, which a long text would hold for a second.
+        (encoding,) = self._tokenizer.encode_batch_fast([_whole(text)], add_special_tokens=add_special_tokens)
+        ids: list[int] = encoding.ids
         return ids
 
     def encode_chat(
