@@ -15,7 +15,7 @@ from policies.network import Observation, PolicyConfig, observe
 from policies.oracle import Oracle
 from policies.subject import Subject
 from policies.tasks import Problem, Task
-from samplers import Canvas, Sampler, Selection, Statistic, Step
+from samplers import Sampler, Selection, Statistic, Step
 from samplers.denoising import Denoising, advance, ask
 
 
@@ -156,7 +156,7 @@ def rollout(
         prompt = subject.encode_prompt(problem.prompt)
         prompt = prompt[-(prompt_length or len(prompt)) :]
         subject.check_length(task.name, len(prompt), gen_length)
-        canvas = Canvas.blank(prompt, gen_length, subject.mask_id, block_length, scheme=subject.scheme)
+        canvas = subject.canvas(prompt, gen_length, block_length)
         rows.append(Denoising(canvas, recorder, recorder.Params(), seed=seed, end_ids=subject.end_ids))
         if ask_oracle:
             recorder.oracles.append(Oracle.for_problem(task, problem, canvas, subject.encode, subject.end_ids))

@@ -13,7 +13,7 @@ from policies.specs import SamplerSpec
 from policies.statistics import wilson
 from policies.subject import Subject
 from policies.tasks import Problem, Task
-from samplers import CacheMode, Canvas, Layout, Sampler, get_sampler
+from samplers import CacheMode, Layout, Sampler, get_sampler
 from samplers.denoising import Denoising, Predict, advance, ask
 from samplers.policy import Policy
 
@@ -166,14 +166,7 @@ def _start(
     except ValueError as error:
         raise TrialError(str(error)) from None
     for i in sorted(range(trial.count), key=lambda i: len(prompts[i])):
-        canvas = Canvas.blank(
-            prompts[i],
-            trial.gen_length,
-            subject.mask_id,
-            trial.block_length,
-            scheme=subject.scheme,
-            max_length=subject.max_length,
-        )
+        canvas = subject.canvas(prompts[i], trial.gen_length, trial.block_length)
         spec, problem = trial.sampler, problems[i]
         if spec.name == Oracle.name:
             sampler: Sampler = Oracle.for_problem(trial.task, problem, canvas, subject.encode, subject.end_ids)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from samplers import BIDIRECTIONAL, Scheme
+from samplers import BIDIRECTIONAL, Canvas, Scheme
 from samplers.denoising import Predict
 
 
@@ -27,6 +27,12 @@ class Subject:
     def encode_prompt(self, text: str) -> list[int]:
         """Token ids of a problem's prompt."""
         return self.encode(text) if self.prompt is None else self.prompt(text)
+
+    def canvas(self, prompt: list[int], gen_length: int, block_length: int | None) -> Canvas:
+        """A canvas with everything to generate masked, no longer than the model's context."""
+        return Canvas.blank(
+            prompt, gen_length, self.mask_id, block_length, scheme=self.scheme, max_length=self.max_length
+        )
 
     def check_length(self, task: str, prompt_length: int, gen_length: int) -> None:
         """Raise ValueError if a prompt of a task and what is to be generated are longer than the longest canvas."""
