@@ -72,6 +72,7 @@ class Metrics:
         self._waiting = gauge("requests_waiting", "Generations waiting for a free row.")
         self._memory = gauge("memory_bytes", "What serving takes at most, found out at start-up, by part.", "part")
         self._requests = counter("requests", "Generations that ended.", "sampler", "finish_reason")
+        self._rejected = counter("rejected", "Requests and connections that were refused or cut off.", "reason")
         self._prompt_tokens = counter("prompt_tokens", "Prompt tokens of accepted requests.")
         self._tokens = counter(
             "generation_tokens", "Tokens generated up to and including the first end-of-text.", "sampler"
@@ -110,6 +111,11 @@ class Metrics:
         """What serving takes at most, in bytes."""
         for part, count in parts.items():
             self._memory.labels(self._model, part).set(count)
+
+    @recording
+    def rejected(self, reason: str) -> None:
+        """A request or a connection was refused or cut off. `reason` is one of the few that the code names."""
+        self._rejected.labels(self._model, reason).inc()
 
     @recording
     def prompt_tokens(self, count: int) -> None:

@@ -62,12 +62,13 @@ print(peak.grown, bound.forward)
 def test_many_queued_requests_take_what_was_found_out() -> None:
     """In a process of its own, as a server is: the heap of one that did much else has other holes."""
     ratios = []
-    for _ in range(3):  # heaps differ by a tenth from one process to the next
+    for _ in range(3):  # heaps differ from one process to the next, and from one machine to the next
         command = [sys.executable, "-c", SERVE_MANY]
         done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=90)
         grown, bound = map(int, done.stdout.split())
         ratios.append(grown / bound)
-    assert 0.7 < statistics.median(ratios) < 1.4, ratios
+    # What is far below the bound would be no forward of these limits; somewhat below is what a bound is for.
+    assert 0.4 < statistics.median(ratios) < 1.4, ratios
 
 
 def test_the_bound_grows_with_the_limits(backend: TorchBackend) -> None:
