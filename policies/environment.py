@@ -168,7 +168,8 @@ def rollout(
                 recorder.live = torch.tensor(part)
                 running = [rows[i] for i in part]
                 query = ask(running)
-                for i, outcome in zip(part, advance(running, query, subject.predict(query)), strict=True):
+                outcomes = advance(running, query, subject.predict(query), may_wait=allow_empty)
+                for i, outcome in zip(part, outcomes, strict=True):
                     if outcome.error is not None:
                         raise outcome.error
                     row = rows[i]

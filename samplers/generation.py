@@ -6,10 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from samplers.base import ParameterError, Sampler, SamplerError, SamplerParams
+from samplers import guard
+from samplers.base import ParameterError, Sampler, SamplerParams
 from samplers.cache import Cache, CacheMode, Feed
 from samplers.canvas import Canvas
-from samplers.prediction import Statistic, TokenChoice
+from samplers.guard import ContractError, Traits
+from samplers.prediction import Bonus, Statistic, TokenChoice
 from samplers.randomness import NOISE, uniform
 
 GREEDY = TokenChoice()
@@ -19,15 +21,18 @@ GREEDY = TokenChoice()
 class Denoising:
     """One generation on its way from all masks to text.
 
+    Raises ParameterError if the parameters do not fit, SamplerError if the sampler fails when it is asked about them.
+
     Attributes:
         canvas: what there is so far.
         sampler, params: the rule that chooses what to commit.
-        choice: how a committed position's token is chosen.
+        choice: how a committed position's token is chosen, unless the sampler says so itself.
         seed: the generation's random stream.
         end_ids: tokens that end the text. Empty: the whole region is denoised.
         fill_after_end: committing an end-of-text settles every masked position after it at once, as padding. Off,
             those positions are denoised like any other until everything before the end is settled.
         cache: what is kept from a block's first forward for those after it.
+        vocabulary: number of the model's tokens, if it is known: what a sampler may name and commit.
         forwards: forward passes that this generation took part in.
         block, block_step, block_masks: the active block, forwards spent on it, and how many masks a schedule shares out
             over it: those it had when it became active. The programs of block-causal models count the whole block, also
@@ -36,6 +41,8 @@ class Denoising:
         told: the settled tokens that count as generated: those of the text, up to and including the first end-of-text.
             Only ever appended to: a candidate is masked, so not settled, and a revision of what is settled is refused.
         state: what the sampler keeps between steps.
+        traits: the sampler's attributes, as they were to begin with.
+        token_choice: how the next forward chooses tokens.
         given: bool [gen_length], positions that were not masked to begin with.
     """
 
@@ -47,6 +54,7 @@ class Denoising:
     end_ids: frozenset[int] = frozenset()
     fill_after_end: bool = True
     cache: CacheMode = CacheMode.NONE
+    vocabulary: int | None = None
     forwards: int = 0
     block: int = field(default=0, init=False)
     block_step: int = field(default=0, init=False)
@@ -54,8 +62,12 @@ class Denoising:
     settled: int = field(default=0, init=False)
     told: list[int] = field(default_factory=list, init=False)
     state: Any = field(init=False, repr=False)
+    traits: Traits = field(init=False, repr=False)
+    token_choice: TokenChoice = field(init=False, repr=False)
     given: Tensor = field(init=False, repr=False)
     _closed: int = field(default=0, init=False)
+    _entered: int = field(default=-1, init=False)
+    _most_steps: int = field(default=0, init=False)
     _mask_id: int = field(default=-1, init=False)
     _cache: Cache = field(init=False, repr=False)
     _opens: bool = field(default=False, init=False)
@@ -65,12 +77,16 @@ class Denoising:
     """Position of the first committed end-of-text in the generation region."""
 
     def __post_init__(self) -> None:
-        if misfit := self.sampler.misfit(self.canvas.layout.scheme):
+        sampler, params = self.sampler, self.params
+        if misfit := guard.misfit(sampler, self.canvas.layout.scheme):
             raise ParameterError("sampler", misfit)
-        self.sampler.check(self.params, self.canvas.layout)
-        if self.sampler.greedy and self.choice.temperature > 0:
-            raise ParameterError("sampler", f"sampler {self.sampler.name} chooses tokens itself; use temperature 0")
-        self.state = self.sampler.start(self.params)
+        guard.check_params(sampler, params, self.canvas.layout)
+        self.traits = Traits.of(sampler)
+        if self.traits.greedy and self.choice.temperature > 0:
+            raise ParameterError("sampler", f"sampler {sampler.name} chooses tokens itself; use temperature 0")
+        self._most_steps = guard.most_steps(sampler, self.traits, params)
+        self.state = guard.start(sampler, params)
+        self.token_choice = self.choice
         self._cache = Cache(self.cache)
         self.given = ~self.canvas.masked
         open_tokens = self.canvas.generated[self.canvas.masked]
@@ -86,7 +102,7 @@ class Denoising:
         filled = self._fill()
         self._enter_block()
         while (
-            self.sampler.revises and not self.finished and not len(self._candidates) and not len(self.asked(self._feed))
+            self.traits.revises and not self.finished and not len(self._candidates) and not len(self.asked(self._feed))
         ):
             self._close_block()
             filled += self._fill()
@@ -97,14 +113,14 @@ class Denoising:
         """Make the first block with a mask the active one, and note what follows from the masks, once a step."""
         layout = self.canvas.layout
         self.settled = self.canvas.settled
-        if self.sampler.revises:
+        if self.traits.revises:
             self.settled = min(self.settled, self._closed)
         self.told += self.canvas.generated[len(self.told) : self._told_stop].tolist()
         block = min(layout.block_of(self.settled), layout.blocks - 1)
         start = layout.block_start(block)
         self._candidates = self.canvas.masked[start : layout.block_stop(block)].nonzero()[:, 0] + start
-        if self.block_masks == 0 or block != self.block:
-            self.block, self.block_step = block, 0
+        if block != self._entered:
+            self.block, self.block_step, self._entered = block, 0, block
             whole = layout.scheme.causal_block is not None
             self.block_masks = layout.block_length if whole else len(self._candidates)
             if layout.scheme.noise is not None:
@@ -171,11 +187,11 @@ class Denoising:
     def asked(self, fed: Feed) -> Tensor:
         """Positions that the sampler wants to be told of, of those that a forward decides."""
         layout = self.canvas.layout
-        if self._opens or not (self.sampler.region or self.sampler.revises):
+        if self._opens or not (self.traits.region or self.traits.revises):
             return self._candidates
         first, stop = layout.block_start(self.block), layout.block_stop(self.block)
         lowest = max(fed.start, self._model_block)
-        if self.sampler.region:
+        if self.traits.region:
             first, stop = max(0, lowest - layout.prompt_length), min(layout.gen_length, fed.stop - layout.prompt_length)
         if layout.scheme.shifted and layout.prompt_length + first == lowest > 0:
             first += 1  # what the output before it says is not computed, or another block's to say
@@ -188,10 +204,20 @@ class Denoising:
         size = layout.scheme.causal_block
         return 0 if size is None else layout.block_place(self.block) // size * size
 
-    @property
-    def token_choice(self) -> TokenChoice:
-        """How the next forward chooses tokens."""
-        return self.sampler.choice(self.params, self.block_step) or self.choice
+    def choose(self) -> None:
+        """Let the sampler say how the next forward chooses tokens. Raises SamplerError; then the request says it."""
+        self.token_choice = self.choice
+        self.token_choice = guard.choice(self.sampler, self.params, self.block_step) or self.choice
+
+    def named(self, positions: Tensor) -> Tensor | None:
+        """Tokens that the sampler names at these positions, int64 [n, m]. Raises SamplerError."""
+        widest = max(guard.MOST_NUMBERS, self.canvas.layout.gen_length)
+        return guard.names(self.sampler, self.state, positions, widest, self.vocabulary)
+
+    def bonus(self, positions: Tensor) -> Bonus | None:
+        """What the sampler adds to the logits of these positions. Raises SamplerError."""
+        places = positions + self.canvas.layout.prompt_length
+        return guard.bonus(self.sampler, self.params, self.canvas.tokens, places, self.vocabulary)
 
     @property
     def judges_drawn(self) -> bool:
@@ -201,16 +227,21 @@ class Denoising:
     @property
     def statistics(self) -> frozenset[Statistic]:
         """Numbers that the next forward is to give beside token and confidence."""
-        own = self.sampler.statistics
+        own = self.traits.statistics
         return own | {Statistic.CHOSEN_CONFIDENCE} if self.judges_drawn else own
 
     @property
     def last_chance(self) -> bool:
         """Whether a block that is revised or drafted has had all the forwards it may have, but for the next."""
-        if self.sampler.drafts:
-            return self.block_step + 1 >= self.sampler.draft_steps(self.params)
-        bound = 2 * self.canvas.layout.block_size(self.block) + self.sampler.post_steps(self.params)
-        return self.sampler.revises and self.block_step + 1 >= bound
+        if self.traits.drafts:
+            return self.block_step + 1 >= self._most_steps
+        bound = 2 * self.canvas.layout.block_size(self.block) + self._most_steps
+        return self.traits.revises and self.block_step + 1 >= bound
+
+    @property
+    def mask_id(self) -> int | None:
+        """The token that stands for a mask; None where there is none."""
+        return self._mask_id if self.canvas.layout.scheme.noise is None else None
 
     def candidates(self) -> Tensor:
         """Masked positions of the active block, relative to the generation region."""
@@ -249,11 +280,11 @@ class Denoising:
         self._note_end(list(range(start, self._closed)), self.canvas.generated[start : self._closed].tolist())
 
     def _check_open(self, positions: Tensor) -> None:
-        """Raise SamplerError for a position outside the active block, or one that is settled: it was told."""
+        """Raise ContractError for a position outside the active block, or one that is settled: it was told."""
         layout = self.canvas.layout
         first, stop = max(self.settled, layout.block_start(self.block)), layout.block_stop(self.block)
         if bool(((positions < first) | (positions >= stop)).any()):
-            raise SamplerError(f"only positions {first} to {stop - 1} may change now, not all of {positions.tolist()}")
+            raise ContractError(f"only positions {first} to {stop - 1} may change now, not all of {positions.tolist()}")
 
     def _write(self, positions: Tensor, tokens: Tensor) -> None:
         self.canvas.generated[positions] = tokens

@@ -55,7 +55,7 @@ class Grid:
     def step(self, members: Sequence[int]) -> Step:
         """The part of it that belongs to these rows, which share a sampler."""
         rows = [self._rows[i] for i in members]
-        sampler = rows[0].sampler
+        traits = rows[0].traits
         index = torch.tensor(members)
 
         def part(values: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ class Grid:
 
         counters = part(self._counters)
         current = given = None
-        if sampler.revises:
+        if traits.revises:
             width = self._masked.shape[1]
             current = torch.full((len(rows), width), -1)
             given = torch.zeros(len(rows), width, dtype=torch.bool)
@@ -75,10 +75,10 @@ class Grid:
             masked=part(self._masked),
             token=part(self._token),
             confidence=part(self._confidence),
-            extra={name: part(values) for name, values in self._extra.items() if name in sampler.statistics},
+            extra={name: part(values) for name, values in self._extra.items() if name in traits.statistics},
             params=[row.params for row in rows],
             layouts=[row.canvas.layout for row in rows],
-            top=part(self._top[:, :, : sampler.top]) if self._top is not None and sampler.top else None,
+            top=part(self._top[:, :, : traits.top]) if self._top is not None and traits.top else None,
             states=[row.state for row in rows],
             named=None if self._named is None else part(self._named),
             probability=None if self._probability is None else part(self._probability),

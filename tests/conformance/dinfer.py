@@ -71,7 +71,7 @@ class InferFamily(Family):
             forwards += 1
             if not row.finished and row.block == block:
                 query = ask([row])
-                (outcome,) = advance([row], query, predict(query))
+                (outcome,) = advance([row], query, predict(query), may_wait=True)
                 if outcome.error is not None:
                     raise outcome.error
             states.append(row.canvas.tokens.tolist())

@@ -42,7 +42,7 @@ def replay(rows: Sequence[Denoising], predict: Predict, most: int | None = None)
     left = most
     while (running := [row for row in rows if not row.finished]) and left != 0:
         query = ask(running)
-        for outcome in advance(running, query, watched(query)):
+        for outcome in advance(running, query, watched(query), may_wait=True):
             if outcome.error is not None:
                 raise outcome.error
         left = None if left is None else left - 1

@@ -211,8 +211,8 @@ class Misbehaving(Sampler):
     ("fault", "message"),
     [
         ("raise", "sampler misbehaving failed: ZeroDivisionError: division by zero"),
-        ("shape", "a selection must be bool and of the candidates' shape"),
-        ("type", "a selection must be bool and of the candidates' shape"),
+        ("shape", "a selection's commit must be of shape [1, 8], not [1, 7]"),
+        ("type", "a selection's commit must be there and bool"),
         ("outside", "a position that is no candidate was selected"),
     ],
 )
