@@ -5,7 +5,7 @@ from samplers.cache import CacheMode
 from samplers.canvas import BIDIRECTIONAL, Canvas, Layout, Scheme
 from samplers.plugins import BrokenPlugin
 from samplers.prediction import Prediction, Statistic, TokenChoice
-from samplers.registry import UnknownSamplerError, get_sampler, list_samplers, list_unavailable
+from samplers.registry import UnknownSamplerError, describe, get_sampler, list_samplers, list_unavailable
 
 __all__ = [
     "BIDIRECTIONAL",
@@ -24,6 +24,7 @@ __all__ = [
     "Step",
     "TokenChoice",
     "UnknownSamplerError",
+    "describe",
     "get_sampler",
     "list_samplers",
     "list_unavailable",

@@ -148,6 +148,14 @@ def misfit(sampler: Sampler, scheme: Scheme) -> str | None:
     return told(sampler, ask)
 
 
+def why_not(sampler: Sampler, scheme: Scheme) -> str | None:
+    """`misfit` for lists of samplers: one that fails when it is asked cannot denoise anything either."""
+    try:
+        return misfit(sampler, scheme)
+    except SamplerError as error:
+        return str(error)
+
+
 def own_params(sampler: Sampler, params: SamplerParams) -> SamplerParams:
     """A copy for one generation: what its sampler does to it is nothing to others. Raises SamplerError."""
 

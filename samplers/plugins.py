@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from importlib.metadata import EntryPoint, EntryPoints, entry_points
 from typing import Generic, TypeVar
 
+from samplers.guard import is_interrupt, shown
+
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -43,9 +45,9 @@ def load_plugins(group: str, base: type[T], taken: Collection[str], check: Calla
     for entry in _entries(group):
         try:
             plugins.found[entry.name] = _made(entry, base, {*taken, *plugins.found}, check)
-        except KeyboardInterrupt:
-            raise
         except BaseException as error:  # a module that exits, or a native one that panics, ends nothing but itself
+            if is_interrupt(error):
+                raise
             broken = BrokenPlugin(entry.name, _distribution(entry), _one_line(error))
             log.warning("%s %r of %s is skipped: %s", group, broken.name, broken.distribution, broken.reason)
             if entry.name not in taken:
@@ -72,7 +74,7 @@ def _made(entry: EntryPoint, base: type[T], taken: Collection[str], check: Calla
     if not (isinstance(loaded, type) and issubclass(loaded, base)):
         raise TypeError(f"{entry.value} is not a {base.__name__} class")
     name = getattr(loaded, "name", None)
-    if name != entry.name:
+    if type(name) is not str or name != entry.name:
         raise ValueError(f"{entry.value} has the name {name!r}, not the entry point's")
     made = loaded()
     check(made)
@@ -84,4 +86,4 @@ def _distribution(entry: EntryPoint) -> str:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
+    return f"{shown(type(error).__name__, 80)}: {shown(error, 400)}"

@@ -110,6 +110,8 @@ class Policy(Sampler):
 
         speed = column([0.5 if p.speed is None else p.speed for p in params]) if network.takes_speed else None
         logits = network.score(step, speed)
+        if not bool(logits.isfinite().where(step.candidate, True).all()):
+            raise SamplerError("the policy's output is not finite")
         temperature = column([network.temperature if p.temperature is None else p.temperature for p in params])
         if network.action == "dpls":
             gumbel = step_gumbel(step) * (temperature > 0)[..., None]

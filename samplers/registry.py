@@ -1,7 +1,9 @@
 """Name -> sampler: ours, and third parties' through the entry point group `unmask.samplers`."""
 
 import json
+from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 from samplers.base import Sampler, SamplerParams
 from samplers.canvas import BIDIRECTIONAL, Scheme
@@ -12,11 +14,11 @@ from samplers.edit import Edit
 from samplers.entropy import Entropy
 from samplers.entropy_bound import EntropyBound
 from samplers.factor import Factor
+from samplers.guard import Traits, misfit
 from samplers.hierarchy import Hierarchy, HierarchyRemask
 from samplers.margin import Margin
 from samplers.plugins import BrokenPlugin, Plugins, load_plugins
 from samplers.policy import Policy
-from samplers.prediction import Statistic
 from samplers.random import Random
 from samplers.sequential import Sequential
 from samplers.threshold import Threshold
@@ -47,6 +49,31 @@ _POLICY_SUFFIX = "policy-"
 """`model:policy-NAME` chooses a policy, so no sampler's name begins like that."""
 
 
+MOST_TEXT = 100_000
+"""Characters of a sampler's description, its parameters' schema included."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a sampler says of itself, asked once: its first sentence, where it is from, and its parameters' schema."""
+
+    summary: str
+    paper: str
+    schema: dict[str, Any]
+
+    @classmethod
+    def of(cls, sampler: Sampler) -> "Description":
+        """Raises whatever the sampler does, and if what it says cannot be shown."""
+        paper: object = sampler.paper
+        if not isinstance(paper, str):
+            raise TypeError("paper is not text")
+        said = json.dumps([sampler.summary(), paper, sampler.schema()], allow_nan=False, ensure_ascii=False)
+        if len(said) > MOST_TEXT:
+            raise ValueError(f"its description has more than {MOST_TEXT} characters")
+        said.encode()  # raises for halves of characters, which no answer could hold
+        return cls(*json.loads(said))
+
+
 class UnknownSamplerError(KeyError):
     """No sampler of that name; the message lists those there are, and says why a plugin's is not among them."""
 
@@ -72,16 +99,23 @@ def _check(sampler: Sampler) -> None:
     params: object = sampler.Params
     if not (isinstance(params, type) and issubclass(params, SamplerParams)):
         raise TypeError("Params is not a SamplerParams class")
-    json.dumps(sampler.schema(), allow_nan=False)
-    if not isinstance(sampler.paper, str):
-        raise TypeError("paper is not text")
-    sampler.summary()
-    if unknown := set(sampler.statistics) - set(Statistic):
-        raise ValueError(f"there is no statistic {min(map(str, unknown))!r}; there are {', '.join(Statistic)}")
-    if not (isinstance(sampler.top, int) and sampler.top >= 0):
-        raise TypeError("top is not a number of probabilities")
+    describe(sampler)
+    Traits.of(sampler)
     for scheme in (BIDIRECTIONAL, Scheme(causal_block=4), Scheme(shifted=True), Scheme(noise=4)):
-        sampler.misfit(scheme)
+        misfit(sampler, scheme)
+
+
+@cache
+def _descriptions() -> dict[str, Description]:
+    return {}
+
+
+def describe(sampler: Sampler) -> Description:
+    """What one of these samplers says of itself; one of a third party was asked when it was loaded."""
+    known = _descriptions()
+    if sampler.name not in known:
+        known[sampler.name] = Description.of(sampler)
+    return known[sampler.name]
 
 
 def list_samplers() -> list[Sampler]:

@@ -52,7 +52,13 @@ class Installed:
 
 def forget() -> None:
     """Let the registries look anew."""
-    for cached in (samplers._registry, samplers._plugins, tasks._registry, tasks._third_parties):
+    for cached in (
+        samplers._registry,
+        samplers._plugins,
+        samplers._descriptions,
+        tasks._registry,
+        tasks._third_parties,
+    ):
         cached.cache_clear()
 
 

@@ -2,17 +2,30 @@
 
 from typing import Any
 
+import structlog
 from pydantic import ValidationError
 from pydantic_core import to_json
 
 from policies.store import PolicyStore, Stored, UnknownPolicyError
-from samplers import BIDIRECTIONAL, Sampler, SamplerParams, Scheme, UnknownSamplerError, get_sampler, list_samplers
+from samplers import (
+    BIDIRECTIONAL,
+    Sampler,
+    SamplerError,
+    SamplerParams,
+    Scheme,
+    UnknownSamplerError,
+    get_sampler,
+    list_samplers,
+)
+from samplers.guard import SHOWN, failure, shown, told, why_not
 from samplers.policy import Policy, PolicyParams
 from server.api.bodies import request_error, show
 from server.api.errors import NotFoundError
 from server.api.requests import GenerationBody
 from server.engine import ModelInfo, RequestError
 from server.settings import Settings
+
+log = structlog.get_logger(__name__)
 
 Rule = tuple[Sampler, SamplerParams]
 """What denoises a request."""
@@ -21,8 +34,8 @@ Rule = tuple[Sampler, SamplerParams]
 def default_rule(settings: Settings, info: ModelInfo) -> Rule:
     """What requests get that choose nothing. Raises RequestError for `sampler` or `sampler_params`."""
     sampler = _sampler(settings.sampler or info.sampler, "sampler")
-    if misfit := sampler.misfit(info.scheme):
-        raise RequestError("sampler", misfit)
+    if reason := why_not(sampler, info.scheme):
+        raise RequestError("sampler", reason)
     return sampler, validate_params(sampler, settings.sampler_params)
 
 
@@ -54,8 +67,8 @@ class Catalogue:
 
     def names(self) -> list[str]:
         """The plain name, and the name with each sampler and each loaded policy that this model can do with."""
-        suffixes = [sampler.name for sampler in list_samplers() if not sampler.misfit(self.scheme)]
-        if not get_sampler(Policy.name).misfit(self.scheme):
+        suffixes = [sampler.name for sampler in list_samplers() if not why_not(sampler, self.scheme)]
+        if not why_not(get_sampler(Policy.name), self.scheme):
             suffixes += [f"{POLICY}{stored.name}" for stored in self.policies.list()]
         return [self.name, *(f"{self.name}:{suffix}" for suffix in suffixes)]
 
@@ -114,21 +127,54 @@ class Catalogue:
 
 
 def validate_params(sampler: Sampler, params: dict[str, Any], where: str = "sampler_params") -> SamplerParams:
-    """A sampler's parameters. Raises RequestError, which names the parameter."""
+    """A sampler's parameters.
+
+    Raises RequestError, which names the parameter, and SamplerError if the sampler's own checks fail otherwise.
+    """
+    refused: Exception
     try:
-        # As JSON, which is what the parameters came as: strict validation takes a list for a tuple there.
-        return sampler.Params.model_validate_json(to_json(params))
+        return _validated(sampler, params)
     except ValidationError as error:
-        details = error.errors(include_url=False, include_context=False)[0]
-        failure = request_error(details, (where,))
-        if details["type"] != "extra_forbidden":
-            raise failure from None
-        known = ", ".join(sampler.Params.model_fields) or "none"
-        raise RequestError(
-            failure.field,
-            f"sampler {sampler.name} has no parameter {show(details['loc'][0])}; it has: {known}",
-            failure.code,
-        ) from None
+        try:
+            refused = _refusal(sampler, error, where)
+        except BaseException as second:
+            refused = failure(sampler, second)
+    except BaseException as error:
+        refused = failure(sampler, error)
+    if isinstance(refused, SamplerError):
+        log.error("parameters failed", error=str(refused), sampler=sampler.name, exc_info=refused.__cause__)
+    raise refused
+
+
+def _validated(sampler: Sampler, params: dict[str, Any]) -> SamplerParams:
+    # As JSON, which is what the parameters came as: strict validation takes a list for a tuple there.
+    found: object = sampler.Params.model_validate_json(to_json(params))
+    if not isinstance(found, SamplerParams):
+        raise TypeError("its parameters are none")
+    return found
+
+
+def _refusal(sampler: Sampler, error: ValidationError, where: str) -> RequestError:
+    details = error.errors(include_url=False, include_context=False)[0]
+    refused = request_error(details, (where,))
+    if details["type"] != "extra_forbidden":
+        return RequestError(refused.field, shown(refused, 2 * SHOWN), refused.code)
+    known = ", ".join(sampler.Params.model_fields) or "none"
+    name = show(details["loc"][0])
+    return RequestError(refused.field, f"sampler {sampler.name} has no parameter {name}; it has: {known}", refused.code)
+
+
+def stated(sampler: Sampler, params: SamplerParams) -> dict[str, Any]:
+    """Parameters as an answer repeats them. Raises SamplerError if they cannot be told."""
+
+    def dump() -> dict[str, Any]:
+        found: object = params.model_dump(mode="json")
+        if not isinstance(found, dict):
+            raise TypeError("its parameters are no object")
+        to_json(found)
+        return found
+
+    return told(sampler, dump)
 
 
 def _agreed(given: dict[str, Any]) -> tuple[str, Any]:

@@ -8,6 +8,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match, Route
 
+from samplers import SamplerError
 from server.engine import FinishReason, NotServingError, QueueFullError, RequestError
 
 RETRY_SECONDS = 1
@@ -82,6 +83,7 @@ ERRORS: list[tuple[type[Exception], int, str, str | None]] = [
     (GenerationEndedError, 503, "service_unavailable_error", "not_serving"),
     (GenerationTimeoutError, 504, "timeout_error", "timeout"),
     (GenerationFailedError, 500, SERVER, "generation_failed"),
+    (SamplerError, 500, SERVER, "generation_failed"),
     (Exception, 500, SERVER, "internal_error"),
 ]
 HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}

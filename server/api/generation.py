@@ -11,7 +11,7 @@ import anyio.to_thread
 from policies.store import UnknownPolicyError
 from samplers import CacheMode, Layout, SamplerParams, TokenChoice
 from samplers.policy import PolicyParams
-from server.api.catalogue import Rule
+from server.api.catalogue import Rule, stated
 from server.api.choices import Choice
 from server.api.requests import DEFAULT_MAX_TOKENS, INT64, GenerationBody
 from server.api.responses import Usage, Used
@@ -144,7 +144,7 @@ def _requests(serving: Serving, body: GenerationBody, rule: Rule, job: Job) -> t
     ]
     used = Used(
         sampler=sampler.name,
-        sampler_params=params.model_dump(mode="json"),
+        sampler_params=stated(sampler, params),
         block_length=block_length,
         max_tokens=[request.max_tokens for request in requests],
         fill_after_end=fill_after_end,

@@ -2,7 +2,8 @@
 
 from fastapi import FastAPI, Response
 
-from samplers import BrokenPlugin, Sampler, list_samplers, list_unavailable
+from samplers import BrokenPlugin, Sampler, describe, list_samplers, list_unavailable
+from samplers.guard import why_not
 from samplers.policy import Policy
 from server.api.errors import NotFoundError
 from server.api.openapi import ERRORS, LOOKUP_ERRORS
@@ -15,7 +16,7 @@ def add_routes(app: FastAPI, serving: Serving) -> None:
         reasons = {} if serving.engine.policies.list() else {Policy.name: "no policy is loaded"}
         scheme = serving.engine.info.scheme
         found = {
-            sampler.name: _card(sampler, sampler.misfit(scheme) or reasons.get(sampler.name))
+            sampler.name: _card(sampler, why_not(sampler, scheme) or reasons.get(sampler.name))
             for sampler in list_samplers()
         }
         return found | {plugin.name: _broken_card(plugin) for plugin in list_unavailable()}
@@ -36,13 +37,14 @@ def add_routes(app: FastAPI, serving: Serving) -> None:
 
 
 def _card(sampler: Sampler, reason: str | None) -> SamplerCard:
+    said = describe(sampler)
     return SamplerCard(
         id=sampler.name,
-        description=sampler.summary(),
-        paper=sampler.paper,
+        description=said.summary,
+        paper=said.paper,
         available=reason is None,
         reason=reason,
-        parameters=sampler.schema(),
+        parameters=said.schema,
     )
 
 

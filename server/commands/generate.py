@@ -72,7 +72,7 @@ def generate(
     if top_p == 0:
         wrong("--top-p", "must be above 0")
     from policies.store import UnknownPolicyError
-    from samplers import CacheMode, Canvas, ParameterError, TokenChoice
+    from samplers import CacheMode, Canvas, ParameterError, SamplerError, TokenChoice
     from samplers.denoising import Denoising
 
     use_threads(threads)
@@ -95,9 +95,11 @@ def generate(
     try:
         rule = policies.sampler(spec.name, spec.params)
         mode = CacheMode(cache or info.cache)
-        row = Denoising(canvas, rule, spec.params, choice, seed, info.end_ids, fill_after_end, mode)
+        row = Denoising(canvas, rule, spec.params, choice, seed, info.end_ids, fill_after_end, mode, info.vocab_size)
     except (ParameterError, UnknownPolicyError) as error:
         wrong("--sampler" if getattr(error, "field", None) == "sampler" else "--sampler-params", error)
+    except SamplerError as error:
+        fail_with_cause(error)
     if watch and sys.stderr.isatty():
         seconds = _watch(row, loaded.backend.predict, text.token, pause)
     else:

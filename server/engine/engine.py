@@ -9,6 +9,7 @@ import structlog
 from policies.store import Host, PolicyStore, UnknownPolicyError
 from samplers import CacheMode, Canvas, ParameterError, Prediction, SamplerError
 from samplers.denoising import Denoising, Outcome, Query, advance, ask
+from samplers.guard import Traits, misfit, own_params
 from server.engine.backend import Backend, BackendDeadError, ModelInfo
 from server.engine.generation import Deliver, Generation
 from server.engine.request import (
@@ -95,7 +96,10 @@ class Engine:
         return self.alive and not self._draining
 
     def check(self, request: GenerationRequest) -> Denoising:
-        """The request as a row of the loop. Raises RequestError if it does not fit model or sampler."""
+        """The request as a row of the loop.
+
+        Raises RequestError if it does not fit model or sampler, SamplerError if the sampler fails when it is asked.
+        """
         given = len(request.prompt) + len(request.suffix)
         if request.max_tokens < 1:
             raise RequestError("max_tokens", f"max_tokens must be at least 1, got {request.max_tokens}")
@@ -124,33 +128,33 @@ class Engine:
             raise RequestError("block_length", str(error)) from None
         try:
             sampler = self.policies.sampler(request.sampler, request.params)
-            if misfit := sampler.misfit(self.info.scheme):
-                raise RequestError("sampler", misfit)
-            if sampler.greedy and request.choice.temperature > 0:
-                raise RequestError("temperature", f"sampler {sampler.name} chooses tokens itself; use temperature 0")
+            if reason := misfit(sampler, self.info.scheme):
+                raise RequestError("sampler", reason)
+            if Traits.of(sampler).greedy and request.choice.temperature > 0:
+                raise RequestError("temperature", f"sampler {request.sampler} chooses tokens itself; use temperature 0")
             return Denoising(
                 canvas,
                 sampler,
-                request.params,
+                own_params(sampler, request.params),
                 request.choice,
                 request.seed,
                 request.end_ids,
                 request.fill_after_end,
                 request.cache,
+                self.info.vocab_size,
             )
         except ParameterError as error:
             raise RequestError(f"sampler_params.{error.field}", str(error)) from None
         except UnknownPolicyError as error:
             raise RequestError("sampler_params.policy", str(error), "unknown_policy") from None
-        except (RequestError, KeyboardInterrupt):
+        except SamplerError as error:
+            self._log_failure(request, error)
             raise
-        except BaseException as error:  # also one that exits, or whose native code panics
-            raise SamplerError(f"sampler {request.sampler} failed: {type(error).__name__}: {error}") from error
 
     def submit(self, request: GenerationRequest, deliver: Deliver) -> Generation:
         """Queue a generation. `deliver` gets its events on the engine's thread and must not block.
 
-        Raises RequestError, QueueFullError or NotServingError; then nothing was queued.
+        Raises RequestError, SamplerError, QueueFullError or NotServingError; then nothing was queued.
         """
         return self.submit_all([request], [deliver])[0]
 
@@ -257,17 +261,19 @@ class Engine:
         model_seconds = sampler_seconds = 0.0
         for generations, result, seconds in self._predict(running):
             model_seconds += seconds
-            if isinstance(result, SamplerError):
-                for generation in generations:
-                    self._fail(generation, result)
-                continue
             if isinstance(result, Exception):
                 log.error("forward pass failed", error=repr(result), exc_info=result)
                 for generation in generations:
                     self._remove(generation, FinishReason.ERROR, f"the forward pass failed: {type(result).__name__}")
                 continue
             mark = time.monotonic()
-            outcomes = advance([generation.row for generation in generations], *result)
+            try:
+                outcomes = advance([generation.row for generation in generations], *result)
+            except Exception as error:  # a fault of ours, which is to cost no more than these
+                log.exception("step failed")
+                for generation in generations:
+                    self._remove(generation, FinishReason.ERROR, f"the step failed: {type(error).__name__}")
+                continue
             sampler_seconds += time.monotonic() - mark
             for generation, outcome in zip(generations, outcomes, strict=True):
                 try:
@@ -340,9 +346,13 @@ class Engine:
             self._remove(generation, FinishReason.LENGTH)
 
     def _fail(self, generation: Generation, error: SamplerError) -> None:
-        """Retire a generation that cannot go on. Where the sampler itself raised, the log shows its traceback."""
-        log.error("generation failed", error=str(error), sampler=generation.request.sampler, exc_info=error.__cause__)
+        """Retire a generation that cannot go on."""
+        self._log_failure(generation.request, error)
         self._remove(generation, FinishReason.ERROR, str(error))
+
+    def _log_failure(self, request: GenerationRequest, error: SamplerError) -> None:
+        """Say why a generation fails; where the sampler itself raised, with its traceback."""
+        log.error("generation failed", error=str(error), sampler=request.sampler, exc_info=error.__cause__)
 
     def _remove(self, generation: Generation, reason: FinishReason, message: str = "") -> None:
         with self._change:

@@ -117,7 +117,7 @@ def transfer(case: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     query = ask(rows)
     prediction = predict(query)
     committed = torch.zeros_like(masked)
-    for i, outcome in zip(members.tolist(), advance(rows, query, prediction), strict=True):
+    for i, outcome in zip(members.tolist(), advance(rows, query, prediction, may_wait=True), strict=True):
         committed[i, outcome.positions] = True
     tokens = tensors["in/x"].clone()
     tokens[members[query.row], query.position] = prediction.token
