@@ -66,7 +66,7 @@ def failure(sampler: Sampler, error: BaseException) -> SamplerError:
     """
     if is_interrupt(error):
         raise error
-    name = shown(_Name(sampler))
+    name = name_of(sampler)
     if type(error) is ContractError:
         return SamplerError(f"sampler {name} failed: {shown(error)}")
     said = f"{shown(type(error).__name__, 80)}: {shown(error)}"
@@ -74,6 +74,11 @@ def failure(sampler: Sampler, error: BaseException) -> SamplerError:
     # Not the error itself: a log would show its message, its notes and its causes, whatever they are.
     found.__cause__ = SamplerError(said).with_traceback(_innermost(error.__traceback__))
     return found
+
+
+def name_of(sampler: Sampler) -> str:
+    """Its name, for a message."""
+    return shown(_Name(sampler), 100)
 
 
 @dataclass(frozen=True)

@@ -86,6 +86,7 @@ class DrainingServer(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second; True ends the server."""
+        self._engine.look_after()
         if self._died is None and self._engine.failure is not None:
             self._died = time.monotonic()
             log.error("the engine died: the server ends, with exit status 1", error=repr(self._engine.failure))

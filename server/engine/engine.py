@@ -14,6 +14,7 @@ from server.engine.backend import Backend, BackendDeadError, ModelInfo
 from server.engine.generation import Deliver, Generation
 from server.engine.request import (
     Committed,
+    EngineError,
     Finished,
     FinishReason,
     GenerationRequest,
@@ -22,6 +23,7 @@ from server.engine.request import (
     RequestError,
 )
 from server.engine.scheduler import Limits, Scheduler
+from server.engine.watch import LOOKS, PATIENCE, Watch
 from server.metrics import Metrics
 from server.waiting import sleep_where_crowded
 
@@ -73,7 +75,9 @@ class Engine:
         self._draining = False
         self._stopping = False
         self._failure: BaseException | None = None
+        self._stuck = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._watch = Watch(self._thread)
 
     def start(self) -> None:
         """Start the engine's thread."""
@@ -89,6 +93,14 @@ class Engine:
     def failure(self) -> BaseException | None:
         """What the engine's thread died of, if it did."""
         return self._failure
+
+    def look_after(self) -> None:
+        """Give the engine up for dead if a sampler does not come back; to be called every second or more often."""
+        if self.alive and self._watch.look():
+            name, lines = self._watch.where()
+            self._stuck = True
+            self._failure = EngineError(f"sampler {name} has not come back for {PATIENCE:.0f} s")
+            log.error("a sampler does not come back", sampler=name, seconds=PATIENCE, stack=lines)
 
     @property
     def accepting(self) -> bool:
@@ -200,8 +212,9 @@ class Engine:
         with self._change:
             self._draining = self._stopping = True
             self._change.notify_all()
-        if self._thread.is_alive():
-            self._thread.join()
+        while self._thread.is_alive() and not self._stuck:
+            self._thread.join(LOOKS)
+            self.look_after()
         self.backend.close()
 
     def _gauge(self) -> None:
@@ -232,7 +245,7 @@ class Engine:
         """Retire, admit, and wait until there is something to run. False when it is time to stop."""
         with self._change:
             while True:
-                if self._stopping:
+                if self._stopping or self._stuck:
                     return False
                 self._retire_ended()
                 for generation in self._scheduler.admit():
@@ -268,7 +281,8 @@ class Engine:
                 continue
             mark = time.monotonic()
             try:
-                outcomes = advance([generation.row for generation in generations], *result)
+                with self._watch:
+                    outcomes = advance([generation.row for generation in generations], *result)
             except Exception as error:  # a fault of ours, which is to cost no more than these
                 log.exception("step failed")
                 for generation in generations:
@@ -295,7 +309,8 @@ class Engine:
         """One forward for all. If it fails, halves are tried on their own, so that one row cannot fail the others."""
         began = time.monotonic()
         try:
-            query = ask([generation.row for generation in generations])
+            with self._watch:
+                query = ask([generation.row for generation in generations])
             began = time.monotonic()
             prediction = self.backend.predict(query)
         except BackendDeadError:

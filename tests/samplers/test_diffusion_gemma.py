@@ -182,8 +182,8 @@ class Careless(DiffusionGemma):
     ("changes", "said"),
     [
         ({}, "must say what the candidates hold"),
-        ({"draft": torch.zeros(1, 18)}, "must say what the candidates hold"),
-        ({"draft": torch.zeros(1, 3, dtype=torch.int64)}, "must say what the candidates hold"),
+        ({"draft": torch.zeros(1, 18)}, "tokens must be integers"),
+        ({"draft": torch.zeros(1, 3, dtype=torch.int64)}, "draft must be of shape [1, 18], not [1, 3]"),
         ({"draft": torch.full((1, 18), VOCAB)}, "does not exist"),
         ({"draft": torch.full((1, 18), -1)}, "does not exist"),
     ],

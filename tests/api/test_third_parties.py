@@ -1,0 +1,112 @@
+"""What a third party's sampler can do to the API: fail its own requests."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from samplers import get_sampler
+from tests.api.serving import PROMPT, Running, error_of, serving
+from tests.installed import SAMPLER, Installed, forget, look_at
+
+PARAMS = """
+    class Params(SamplerParams):
+        k: int = 1
+"""
+VALIDATES = """
+        @pydantic.field_validator("k")
+        @classmethod
+        def look(cls, k):
+            {}
+"""
+REFUSES = """
+    def check(self, params, layout):
+        raise ParameterError("k" * 10_000, "z" * 10_000_000)
+"""
+DUMPS = """
+        def model_dump(self, **_):
+            {}
+"""
+FAULTS = {
+    "raises": PARAMS + VALIDATES.format("raise RuntimeError('by design')"),
+    "exits": PARAMS + VALIDATES.format("raise SystemExit(3)"),
+    "interrupts": PARAMS + VALIDATES.format("raise KeyboardInterrupt"),
+    "speechless": PARAMS + VALIDATES.format("raise Speechless"),
+    "dumps": PARAMS + DUMPS.format("raise SystemExit(3)"),
+    "dumps_a_list": PARAMS + DUMPS.format("return [1]"),
+    "dumps_an_object": PARAMS + DUMPS.format("return {'k': object()}"),
+    "starts": "    def start(self, params):\n        raise SystemExit(3)\n",
+    "waits": "    def select(self, step):\n        return Selection(step.candidate & False, waits=True)\n",
+    "refuses": PARAMS + REFUSES,
+    "long": PARAMS + VALIDATES.format("raise ValueError('y' * 10_000_000)"),
+    "moody": "",
+}
+"""By name of a sampler: what is wrong with it."""
+HEAD = """
+import pydantic
+from samplers import ParameterError, Sampler, SamplerParams, Selection
+
+class Speechless(Exception):
+    def __str__(self):
+        raise SystemExit("no message")
+"""
+
+
+@pytest.fixture(scope="module")
+def hostile(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A server with one sampler for each fault."""
+    folder = tmp_path_factory.mktemp("third-parties")
+    with pytest.MonkeyPatch.context() as patching:
+        patching.syspath_prepend(str(folder))
+        installed = Installed(folder)
+        look_at(installed.found, patching)
+        for name, fault in FAULTS.items():
+            source = HEAD + SAMPLER.replace("left_to_right", name) + fault
+            installed.add(f"party_{name}", source, "unmask.samplers", **{name: "LeftToRight"})
+        with serving(tiny_model) as running:
+            yield running
+    forget()
+
+
+def ask(server: Running, name: str) -> Any:
+    return server.post("/v1/completions", {"prompt": PROMPT, "sampler": name, "sampler_params": {"k": 2}})
+
+
+@pytest.mark.parametrize("name", list(FAULTS)[:7])
+def test_parameters_that_fail_fail_their_request(hostile: Running, name: str) -> None:
+    error = error_of(ask(hostile, name), 500)
+    assert error["code"] == "generation_failed" and error["message"].startswith(f"sampler {name} failed: ")
+    assert len(error["message"]) <= 500
+    assert hostile.complete()["unmask"]["sampler"] == "topk"
+
+
+@pytest.mark.parametrize("name", ["starts", "waits"])
+def test_one_that_fails_is_named(hostile: Running, name: str) -> None:
+    error = error_of(hostile.post("/v1/completions", {"prompt": PROMPT, "sampler": name}), 500)
+    assert error["code"] == "generation_failed" and error["message"].startswith(f"sampler {name} failed: ")
+    assert hostile.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize("name", ["refuses", "long"])
+def test_a_refusal_is_short(hostile: Running, name: str) -> None:
+    error = error_of(ask(hostile, name), 400)
+    assert error["param"].startswith("sampler_params.k")
+    assert len(error["param"]) < 120 and len(error["message"]) <= 700
+
+
+def test_one_that_fails_later_does_not_take_the_list_with_it(
+    hostile: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = hostile.get("/v1/samplers").json()["data"]
+    sampler = get_sampler("moody")
+
+    def fails(*_: object) -> None:
+        raise SystemExit("not today")
+
+    for name in ("misfit", "summary", "schema"):
+        monkeypatch.setattr(sampler, name, fails, raising=False)
+    again = hostile.get("/v1/samplers").json()["data"]
+    assert [card for card in again if card["id"] != "moody"] == [card for card in listed if card["id"] != "moody"]
+    assert hostile.get("/v1/models").status_code == 200
+    assert error_of(hostile.post("/v1/completions", {"prompt": PROMPT, "sampler": "moody"}), 500)

@@ -1,0 +1,170 @@
+"""Samplers that never end, that wait, and that answer beside the point: what the loop itself holds against them."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from samplers import Canvas, Sampler, SamplerError, SamplerParams, Scheme, Selection, Step, TokenChoice
+from samplers.denoising import Denoising, advance, ask, denoise
+from samplers.guard import MOST_NUMBERS, MOST_STEPS, Traits, shown
+from tests.samplers.models import MASK, VOCAB, predictor
+
+PREDICT = predictor()
+
+
+class NeverDone(Sampler):
+    """Revises, opens again all that it may, and is never content."""
+
+    name = "never_done"
+    revises = True
+    steps: Any = 3
+
+    def post_steps(self, params: SamplerParams) -> int:
+        return self.steps
+
+    def select(self, step: Step) -> Selection:
+        assert step.given is not None
+        opened = (step.confidence > -torch.inf) & ~step.masked & ~step.given
+        done = torch.zeros(len(step.params), dtype=torch.bool)
+        return Selection(torch.zeros_like(step.candidate), remask=opened, done=done)
+
+
+class NeverCommits(Sampler):
+    """Drafts the same for ever."""
+
+    name = "never_commits"
+    drafts = True
+    steps: Any = 3
+
+    def draft_steps(self, params: SamplerParams) -> int:
+        return self.steps
+
+    def select(self, step: Step) -> Selection:
+        return Selection(torch.zeros_like(step.candidate), draft=torch.ones_like(step.token))
+
+
+class Waits(Sampler):
+    """Commits nothing, and says so."""
+
+    name = "waits"
+
+    def select(self, step: Step) -> Selection:
+        return Selection(torch.zeros_like(step.candidate), waits=True)
+
+
+class Changes(Sampler):
+    """Answers what it is told to."""
+
+    name = "changes"
+
+    def __init__(self, **answers: Any) -> None:
+        self.answers = answers
+
+    def select(self, step: Step) -> Selection:
+        return Selection(torch.zeros_like(step.candidate))
+
+    def name_tokens(self, state: Any, positions: Tensor) -> Tensor | None:
+        return self.answers.get("named")
+
+    def choice(self, params: SamplerParams, block_step: int) -> TokenChoice | None:
+        return self.answers.get("choice")
+
+
+def row(sampler: Sampler, length: int = 6, block: int | None = 3, **options: Any) -> Denoising:
+    mask, scheme = (None, Scheme(noise=VOCAB)) if sampler.drafts else (MASK, Scheme())
+    return Denoising(Canvas.blank([1], length, mask, block, scheme=scheme), sampler, SamplerParams(), **options)
+
+
+def forwards(each: Denoising, most: int) -> int:
+    """Forwards until the end, none beyond so many."""
+    predict = predictor(mask_id=None if each.traits.drafts else MASK)
+    while not each.finished and each.forwards < most:
+        query = ask([each])
+        (outcome,) = advance([each], query, predict(query))
+        assert outcome.error is None
+    assert each.finished, f"it goes on after {most} forwards"
+    return each.forwards
+
+
+def test_one_that_is_never_done_ends_with_its_bound() -> None:
+    assert forwards(row(NeverDone()), 100) == 2 * (2 * 3 + 3)
+
+
+def test_one_that_never_commits_ends_with_its_steps() -> None:
+    assert forwards(row(NeverCommits()), 100) == 2 * 3
+
+
+def test_a_block_in_which_all_is_given_has_a_bound_too() -> None:
+    each = row(NeverDone())
+    canvas = Canvas.blank([1], 6, MASK, 3)
+    canvas.generated[:3], canvas.masked[:3] = 7, False
+    each = Denoising(canvas, each.sampler, each.params)
+    assert forwards(each, 100) == 2 * (2 * 3 + 3)
+
+
+@pytest.mark.parametrize("kind", [NeverDone, NeverCommits])
+@pytest.mark.parametrize("steps", [10**12, MOST_STEPS + 1, -1, torch.nan, "many", None, 1.5])
+def test_a_bound_that_is_none_is_refused(kind: type[Sampler], steps: Any) -> None:
+    sampler = kind()
+    sampler.steps = steps  # type: ignore[attr-defined]
+    with pytest.raises(SamplerError, match=r"failed: (post|draft)_steps must be an integer from [01] to 10000, not "):
+        row(sampler)
+
+
+def test_no_steps_to_draft_in_are_refused() -> None:
+    sampler = NeverCommits()
+    sampler.steps = 0
+    with pytest.raises(SamplerError, match="draft_steps must be an integer from 1 to"):
+        row(sampler)
+
+
+def test_waiting_is_refused_unless_the_driver_allows_it() -> None:
+    each = row(Waits())
+    with pytest.raises(SamplerError, match="sampler waits failed: it waits, which only training may"):
+        denoise([each], PREDICT)
+    assert each.forwards == 0
+    for count in (1, 2, 3):
+        query = ask([each])
+        (outcome,) = advance([each], query, PREDICT(query), may_wait=True)
+        assert outcome.error is None and not outcome.positions and each.forwards == count
+
+
+def test_one_that_fails_before_the_forward_is_in_it_and_asked_for_nothing_beside() -> None:
+    rows = [row(Changes(named=[1])), row(Changes(named=torch.ones(3, 2, dtype=torch.int32)))]
+    query = ask(rows)
+    assert len(query.canvases) == 2 and list(query.failed) == [0]
+    assert query.wanted.named is not None and query.wanted.named.tolist() == [[-1, -1]] * 3 + [[1, 1]] * 3
+    bad, good = advance(rows, query, PREDICT(query))
+    assert bad.error is query.failed[0] and good.error is None and good.positions
+    assert rows[0].forwards == 0
+
+
+def test_a_choice_that_is_none_leaves_the_requests_own() -> None:
+    own = TokenChoice(0.5)
+    each = row(Changes(choice=TokenChoice(torch.nan)), choice=own)
+    assert list(ask([each]).failed) == [0] and each.token_choice == own
+
+
+def test_as_many_names_as_a_region_has_positions_are_allowed() -> None:
+    each = row(Changes(named=torch.ones(3, MOST_NUMBERS, dtype=torch.int64)))
+    assert not ask([each]).failed
+    each = row(Changes(named=torch.ones(3, MOST_NUMBERS + 1, dtype=torch.int64)))
+    assert list(ask([each]).failed) == [0]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("plain", "plain"), ("two\nlines\x1b[31m", "two lines [31m"), ("x" * 400, "x" * 297 + "..."), ("\ud800", " ")],
+)
+def test_a_text_is_shown_in_one_short_line(value: str, expected: str) -> None:
+    assert shown(value) == expected
+
+
+def test_traits_are_read_once() -> None:
+    sampler = Changes()
+    each = row(sampler)
+    sampler.revises, sampler.top = True, 3
+    denoise([each], PREDICT)
+    assert each.finished and each.traits == Traits(frozenset(), 0, False, False, False, False)
