@@ -15,7 +15,7 @@ from samplers.cache import Feed
 from samplers.canvas import Canvas
 from samplers.generation import GREEDY, Denoising
 from samplers.grid import Grid
-from samplers.guard import ContractError, Traits, failure
+from samplers.guard import ContractError, failure, name_of
 from samplers.prediction import NOTHING, Bonus, Prediction, Statistic, Wanted
 from samplers.randomness import TOKENS, uniform
 from samplers.selecting import check_told, select
@@ -161,15 +161,15 @@ def advance(rows: Sequence[Denoising], query: Query, prediction: Prediction, may
         may_wait: whether a sampler may commit nothing (`Selection.waits`), for drivers that bound the forwards.
     """
     outcomes: list[Outcome | None] = [None] * len(rows)
-    groups: dict[tuple[int, Traits], list[int]] = {}
+    groups: dict[tuple[int, int], list[int]] = {}
     broken = set(query.row[~prediction.confidence.isfinite()].tolist())
     for i, row in enumerate(rows):
         if i in query.failed:
             outcomes[i] = Outcome(error=query.failed[i])
         elif i in broken:
-            outcomes[i] = Outcome(error=SamplerError("the model's output is not finite"))
+            outcomes[i] = Outcome(error=_not_finite(row, i, query))
         else:
-            groups.setdefault((id(row.sampler), row.traits), []).append(i)
+            groups.setdefault((id(row.sampler), id(row.traits)), []).append(i)
     grid = Grid(rows, query.row, query.position, prediction)
     for members in groups.values():
         step, first = grid.step(members), rows[members[0]]
@@ -177,6 +177,13 @@ def advance(rows: Sequence[Denoising], query: Query, prediction: Prediction, may
         for line, (i, selection) in enumerate(zip(members, selections, strict=True)):
             outcomes[i] = _committed(rows[i], step, line, selection)
     return [outcome for outcome in outcomes if outcome is not None]
+
+
+def _not_finite(row: Denoising, i: int, query: Query) -> SamplerError:
+    bonus = query.wanted.bonus
+    if bonus is not None and bool((query.row[bonus.index] == i).any()):
+        return SamplerError(f"sampler {name_of(row.sampler)} failed: with its bonus the model's output is not finite")
+    return SamplerError("the model's output is not finite")
 
 
 def _committed(row: Denoising, step: Step, i: int, selection: Selection | SamplerError) -> Outcome:
@@ -203,22 +210,24 @@ def _commit(row: Denoising, step: Step, i: int, selection: Selection) -> Outcome
     else:
         commit = step.candidate[i] if traits.drafts and row.last_chance else commit
         positions = commit.nonzero()[:, 0]
-    tokens, confidences = token[positions].tolist(), confidence[positions].tolist()
+    committed = token[positions]
+    tokens, confidences = committed.tolist(), confidence[positions].tolist()
     open_tokens = token[step.candidate[i] & ~commit].tolist() if traits.drafts else []
-    own = [] if selection.token is None else tokens + open_tokens
-    check_told(own, [] if selection.confidence is None else confidences, row.vocabulary, row.mask_id)
+    if selection.token is not None or selection.confidence is not None:
+        own = [] if selection.token is None else tokens + open_tokens
+        check_told(own, [] if selection.confidence is None else confidences, row.vocabulary, row.mask_id)
+    replaced, remasked = [], []
     if changed is not None and remask is not None:
         masked = remask.nonzero()[:, 0]
-        filled = row.revise(positions, token[positions], masked, bool(done))
+        filled = row.revise(positions, committed, masked, bool(done))
+        replaced, remasked = changed.nonzero()[:, 0].tolist(), masked.tolist()
     else:
-        masked = positions[:0]
         if selection.draft is not None:
             row.draft(selection.draft)
-        filled = row.commit(positions, token[positions])
+        filled = row.commit(positions, committed)
     if selection.states is not None:
         row.state = selection.states
-    replaced = [] if changed is None else changed.nonzero()[:, 0].tolist()
-    return Outcome(positions.tolist(), tokens, confidences, filled, replaced, masked.tolist(), open_tokens)
+    return Outcome(positions.tolist(), tokens, confidences, filled, replaced, remasked, open_tokens)
 
 
 def denoise(rows: Sequence[Denoising], predict: Predict, may_wait: bool = False) -> None:

@@ -207,15 +207,20 @@ class Denoising:
     def choose(self) -> None:
         """Let the sampler say how the next forward chooses tokens. Raises SamplerError; then the request says it."""
         self.token_choice = self.choice
-        self.token_choice = guard.choice(self.sampler, self.params, self.block_step) or self.choice
+        if "choice" in self.traits.hooks:
+            self.token_choice = guard.choice(self.sampler, self.params, self.block_step) or self.choice
 
     def named(self, positions: Tensor) -> Tensor | None:
         """Tokens that the sampler names at these positions, int64 [n, m]. Raises SamplerError."""
+        if "name_tokens" not in self.traits.hooks:
+            return None
         widest = max(guard.MOST_NUMBERS, self.canvas.layout.gen_length)
         return guard.names(self.sampler, self.state, positions, widest, self.vocabulary)
 
     def bonus(self, positions: Tensor) -> Bonus | None:
         """What the sampler adds to the logits of these positions. Raises SamplerError."""
+        if "bonus" not in self.traits.hooks:
+            return None
         places = positions + self.canvas.layout.prompt_length
         return guard.bonus(self.sampler, self.params, self.canvas.tokens, places, self.vocabulary)
 

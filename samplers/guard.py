@@ -8,10 +8,12 @@ sandbox: a sampler is code in this process, which it can block, exit or fill.
 import math
 import operator
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import TracebackType
+from functools import lru_cache
+from types import FunctionType, TracebackType
 from typing import Any, TypeVar
 
 import torch
@@ -30,6 +32,8 @@ MOST_NUMBERS = 1024
 MOST_STEPS = 10_000
 """Most forwards that a sampler may ask for a block beyond those that its positions give it."""
 
+HOOKS = ("choice", "name_tokens", "bonus")
+
 T = TypeVar("T")
 INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})
 
@@ -38,15 +42,15 @@ class ContractError(SamplerError):
     """An answer that no sampler may give. The message says so without the sampler's name."""
 
 
-def shown(value: object, most: int = SHOWN) -> str:
-    """As much of a text as fits into one line, whatever it is and whatever its own code does when it is asked."""
+def shown(text: object | Callable[[], object], most: int = SHOWN) -> str:
+    """As much of a text, or of what reads one, as fits into a line, whatever its own code does when it is asked."""
     try:
-        text = str.__getitem__(str(value), slice(0, most + 1))
+        found = str.__getitem__(str(text() if isinstance(text, FunctionType) else text), slice(0, most + 1))
     except BaseException as error:
         if is_interrupt(error):
             raise
         return "(a text that cannot be shown)"
-    plain = "".join(c if c.isprintable() else " " for c in text)
+    plain = "".join(c if c.isprintable() else " " for c in found)
     return plain if len(plain) <= most else f"{plain[: most - 3]}..."
 
 
@@ -59,36 +63,27 @@ def is_interrupt(error: BaseException) -> bool:
     )
 
 
-def failure(sampler: Sampler, error: BaseException) -> SamplerError:
-    """The error of a generation whose sampler raised; its cause tells a log where in the sampler that was.
+def name_of(sampler: Sampler) -> str:
+    """Its name, for a message."""
+    return shown(lambda: sampler.name, 100)
 
-    A sampler that exits, or whose native code panics, fails its own generation too. Raises what a user's Ctrl-C raises.
+
+def failure(sampler: Sampler, error: BaseException) -> SamplerError:
+    """The error of a generation whose sampler raised this, for whoever has just caught it.
+
+    Its cause tells a log where in the sampler that was. A sampler that exits, or whose native code panics, fails its
+    own generation too. Raises what a user's Ctrl-C raises.
     """
     if is_interrupt(error):
         raise error
     name = name_of(sampler)
     if type(error) is ContractError:
         return SamplerError(f"sampler {name} failed: {shown(error)}")
-    said = f"{shown(type(error).__name__, 80)}: {shown(error)}"
+    said = f"{shown(lambda: type(error).__name__, 80)}: {shown(error)}"
     found = SamplerError(f"sampler {name} failed: {said}")
     # Not the error itself: a log would show its message, its notes and its causes, whatever they are.
-    found.__cause__ = SamplerError(said).with_traceback(_innermost(error.__traceback__))
+    found.__cause__ = SamplerError(said).with_traceback(_innermost(sys.exc_info()[2]))
     return found
-
-
-def name_of(sampler: Sampler) -> str:
-    """Its name, for a message."""
-    return shown(_Name(sampler), 100)
-
-
-@dataclass(frozen=True)
-class _Name:
-    """A sampler's name, which may be computed."""
-
-    sampler: Sampler
-
-    def __str__(self) -> str:
-        return self.sampler.name
 
 
 def _innermost(found: TracebackType | None) -> TracebackType | None:
@@ -100,17 +95,50 @@ def _innermost(found: TracebackType | None) -> TracebackType | None:
 
 
 def told(sampler: Sampler, hook: Callable[..., T], *arguments: Any) -> T:
-    """What something of a sampler's answers. Raises SamplerError for whatever it raises."""
+    """What something of a sampler's answers. Raises SamplerError for whatever it raises or leaves changed."""
+    before = _settings()
     try:
-        return hook(*arguments)
+        answer = hook(*arguments)
+        if _settings() == before:
+            return answer
+        raise ContractError("it left torch's settings changed, which are not its own")
     except BaseException as error:
         found = failure(sampler, error)
+    _restore(before)
     raise found  # not in there, where the error itself would stay with it
+
+
+Settings = tuple[torch.dtype, torch.device, bool, int, str]
+
+
+def _settings() -> Settings:
+    """What a sampler could change for everybody: how tensors are made, and how everything is computed."""
+    made = torch.empty(0)
+    return (
+        made.dtype,
+        made.device,
+        torch.is_grad_enabled(),
+        torch.get_num_threads(),
+        torch.get_float32_matmul_precision(),
+    )
+
+
+def _restore(before: Settings) -> None:
+    dtype, device, gradients, threads, precision = before
+    torch.set_default_dtype(dtype)
+    torch.set_default_device(None if device.type == "cpu" else device)
+    torch.set_grad_enabled(gradients)
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision(precision)
 
 
 @dataclass(frozen=True)
 class Traits:
-    """A sampler's attributes (see `Sampler`), as they were when a generation began."""
+    """A sampler's attributes (see `Sampler`), as they were when a generation began.
+
+    `hooks` are those of its methods for single steps that are its own; the others need not be asked.
+    """
 
     statistics: frozenset[Statistic]
     top: int
@@ -118,6 +146,7 @@ class Traits:
     revises: bool
     greedy: bool
     drafts: bool
+    hooks: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, sampler: Sampler) -> "Traits":
@@ -138,7 +167,14 @@ class Traits:
         for name, value in flags.items():
             if not isinstance(value, bool):
                 raise ContractError(f"{name} is neither True nor False")
-        return cls(frozenset(map(Statistic, statistics)), int(top), **flags)
+        own = {name for name in HOOKS if getattr(getattr(sampler, name), "__func__", None) is not vars(Sampler)[name]}
+        return _alike(cls(frozenset(map(Statistic, statistics)), int(top), **flags, hooks=frozenset(own)))
+
+
+@lru_cache(maxsize=256)
+def _alike(traits: Traits) -> Traits:
+    """One object for all that are equal: rows are put together by it in every step."""
+    return traits
 
 
 def misfit(sampler: Sampler, scheme: Scheme) -> str | None:
@@ -175,24 +211,17 @@ def own_params(sampler: Sampler, params: SamplerParams) -> SamplerParams:
 
 def check_params(sampler: Sampler, params: SamplerParams, layout: Layout) -> None:
     """Raise ParameterError, with a field and a message that are short texts, if a sampler does; else SamplerError."""
-    found: Exception
-    try:
-        return sampler.check(params, layout)
-    except ParameterError as error:
-        found = ParameterError(shown(_Field(error), 80), shown(error))
-    except BaseException as error:
-        found = failure(sampler, error)
-    raise found
 
+    def ask() -> ParameterError | None:
+        try:
+            sampler.check(params, layout)
+        except ParameterError as error:
+            raised = error
+            return ParameterError(shown(lambda: raised.field, 80), shown(raised))
+        return None
 
-@dataclass(frozen=True)
-class _Field:
-    """The field of an error, which may be anything."""
-
-    error: ParameterError
-
-    def __str__(self) -> str:
-        return str(self.error.field)
+    if refused := told(sampler, ask):
+        raise refused
 
 
 def start(sampler: Sampler, params: SamplerParams) -> Any:
@@ -247,7 +276,7 @@ def plain(value: object, what: str, shape: tuple[int, ...] | None = None) -> Ten
         raise ContractError(f"{what} must be a plain dense tensor on the CPU")
     if shape is not None and value.shape != shape:
         raise ContractError(f"{what} must be of shape {list(shape)}, not {shown(list(value.shape), 80)}")
-    return value.detach().clone()
+    return (value.detach() if value.requires_grad else value).clone()
 
 
 def names(sampler: Sampler, state: Any, positions: Tensor, widest: int, vocabulary: int | None) -> Tensor | None:
@@ -262,11 +291,9 @@ def names(sampler: Sampler, state: Any, positions: Tensor, widest: int, vocabula
         found: object = sampler.name_tokens(state, positions.clone())
         if found is None:
             return None
-        if isinstance(found, Tensor) and (found.dim() != 2 or found.shape[1] > widest or found.dtype not in INTEGERS):
+        if not isinstance(found, Tensor) or found.dim() != 2 or found.shape[1] > widest or found.dtype not in INTEGERS:
             raise ContractError(f"named tokens must be integers [positions, at most {widest}]")
-        tokens = plain(found, "named tokens")
-        if len(tokens) != len(positions):
-            raise ContractError("named tokens must be given for each of the positions, and no others")
+        tokens = plain(found, "named tokens", (len(positions), found.shape[1]))
         if tokens.numel() and not _within(tokens, -1, vocabulary):
             raise ContractError("a token that does not exist was named")
         return tokens.long()

@@ -2,6 +2,7 @@
 
 import logging
 import re
+import threading
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, EntryPoints, entry_points
@@ -13,6 +14,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+SLOW = 10.0
+"""Seconds of loading after which a warning says what is being loaded."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
@@ -43,6 +46,12 @@ def load_plugins(group: str, base: type[T], taken: Collection[str], check: Calla
     """
     plugins = Plugins[T]({}, {})
     for entry in _entries(group):
+        # Nothing can end what hangs; who waits for a start or presses Ctrl-C is told what it is.
+        slow = threading.Timer(
+            SLOW, log.warning, ("%s %r of %s takes long to load", group, entry.name, _distribution(entry))
+        )
+        slow.daemon = True
+        slow.start()
         try:
             plugins.found[entry.name] = _made(entry, base, {*taken, *plugins.found}, check)
         except BaseException as error:  # a module that exits, or a native one that panics, ends nothing but itself
@@ -52,6 +61,8 @@ def load_plugins(group: str, base: type[T], taken: Collection[str], check: Calla
             log.warning("%s %r of %s is skipped: %s", group, broken.name, broken.distribution, broken.reason)
             if entry.name not in taken:
                 plugins.broken.setdefault(entry.name, broken)
+        finally:
+            slow.cancel()
     for name in plugins.found:
         plugins.broken.pop(name, None)
     return plugins

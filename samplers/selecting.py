@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from samplers.base import Sampler, SamplerError, Selection, Step, best
-from samplers.guard import INTEGERS, ContractError, Traits, failure, plain
+from samplers.guard import INTEGERS, ContractError, Traits, plain, told
 
 _BOOLS = {"commit", "replace", "remask", "done"}
 _TOKENS = {"token", "draft"}
@@ -19,9 +19,9 @@ _ROUNDING = 1e-4
 def select(sampler: Sampler, traits: Traits, step: Step, may_wait: bool) -> list[Selection | SamplerError]:
     """Per row what to do, or why its generation fails. Where all together fail, each row is asked on its own."""
     try:
-        return [*_by_row(_checked(sampler, traits, step, may_wait))]
-    except BaseException as error:
-        found = failure(sampler, error)
+        return [*_by_row(told(sampler, _checked, sampler, traits, step, may_wait))]
+    except SamplerError as error:
+        found = error
     count = len(step.params)
     if count == 1:
         return [found]
@@ -58,10 +58,9 @@ def _one(step: Step, i: int) -> Step:
 
 def _by_row(selection: Selection) -> list[Selection]:
     """A selection row by row."""
-    parts = {name: value for name, value in vars(selection).items() if value is not None and name != "waits"}
-    return [
-        replace(selection, **{name: value[i] for name, value in parts.items()}) for i in range(len(selection.commit))
-    ]
+    given = {name: value for name, value in vars(selection).items() if value is not None and name != "waits"}
+    rows = zip(*(value.unbind() if isinstance(value, Tensor) else value for value in given.values()), strict=True)
+    return [Selection(**dict(zip(given, row, strict=True)), waits=selection.waits) for row in rows]
 
 
 def _own(selection: object, step: Step) -> Selection:
@@ -118,6 +117,8 @@ def _checked(sampler: Sampler, traits: Traits, step: Step, may_wait: bool) -> Se
 
 def _at_least_one(commit: Tensor, step: Step) -> Tensor:
     none = ~commit.any(dim=1, keepdim=True)
+    if not bool(none.any()):
+        return commit
     return commit | (best(step.confidence, step.candidate, torch.ones_like(step.forward)) & none)
 
 

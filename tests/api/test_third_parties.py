@@ -95,9 +95,7 @@ def test_a_refusal_is_short(hostile: Running, name: str) -> None:
     assert len(error["param"]) < 120 and len(error["message"]) <= 700
 
 
-def test_one_that_fails_later_does_not_take_the_list_with_it(
-    hostile: Running, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_that_fails_later_does_not_take_the_list_with_it(hostile: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     listed = hostile.get("/v1/samplers").json()["data"]
     sampler = get_sampler("moody")
 

@@ -66,6 +66,20 @@ class Noted(Exception):
         raise SystemExit("no notes")
 
 
+class Shy(type):
+    """What an error is that does not even tell what it is."""
+
+    @property
+    def __name__(cls) -> str:  # type: ignore[override]
+        raise SystemExit("no name")
+
+
+class Nameless(Exception, metaclass=Shy):
+    @property
+    def __traceback__(self) -> Any:  # type: ignore[override]
+        raise SystemExit("no traceback")
+
+
 def deep() -> None:
     deep()
 
@@ -91,6 +105,7 @@ THROWN: dict[str, Callable[..., Any]] = {
     "long": throwing(lambda: ValueError("x" * 10_000_000)),
     "speechless": throwing(Speechless),
     "wordless": throwing(Wordless),
+    "nameless": throwing(Nameless),
     "noted": throwing(lambda: Noted("by design")),
     "half a character": throwing(lambda: ValueError("\ud800 \x00 \x1b[31m\r\n{}")),
 }
@@ -159,7 +174,23 @@ def numbers(values: Any, dtype: torch.dtype = torch.int64) -> Tensor:
     return torch.tensor(values, dtype=dtype)
 
 
+def setting(change: Callable[[], Any]) -> Callable[[Step], Selection]:
+    """Leave something of torch's changed, which everybody uses."""
+
+    def select(step: Step) -> Selection:
+        found = leftmost(step)
+        change()
+        return found
+
+    return select
+
+
 SELECTS: dict[str, type[Sampler]] = {
+    "sets the type of numbers": hook("select", setting(lambda: torch.set_default_dtype(torch.float64))),
+    "sets the device": hook("select", setting(lambda: torch.set_default_device("meta"))),
+    "sets gradients": hook("select", setting(lambda: torch.set_grad_enabled(not torch.is_grad_enabled()))),
+    "sets threads": hook("select", setting(lambda: torch.set_num_threads(torch.get_num_threads() + 1))),
+    "sets precision": hook("select", setting(lambda: torch.set_float32_matmul_precision("medium"))),
     "none": answer("select", None),
     "no selection": answer("select", (1, 2)),
     "lazy": hook("select", lambda step: Lazy(leftmost(step).commit)),
@@ -210,6 +241,15 @@ def many(params: SamplerParams, tokens: Tensor, places: Tensor) -> tuple[Tensor,
     return index, index, torch.zeros(1).expand(10_000_000)
 
 
+def against_all(params: SamplerParams, tokens: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Ban every token there is."""
+    return torch.zeros(VOCAB, dtype=torch.int64), torch.arange(VOCAB), torch.full((VOCAB,), -torch.inf)
+
+
+def tall(state: Any, positions: Tensor) -> Tensor:
+    return torch.zeros(1, 1, dtype=torch.int64).expand(FAR, 2)
+
+
 ONE, FLAT = numbers([0]), torch.zeros(1)
 BESIDE: dict[str, type[Sampler]] = {
     "names a list": answer("name_tokens", [[1]]),
@@ -220,6 +260,7 @@ BESIDE: dict[str, type[Sampler]] = {
     "names negative": hook("name_tokens", lambda state, at: torch.full((len(at), 1), -2)),
     "names meta": hook("name_tokens", lambda state, at: torch.zeros(len(at), 1, dtype=torch.int64, device="meta")),
     "names widely": hook("name_tokens", wide),
+    "names for too many": hook("name_tokens", tall),
     "bonus alone": answer("bonus", ONE),
     "bonus of two": answer("bonus", (ONE, ONE)),
     "bonus of lists": answer("bonus", ([0], [1], [1.0])),
@@ -233,6 +274,7 @@ BESIDE: dict[str, type[Sampler]] = {
     "bonus nan": answer("bonus", (ONE, ONE, FLAT * torch.nan)),
     "bonus infinite": answer("bonus", (ONE, ONE, FLAT + torch.inf)),
     "bonus too large": answer("bonus", (ONE, ONE, FLAT.double() + 1e300)),
+    "bonus against all": hook("bonus", against_all),
     "bonus of floats": answer("bonus", (FLAT, FLAT, FLAT)),
     "bonus of integers": answer("bonus", (ONE, ONE, ONE)),
     "bonus meta": answer("bonus", (ONE.to("meta"), ONE, FLAT)),

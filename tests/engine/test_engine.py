@@ -13,8 +13,19 @@ import structlog
 import torch
 from torch import Tensor
 
-from samplers import CacheMode, Canvas, Sampler, SamplerParams, Selection, Step, TokenChoice, get_sampler, registry
-from samplers.denoising import Query
+from samplers import (
+    CacheMode,
+    Canvas,
+    Sampler,
+    SamplerError,
+    SamplerParams,
+    Selection,
+    Step,
+    TokenChoice,
+    get_sampler,
+    registry,
+)
+from samplers.denoising import Query, advance
 from server.engine import (
     Backend,
     Engine,
@@ -323,16 +334,34 @@ class RaisesAfter(Sampler):
         raise ZeroDivisionError("by design")
 
 
-def test_a_sampler_that_raises_after_the_forward_fails_alone(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sampler_that_cannot_say_how_long_it_may_revise_is_refused_alone(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(registry._registry(), "raises_after", RaisesAfter())
-    requests = [request(i) for i in range(8)]
-    requests[3] = request(3, "raises_after", params=SamplerParams(), choice=TokenChoice())
-    for i, listener in enumerate(run(serve(CheapBackend()), requests)):
+    engine = serve(CheapBackend())
+    with pytest.raises(SamplerError, match=r"^sampler raises_after failed: ZeroDivisionError: by design$"):
+        engine.submit(request(3, "raises_after", params=SamplerParams(), choice=TokenChoice()), Listener())
+    (after,) = run(engine, [request(9)])
+    assert after.finish().reason is FinishReason.LENGTH
+
+
+def test_a_fault_of_the_loops_own_costs_the_step_and_not_the_engine(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faults = iter([ZeroDivisionError("ours")])
+
+    def faulty(*arguments: Any) -> Any:
+        for error in faults:
+            raise error
+        return advance(*arguments)
+
+    monkeypatch.setattr(engine_module, "advance", faulty)
+    engine = serve(CheapBackend())
+    for listener in run(engine, [request(i) for i in range(3)]):
         end = listener.finish()
-        if i == 3:
-            assert end.message == "sampler raises_after failed: ZeroDivisionError: by design"
-        else:
-            assert listener.tokens(6 + i) == tokens_alone(i)
+        assert (end.reason, end.message) == (FinishReason.ERROR, "the step failed: ZeroDivisionError")
+    (after,) = run(engine, [request(9)])
+    assert after.finish().reason is FinishReason.LENGTH
 
 
 def test_the_log_shows_where_a_sampler_failed(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:

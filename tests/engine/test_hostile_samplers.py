@@ -160,3 +160,13 @@ def test_what_a_sampler_may_try_changes_nothing_for_others(
     fault: str, engine: Engine, away: ThreadPoolExecutor, backend: CheapBackend, clean: tuple[list[Told], int]
 ) -> None:
     check(HARMLESS[fault], HARMLESS[fault].revises is False, engine, away, backend, clean)
+
+
+def test_a_sampler_cannot_change_the_parameters_that_others_share(
+    engine: Engine, backend: CheapBackend, clean: tuple[list[Told], int]
+) -> None:
+    with pytest.MonkeyPatch.context() as patching:
+        patching.setitem(registry._registry(), NAME, HARMLESS["spoils its step"]())
+        request = ask_for(NAME, 7, fault=True)
+        run(engine, [request])
+    assert request.params.model_dump() == {"fault": True}

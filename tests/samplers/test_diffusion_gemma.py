@@ -101,8 +101,8 @@ def test_the_temperature_falls_from_the_highest() -> None:
     each = row(t_min=0.4, t_max=0.8, max_denoising_steps=4, gen_length=12)
     seen = []
     while not each.finished:
-        seen.append(each.token_choice.temperature)
         turn(each)
+        seen.append(each.token_choice.temperature)
     assert seen == pytest.approx([0.8, 0.7, 0.6, 0.5] * 2)
 
 

@@ -167,4 +167,5 @@ def test_traits_are_read_once() -> None:
     each = row(sampler)
     sampler.revises, sampler.top = True, 3
     denoise([each], PREDICT)
-    assert each.finished and each.traits == Traits(frozenset(), 0, False, False, False, False)
+    own = frozenset({"name_tokens", "choice"})
+    assert each.finished and each.traits == Traits(frozenset(), 0, False, False, False, False, own)

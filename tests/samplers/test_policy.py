@@ -130,3 +130,11 @@ def test_without_a_network_nothing_is_decided() -> None:
     sampler = get_sampler("policy")
     with pytest.raises(SamplerError, match="no policy is loaded"):
         sampler.select(replace(step([PolicyParams()])))
+
+
+@pytest.mark.parametrize("action", ["bernoulli", "dpls"])
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_a_network_whose_output_is_not_finite_is_refused(action: str, poison: float) -> None:
+    logits = [LOGITS[0], poison, *LOGITS[2:]]
+    with pytest.raises(SamplerError, match="the policy's output is not finite"):
+        Policy(Written(logits, action=action)).select(step([PolicyParams()]))

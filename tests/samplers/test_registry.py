@@ -59,6 +59,20 @@ BROKEN = {
     "raises": ("raise RuntimeError('two\\nlines')", "RuntimeError: two lines"),
     "exits": ("raise SystemExit(3)", "SystemExit: 3"),
     "panics": ("class Panic(BaseException): pass\nraise Panic('native code')", "Panic: native code"),
+    "says nothing": (
+        "class Wordless(Exception):\n    def __str__(self): raise SystemExit(3)\nraise Wordless",
+        "Wordless: (a text that cannot be shown)",
+    ),
+    "interrupts": ("class Stop(KeyboardInterrupt): pass\nraise Stop", "Stop: "),
+    "says too much": ("raise ValueError('x' * 10_000_000)", "x..."),
+    "a name of another kind": (
+        SAMPLER.replace('"left_to_right"', "type('Text', (str,), {})('left_to_right')"),
+        "has the name 'left_to_right', not the entry point's",
+    ),
+    "too many numbers": (SAMPLER + "    top = 10 ** 12\n", "top is not a number of probabilities from 0 to"),
+    "a flag that is none": (SAMPLER + "    revises = 'yes'\n", "revises is neither True nor False"),
+    "half a character": (SAMPLER.replace("leftmost", "\\udc80"), "UnicodeEncodeError: "),
+    "a long description": (SAMPLER.replace("leftmost", "leftmost " * 20_000), "more than 100000 characters"),
     "no such attribute": ("", "AttributeError: module 'third_party' has no attribute 'LeftToRight'"),
     "no class": ("LeftToRight = 3", "third_party:LeftToRight is not a Sampler class"),
     "another class": ("class LeftToRight: name = 'left_to_right'", "is not a Sampler class"),
@@ -150,6 +164,21 @@ def test_entry_points_that_cannot_be_read_are_none(
         assert [sampler.name for sampler in list_samplers()] == NAMES
     forget()
     assert "entry points cannot be read: TypeError: half a line" in caplog.text
+
+
+def test_what_takes_long_to_load_is_named_meanwhile(
+    installed: Installed, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(plugins_module, "SLOW", 0.01)
+    waiting = (
+        "import logging, time\nwhile 'takes long' not in str(logging.getLogger('noted').noted):\n    time.sleep(0.01)\n"
+    )
+    noted: list[str] = []
+    monkeypatch.setattr(logging.getLogger("noted"), "noted", noted, raising=False)
+    monkeypatch.setattr(plugins_module.log, "warning", lambda text, *values: noted.append(text % values))
+    installed.sampler(waiting + SAMPLER)
+    assert "left_to_right" in [sampler.name for sampler in list_samplers()]
+    assert noted == ["unmask.samplers 'left_to_right' of third_party 1.0 takes long to load"]
 
 
 def test_what_is_installed_is_found_by_the_command_line(installed: Installed) -> None:
