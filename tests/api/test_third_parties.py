@@ -1,5 +1,6 @@
 """What a third party's sampler can do to the API: fail its own requests."""
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -108,3 +109,9 @@ def test_one_that_fails_later_does_not_take_the_list_with_it(hostile: Running, m
     assert [card for card in again if card["id"] != "moody"] == [card for card in listed if card["id"] != "moody"]
     assert hostile.get("/v1/models").status_code == 200
     assert error_of(hostile.post("/v1/completions", {"prompt": PROMPT, "sampler": "moody"}), 500)
+
+
+def test_the_server_looks_after_its_engine(hostile: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked = threading.Event()
+    monkeypatch.setattr(hostile.engine, "look_after", looked.set)
+    assert looked.wait(30)

@@ -123,6 +123,7 @@ def check(
         patching.setitem(registry._registry(), NAME, sampler())
         message, found = run_beside(engine, away, backend, twin)
     assert engine.alive, engine.failure
+    assert torch.get_default_dtype() is torch.float32
     assert found == expected[: len(found)]
     return message
 
@@ -153,6 +154,29 @@ def test_a_sampler_that_is_wrong_as_such_harms_no_other(
 ) -> None:
     message = check(WHOLE[fault], False, engine, away, backend, clean)
     assert message and len(message) <= 700 and message.isprintable()
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("none", "must return a Selection"),
+        ("bonus of two", "must be indices, tokens and values"),
+        ("bonus nan", "is not finite"),
+        ("chooses in words", "must be a TokenChoice or None"),
+        ("misfit number", "must say why in words"),
+        ("never says done", "must say which blocks are done"),
+    ],
+)
+def test_what_is_wrong_is_said(
+    fault: str,
+    words: str,
+    engine: Engine,
+    away: ThreadPoolExecutor,
+    backend: CheapBackend,
+    clean: tuple[list[Told], int],
+) -> None:
+    message = check((SINGLE | WHOLE)[fault], False, engine, away, backend, clean)
+    assert message is not None and words in message and "output" not in message
 
 
 @pytest.mark.parametrize("fault", HARMLESS)

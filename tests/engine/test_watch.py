@@ -24,7 +24,7 @@ class Blocks(Sampler):
 
     def select(self, step: Step) -> Selection:
         self.entered.set()
-        self.told.wait(30)
+        self.told.wait(10)
         return Selection(step.candidate & False)
 
 
@@ -52,10 +52,11 @@ def test_the_engine_is_given_up_for_dead(monkeypatch: pytest.MonkeyPatch) -> Non
     assert str(engine.failure) == f"sampler blocks has not come back for {PATIENCE:.0f} s"
     (line,) = said
     assert line["event"] == "a sampler does not come back" and line["sampler"] == "blocks"
-    assert "self.told.wait(30)" in line["stack"]
+    assert "self.told.wait(10)" in line["stack"]
     with pytest.raises(NotServingError, match="not running"):
         engine.submit(request, Listener())
     engine.stop()
+    assert not listener.ended, "it has not come back"
     sampler.told.set()
     assert listener.finish().reason is FinishReason.ERROR, "the thread ends as soon as it can"
 

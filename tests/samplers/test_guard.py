@@ -1,5 +1,7 @@
 """Samplers that never end, that wait, and that answer beside the point: what the loop itself holds against them."""
 
+import signal
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,7 +10,7 @@ from torch import Tensor
 
 from samplers import Canvas, Sampler, SamplerError, SamplerParams, Scheme, Selection, Step, TokenChoice
 from samplers.denoising import Denoising, advance, ask, denoise
-from samplers.guard import MOST_NUMBERS, MOST_STEPS, Traits, shown
+from samplers.guard import MOST_NUMBERS, MOST_STEPS, Traits, shown, told
 from tests.samplers.models import MASK, VOCAB, predictor
 
 PREDICT = predictor()
@@ -72,6 +74,23 @@ class Changes(Sampler):
         return self.answers.get("choice")
 
 
+class Rewrites(Sampler):
+    """Fails for several rows at once; asked for one, overwrites what it said of those before."""
+
+    name = "rewrites"
+
+    def __init__(self) -> None:
+        self.said: list[Tensor] = []
+
+    def select(self, step: Step) -> Selection:
+        if len(step.params) > 1:
+            raise ValueError("one at a time")
+        for commit in self.said:
+            commit.fill_(True)
+        self.said.append(torch.zeros_like(step.candidate).index_fill_(1, torch.tensor([1]), True))
+        return Selection(self.said[-1])
+
+
 def row(sampler: Sampler, length: int = 6, block: int | None = 3, **options: Any) -> Denoising:
     mask, scheme = (None, Scheme(noise=VOCAB)) if sampler.drafts else (MASK, Scheme())
     return Denoising(Canvas.blank([1], length, mask, block, scheme=scheme), sampler, SamplerParams(), **options)
@@ -94,6 +113,18 @@ def test_one_that_is_never_done_ends_with_its_bound() -> None:
 
 def test_one_that_never_commits_ends_with_its_steps() -> None:
     assert forwards(row(NeverCommits()), 100) == 2 * 3
+
+
+def test_one_that_commits_nothing_ends_all_the_same() -> None:
+    assert forwards(row(Changes()), 100) == 6
+
+
+def test_a_candidate_of_which_nothing_was_said_is_not_committed() -> None:
+    each = row(Changes())
+    query = ask([each])
+    query = replace(query, row=query.row[1:], position=query.position[1:])
+    (outcome,) = advance([each], query, PREDICT(query))
+    assert "said nothing of a candidate" in str(outcome.error) and each.forwards == 0
 
 
 def test_a_block_in_which_all_is_given_has_a_bound_too() -> None:
@@ -169,3 +200,42 @@ def test_traits_are_read_once() -> None:
     denoise([each], PREDICT)
     own = frozenset({"name_tokens", "choice"})
     assert each.finished and each.traits == Traits(frozenset(), 0, False, False, False, False, own)
+
+
+def test_what_a_sampler_said_of_one_row_it_cannot_take_back_at_the_next() -> None:
+    sampler = Rewrites()
+    rows = [row(sampler), row(sampler), row(sampler)]
+    query = ask(rows)
+    assert [outcome.positions for outcome in advance(rows, query, PREDICT(query))] == [[1]] * 3
+
+
+def test_only_a_users_interrupt_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        told(Changes(), interrupted)
+    monkeypatch.setattr(signal, "getsignal", lambda number: print)
+    with pytest.raises(BaseException) as caught:  # whatever it is
+        told(Changes(), interrupted)
+    assert str(caught.value) == "sampler changes failed: KeyboardInterrupt: "
+
+
+def test_settings_of_torchs_are_put_back() -> None:
+    for change in (
+        lambda: torch.set_default_dtype(torch.float64),
+        lambda: torch.set_default_device("meta"),
+        lambda: torch.set_grad_enabled(False),
+        lambda: torch.set_num_threads(torch.get_num_threads() + 1),
+        lambda: torch.set_float32_matmul_precision("medium"),
+    ):
+        before = settings()
+        with pytest.raises(SamplerError, match="sampler changes failed: it left torch's settings changed"):
+            told(Changes(), change)
+        assert settings() == before
+
+
+def settings() -> list[object]:
+    made = torch.zeros(1)
+    numbers = torch.get_num_threads(), torch.is_grad_enabled(), torch.get_float32_matmul_precision()
+    return [made.dtype, made.device, *numbers]
