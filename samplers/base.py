@@ -92,10 +92,12 @@ class Selection:
     """What to do: `commit` is bool [rows, width], a subset of the candidates.
 
     A row that commits nothing gets its surest candidate, unless the sampler says that it `waits`: then the forward is
-    spent and the row stays as it is. Only training environments, which bound the forwards, may run such a sampler.
+    spent and the row stays as it is. Only training environments, which bound the forwards, run such a sampler; elsewhere
+    its generation fails.
 
     Attributes:
-        token, confidence: [rows, width], what to commit and how sure that is, where it is not the prediction's.
+        token, confidence: [rows, width], what to commit and how sure that is, where it is not the prediction's. Integers
+            below the vocabulary's size, none of them the mask token; and probabilities.
         replace: bool [rows, width], committed positions that take another token; for samplers that revise.
         remask: bool [rows, width], committed positions that are masked again; likewise.
         done: bool [rows], whether the block is finished; likewise. No mask may be left then.
@@ -131,9 +133,13 @@ def prefix(passes: Tensor, order: Tensor) -> Tensor:
 class Sampler(ABC):
     """A stateless unmasking rule. Where it commits no candidate of a row, the loop commits the surest.
 
+    Whatever a sampler raises, or answers that this contract does not allow, ends the generation that it was asked for,
+    and no other (see `samplers.guard`). It runs in the thread that serves everybody: what takes it long takes all long.
+    Its attributes are read once, when a generation begins.
+
     Attributes:
         statistics: numbers that it wants beside token and confidence.
-        top: how many of the largest probabilities it wants.
+        top: how many of the largest probabilities it wants, at most 1024.
         region: whether it wants them for every position of the generation region, or for candidates only.
         revises: whether it may change what is committed in the active block. It is told of every position of the block,
             and says itself when the block is done.
@@ -161,11 +167,16 @@ class Sampler(ABC):
         return None
 
     def name_tokens(self, state: Any, positions: Tensor) -> Tensor | None:
-        """Tokens whose probabilities it wants at positions of the generation region, int64 [n, m], -1 for none."""
+        """Tokens whose probabilities it wants at positions of the generation region, int64 [n, m], -1 for none.
+
+        `m` is at most 1024, or the length of the region where that is longer.
+        """
         return None
 
     def bonus(self, params: SamplerParams, tokens: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Additions to logits: indices into `places`, tokens and values.
+        """Additions to logits: indices into `places`, tokens and values, at most 1024 for each place.
+
+        A value may be minus infinity, which bans a token, but neither NaN nor infinity.
 
         Args:
             tokens: the canvas as it is, [length].
@@ -174,11 +185,11 @@ class Sampler(ABC):
         return None
 
     def post_steps(self, params: SamplerParams) -> int:
-        """For one that revises: most forwards of a block beyond two a position."""
+        """For one that revises: most forwards of a block beyond two a position, up to 10,000. Asked once."""
         return 0
 
     def draft_steps(self, params: SamplerParams) -> int:
-        """For one that drafts: most forwards of a block; the last one commits all."""
+        """For one that drafts: most forwards of a block, 1 to 10,000; the last one commits all. Asked once."""
         raise NotImplementedError
 
     def choice(self, params: SamplerParams, block_step: int) -> TokenChoice | None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import structlog
 
 from policies.store import Host, PolicyStore, UnknownPolicyError
-from samplers import CacheMode, Canvas, ParameterError, Prediction, SamplerError
+from samplers import CacheMode, Canvas, ParameterError, Prediction, SamplerError, UnknownSamplerError
 from samplers.denoising import Denoising, Outcome, Query, advance, ask
 from samplers.guard import Traits, misfit, own_params
 from server.engine.backend import Backend, BackendDeadError, ModelInfo
@@ -159,7 +159,10 @@ class Engine:
             raise RequestError(f"sampler_params.{error.field}", str(error)) from None
         except UnknownPolicyError as error:
             raise RequestError("sampler_params.policy", str(error), "unknown_policy") from None
+        except UnknownSamplerError as error:
+            raise RequestError("sampler", str(error), "unknown_sampler") from None
         except SamplerError as error:
+            self._metrics.rejected("sampler_failed")
             self._log_failure(request, error)
             raise
 
