@@ -92,12 +92,12 @@ class Selection:
     """What to do: `commit` is bool [rows, width], a subset of the candidates.
 
     A row that commits nothing gets its surest candidate, unless the sampler says that it `waits`: then the forward is
-    spent and the row stays as it is. Only training environments, which bound the forwards, run such a sampler; elsewhere
-    its generation fails.
+    spent and the row stays as it is. Only training environments, which bound the forwards, run such a sampler;
+    elsewhere its generation fails.
 
     Attributes:
-        token, confidence: [rows, width], what to commit and how sure that is, where it is not the prediction's. Integers
-            below the vocabulary's size, none of them the mask token; and probabilities.
+        token, confidence: [rows, width], what to commit and how sure that is, where it is not the prediction's:
+            tokens of the vocabulary, but not the mask token, and probabilities.
         replace: bool [rows, width], committed positions that take another token; for samplers that revise.
         remask: bool [rows, width], committed positions that are masked again; likewise.
         done: bool [rows], whether the block is finished; likewise. No mask may be left then.
