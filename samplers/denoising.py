@@ -230,14 +230,10 @@ def _commit(row: Denoising, step: Step, i: int, selection: Selection) -> Outcome
     return Outcome(positions.tolist(), tokens, confidences, filled, replaced, remasked, open_tokens)
 
 
-def denoise(rows: Sequence[Denoising], predict: Predict, may_wait: bool = False) -> None:
-    """Run these generations to their end together. Raises SamplerError if one of them cannot go on.
-
-    Args:
-        may_wait: see `advance`.
-    """
+def denoise(rows: Sequence[Denoising], predict: Predict) -> None:
+    """Run these generations to their end together. Raises SamplerError if one of them cannot go on."""
     while running := [row for row in rows if not row.finished]:
         query = ask(running)
-        for outcome in advance(running, query, predict(query), may_wait):
+        for outcome in advance(running, query, predict(query)):
             if outcome.error is not None:
                 raise outcome.error

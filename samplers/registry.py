@@ -99,7 +99,7 @@ def _check(sampler: Sampler) -> None:
     params: object = sampler.Params
     if not (isinstance(params, type) and issubclass(params, SamplerParams)):
         raise TypeError("Params is not a SamplerParams class")
-    describe(sampler)
+    _descriptions()[sampler.name] = Description.of(sampler)
     Traits.of(sampler)
     for scheme in (BIDIRECTIONAL, Scheme(causal_block=4), Scheme(shifted=True), Scheme(noise=4)):
         misfit(sampler, scheme)

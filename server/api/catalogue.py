@@ -36,13 +36,20 @@ def default_rule(settings: Settings, info: ModelInfo) -> Rule:
     sampler = _sampler(settings.sampler or info.sampler, "sampler")
     if reason := why_not(sampler, info.scheme):
         raise RequestError("sampler", reason)
-    return sampler, validate_params(sampler, settings.sampler_params)
+    return sampler, _default_params(sampler, settings)
 
 
 def check_rule(settings: Settings) -> None:
     """What can be said of the settings' sampler before there is a model. Raises RequestError as `default_rule` does."""
     if settings.sampler is not None:
-        validate_params(_sampler(settings.sampler, "sampler"), settings.sampler_params)
+        _default_params(_sampler(settings.sampler, "sampler"), settings)
+
+
+def _default_params(sampler: Sampler, settings: Settings) -> SamplerParams:
+    try:
+        return validate_params(sampler, settings.sampler_params)
+    except SamplerError as error:
+        raise RequestError("sampler_params", str(error)) from None
 
 
 POLICY = "policy-"

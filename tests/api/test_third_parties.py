@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 
 from samplers import get_sampler
+from server.api.catalogue import check_rule
+from server.engine import RequestError
+from server.settings import load_settings
 from tests.api.serving import PROMPT, Running, error_of, serving
 from tests.installed import SAMPLER, Installed, forget, look_at
 
@@ -115,3 +118,10 @@ def test_the_server_looks_after_its_engine(hostile: Running, monkeypatch: pytest
     looked = threading.Event()
     monkeypatch.setattr(hostile.engine, "look_after", looked.set)
     assert looked.wait(30)
+
+
+@pytest.mark.usefixtures("hostile")
+def test_a_default_whose_parameters_fail_is_a_wrong_setting() -> None:
+    with pytest.raises(RequestError, match="sampler raises failed: RuntimeError: by design") as caught:
+        check_rule(load_settings({"sampler": "raises", "sampler_params": {"k": 2}}))
+    assert caught.value.field == "sampler_params"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from samplers import UnknownSamplerError, get_sampler, list_samplers, list_unavailable
+from samplers import UnknownSamplerError, describe, get_sampler, list_samplers, list_unavailable
 from samplers import plugins as plugins_module
 from tests.installed import SAMPLER, Installed, forget
 
@@ -150,6 +150,14 @@ def test_the_first_of_two_with_one_name_is_taken(installed: Installed, caplog: p
     assert [sampler.name for sampler in list_samplers()] == [*NAMES, "left_to_right"]
     assert list_unavailable() == []
     assert len(caplog.records) == 1 and "the name is already in use" in caplog.text
+
+
+def test_one_that_is_skipped_does_not_describe_its_namesake(installed: Installed) -> None:
+    wrong = SAMPLER.replace("leftmost", "worst") + "    top = -1\n"
+    installed.add("another", wrong, "unmask.samplers", left_to_right="LeftToRight")
+    installed.sampler()
+    list_samplers()
+    assert describe(get_sampler("left_to_right")).summary == "Commit the leftmost candidate."
 
 
 def test_entry_points_that_cannot_be_read_are_none(
