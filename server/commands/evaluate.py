@@ -97,6 +97,7 @@ def evaluate(
     if json_file is not None:
         check_folder("--json", json_file.absolute().parent)  # the file is replaced, row by row
     trials = _trials(task, sampler, block_length, gen_length, count, seed, fill_after_end, chat)
+    from policies.atomic import write_file
     from server.evaluation.card import Card
     from server.evaluation.report import markdown, table
 
@@ -120,7 +121,7 @@ def evaluate(
 
         draw(results.rows, results.model, plot)
     if markdown_file is not None:
-        markdown_file.write_text(markdown(results.rows), encoding="utf-8")
+        write_file(markdown_file, markdown(results.rows))
     if place is not None:
         place.write(markdown(results.rows))
 

@@ -12,10 +12,13 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as save_tensors
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from policies.atomic import write_file
+from policies.files import check_safetensors
 from policies.tasks import embedded_tasks
 from server.models.llada import LLaDA, LLaDAConfig
 from server.training.canvases import CanvasMaker, Rows
@@ -157,14 +160,14 @@ class Trainer:
             for index, state in optimizer.state_dict()["state"].items():
                 tensors |= {f"optimizer.{i}.{index}.{key}": value for key, value in state.items()}
         metadata = {"step": str(self.step), "seconds": str(self.seconds), "recipe": self.recipe.model_dump_json()}
-        temporary = self.checkpoint.with_suffix(".partial")
-        save_file({name: value.contiguous() for name, value in tensors.items()}, temporary, metadata)
-        temporary.replace(self.checkpoint)
+        content = save_tensors({name: value.contiguous() for name, value in tensors.items()}, metadata)
+        write_file(self.checkpoint, content)
 
     def resume(self) -> bool:
         """Continue from the checkpoint in `out`, if there is one. Raises ValueError if it is of another recipe."""
         if not self.checkpoint.exists():
             return False
+        check_safetensors(self.checkpoint)
         with safe_open(self.checkpoint, "pt") as file:
             metadata = file.metadata()
         if json.loads(metadata["recipe"]) != json.loads(self.recipe.model_dump_json()):
