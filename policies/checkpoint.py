@@ -86,9 +86,7 @@ def save_policy(network: UnmaskingPolicy, card: PolicyCard, folder: Path) -> Non
     flush(folder)
 
 
-def load_policy(
-    folder: Path, device: str = "cpu", within: Path | None = None
-) -> tuple[UnmaskingPolicy, PolicyCard]:
+def load_policy(folder: Path, device: str = "cpu", within: Path | None = None) -> tuple[UnmaskingPolicy, PolicyCard]:
     """Read a policy. Raises PolicyError for what is missing, malformed, too large, of wrong shape or not finite.
 
     Args:

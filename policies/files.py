@@ -3,6 +3,7 @@
 A named pipe, a device or a link to one in the place of a file would hang its reader, or never end.
 """
 
+import errno
 import os
 import stat
 from io import BufferedReader
@@ -15,7 +16,6 @@ KINDS = {
     stat.S_IFSOCK: "a socket",
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
-    stat.S_IFDIR: "a folder",
 }
 
 
@@ -33,7 +33,8 @@ def open_regular(path: Path) -> BufferedReader:
     try:
         mode = os.fstat(handle).st_mode
         if not stat.S_ISREG(mode):
-            raise UnsuitableFileError(path, f"not a file: {KINDS.get(stat.S_IFMT(mode), 'something else')}")
+            kind = KINDS.get(stat.S_IFMT(mode))
+            raise UnsuitableFileError(path, os.strerror(errno.EISDIR) if kind is None else f"{kind}, not a file")
         return os.fdopen(handle, "rb")
     except BaseException:
         os.close(handle)

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -266,7 +267,7 @@ def kill_at_every_step(writer: Writer, make: Callable[[], Path], modules: tuple[
         folder = make()
         writer.write(folder, 0)
         before += 1
-        child = forked(lambda: dying(writer, folder, before, modules))
+        child = forked(partial(dying, writer, folder, before, modules))
         _, status = os.waitpid(child, 0)
         code = os.waitstatus_to_exitcode(status)
         assert code in (0, DIED), f"{writer.name}: status {code}"

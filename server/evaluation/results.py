@@ -13,7 +13,6 @@ from policies.atomic import write_file
 from policies.evaluate import Row, Trial
 from policies.files import open_regular, read_file
 
-
 MOST_BYTES = 64 << 20
 
 

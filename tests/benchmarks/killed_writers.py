@@ -37,7 +37,11 @@ def main() -> int:
         place.mkdir()
         reads, wrong = watch(writers[0], place, asked.reads)
         broken += len(wrong)
-        print(f"{writers[0].name}: {reads} reads while it is written, {len(wrong)} broken", *sorted(set(wrong))[:3], sep="\n  ")
+        print(
+            f"{writers[0].name}: {reads} reads while it is written, {len(wrong)} broken",
+            *sorted(set(wrong))[:3],
+            sep="\n  ",
+        )
     return 1 if broken else 0
 
 
