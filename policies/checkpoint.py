@@ -16,7 +16,7 @@ from safetensors.torch import save as save_tensors
 
 from policies.atomic import flush, write_file, write_files
 from policies.evaluate import Row
-from policies.files import check_header, open_regular, read_file, read_open
+from policies.files import MOST_LISTED, MOST_WORD, check_header, open_regular, read_file, read_open
 from policies.network import PolicyConfig, UnmaskingPolicy
 
 WEIGHTS, CARD = "policy.safetensors", "policy.json"
@@ -35,40 +35,46 @@ class PolicyError(ValueError):
     """A folder that is no policy we can serve: one line that says why."""
 
 
+Text = Annotated[str, Field(max_length=256)]
+Word = Annotated[str, Field(max_length=MOST_WORD)]
+Length = Annotated[int, Field(gt=0, le=2**31 - 1)]
+"""What a card says is in answers, again and again: none of it is long."""
+
+
 class Origin(BaseModel):
     """The frozen model that a policy learns from."""
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
-    model: str
+    model: Text
     model_digest: str = Field(pattern=r"^[0-9a-f]{64}$")
-    architecture: str
-    vocab_size: int = Field(gt=0)
+    architecture: Text
+    vocab_size: Length
 
 
 class TrainedOn(Origin):
     """What a policy learned from. A block length of None is full diffusion; `alphas` are the reward's."""
 
-    task: tuple[str, ...]
-    gen_lengths: tuple[Annotated[int, Field(gt=0)], ...] = Field(min_length=1)
-    block_lengths: tuple[Annotated[int, Field(gt=0)] | None, ...] = Field((None,), min_length=1)
-    alphas: tuple[float, ...] = ()
-    seed: int = 0
-    updates: int = Field(0, ge=0)
+    task: tuple[Word, ...] = Field(max_length=MOST_LISTED)
+    gen_lengths: tuple[Length, ...] = Field(min_length=1, max_length=MOST_LISTED)
+    block_lengths: tuple[Length | None, ...] = Field((None,), min_length=1, max_length=MOST_LISTED)
+    alphas: tuple[float, ...] = Field((), max_length=MOST_LISTED)
+    seed: int = Field(0, ge=-(2**63), lt=2**63)
+    updates: int = Field(0, ge=0, lt=2**63)
     seconds: float = Field(0.0, ge=0)
 
 
 class PolicyCard(BaseModel):
     """All there is to know of a policy beside its weights."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     format: Literal[1] = 1
     config: PolicyConfig
     trained_on: TrainedOn
     recipe: dict[str, Any] = Field(default_factory=dict, description="the training recipe, as it was read")
-    measured: list[Row] = Field(default_factory=list, description="held-out results")
-    licence: str = "Apache-2.0"
+    measured: list[Row] = Field(default_factory=list, max_length=1000, description="held-out results")
+    licence: Text = "Apache-2.0"
 
 
 def save_policy(network: UnmaskingPolicy, card: PolicyCard, folder: Path) -> None:
@@ -117,11 +123,6 @@ def load_policy(folder: Path, device: str = "cpu", within: Path | None = None) -
             raise PolicyError(f"{folder / WEIGHTS}: {name} holds a value that is not finite")
     network.load_state_dict(tensors, assign=True)
     return network.to(device).requires_grad_(False).eval(), card
-
-
-def is_policy(folder: Path) -> bool:
-    """Whether a folder has the files of a policy. Raises OSError if that cannot be known."""
-    return all(map(_is_there, (folder / CARD, folder / WEIGHTS))) or _is_there(folder / NEXT)
 
 
 def _is_there(path: Path) -> bool:

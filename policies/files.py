@@ -11,6 +11,8 @@ from pathlib import Path
 
 MOST_HEADER = 32 << 20
 """Bytes of a safetensors file's header. That of a hundred thousand tensors is some 10 MB."""
+MOST_LISTED, MOST_WORD = 100, 1024
+"""Entries of a list, and characters of a name, in what files say that is said again elsewhere."""
 KINDS = {
     stat.S_IFIFO: "a named pipe",
     stat.S_IFSOCK: "a socket",
