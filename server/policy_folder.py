@@ -128,7 +128,7 @@ def watching(policies: PolicyStore, folder: str | None, metrics: Metrics | None 
     took = _timed(watched)
 
     def look_again(took: float) -> None:
-        while not stop.wait(max(SECONDS, SHARE * took)):
+        while not stop.wait(pause_after(took)):
             took = _timed(watched)
 
     thread = threading.Thread(target=look_again, args=(took,), name="policy-folder", daemon=True)
@@ -138,6 +138,11 @@ def watching(policies: PolicyStore, folder: str | None, metrics: Metrics | None 
     finally:
         stop.set()
         thread.join()
+
+
+def pause_after(took: float) -> float:
+    """Seconds until the next look, after one that took so many."""
+    return max(SECONDS, SHARE * took)
 
 
 def _timed(watched: PolicyFolder) -> float:

@@ -70,7 +70,7 @@ def name_and_folder(value: Any) -> Any:
         return value
     name, equals, folder = value.partition("=")
     if not (name and equals and folder):
-        raise ValueError(f"{value!r} is not NAME=DIR")
+        raise ValueError(f"{value[:MOST_SAID]!r} is not NAME=DIR")
     return name, folder
 
 

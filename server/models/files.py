@@ -19,9 +19,9 @@ class ModelError(Exception):
     """A model that cannot be served. One line, whatever a file says: which file, and what is wrong with it."""
 
     def __init__(self, message: str) -> None:
-        line = re.sub(r"[\s\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", message[: 10 * MOST_MESSAGE]).strip()
         half = MOST_MESSAGE // 2
-        super().__init__(line if len(line) <= MOST_MESSAGE else f"{line[:half]} ... {line[-half:]}")
+        short = message if len(message) <= MOST_MESSAGE else f"{message[:half]} ... {message[-half:]}"
+        super().__init__(re.sub(r"[\s\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", short).strip())
 
 
 def read_bytes(path: Path, most: int) -> bytes:

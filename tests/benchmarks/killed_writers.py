@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from tests.killing import all_writers, kill_somewhere, watch
+from tests.kills import kill_somewhere, watch
+from tests.writers import all_writers
 
 
 def main() -> int:

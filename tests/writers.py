@@ -1,52 +1,35 @@
-"""Writers that are killed while they write: whatever replaces a file or a folder leaves the old one or the new one."""
+"""All that writes files which others read, each with versions to write and a way to tell which is there."""
 
 import json
-import os
-import random
-import signal
-import sys
-import time
-import traceback
-import warnings
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
-from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from matplotlib.figure import Figure
 from safetensors.torch import load_file
 from torch import nn
 
 from policies.checkpoint import load_policy, save_policy
+from policies.environment import Records
 from policies.evaluate import Row
+from policies.network import Observation
 from policies.recipe import PolicyRecipe
 from policies.run_state import RunState
+from policies.supervised import _RECORDS, _SEEN, Runs
 from server.bench.results import Result, write_results
 from server.evaluation.card import Card, place
+from server.evaluation.plot import draw
 from server.evaluation.results import Results, add_row, open_results
 from server.training.export import export
 from server.training.recipe import Recipe
 from server.training.trainer import Trainer
+from tests.kills import Writer
 from tests.policies.tiny import card, network, recipe
 
 PREPARED = 8
 """Versions that are made before anything is killed: a forked child computes nothing."""
-
-
-@dataclass(frozen=True)
-class Writer:
-    """Something that is written again and again in one place.
-
-    Attributes:
-        write: write that version into a folder, which holds the one before it.
-        read: the version that a folder holds; raises whatever it likes if it holds none, or parts of several.
-    """
-
-    name: str
-    write: Callable[[Path, int], object]
-    read: Callable[[Path], int]
 
 
 def one(values: set[float]) -> int:
@@ -108,41 +91,38 @@ TRAINING = {
 }
 
 
-def trainers(folder: Path) -> list[Trainer]:
-    """A training run that has come to different steps."""
-    made = []
-    for version in range(PREPARED):
-        trainer = Trainer(Recipe.model_validate(TRAINING), folder)
-        filled(trainer.model, version)
-        trainer.step = version
-        made.append(trainer)
+def training_run(folder: Path) -> Trainer:
+    trainer = Trainer(Recipe.model_validate(TRAINING), folder)
     (folder / "log.jsonl").touch()
-    return made
+    return trainer
 
 
-def training_states(made: list[Trainer]) -> Writer:
-    def write(folder: Path, version: int) -> None:
-        trainer = made[version % PREPARED]
-        trainer.out = folder
-        trainer.save()
+def come_to(trainer: Trainer, version: int, out: Path) -> Trainer:
+    """The run at that step, in another folder."""
+    filled(trainer.model, version % PREPARED)
+    trainer.step, trainer.out = version % PREPARED, out
+    return trainer
 
+
+def training_states(trainer: Trainer) -> Writer:
     def read(folder: Path) -> int:
-        found = Trainer(Recipe.model_validate(TRAINING), folder)
-        assert found.resume()
-        return one(values(dict(found.model.named_parameters())) | {found.step})
+        come_to(trainer, 0, folder)
+        assert trainer.resume()
+        return one(values(dict(trainer.model.named_parameters())) | {trainer.step})
 
-    return Writer("the state of a model's training", write, read)
+    return Writer(
+        "the state of a model's training", lambda folder, version: come_to(trainer, version, folder).save(), read
+    )
 
 
-def exports(made: list[Trainer]) -> Writer:
+def exports(trainer: Trainer) -> Writer:
     """Notes of different lengths are in the card; weights and card must be of one version, all files there."""
 
     def write(folder: Path, version: int) -> None:
-        trainer, out = made[version % PREPARED], folder / "run"
+        out = folder / "run"
         out.mkdir(exist_ok=True)
-        trainer.out = out
         (out / "log.jsonl").touch()
-        export(trainer, "", 1, out, note=f"version {version % PREPARED}")
+        export(come_to(trainer, version, out), "", 1, out, note=f"version {version % PREPARED}")
 
     def read(folder: Path) -> int:
         out = folder / "run"
@@ -205,126 +185,52 @@ def measurements() -> Writer:
     return Writer("results of bench", write, read)
 
 
+def collected() -> Writer:
+    """Runs of one position each."""
+
+    def made(version: int) -> Runs:
+        def number() -> torch.Tensor:
+            return torch.full((3,), float(version))
+
+        seen = Observation(**{name: number() for name in _SEEN})
+        return Runs(Records(seen=seen, **{name: number() for name in _RECORDS}), number(), number())
+
+    runs = [made(version) for version in range(PREPARED)]
+
+    def read(folder: Path) -> int:
+        return one(values(load_file(folder / "runs-0.safetensors")))
+
+    return Writer(
+        "runs that were collected",
+        lambda folder, version: runs[version % PREPARED].save(folder / "runs-0.safetensors"),
+        read,
+    )
+
+
+def plots() -> Writer:
+    """Pictures of one colour, as it were: what draws them is not what is killed."""
+
+    def write(folder: Path, version: int) -> None:
+        def saved(figure: Figure, to: BytesIO, **options: Any) -> None:
+            to.write(bytes([version % PREPARED]) * 100_000)
+
+        with patch.object(Figure, "savefig", saved):
+            draw([row(0)], "", folder / "plot.png")
+
+    return Writer("a plot", write, lambda folder: one(set(map(float, (folder / "plot.png").read_bytes()))))
+
+
 def all_writers(folder: Path) -> list[Writer]:
     """Every writer; a training run is made in `folder`."""
-    runs = trainers(folder)
+    run = training_run(folder)
     return [
         policies(),
         run_states(),
-        training_states(runs),
-        exports(runs),
+        training_states(run),
+        exports(run),
         results(),
         cards(),
         measurements(),
+        collected(),
+        plots(),
     ]
-
-
-def forked(work: Callable[[], object]) -> int:
-    """Run something in a copy of this process; its id. It ends with status 0, or with 1 where it raised."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of threads that the copy lacks; it computes nothing
-        child = os.fork()
-    if child:
-        return child
-    status = 1
-    try:
-        work()
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(status)
-
-
-def kill_somewhere(writer: Writer, folder: Path, longest: float, chance: random.Random) -> str | None:
-    """Let a child write version after version, kill it after up to `longest` seconds; what is wrong with what is left.
-
-    The folder must hold some version, and must take another one afterwards.
-    """
-
-    def write_on() -> None:
-        for version in range(1, 10_000):
-            writer.write(folder, version)
-
-    child = forked(write_on)
-    time.sleep(chance.uniform(0, longest))
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    try:
-        writer.read(folder)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"[:200]
-    return None
-
-
-def kill_at_every_step(writer: Writer, make: Callable[[], Path], modules: tuple[str, ...]) -> tuple[int, list[str]]:
-    """Write version 1 over version 0, and die before each line that is executed in these modules, in turn.
-
-    Returns how many lines there were, and what was wrong after dying before which.
-    """
-    wrong, before = [], 0
-    while True:
-        folder = make()
-        writer.write(folder, 0)
-        before += 1
-        child = forked(partial(dying, writer, folder, before, modules))
-        _, status = os.waitpid(child, 0)
-        code = os.waitstatus_to_exitcode(status)
-        assert code in (0, DIED), f"{writer.name}: status {code}"
-        try:
-            found = writer.read(folder)
-            if code == 0 and found != 1:
-                wrong.append(f"the end: version {found}")
-            writer.write(folder, 2)
-            if (found := writer.read(folder)) != 2:
-                wrong.append(f"line {before}: the next one is {found}")
-        except Exception as error:
-            wrong.append(f"line {before}: {type(error).__name__}: {error}"[:200])
-        if code == 0:
-            return before, wrong
-
-
-DIED = 9
-
-
-def dying(writer: Writer, folder: Path, before: int, modules: tuple[str, ...]) -> None:
-    left = [before]
-
-    def trace(frame: Any, event: str, argument: Any) -> Any:
-        if frame.f_globals.get("__name__") not in modules:
-            return None if event == "call" else trace
-        if event == "line":
-            left[0] -= 1
-            if left[0] == 0:
-                os._exit(DIED)
-        return trace
-
-    sys.settrace(trace)
-    try:
-        writer.write(folder, 1)
-    finally:
-        sys.settrace(None)
-
-
-def watch(writer: Writer, folder: Path, seconds: float) -> tuple[int, list[str]]:
-    """Read on and on while a child writes. Returns how often, and what was wrong with what was read."""
-    writer.write(folder, 0)
-
-    def write_on() -> None:
-        for version in range(1, 1_000_000):
-            writer.write(folder, version)
-
-    child = forked(write_on)
-    wrong, reads, end = [], 0, time.monotonic() + seconds
-    try:
-        while time.monotonic() < end:
-            reads += 1
-            try:
-                writer.read(folder)
-            except Exception as error:
-                wrong.append(f"{type(error).__name__}: {error}"[:200])
-    finally:
-        with suppress(ProcessLookupError):
-            os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-    return reads, wrong
