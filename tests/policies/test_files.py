@@ -112,7 +112,7 @@ def test_a_pipe_is_no_file_of_any_kind(tmp_path: Path, pipe: Path) -> None:
 def test_a_line_without_an_end_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "lines.jsonl"
     path.touch()
-    os.truncate(path, 10**11)
+    os.truncate(path, 16 * MOST_LINE)
     with pytest.raises(ValueError, match=f"line 1: more than {MOST_LINE} bytes"):
         list(read_lines(path, Record))
 
