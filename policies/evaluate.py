@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from policies.oracle import Oracle
 from policies.specs import SamplerSpec
@@ -76,8 +76,8 @@ class Row(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    task: str
-    sampler: str
+    task: str = Field(max_length=1024)
+    sampler: str = Field(max_length=1024)
     params: dict[str, Any]
     block_length: int | None
     gen_length: int

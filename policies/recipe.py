@@ -5,10 +5,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from policies.files import MOST_LISTED, MOST_WORD
 from policies.network import PolicyConfig
 from policies.rewards import Form
 from policies.supervised import Label
 from policies.toml import Part, read_toml
+
+MOST_ROWS = 1_000_000
+"""More are a slip of the finger."""
+
+Length = Annotated[int, Field(gt=0, le=2**24)]
 
 
 class Collect(Part):
@@ -50,11 +56,13 @@ class Grpo(Part):
 
     kind: Literal["grpo"] = "grpo"
     updates: int = Field(gt=0, description="rollout batches")
-    prompts: int = Field(16, gt=0)
-    group: int = Field(8, ge=2)
+    prompts: int = Field(16, gt=0, le=MOST_ROWS)
+    group: int = Field(8, ge=2, le=MOST_ROWS)
     experts: tuple[float, ...] = Field((), description="thresholds of expert rollouts added to each group")
     expert_block_length: int | None = Field(32, gt=0)
-    alphas: tuple[float, ...] = Field((1.0,), min_length=1, description="drawn anew for each group")
+    alphas: tuple[float, ...] = Field(
+        (1.0,), min_length=1, max_length=MOST_LISTED, description="drawn anew for each group"
+    )
     form: Form = "multiplicative"
     likelihood: float = Field(
         0.0, ge=0, description="weight of the mean log-probability of the committed tokens in the reward"
@@ -92,12 +100,12 @@ class PolicyRecipe(Part):
         check: held-out problems on which checkpoints are compared, 0: none.
     """
 
-    seed: int = 0
-    tasks: tuple[str, ...] = Field(min_length=1)
-    gen_length: int | None = Field(None, gt=0)
-    block_lengths: tuple[Annotated[int, Field(gt=0)] | Literal["full"], ...] = Field(("full",), min_length=1)
+    seed: int = Field(0, ge=-(2**63), lt=2**63)
+    tasks: tuple[Annotated[str, Field(max_length=MOST_WORD)], ...] = Field(min_length=1, max_length=MOST_LISTED)
+    gen_length: Length | None = None
+    block_lengths: tuple[Length | Literal["full"], ...] = Field(("full",), min_length=1, max_length=MOST_LISTED)
     prompt_length: int | None = Field(None, gt=0, description="only the last tokens of a longer prompt")
-    batch: int = Field(64, gt=0, description="rows of one forward pass")
+    batch: int = Field(64, gt=0, le=MOST_ROWS, description="rows of one forward pass")
     save_every: int = Field(10, gt=0)
     check: int = Field(100, ge=0)
     policy: PolicyConfig

@@ -9,9 +9,12 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from policies.atomic import write_file
+from policies.files import check_safetensors
 from policies.network import UnmaskingPolicy
 from policies.recipe import PolicyRecipe
 
@@ -34,9 +37,8 @@ class RunState:
             for index, state in self.optimizer.state_dict()["state"].items():
                 tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items()}
         metadata = {"numbers": json.dumps(self.numbers), "recipe": recipe.model_dump_json()}
-        partial = path.with_suffix(".partial")
-        save_file({name: value.detach().clone().contiguous() for name, value in tensors.items()}, partial, metadata)
-        partial.replace(path)
+        own = {name: value.detach().clone().contiguous() for name, value in tensors.items()}
+        write_file(path, save_tensors(own, metadata))
 
     @classmethod
     def load(
@@ -53,6 +55,7 @@ class RunState:
 
         Raises ValueError if the state is of another recipe.
         """
+        check_safetensors(path)
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
         if json.loads(metadata["recipe"]) != json.loads(recipe.model_dump_json()):

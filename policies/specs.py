@@ -57,5 +57,5 @@ def sampler_label(name: str, stated: dict[str, Any]) -> str:
 def _scalar(text: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return text

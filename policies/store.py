@@ -14,6 +14,10 @@ ZOO = Path(__file__).parent / "zoo"
 """Policies that ship with the project: one folder each."""
 
 
+FEW = 8
+"""Lengths that a warning names."""
+
+
 class UnknownPolicyError(KeyError):
     """No policy of that name is loaded; the message says which are."""
 
@@ -46,16 +50,21 @@ class Stored:
             found.append(f"policy {self.name} was trained on {trained.model} ({trained.architecture}), another model")
         known = {within(block, length) for block in trained.block_lengths for length in trained.gen_lengths}
         if (ours := within(block_length, gen_length)) not in known:
-            theirs = " and ".join(map(_say, trained.block_lengths))
+            theirs = _few(list(map(_say, trained.block_lengths)), " and ")
             found.append(f"policy {self.name} was trained in {theirs}, and runs in {_say(ours)}")
         if gen_length not in trained.gen_lengths:
-            lengths = ", ".join(map(str, trained.gen_lengths))
+            lengths = _few(list(map(str, trained.gen_lengths)), ", ")
             found.append(f"policy {self.name} was trained on {lengths} positions, and runs on {gen_length}")
         return found
 
 
 def _say(block_length: int | None) -> str:
     return "full diffusion" if block_length is None else f"blocks of {block_length}"
+
+
+def _few(said: list[str], joint: str) -> str:
+    """The first few of a list."""
+    return joint.join(said[:FEW]) + (f" and {len(said) - FEW} more" if len(said) > FEW else "")
 
 
 class PolicyStore:
@@ -72,13 +81,17 @@ class PolicyStore:
         self._lock = threading.Lock()
         self._stored: dict[str, Stored] = {}
 
-    def load(self, name: str, folder: Path) -> Stored:
-        """Load a policy, in the place of one of the same name. Raises PolicyError; then nothing has changed."""
+    def load(self, name: str, folder: Path, within: Path | None = None) -> Stored:
+        """Load a policy, in the place of one of the same name. Raises PolicyError; then nothing has changed.
+
+        Args:
+            within: refuse what links lead out of this folder.
+        """
         if NAME.fullmatch(name) is None:
             raise PolicyError(
                 f"{name[:200]!r} is no name for a policy: use letters, digits, '.', '_' and '-', at most 100"
             )
-        network, card = load_policy(folder, self._device)
+        network, card = load_policy(folder, self._device, within)
         tokens = card.config.tokens
         if tokens and tokens != self.host.vocab_size:
             raise PolicyError(

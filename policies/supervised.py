@@ -7,10 +7,13 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from policies.atomic import write_file
 from policies.environment import Records, Rollout
+from policies.files import check_safetensors
 from policies.network import Observation, UnmaskingPolicy, score
 
 Label = Literal["outcome", "oracle", "imitation"]
@@ -59,13 +62,13 @@ class Runs:
             "good": self.good,
             "ends": self.ends,
         }
-        partial = path.with_suffix(".partial")
-        save_file({name: value.contiguous() for name, value in tensors.items() if value is not None}, partial)
-        partial.replace(path)
+        there = {name: value.contiguous() for name, value in tensors.items() if value is not None}
+        write_file(path, save_tensors(there))
 
     @classmethod
     def load(cls, path: Path) -> "Runs":
         """What `save` wrote."""
+        check_safetensors(path)
         found = load_file(path)
         seen = Observation(**{name: found.get(f"seen.{name}") for name in _SEEN})  # type: ignore[arg-type]
         records = Records(seen=seen, **{name: found.get(name) for name in _RECORDS})  # type: ignore[arg-type]

@@ -6,6 +6,10 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from policies.files import read_text
+
+MOST_BYTES = 4 << 20
+
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -18,13 +22,13 @@ class Part(BaseModel):
 def read_toml(path: Path, model: type[M]) -> tuple[M, dict[str, Any]]:
     """A file as a model, and its content as it stands. Raises ValueError with one line that names file and field."""
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(read_text(path, MOST_BYTES))
         return model.model_validate(content), content
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
+        where = ".".join(map(str, first["loc"]))[:200]
         raise ValueError(f"{path}: {where + ': ' if where else ''}{first['msg']}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # a number of too many digits is a ValueError
         raise ValueError(f"{path}: not a TOML file: {error}") from None

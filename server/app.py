@@ -27,6 +27,7 @@ def create_app(engine: Engine, text: TextCodec, metrics: Metrics, settings: Sett
     info = engine.info
     catalogue = Catalogue(metrics.model_name, default_rule(settings, info), engine.policies, info.scheme)
     serving = Serving(engine, text, metrics, settings, catalogue)
+    metrics.policies(len(engine.policies.list()))
     app = FastAPI(
         title="Unmask",
         summary="An OpenAI-style inference server for diffusion language models",

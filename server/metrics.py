@@ -73,6 +73,11 @@ class Metrics:
         self._memory = gauge("memory_bytes", "What serving takes at most, found out at start-up, by part.", "part")
         self._requests = counter("requests", "Generations that ended.", "sampler", "finish_reason")
         self._rejected = counter("rejected", "Requests and connections that were refused or cut off.", "reason")
+        self._policies = gauge("policies_loaded", "Policies that requests can use.")
+        self._policy_failures = counter("policy_load_failures", "Policies that could not be loaded.")
+        self._policy_folder = gauge(
+            "policy_folder_last_seen_timestamp_seconds", "Unix time of the last look at the folder of policies."
+        )
         self._prompt_tokens = counter("prompt_tokens", "Prompt tokens of accepted requests.")
         self._tokens = counter(
             "generation_tokens", "Tokens generated up to and including the first end-of-text.", "sampler"
@@ -97,7 +102,10 @@ class Metrics:
             "time_per_output_token_seconds", "Time per settled token after the first.", PER_TOKEN
         )
         self._queue = histogram("request_queue_time_seconds", "From submission to admission into the batch.", E2E)
-        for metric in (self._running, self._waiting, self._prompt_tokens, self._model_forwards):
+        for metric in (
+            *(self._running, self._waiting, self._prompt_tokens, self._model_forwards),
+            *(self._policies, self._policy_failures),
+        ):
             metric.labels(model_name)
 
     @recording
@@ -116,6 +124,21 @@ class Metrics:
     def rejected(self, reason: str) -> None:
         """A request or a connection was refused or cut off. `reason` is one of the few that the code names."""
         self._rejected.labels(self._model, reason).inc()
+
+    @recording
+    def policies(self, count: int) -> None:
+        """How many policies are loaded now."""
+        self._policies.labels(self._model).set(count)
+
+    @recording
+    def policy_load_failed(self) -> None:
+        """A policy could not be loaded; the one before it, if any, stays in service."""
+        self._policy_failures.labels(self._model).inc()
+
+    @recording
+    def policy_folder_seen(self, at: float) -> None:
+        """The folder of policies was looked at, to its end, at this Unix time."""
+        self._policy_folder.labels(self._model).set(at)
 
     @recording
     def prompt_tokens(self, count: int) -> None:

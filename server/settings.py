@@ -15,7 +15,14 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from policies.files import read_text
+
 PREFIX = "UNMASK_"
+MOST_FILE_BYTES = 1 << 20
+MOST_TOKENS, MOST_SECONDS = 2**31 - 1, 10_000_000.0
+"""Above all that makes sense, and below what the system can count."""
+MOST_SAID = 200
+"""Characters of a wrong value that are repeated."""
 MOST_THREADS = 1024
 THREADS = "Processor threads that compute."
 THREADS_DEFAULT = "Default: one a core, within a container's limit."
@@ -27,7 +34,7 @@ def _json_object(value: Any) -> Any:
         return value
     try:
         return json.loads(value)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON: {error}") from None
 
 
@@ -63,7 +70,7 @@ def name_and_folder(value: Any) -> Any:
         return value
     name, equals, folder = value.partition("=")
     if not (name and equals and folder):
-        raise ValueError(f"{value!r} is not NAME=DIR")
+        raise ValueError(f"{value[:MOST_SAID]!r} is not NAME=DIR")
     return name, folder
 
 
@@ -100,11 +107,14 @@ class Settings(BaseSettings):
         description="What is kept of a block's first step, where a request does not say: none; prefix, all before the "
         "block; dual, all but the block. Default: what is exact, prefix for a block-causal model and none for others.",
     )
-    max_model_len: int | None = Field(None, ge=2, description="Longest canvas, prompt included, in tokens.")
+    max_model_len: int | None = Field(
+        None, ge=2, le=MOST_TOKENS, description="Longest canvas, prompt included, in tokens."
+    )
     max_batch: int = Field(16, ge=1, le=65536, description="Generations that share a forward pass.")
     max_batch_tokens: int = Field(
         8192,
         ge=2,
+        le=MOST_TOKENS,
         description="Tokens of one forward pass over all its rows; what does not fit takes turns. "
         "No canvas can be longer.",
     )
@@ -141,16 +151,25 @@ class Settings(BaseSettings):
         None, description="The key that may load and remove policies; without one, nobody may.", examples=["KEY"]
     )
     metrics_open: bool = Field(False, description="Serve /metrics without a key.")
-    max_body_bytes: int = Field(4 * 1024 * 1024, ge=1, description="Longest request body; longer ones get 413.")
+    max_body_bytes: int = Field(
+        4 * 1024 * 1024, ge=1, le=MOST_TOKENS, description="Longest request body; longer ones get 413."
+    )
     request_timeout: float | None = Field(
-        None, gt=0, description="Seconds after which a request is ended and answered 504; without it, never."
+        None,
+        gt=0,
+        le=MOST_SECONDS,
+        description="Seconds after which a request is ended and answered 504; without it, never.",
     )
     drain_timeout: float = Field(
-        60.0, ge=0, description="Seconds that running requests get to finish when the server is asked to stop."
+        60.0,
+        ge=0,
+        le=MOST_SECONDS,
+        description="Seconds that running requests get to finish when the server is asked to stop.",
     )
     keep_alive: float = Field(
         75.0,
         gt=0,
+        le=MOST_SECONDS,
         description="Seconds that a connection may idle between requests; "
         "more than the clients and proxies before the server keep one in their pools.",
     )
@@ -190,11 +209,13 @@ def load_settings(flags: dict[str, Any], config: Path | None = None) -> Settings
         return Sourced(**flags)
     except ValidationError as error:
         first = error.errors()[0]
-        name = str(first["loc"][0])
+        name = str(first["loc"][0])[:MOST_SAID]
         message = first["msg"].removeprefix("Value error, ")
         if name in ("api_key", "admin_key"):
             raise WrongSettingError(_where(name, flags, config), message) from None
         given = json.dumps(first["input"], default=str)
+        if len(given) > MOST_SAID:
+            given = f"{given[:MOST_SAID]}..."
         raise WrongSettingError(_where(name, flags, config), f"{message} (got {given})") from None
 
 
@@ -208,8 +229,8 @@ def _where(name: str, flags: dict[str, Any], config: Path | None) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(read_text(path, MOST_FILE_BYTES))
     except OSError as error:
         raise WrongSettingError("--config", f"{path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise WrongSettingError("--config", f"{path}: not a TOML file: {error}") from None

@@ -7,12 +7,17 @@ from typing import Annotated, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
+from policies.files import open_regular, read_file
+
 
 def _filled(text: str) -> str:
     if not text.strip():
         raise ValueError("is empty")
     return text
 
+
+MOST_LINE = 4 << 20
+"""Bytes of one JSON object."""
 
 Filled = Annotated[str, AfterValidator(_filled)]
 """Text that is not blank."""
@@ -33,10 +38,10 @@ def read_lines(path: Path, kind: type[AnyRecord]) -> Iterator[tuple[str, AnyReco
     Raises ValueError with one line that names the file, the line and the field.
     """
     try:
-        if path.exists() and not path.is_file():
-            raise ValueError(f"{path}: is not a file")
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
+        with open_regular(path) as file:
+            for number, line in enumerate(iter(lambda: file.readline(MOST_LINE + 1), b""), 1):
+                if len(line) > MOST_LINE:
+                    raise ValueError(f"{path}, line {number}: more than {MOST_LINE} bytes")
                 if text := line.removeprefix(codecs.BOM_UTF8).strip():
                     where = f"{path}, line {number}"
                     yield where, _parse(text, kind, where)
@@ -51,7 +56,7 @@ def read_folder(path: Path, kind: type[AnyRecord]) -> Iterator[tuple[str, AnyRec
     """
     for file in sorted(path.rglob("[!.]*.json")):
         try:
-            yield str(file), _parse(file.read_bytes(), kind, str(file))
+            yield str(file), _parse(read_file(file, MOST_LINE), kind, str(file))
         except OSError as error:
             raise ValueError(f"{file}: {error.strerror}") from None
 
@@ -61,6 +66,6 @@ def _parse(text: bytes, kind: type[AnyRecord], where: str) -> AnyRecord:
         return kind.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
-        field = "".join(f"{part}: " for part in first["loc"])
+        field = "".join(f"{part}: " for part in first["loc"])[:200]
         message = first["msg"].removeprefix("Value error, ").replace(" at line 1 column ", " at column ")
         raise ValueError(f"{where}: {field}{message}") from None

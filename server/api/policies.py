@@ -60,12 +60,14 @@ def add_routes(app: FastAPI, serving: Serving) -> None:
         """Load a policy from the server's folder, in the place of one of the same name. Needs the admin key."""
         _check_admin(request, serving)
         body = await read_body(request, PolicyBody)
-        folder = _inside(serving.settings.policy_dir, body.path or body.name)
+        within, folder = _inside(serving.settings.policy_dir, body.path or body.name)
         try:
-            stored = await anyio.to_thread.run_sync(partial(policies.load, body.name, folder))
+            stored = await anyio.to_thread.run_sync(partial(policies.load, body.name, folder, within))
         except PolicyError as error:
+            serving.metrics.policy_load_failed()
             field = "name" if "is no name for a policy" in str(error) else "path"
             raise RequestError(field, str(error), "invalid_policy") from None
+        serving.metrics.policies(len(policies.list()))
         return json_response(entry(stored))
 
     @app.delete("/v1/policies/{policy}", response_model=PolicyRemoved, responses=ADMIN_ERRORS, tags=["administration"])
@@ -73,7 +75,9 @@ def add_routes(app: FastAPI, serving: Serving) -> None:
         """Take a policy out of service; what runs by it goes on. Needs the admin key."""
         _check_admin(request, serving)
         find(policy)
-        return json_response(PolicyRemoved(id=policies.remove(policy).name))
+        removed = policies.remove(policy).name
+        serving.metrics.policies(len(policies.list()))
+        return json_response(PolicyRemoved(id=removed))
 
 
 def _check_admin(request: Request, serving: Serving) -> None:
@@ -84,14 +88,17 @@ def _check_admin(request: Request, serving: Serving) -> None:
         raise ForbiddenError("this needs the admin key: send it as 'Authorization: Bearer KEY'")
 
 
-def _inside(root: str | None, path: str) -> Path:
-    """A folder below the folder of policies, whatever `path` tries. Raises RequestError."""
+def _inside(root: str | None, path: str) -> tuple[Path, Path]:
+    """The folder of policies, and one below it, whatever `path` tries. Raises RequestError."""
     if root is None:
         raise RequestError("path", "the server was started without --policy-dir, so there is nothing to load from")
     base = Path(root).resolve()
     if "\0" in path:
         raise RequestError("path", "path holds a null character", "invalid_policy")
-    folder = (base / path).resolve()
+    try:
+        folder = (base / path).resolve()
+    except (OSError, RuntimeError) as error:  # links in a circle
+        raise RequestError("path", f"{path[:200]!r} is no folder: {error}"[:400], "invalid_policy") from None
     if not folder.is_relative_to(base) or folder == base:
         raise RequestError("path", f"{path[:200]!r} is not inside the server's folder of policies", "invalid_policy")
-    return folder
+    return base, folder

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from policies.atomic import write_file
 from server.threads import apart
 
 Measure = Callable[[], float]
@@ -60,4 +61,4 @@ def spread(name: str, unit: str, ratios: list[float], **detail: Any) -> Result:
 
 def write_results(path: Path, machine: dict[str, Any], results: Iterable[Result]) -> None:
     content = {"machine": machine, "results": [asdict(result) for result in results]}
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    write_file(path, json.dumps(content, indent=1) + "\n")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from server.commands.options import Threads, check_file, progress_console, use_threads
+from server.commands.options import MOST_COUNT, Threads, check_file, progress_console, use_threads
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from server.bench.results import Result
 
 Json = Annotated[Path | None, typer.Option("--json", help="Write the results there.", metavar="FILE")]
-Rounds = Annotated[int, typer.Option("--rounds", min=1, help="Rounds in which both sides of a ratio are measured.")]
+Rounds = Annotated[
+    int, typer.Option("--rounds", min=1, max=MOST_COUNT, help="Rounds in which both sides of a ratio are measured.")
+]
 Small = Annotated[bool, typer.Option("--embedded-only", help="Leave out the random model of 100 M weights.")]
 
 

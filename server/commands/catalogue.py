@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from policies.tasks import FILE_SPECS, Split, UnknownTaskError, get_task, list_tasks
-from server.commands.options import results_console, wrong
+from server.commands.options import MOST_COUNT, results_console, wrong
 
 if TYPE_CHECKING:
     from samplers import BrokenPlugin, Sampler
@@ -117,7 +117,7 @@ def tasks_list() -> None:
 @tasks_app.command("sample")
 def tasks_sample(
     task: Annotated[str, typer.Option("--task", help="Name or files of a task (see `unmask tasks list`).")],
-    count: Annotated[int, typer.Option("--count", min=1, help="How many different problems.")] = 5,
+    count: Annotated[int, typer.Option("--count", min=1, max=MOST_COUNT, help="How many different problems.")] = 5,
     seed: Annotated[int, typer.Option("--seed", help="The same seed gives the same problems.")] = 0,
     split: Annotated[Split, typer.Option("--split", help="No problem is in both.")] = "heldout",
 ) -> None:

@@ -10,6 +10,8 @@ import typer
 
 from policies.tasks import UnknownTaskError, get_task, list_tasks
 from server.commands.options import (
+    MOST_COUNT,
+    MOST_LENGTH,
     Cache,
     Chat,
     Device,
@@ -69,9 +71,10 @@ def evaluate(
         ),
     ] = None,
     gen_length: Annotated[
-        int | None, typer.Option("--gen-length", min=1, help="Generated positions; without it the task's own.")
+        int | None,
+        typer.Option("--gen-length", min=1, max=MOST_LENGTH, help="Generated positions; without it the task's own."),
     ] = None,
-    count: Annotated[int, typer.Option("--count", min=1, help="Held-out problems of each task.")] = 100,
+    count: Annotated[int, typer.Option("--count", min=1, max=MOST_COUNT, help="Held-out problems of each task.")] = 100,
     seed: Annotated[int, typer.Option("--seed", min=0, max=2**31, help="Which problems, and random numbers.")] = 0,
     policy: Policies = None,
     cache: Cache = None,
@@ -86,7 +89,7 @@ def evaluate(
     card: Annotated[
         Path | None, typer.Option("--card", help="Put the Markdown into the model card of this model folder.")
     ] = None,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Canvases in one forward.")] = 32,
+    batch: Annotated[int, typer.Option("--batch", min=1, max=MOST_COUNT, help="Canvases in one forward.")] = 32,
     threads: Threads = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -97,6 +100,7 @@ def evaluate(
     if json_file is not None:
         check_folder("--json", json_file.absolute().parent)  # the file is replaced, row by row
     trials = _trials(task, sampler, block_length, gen_length, count, seed, fill_after_end, chat)
+    from policies.atomic import write_file
     from server.evaluation.card import Card
     from server.evaluation.report import markdown, table
 
@@ -120,7 +124,7 @@ def evaluate(
 
         draw(results.rows, results.model, plot)
     if markdown_file is not None:
-        markdown_file.write_text(markdown(results.rows), encoding="utf-8")
+        write_file(markdown_file, markdown(results.rows))
     if place is not None:
         place.write(markdown(results.rows))
 

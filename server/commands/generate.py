@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from server.commands.options import (
+    MOST_LENGTH,
     Cache,
     Chat,
     Device,
@@ -50,7 +51,9 @@ def generate(
         str | None,
         typer.Option("--block-length", help="Positions denoised together; full or 0: all. Default: the model's own."),
     ] = None,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Longest text, in tokens.")] = 64,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", min=1, max=MOST_LENGTH, help="Longest text, in tokens.")
+    ] = 64,
     temperature: Annotated[float, typer.Option("--temperature", min=0, help="0 takes the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option("--top-p", min=0, max=1, help="Draw from the likeliest of this mass.")] = 1.0,
     top_k: Annotated[int, typer.Option("--top-k", min=0, help="Draw from this many likeliest; 0: all.")] = 0,
@@ -60,7 +63,9 @@ def generate(
     fill_after_end: FillAfterEnd = True,
     chat: Chat = False,
     watch: Annotated[bool, typer.Option("--watch", help="Show the canvas settle, on standard error.")] = False,
-    pause: Annotated[float, typer.Option("--pause", min=0, help="Seconds between two pictures of --watch.")] = 0.1,
+    pause: Annotated[
+        float, typer.Option("--pause", min=0, max=3600, help="Seconds between two pictures of --watch.")
+    ] = 0.1,
     device: Device = "auto",
     dtype: Dtype = "auto",
     threads: Threads = None,
@@ -161,5 +166,5 @@ def _spec(sampler: str, params: str) -> "SamplerSpec":
         return SamplerSpec.create(sampler, values)
     except json.JSONDecodeError as error:
         wrong("--sampler-params", f"not JSON: {error}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         wrong("--sampler-params", error)

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from server.models.loading import LoadedModel
     from server.models.text import TextCodec
 
+MOST_COUNT, MOST_LENGTH = 1_000_000, 2**24
+"""Of problems, rounds or canvases, and of positions: more are a slip of the finger."""
+
 Model = Annotated[
     str | None,
     typer.Option("--model", help="Folder or Hugging Face hub id; without it the embedded model.", metavar="DIR_OR_ID"),

@@ -119,7 +119,7 @@ def _load_and_serve(settings: Settings, bound: socket.socket) -> bool:
     except RequestError as error:
         wrong(flag(error.field.partition(".")[0]), error)
     engine.start()
-    with watching(policies, settings.policy_dir):
+    with watching(policies, settings.policy_dir, metrics):
         return serve_app(app, engine, bound, settings)
 
 

@@ -24,13 +24,15 @@ def train_model(
     """Train a model and write it as a Hugging Face folder. Run it again to go on from the last checkpoint."""
     from safetensors import SafetensorError
 
+    from policies.files import read_text
+    from policies.toml import MOST_BYTES
     from server.training.export import export
     from server.training.recipe import load_recipe
     from server.training.trainer import Trainer
 
     try:
         parsed = load_recipe(recipe)
-        text = recipe.read_text(encoding="utf-8")  # now: the file may be another one when the run is done
+        text = read_text(recipe, MOST_BYTES)  # now: the file may be another one when the run is done
     except ValueError as error:
         wrong("RECIPE.toml", error)
     check_folder("--out", out)

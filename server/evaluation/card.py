@@ -3,6 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from policies.atomic import write_file
+from policies.files import read_text
+
+MOST_BYTES = 16 << 20
 BEGIN, END = "<!-- unmask evaluate: begin -->", "<!-- unmask evaluate: end -->"
 
 
@@ -24,9 +28,11 @@ class Card:
         """The card of a model folder. Raises ValueError if there is none or it has no place for a table."""
         path = folder / "README.md"
         try:
-            content = path.read_text(encoding="utf-8")
+            content = read_text(path, MOST_BYTES)
         except OSError as error:
             raise ValueError(f"{path}: {error.strerror}") from None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: {error}") from None
         before, begin, rest = content.partition(BEGIN)
         _, end, after = rest.partition(END)
         if not (begin and end):
@@ -35,6 +41,4 @@ class Card:
 
     def write(self, text: str) -> None:
         """Put `text` in the place of what was there; a kill at any point leaves the old card or the new one."""
-        partial = self.path.with_name(self.path.name + ".partial")
-        partial.write_text(self.before + place(text) + self.after, encoding="utf-8")
-        partial.replace(self.path)
+        write_file(self.path, self.before + place(text) + self.after)

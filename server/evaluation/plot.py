@@ -1,5 +1,6 @@
 """The frontier as a picture: accuracy against tokens per forward."""
 
+from io import BytesIO
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -7,6 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from policies.atomic import write_file
 from policies.evaluate import Row
 from policies.oracle import Oracle
 from server.evaluation.report import by_setting, column
@@ -52,7 +54,9 @@ def draw(rows: list[Row], model: str, path: Path) -> None:
     across = min(len(handles), int(figure.get_figwidth() // 1.7))
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=across, frameon=False)
     figure.suptitle(f"{model}: accuracy against tokens per forward, Wilson 95 % intervals")
-    figure.savefig(path, dpi=150, format="png")
+    picture = BytesIO()
+    figure.savefig(picture, dpi=150, format="png")
+    write_file(path, picture.getvalue())
 
 
 def _panel(axes: Axes, rows: list[Row], names: list[str]) -> None:

@@ -9,7 +9,11 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from policies.atomic import write_file
 from policies.evaluate import Row, Trial
+from policies.files import open_regular, read_file
+
+MOST_BYTES = 64 << 20
 
 
 class Results(BaseModel):
@@ -40,7 +44,7 @@ def open_results(path: Path | None, fresh: Results) -> Results:
     if path is None or not path.exists():
         return fresh
     try:
-        found = Results.model_validate_json(path.read_bytes())
+        found = Results.model_validate_json(read_file(path, MOST_BYTES))
     except OSError as error:
         raise ResultsError(f"{path}: {error.strerror}") from None
     except ValidationError as error:
@@ -64,9 +68,7 @@ def add_row(path: Path | None, results: Results, row: Row) -> None:
         return
     with _alone(path.absolute().parent):
         results.rows = [*open_results(path, results).rows, row]
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(results.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
+        write_file(path, results.model_dump_json(indent=1) + "\n")
 
 
 @contextmanager
@@ -87,6 +89,6 @@ def model_digest(folder: Path) -> str:
     for path in [*(folder / name for name in names), *sorted(folder.glob("model*.safetensors"))]:
         if path.exists():
             digest.update(f"{path.name}\0".encode())
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

@@ -8,8 +8,11 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from server.models.files import ModelError, read_json
+from server.models.files import MOST_TOKENIZER, ModelError, read_json, read_text
 from server.models.tokenizer_settings import named_tokens
+
+MOST_IDS = 2**32
+"""The library's limit."""
 
 CLASSES = ("Qwen2Tokenizer", "Qwen2TokenizerFast", "DreamTokenizer")
 """Values of `tokenizer_class` that split text as below; the two files alone do not say."""
@@ -75,19 +78,15 @@ def _around(tokenizer: Tokenizer, settings: dict[str, Any]) -> processors.Templa
 
 
 def _vocabulary(path: Path) -> dict[str, int]:
-    found = read_json(path)
-    if not all(isinstance(id, int) for id in found.values()):
-        raise ModelError(f"{path}: a token's id is no number")
+    found = read_json(path, MOST_TOKENIZER)
+    if not all(isinstance(id, int) and 0 <= id < MOST_IDS for id in found.values()):
+        raise ModelError(f"{path}: a token's id is no number from 0 to {MOST_IDS - 1}")
     return found
 
 
 def _merges(path: Path) -> list[tuple[str, str]]:
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path}: {error.strerror if isinstance(error, OSError) else error}") from None
     found = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_text(path, MOST_TOKENIZER).split("\n"), start=1):
         parts = line.split()
         if not parts or (number == 1 and parts[0].startswith("#version")):
             continue

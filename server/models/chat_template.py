@@ -7,7 +7,7 @@ from typing import Any
 
 from jinja2 import TemplateSyntaxError
 
-from server.models.files import ModelError, is_there, read_optional_json
+from server.models.files import MOST_TEMPLATE, ModelError, is_there, read_optional_json, read_text
 from server.models.jinja import chat_environment
 from server.models.tokenizer_settings import named_tokens
 
@@ -130,10 +130,7 @@ def _source(folder: Path, settings: dict[str, Any]) -> tuple[Path, str] | None:
     for name in ("chat_template.jinja", "additional_chat_templates/default.jinja"):
         path = folder / name
         if is_there(path):  # a link that leads nowhere is not one that was left out
-            try:
-                return path, path.read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                raise ModelError(f"{path}: {error}") from None
+            return path, read_text(path, MOST_TEMPLATE)
     for path, setting in (
         (folder / "tokenizer_config.json", settings.get("chat_template")),
         (folder / "chat_template.json", read_optional_json(folder / "chat_template.json").get("chat_template")),

@@ -4,10 +4,13 @@ from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-MOST_LAYERS = 10_000
-"""More are a mistake: the modules of that many would not fit into memory, whatever their size."""
+MOST_LAYERS = 1000
+"""More are a mistake, as are more experts in all layers: building that many takes long, whatever their size."""
+MOST_EXPERTS = 25_000
+MOST = 2**24
+"""The same of everything else that is counted: widths, heads, positions, tokens of a vocabulary."""
 
-Count = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(gt=0, le=MOST)]
 Layers = Annotated[int, Field(gt=0, le=MOST_LAYERS)]
 TokenIds = int | tuple[int, ...]
 
@@ -19,7 +22,7 @@ class CheckpointConfig(BaseModel):
         published: the original class's values of entries that are left out, where these differ from the fields'.
     """
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
     published: ClassVar[dict[str, Any]] = {}
 
     rms_norm_eps: float = Field(1e-6, ge=0)
@@ -46,6 +49,15 @@ class CheckpointConfig(BaseModel):
             for id in ids:
                 if not 0 <= id < self.rows:
                     raise ValueError(f"{key} = {id} is outside the vocabulary of {self.rows}")
+        return self
+
+    @model_validator(mode="after")
+    def _few_enough_experts(self) -> Self:
+        layers, experts = getattr(self, "num_hidden_layers", 0), getattr(self, "num_experts", 0)
+        if layers * experts > MOST_EXPERTS:
+            raise ValueError(
+                f"num_experts = {experts} in each of num_hidden_layers = {layers} are more than {MOST_EXPERTS} in all"
+            )
         return self
 
     @property

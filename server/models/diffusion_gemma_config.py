@@ -28,7 +28,7 @@ class Rope(BaseModel):
     In "proportional" only the first `partial_rotary_factor` of all pairs is, at the frequencies of a whole head.
     """
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
     rope_type: str = "default"
     rope_theta: float = Field(gt=0)
@@ -55,8 +55,8 @@ class LayerConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    head_dim: int | None = Field(None, gt=0)
-    num_key_value_heads: int | None = Field(None, gt=0)
+    head_dim: Count | None = None
+    num_key_value_heads: Count | None = None
 
 
 class TextConfig(CheckpointConfig):

@@ -1,22 +1,46 @@
-"""Reading the JSON files of a model folder."""
+"""Reading the files of a model folder: regular ones only, and of each no more than its kind may have."""
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from policies.files import read_file
+
+MOST_JSON, MOST_INDEX, MOST_TOKENIZER, MOST_TEMPLATE = 8 << 20, 64 << 20, 128 << 20, 1 << 20
+"""Bytes. The largest that are published have about a tenth of the first two, and a third of a tokenizer's."""
+MOST_MESSAGE = 1000
 INDEX = "model.safetensors.index.json"
 
 
 class ModelError(Exception):
-    """A model that cannot be served. One line: which file, what is wrong with it."""
+    """A model that cannot be served. One line, whatever a file says: which file, and what is wrong with it."""
+
+    def __init__(self, message: str) -> None:
+        half = MOST_MESSAGE // 2
+        short = message if len(message) <= MOST_MESSAGE else f"{message[:half]} ... {message[-half:]}"
+        super().__init__(re.sub(r"[\s\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", short).strip())
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises ModelError if there is no file or no object in it."""
+def read_bytes(path: Path, most: int) -> bytes:
+    """The bytes of a file. Raises ModelError if there is none, if it is no regular one or has more than `most`."""
     with readable(path):
-        content = path.read_bytes()
+        return read_file(path, most)
+
+
+def read_text(path: Path, most: int) -> str:
+    """The text of a file, likewise. Raises ModelError, also if it is not UTF-8."""
+    try:
+        return read_bytes(path, most).decode()
+    except UnicodeDecodeError as error:
+        raise ModelError(f"{path}: {error}") from None
+
+
+def read_json(path: Path, most: int = MOST_JSON) -> dict[str, Any]:
+    """The JSON object in a file. Raises ModelError if there is no file or no object in it."""
+    content = read_bytes(path, most)
     if not content.strip():
         raise ModelError(f"{path}: the file is empty")
     try:

@@ -10,6 +10,7 @@ import structlog
 import torch
 from pydantic import ValidationError
 
+from policies.files import open_regular
 from server.allocator import keep_freed_memory, share_one_heap
 from server.engine.backend import Backend, ModelInfo
 from server.engine.torch_backend import TorchBackend
@@ -126,10 +127,19 @@ def _check_for_vllm(folder: Path, architecture: str, network: Network, load_form
         check_supported(architecture)
     except VllmError as error:
         raise ModelError(str(error)) from None
+    _check_all_files(folder)
     # A quantised checkpoint has other tensors, which vLLM knows.
     if load_format == "auto" and quantised_by(folder) is None:
         with readable(folder):
             find_weights(network, folder)
+
+
+def _check_all_files(folder: Path) -> None:
+    """Refuse a folder with a pipe or a device in it: vLLM reads files that we do not. Raises ModelError."""
+    with readable(folder):
+        for path in folder.iterdir():
+            if not path.is_dir():
+                open_regular(path).close()
 
 
 def describe(architecture: str, network: Network) -> ModelInfo:

@@ -10,7 +10,7 @@ from server.models.chat_template import ChatTemplate, ChatTemplateError
 from server.models.control_tokens import ControlTokens
 from server.models.files import read_optional_json
 from server.models.token_bytes import Boundaries, TokenBytes
-from server.models.tokenizer_files import load_tokenizer
+from server.models.tokenizer_files import library_errors, load_tokenizer
 from server.models.tokenizer_settings import named_tokens
 
 __all__ = ["ChatTemplateError", "TextCodec"]
@@ -42,7 +42,8 @@ class TextCodec:
         settings = read_optional_json(folder / "special_tokens_map.json")
         own = read_optional_json(folder / "tokenizer_config.json")
         settings |= {name: value for name, value in own.items() if value is not None}
-        return cls(load_tokenizer(folder, settings), ChatTemplate.load(folder, settings), named_tokens(settings))
+        with library_errors(folder / "tokenizer.json"):  # some faults of one show when it is used
+            return cls(load_tokenizer(folder, settings), ChatTemplate.load(folder, settings), named_tokens(settings))
 
     def _learn_special_tokens(self) -> None:
         self._control = ControlTokens(self._tokenizer, self._template) if self._template is not None else None

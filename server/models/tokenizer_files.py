@@ -1,13 +1,31 @@
 """A checkpoint's tokenizer from its files, as Hugging Face's libraries read them."""
 
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
 from server.models.byte_bpe import load_byte_bpe
-from server.models.files import ModelError
+from server.models.files import MOST_TOKENIZER, ModelError, is_there, read_bytes
 from server.models.tokenizer_settings import flagged_tokens, listed_tokens, named_tokens
+
+MOST_GROWTH = 256
+"""Characters that the steps before a tokenizer's model may make of one. The usual ones make 3 at most."""
+
+
+@contextmanager
+def library_errors(path: Path) -> Iterator[None]:
+    """Tell whatever the library raises as a ModelError: plain Exception, and for its panics not even that."""
+    try:
+        yield
+    except (ModelError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise ModelError(f"{path}: not a tokenizer: {error}") from None
 
 
 def load_tokenizer(folder: Path, settings: dict[str, Any]) -> Tokenizer:
@@ -31,11 +49,21 @@ def load_tokenizer(folder: Path, settings: dict[str, Any]) -> Tokenizer:
 
 def _from_file(folder: Path) -> Tokenizer:
     path = folder / "tokenizer.json"
-    if not path.is_file():
-        if (folder / "vocab.json").is_file():
+    if not is_there(path):
+        if is_there(folder / "vocab.json"):
             return load_byte_bpe(folder)
         raise ModelError(f"{path}: no such file (a tokenizer in the format of the `tokenizers` library is needed)")
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises plain Exception
-        raise ModelError(f"{path}: not a tokenizer: {' '.join(str(error).split())}") from None
+    content = read_bytes(path, MOST_TOKENIZER)
+    with library_errors(path):
+        tokenizer = Tokenizer.from_buffer(content)
+        growth = 1 if tokenizer.normalizer is None else _growth(json.loads(tokenizer.normalizer.__getstate__()))
+    if growth > MOST_GROWTH:
+        raise ModelError(f"{path}: its normalizer may make {growth} characters of one, more than {MOST_GROWTH}")
+    return tokenizer
+
+
+def _growth(step: dict[str, Any]) -> int:
+    """Characters that a step of a normalizer may make of one; those of all steps of a sequence multiply."""
+    if step["type"] == "Sequence":
+        return math.prod(_growth(each) for each in step["normalizers"])
+    return max(1, len(step.get("content", "")) + len(step.get("prepend", "")))

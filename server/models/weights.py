@@ -3,6 +3,7 @@
 import math
 from collections import deque
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from server.models.files import INDEX, ModelError, is_there, other_forms, read_json
+from policies.files import check_safetensors
+from server.allocator import available_memory
+from server.models.files import INDEX, MOST_INDEX, ModelError, is_there, other_forms, read_json
 from server.models.network import Network, matches
 from server.models.variants import looks_quantised
 
@@ -53,6 +56,7 @@ def load_weights(network: Network, folder: Path, device: torch.device, dtype: to
     overwritten later does not change a model that runs. Raises ModelError.
     """
     sources = find_weights(network, folder)
+    _check_memory(network, device, dtype)
     tensors: dict[str, Tensor] = {}
     paths = dict.fromkeys(source.path for source in sources.values())
     most = sum(path.stat().st_size for path in paths) // PORTIONS
@@ -126,6 +130,7 @@ def draw_weights(network: Network, device: torch.device, dtype: torch.dtype) -> 
 
     Each is drawn in its own place: memory holds the weights once. Gains of norms are 1, biases 0, all else is normal.
     """
+    _check_memory(network, device, dtype)
     generator = torch.Generator(device).manual_seed(0)
     tensors = {}
     for name, tensor in network.state_dict().items():
@@ -139,13 +144,24 @@ def draw_weights(network: Network, device: torch.device, dtype: torch.dtype) -> 
     network.requires_grad_(False).eval()
 
 
+def _check_memory(network: Network, device: torch.device, dtype: torch.dtype) -> None:
+    """Refuse weights that cannot fit before the system, which promises more than it has, ends the process for them.
+
+    Raises MemoryError.
+    """
+    need = sum(tensor.numel() * network.dtype_of(name, dtype).itemsize for name, tensor in network.state_dict().items())
+    with suppress(OSError):  # systems that do not say
+        if need > available_memory(device):
+            raise MemoryError
+
+
 def _files(folder: Path) -> list[Path]:
     """The safetensors files of a folder; the single one counts more than an index, as in transformers."""
     single, index = folder / SINGLE, folder / INDEX
     if is_there(single):
         return [single]
     if is_there(index):
-        shards = read_json(index).get("weight_map")
+        shards = read_json(index, MOST_INDEX).get("weight_map")
         if not isinstance(shards, dict) or not shards:
             raise ModelError(f"{index}: has no weight_map")
         names = sorted({str(name) for name in shards.values()})
@@ -158,8 +174,7 @@ def _files(folder: Path) -> list[Path]:
 
 def _open(path: Path) -> Any:
     try:
-        with path.open("rb"):  # whose errors name the cause, unlike the library's
-            pass
+        check_safetensors(path)
         return safe_open(path, framework="pt", device="cpu")
     except FileNotFoundError:
         raise ModelError(f"{path}: no such file") from None

@@ -3,19 +3,22 @@
 import json
 import re
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save as save_tensors
 from tokenizers import Tokenizer
 
+from policies.atomic import write_together
+from policies.files import read_text
 from policies.tasks import Split, Task, embedded_tasks, get_task
 from server.evaluation.card import place
 from server.models.llada import LLaDAConfig
 from server.training.tokenizer import END, MASK
 from server.training.trainer import Trainer
+
+MOST_LOG_BYTES = 1 << 30
 
 # The model was trained on single problems with nothing around them, so an earlier message would only confuse it.
 CHAT_TEMPLATE = (
@@ -26,11 +29,10 @@ CHAT_TEMPLATE = (
 
 
 def export(trainer: Trainer, recipe_text: str, threads: int, folder: Path, note: str = "") -> None:
-    """Write config, weights in bfloat16, tokenizer and card of a run into `folder`; each file whole or not at all.
+    """Write config, weights in bfloat16, tokenizer and card of a run into `folder`, all of them or none.
 
     `note` goes into the card: what the recipe does not tell, such as a change in the middle of the run.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     config = trainer.model.config
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -43,13 +45,16 @@ def export(trainer: Trainer, recipe_text: str, threads: int, folder: Path, note:
     }
     ends = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
     tensors = {name: value.to(torch.bfloat16).contiguous() for name, value in trainer.model.state_dict().items()}
-    _write(folder / "config.json", lambda path: _write_json(path, model_json(config)))
-    _write(folder / "generation_config.json", lambda path: _write_json(path, ends))
-    _write(folder / "tokenizer_config.json", lambda path: _write_json(path, settings))
-    _write(folder / "tokenizer.json", lambda path: trainer.tokenizer.save(str(path)))
-    _write(folder / "model.safetensors", lambda path: save_file(tensors, path, {"format": "pt"}))
-    card = model_card(trainer, recipe_text, threads, note, (folder / "model.safetensors").stat().st_size)
-    _write(folder / "README.md", lambda path: path.write_text(card, encoding="utf-8"))
+    weights = save_tensors(tensors, {"format": "pt"})
+    files = {
+        "generation_config.json": _json(ends),
+        "tokenizer_config.json": _json(settings),
+        "tokenizer.json": trainer.tokenizer.to_str(pretty=True),
+        "README.md": model_card(trainer, recipe_text, threads, note, len(weights)),
+        "config.json": _json(model_json(config)),
+    }
+    # The last one is what makes a folder a model.
+    write_together(folder, {"model.safetensors": weights, **{name: text.encode() for name, text in files.items()}})
 
 
 def model_json(config: LLaDAConfig) -> dict[str, Any]:
@@ -159,7 +164,7 @@ def _how_to_measure(tasks: dict[str, Task], tokenizer: Tokenizer) -> str:
 def curve(log: Path, last: int, points: int = 6) -> str:
     """Rate and losses, means over equal shares of the logged steps up to `last`, as a Markdown table."""
     # A run that was killed repeats the steps after its last checkpoint; what came last counts.
-    lines = {line["step"]: line for line in map(json.loads, log.read_text(encoding="utf-8").splitlines())}
+    lines = {line["step"]: line for line in map(json.loads, read_text(log, MOST_LOG_BYTES).splitlines())}
     steps = sorted(step for step in lines if step <= last)
     if not steps:
         return "Its log holds no steps."
@@ -183,13 +188,5 @@ def _mean(lines: list[dict[str, float]], name: str, form: str) -> str:
     return format(sum(found) / len(found), form) if found else ""
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file under another name first, readable by everyone, so that a kill leaves the old one or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    write(partial)
-    partial.chmod(0o644)
-    partial.replace(path)
+def _json(value: dict[str, Any]) -> str:
+    return json.dumps(value, indent=2) + "\n"

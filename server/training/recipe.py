@@ -7,17 +7,18 @@ from pydantic import Field, field_validator, model_validator
 
 from policies.tasks import get_task
 from policies.toml import Part, read_toml
+from server.models.config import Count, Layers
 
 Phases = tuple[tuple[float, int], ...]
 
 
 class ModelShape(Part):
-    d_model: int = Field(gt=0)
-    n_layers: int = Field(gt=0)
-    n_heads: int = Field(gt=0)
-    mlp_hidden_size: int = Field(gt=0)
-    max_sequence_length: int = Field(gt=0)
-    rope_theta: float = Field(10000.0, gt=0)
+    d_model: Count
+    n_layers: Layers
+    n_heads: Count
+    mlp_hidden_size: Count
+    max_sequence_length: Count
+    rope_theta: float = Field(10000.0, gt=0, allow_inf_nan=False)
 
 
 class OptimizerSettings(Part):
@@ -42,7 +43,7 @@ class MicroBatch(Part):
 
     name: str
     kind: Literal["masked", "links", "equations", "frontier"] = "masked"
-    rows: dict[str, Annotated[int, Field(gt=0)]] = Field(
+    rows: dict[str, Annotated[int, Field(gt=0, le=1_000_000)]] = Field(
         min_length=1, description="problems per task; links and equations: one entry, any name"
     )
     length: int = Field(gt=0, description="tokens of the canvas; problems that do not fit are drawn again")

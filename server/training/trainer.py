@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,17 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as save_tensors
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from policies.atomic import write_file
+from policies.files import check_safetensors
 from policies.tasks import embedded_tasks
+from server.allocator import available_memory
 from server.models.llada import LLaDA, LLaDAConfig
+from server.models.weights import SkipInit
 from server.training.canvases import CanvasMaker, Rows
 from server.training.muon import Muon
 from server.training.recipe import Recipe
@@ -43,6 +49,15 @@ def model_config(recipe: Recipe, tokenizer: Tokenizer) -> LLaDAConfig:
         eos_token_id=end,
         pad_token_id=end,
     )
+
+
+def _check_memory(config: LLaDAConfig) -> None:
+    """Raises ValueError if a model, its gradients and its optimizer's moments cannot fit into memory."""
+    with torch.device("meta"), SkipInit():
+        need = 4 * sum(p.numel() * p.itemsize for p in LLaDA(config).parameters())
+    with suppress(OSError):  # systems that do not say
+        if need > (there := available_memory(torch.device("cpu"))):
+            raise ValueError(f"training this model takes {need / 1e9:.1f} GB of memory, and {there / 1e9:.1f} are left")
 
 
 @torch.no_grad()
@@ -99,7 +114,9 @@ class Trainer:
     def __post_init__(self) -> None:
         torch.manual_seed(self.recipe.seed)
         self.tokenizer = task_tokenizer()
-        self.model = LLaDA(model_config(self.recipe, self.tokenizer))
+        config = model_config(self.recipe, self.tokenizer)
+        _check_memory(config)
+        self.model = LLaDA(config)
         initialise(self.model, number_ids(self.tokenizer))
         self.optimizers = make_optimizers(self.model, self.recipe)
         self.canvases = CanvasMaker(self.recipe, self.tokenizer)
@@ -157,14 +174,14 @@ class Trainer:
             for index, state in optimizer.state_dict()["state"].items():
                 tensors |= {f"optimizer.{i}.{index}.{key}": value for key, value in state.items()}
         metadata = {"step": str(self.step), "seconds": str(self.seconds), "recipe": self.recipe.model_dump_json()}
-        temporary = self.checkpoint.with_suffix(".partial")
-        save_file({name: value.contiguous() for name, value in tensors.items()}, temporary, metadata)
-        temporary.replace(self.checkpoint)
+        content = save_tensors({name: value.contiguous() for name, value in tensors.items()}, metadata)
+        write_file(self.checkpoint, content)
 
     def resume(self) -> bool:
         """Continue from the checkpoint in `out`, if there is one. Raises ValueError if it is of another recipe."""
         if not self.checkpoint.exists():
             return False
+        check_safetensors(self.checkpoint)
         with safe_open(self.checkpoint, "pt") as file:
             metadata = file.metadata()
         if json.loads(metadata["recipe"]) != json.loads(self.recipe.model_dump_json()):

@@ -15,6 +15,10 @@ from tests.api.serving import PROMPT, error_of, serving
 RECORDING = {
     "queue": (1, 2),
     "memory": ({"weights": 5},),
+    "rejected": ("body_too_large",),
+    "policies": (3,),
+    "policy_load_failed": (),
+    "policy_folder_seen": (1.0,),
     "prompt_tokens": (3,),
     "queue_time": (0.1,),
     "model_forward": (),

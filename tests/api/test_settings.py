@@ -85,6 +85,28 @@ def test_a_wrong_setting_says_where_it_is(
     assert "secret" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "value", ["1e400", "1" + "0" * 400, "1" + "0" * 5000, "-1", "nan", "x" * 10_000, "[" * 100_000]
+)
+@pytest.mark.parametrize(
+    "name",
+    ["max_model_len", "max_batch", "max_batch_tokens", "request_timeout", "keep_alive", "sampler_params", "policy"],
+)
+def test_absurd_values_are_told_in_one_line(
+    name: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, variable = tmp_path / "unmask.toml", f"UNMASK_{name.upper()}"
+    path.write_text(f"{name} = {value}\n")
+    for way, where in (("flag", flag(name)), ("environment", variable), ("file", "")):
+        with monkeypatch.context() as here, pytest.raises(WrongSettingError) as caught:
+            if way == "environment":
+                here.setenv(variable, value)
+            load_settings({name: value} if way == "flag" else {}, path if way == "file" else None)
+        assert caught.value.where.startswith(where)
+        line = str(caught.value).strip()
+        assert len(line) < 600 and "\n" not in line
+
+
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(WrongSettingError) as caught:
         load_settings({}, tmp_path / "none.toml")

@@ -66,7 +66,7 @@ def replace_by_pipe(folder: Path) -> None:
         (lambda f: (f / CARD).write_text("{"), "Invalid JSON"),
         (lambda f: (f / CARD).write_text("[]"), "policy.json: Input should be"),
         (lambda f: (f / CARD).write_bytes(b" " * (MOST_CARD_BYTES + 1)), "more than 1048576 bytes"),
-        (replace_by_pipe, "Invalid JSON"),
+        (replace_by_pipe, "policy.json: a named pipe, not a file"),
         (edit_card(format=2), "format: Input should be 1"),
         (edit_card(colour="red"), "colour: Extra inputs"),
         (edit_card(config={"hidden": 16, "heads": 2, "feedforward": 24, "top": 0}), "config.top: Input should be"),

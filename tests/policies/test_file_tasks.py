@@ -221,8 +221,8 @@ def test_files_that_hold_no_problems(write: Write, tmp_path: Path) -> None:
     for path, why in [
         (write([]), "has no problems"),
         (tmp_path / "none.jsonl", "No such file or directory"),
-        (tmp_path, "is not a file"),
-        (Path("/dev/zero"), "is not a file"),
+        (tmp_path, "Is a directory"),
+        (Path("/dev/zero"), "a device, not a file"),
     ]:
         with pytest.raises(ValueError, match=f"{re.escape(str(path))}: {why}"):
             GSM8K(str(path))
