@@ -1,5 +1,6 @@
 """What serving takes at most is known before the first request."""
 
+import os
 import statistics
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import torch
 
 from samplers.denoising import Query
 from samplers.prediction import Prediction
-from server.allocator import available_memory
+from server.allocator import KERNEL_CACHES, KERNELS, available_memory
 from server.engine import Limits
 from server.engine import memory as memory_module
 from server.engine.memory import TooLittleMemoryError, bound_memory
@@ -69,6 +70,19 @@ def test_many_queued_requests_take_what_was_found_out() -> None:
         ratios.append(grown / bound)
     # What is far below the bound would be no forward of these limits; somewhat below is what a bound is for.
     assert 0.4 < statistics.median(ratios) < 1.4, ratios
+
+
+@pytest.mark.parametrize("chosen", [None, "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"])
+def test_few_kernels_are_kept_unless_the_user_says_how_many(
+    monkeypatch: pytest.MonkeyPatch, tiny_model: Path, chosen: str | None
+) -> None:
+    """Else memory grows with the shapes of forwards; `python -m tests.soak` sees it."""
+    monkeypatch.setattr(os, "environ", {name: os.environ[name] for name in os.environ if name not in KERNEL_CACHES})
+    if chosen is not None:
+        os.environ[chosen] = "7"
+    load_model(str(tiny_model), device="cpu", dtype="float32")
+    told = {name: os.environ[name] for name in KERNEL_CACHES if name in os.environ}
+    assert told == (dict.fromkeys(KERNEL_CACHES, str(KERNELS)) if chosen is None else {chosen: "7"})
 
 
 def test_the_bound_grows_with_the_limits(backend: TorchBackend) -> None:
