@@ -47,9 +47,9 @@ def tokens(running: Running, **fields: Any) -> list[int]:
     return [canvas[position] for position in range(count)]
 
 
-def side_by_side(check: Callable[..., None], arguments: Iterable[tuple[Any, ...]]) -> None:
+def side_by_side(check: Callable[..., None], arguments: Iterable[tuple[Any, ...]], at_once: int = 16) -> None:
     """Many checks at once, which share forwards and so take less time than one after the other."""
-    with ThreadPoolExecutor(16) as pool:
+    with ThreadPoolExecutor(at_once) as pool:
         for done in [pool.submit(check, *each) for each in arguments]:
             done.result()
 
@@ -69,7 +69,8 @@ def test_a_short_text_is_how_a_long_one_begins(blocks: Running) -> None:
             assert tokens(blocks, max_tokens=length, **fields) == long[:length], (sampler, prompt, length)
 
     every = [(sampler, prompt) for sampler in samplers(blocks) if sampler != "dream" for prompt in (PROMPT, PROMPT[:9])]
-    side_by_side(check, every)
+    # A random model that drafts amplifies the last bits of sums, which differ with who shares a forward.
+    side_by_side(check, every, at_once=1 if blocks.engine.info.scheme.noise else 16)
 
 
 def test_an_end_of_text_beyond_the_text_does_not_end_it(blocks: Running) -> None:

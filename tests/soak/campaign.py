@@ -29,8 +29,8 @@ EMBEDDED = "embedded"
 NAMED = [EMBEDDED, *FAMILIES]
 
 
-def soak(name: str, seconds: float, seed: int) -> Outcome:
-    """Ask a server of the embedded model, or of a tiny one of a family, for about this long."""
+def soak(name: str, seconds: float, seed: int, at_once: int = AT_ONCE) -> Outcome:
+    """Ask a server of the embedded model, or of a tiny one of a family, for about this long, by so many clients."""
     with tempfile.TemporaryDirectory(prefix="unmask-soak-") as place:
         folder = Path(place)
         (folder / "policies").mkdir()
@@ -44,13 +44,13 @@ def soak(name: str, seconds: float, seed: int) -> Outcome:
                 arguments += ["--policy", f"{POLICY.name}={POLICY}"]
         changing = ChangingFolder(folder / "policies", subject.tokenizer.get_vocab_size())
         with soaked(arguments, folder) as running:
-            outcome = asyncio.run(_soak(name, subject, running, changing, seconds, seed))
+            outcome = asyncio.run(_soak(name, subject, running, changing, seconds, seed, at_once))
         outcome.faults += running.faults()
         return outcome
 
 
 async def _soak(
-    name: str, subject: Subject, running: Server, changing: ChangingFolder, seconds: float, seed: int
+    name: str, subject: Subject, running: Server, changing: ChangingFolder, seconds: float, seed: int, at_once: int
 ) -> Outcome:
     chance = random.Random(f"{seed} {name}")
     start = await _at_rest(running)
@@ -58,11 +58,11 @@ async def _soak(
     requests, statuses, faults = Counter[str](), Counter[int](), list[str]()
 
     async def phase(seconds: float) -> None:
-        limits = httpx.Limits(max_connections=2 * AT_ONCE)
+        limits = httpx.Limits(max_connections=2 * at_once)
         async with httpx.AsyncClient(base_url=running.url, timeout=PATIENCE, limits=limits, trust_env=False) as http:
             session = Session(subject, running.url, http, cards, NAMES, requests, statuses, faults)
             until = asyncio.get_running_loop().time() + seconds
-            clients = [_client(session, random.Random(chance.random()), until) for _ in range(AT_ONCE)]
+            clients = [_client(session, random.Random(chance.random()), until) for _ in range(at_once)]
             await asyncio.gather(*clients, _changes(changing, random.Random(chance.random()), until))
 
     await phase(seconds * WARM)
