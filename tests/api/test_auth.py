@@ -181,6 +181,13 @@ def test_every_key_is_compared_by_its_digest_whichever_fits(key: str, monkeypatc
     assert [(len(a), b) for a, b in compared] == [(32, sha256(known.encode()).digest()) for known in KEYS]
 
 
+def test_no_key_is_not_an_empty_one() -> None:
+    """Were there ever an empty key among the server's, whoever sends none would still have none."""
+    known = KnownKeys(["a", ""])
+    for headers in ({}, {"authorization": "Bearer"}, {"authorization": "Bearer "}, {"authorization": "Basic a"}):
+        assert not known.fit(Headers(headers))
+
+
 def test_metrics_are_open_by_flag(tiny_model: Path) -> None:
     with serving(tiny_model, api_key=["k"], metrics_open=True) as running:
         assert running.get("/metrics").status_code == 200

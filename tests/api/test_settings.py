@@ -60,6 +60,7 @@ def test_settings_cannot_change(config: Path) -> None:
         ({"sampler_params": "[1]"}, {}, "", "--sampler-params", "dictionary"),
         ({"api_key": ["secret", ""]}, {}, "", "--api-key", "no key in it"),
         ({}, {"UNMASK_PORT": "70000"}, "port = 1", "UNMASK_PORT", "65535"),
+        ({}, {}, 'api_key = { key = "secret" }', "api_key in ", "tuple"),
         ({}, {}, "max_queue = 0", "max_queue in ", "0"),
         ({}, {}, "max_queu = 5", "max_queu in ", "not permitted"),
         ({}, {}, "= 5", "--config", "not a TOML file"),

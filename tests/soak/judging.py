@@ -8,8 +8,8 @@ from tests.soak.reading import Reading
 GROWTH = 0.05
 """Part of its memory by which a process that is warm may grow."""
 SLACK = {"descriptors": 4, "threads": 40, "children": 0, "tasks": 2}
-"""How many more there may be at the end than when the process was warm. Pools of threads (anyio's has up to 40) fill up as
-requests happen to meet; what leaks comes to more over a soak."""
+"""How many more there may be at the end than when the process was warm. Pools of threads (anyio's has up to 40) fill up
+as requests happen to meet; what leaks comes to more over a soak."""
 
 
 @dataclass
