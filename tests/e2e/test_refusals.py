@@ -64,7 +64,7 @@ def test_an_empty_key_is_no_open_server(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, variable: str
 ) -> None:
     monkeypatch.setenv(variable, "")
-    said = refused(capsys, 2, "serve")
+    said = refused(capsys, 2, "serve", "--model", "/nowhere")
     assert f"'{variable}'" in said and "no key" in said
 
 

@@ -229,16 +229,15 @@ def test_two_processes_have_the_gradients_of_one_with_the_joint_batch(tmp_path: 
     base = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     alone, pair = tmp_path / "alone", tmp_path / "pair"
     alone.mkdir(), pair.mkdir()
-    subprocess.run([sys.executable, "-c", PROCESS, str(alone)], env=base, check=True, timeout=240, cwd=root)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     shared = base | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    both = [
-        subprocess.Popen([sys.executable, "-c", PROCESS, str(pair)], env=shared | {"RANK": str(rank)}, cwd=root)
-        for rank in range(2)
+    runs = [(alone, base), *((pair, shared | {"RANK": str(rank)}) for rank in range(2))]
+    processes = [
+        subprocess.Popen([sys.executable, "-c", PROCESS, str(folder)], env=each, cwd=root) for folder, each in runs
     ]
-    assert [process.wait(timeout=240) for process in both] == [0, 0]
+    assert [process.wait(timeout=240) for process in processes] == [0, 0, 0]
     expected = torch.load(alone / "gradient-0.pt")
     for rank in range(2):
         found = torch.load(pair / f"gradient-{rank}.pt")
