@@ -2,6 +2,7 @@ PYTHON ?= python3
 PORT ?= 8000
 FIXTURES ?= ../shared/fixtures
 REQUESTS ?= 1000
+MINUTES ?= 30
 
 BIN := .venv/bin
 INSTALL := -m pip install --quiet --disable-pip-version-check
@@ -9,13 +10,14 @@ PIP := $(BIN)/python $(INSTALL) --editable
 VLLM := .venv-vllm/bin/python
 
 .DELETE_ON_ERROR:
-.PHONY: help serve test test-fuzz guards check bench train-demo conformance test-vllm test-image test-quickstart dashboard-up
+.PHONY: help serve test test-fuzz soak guards check bench train-demo conformance test-vllm test-image test-quickstart dashboard-up
 .PHONY: clean again
 
 help:
 	@echo "make serve            serve the embedded model on 127.0.0.1:$(PORT)          (PORT=8000, PYTHON=python3)"
 	@echo "make test             run the default tests"
 	@echo "make test-fuzz        ask every family a thousand random things       (REQUESTS=1000 SEED=a fresh one)"
+	@echo "make soak             use servers in all ways for half an hour: nothing grows  (MINUTES=30 SEED=a fresh one)"
 	@echo "make guards           take each guard out, and see that a test notices (half an hour)"
 	@echo "make check            lint, types, import rules"
 	@echo "make bench            measure the engine and the HTTP server: bench-*.json"
@@ -36,6 +38,9 @@ test: .venv/.test
 test-fuzz: .venv/.test
 	$(BIN)/python -m tests.fuzz --requests $(REQUESTS) $(if $(SEED),--seed $(SEED))
 	$(BIN)/python -m tests.fuzz --requests 45 $(if $(SEED),--seed $(SEED)) --process
+
+soak: .venv/.test
+	$(BIN)/python -m tests.soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 guards: .venv/.test
 	$(BIN)/python -m tests.guards

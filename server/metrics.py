@@ -5,7 +5,16 @@ from collections.abc import Callable, Mapping
 from typing import Concatenate, ParamSpec
 
 import structlog
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    GCCollector,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    disable_created_metrics,
+)
 
 log = structlog.get_logger(__name__)
 
@@ -71,6 +80,7 @@ class Metrics:
         self._running = gauge("requests_running", "Generations in the batch.")
         self._waiting = gauge("requests_waiting", "Generations waiting for a free row.")
         self._memory = gauge("memory_bytes", "What serving takes at most, found out at start-up, by part.", "part")
+        self._tasks = gauge("event_loop_tasks", "Tasks of the event loop, which grow with requests under way alone.")
         self._requests = counter("requests", "Generations that ended.", "sampler", "finish_reason")
         self._rejected = counter("rejected", "Requests and connections that were refused or cut off.", "reason")
         self._policies = gauge("policies_loaded", "Policies that requests can use.")
@@ -102,6 +112,9 @@ class Metrics:
             "time_per_output_token_seconds", "Time per settled token after the first.", PER_TOKEN
         )
         self._queue = histogram("request_queue_time_seconds", "From submission to admission into the batch.", E2E)
+        # process_resident_memory_bytes, process_open_fds, python_gc_collections_total and the like
+        for collector in (ProcessCollector, PlatformCollector, GCCollector):
+            collector(registry=self.registry)
         for metric in (
             *(self._running, self._waiting, self._prompt_tokens, self._model_forwards),
             *(self._policies, self._policy_failures),
@@ -113,6 +126,11 @@ class Metrics:
         """How many generations run and wait now."""
         self._running.labels(self._model).set(running)
         self._waiting.labels(self._model).set(waiting)
+
+    @recording
+    def tasks(self, count: int) -> None:
+        """How many tasks the event loop has now."""
+        self._tasks.labels(self._model).set(count)
 
     @recording
     def memory(self, parts: Mapping[str, int]) -> None:

@@ -47,21 +47,32 @@ SPACE = " \t\n\r\f\v"
 """White space as HTTP knows it, which clients' keys are freed of too."""
 
 
+NO_KEY = "there is no key in it: leave it out altogether to do without"
+
+
 def _split_keys(value: Any) -> Any:
-    """As `_split`, without what holds no key: white space and nothing, which a secret mounted from a file can have."""
-    if not isinstance(value, str):
-        return value
-    keys = [key for key in _split(value) if key.strip(SPACE)]
-    if not keys:
-        raise ValueError("there is no key in it: leave it out to serve without keys")
+    """As `_split`, without what holds no key: white space and nothing, which a secret mounted from a file can have.
+
+    What holds no key at all is an error: a variable that was to hold a secret and does not must not open the server.
+    """
+    keys = [key for key in _split(value) if key.strip(SPACE)] if isinstance(value, str) else value
+    if keys == []:
+        raise ValueError(NO_KEY)
     return keys
 
 
-def _strip(value: Any) -> Any:
-    return value.strip(SPACE) if isinstance(value, str) else value
+def _key(value: Any) -> Any:
+    """A key without white space around it. Raises ValueError for one that nobody could see, which is a mistake."""
+    if not isinstance(value, str):
+        return value
+    if not any(character.isprintable() and not character.isspace() for character in value):
+        raise ValueError(NO_KEY)
+    return value.strip(SPACE)
 
 
-Key = Annotated[SecretStr, BeforeValidator(_strip), Field(min_length=1)]
+Key = Annotated[SecretStr, BeforeValidator(_key)]
+KEYS = ("api_key", "admin_key")
+"""Fields that decide who may do what."""
 
 
 def name_and_folder(value: Any) -> Any:
@@ -203,7 +214,8 @@ def load_settings(flags: dict[str, Any], config: Path | None = None) -> Settings
             dotenv_settings: PydanticBaseSettingsSource,
             file_secret_settings: PydanticBaseSettingsSource,
         ) -> tuple[PydanticBaseSettingsSource, ...]:
-            return init_settings, env_settings, InitSettingsSource(settings_cls, init_kwargs=from_file)
+            empty, file = (InitSettingsSource(settings_cls, init_kwargs=given) for given in (_empty_keys(), from_file))
+            return init_settings, empty, env_settings, file
 
     try:
         return Sourced(**flags)
@@ -211,12 +223,18 @@ def load_settings(flags: dict[str, Any], config: Path | None = None) -> Settings
         first = error.errors()[0]
         name = str(first["loc"][0])[:MOST_SAID]
         message = first["msg"].removeprefix("Value error, ")
-        if name in ("api_key", "admin_key"):
+        if name in KEYS:
             raise WrongSettingError(_where(name, flags, config), message) from None
         given = json.dumps(first["input"], default=str)
         if len(given) > MOST_SAID:
             given = f"{given[:MOST_SAID]}..."
         raise WrongSettingError(_where(name, flags, config), f"{message} (got {given})") from None
+
+
+def _empty_keys() -> dict[str, str]:
+    """The fields of keys whose variables are there, but empty: validation refuses these, and ignores others."""
+    empty = {name.upper() for name, value in os.environ.items() if not value}
+    return {name: "" for name in KEYS if f"{PREFIX}{name.upper()}" in empty}
 
 
 def _where(name: str, flags: dict[str, Any], config: Path | None) -> str:

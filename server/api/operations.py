@@ -1,5 +1,7 @@
 """What operators and their tools ask: `/health`, `/ready`, `/metrics`, `/version`."""
 
+import asyncio
+
 from fastapi import FastAPI, Request, Response
 from prometheus_client.exposition import choose_encoder
 
@@ -34,6 +36,7 @@ def add_routes(app: FastAPI, serving: Serving) -> None:
     @app.get(METRICS, response_class=Response, responses=ERRORS, tags=["operations"])
     async def metrics(request: Request) -> Response:
         """Metrics for Prometheus."""
+        serving.metrics.tasks(len(asyncio.all_tasks()))
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
         return Response(encode(serving.metrics.registry), media_type=content_type)
 

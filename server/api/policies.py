@@ -11,7 +11,7 @@ from policies.store import Stored, UnknownPolicyError
 from server.api.bodies import read_body
 from server.api.catalogue import POLICY
 from server.api.errors import ForbiddenError, NotFoundError
-from server.api.middleware.auth import bearer_key, is_key
+from server.api.middleware.auth import KnownKeys
 from server.api.openapi import ADMIN_ERRORS, ERRORS, LOOKUP_ERRORS, body_of
 from server.api.requests import PolicyBody
 from server.api.responses import PolicyEntry, PolicyList, PolicyRemoved, json_response
@@ -21,6 +21,8 @@ from server.engine import RequestError
 
 def add_routes(app: FastAPI, serving: Serving) -> None:
     policies, base = serving.engine.policies, serving.catalogue.name
+    secret = serving.settings.admin_key
+    admin = None if secret is None else KnownKeys([secret.get_secret_value()])
 
     def entry(stored: Stored) -> PolicyEntry:
         return PolicyEntry(
@@ -58,7 +60,7 @@ def add_routes(app: FastAPI, serving: Serving) -> None:
     )
     async def load(request: Request) -> Response:
         """Load a policy from the server's folder, in the place of one of the same name. Needs the admin key."""
-        _check_admin(request, serving)
+        _check_admin(request, admin)
         body = await read_body(request, PolicyBody)
         within, folder = _inside(serving.settings.policy_dir, body.path or body.name)
         try:
@@ -73,18 +75,17 @@ def add_routes(app: FastAPI, serving: Serving) -> None:
     @app.delete("/v1/policies/{policy}", response_model=PolicyRemoved, responses=ADMIN_ERRORS, tags=["administration"])
     async def remove(request: Request, policy: str) -> Response:
         """Take a policy out of service; what runs by it goes on. Needs the admin key."""
-        _check_admin(request, serving)
+        _check_admin(request, admin)
         find(policy)
         removed = policies.remove(policy).name
         serving.metrics.policies(len(policies.list()))
         return json_response(PolicyRemoved(id=removed))
 
 
-def _check_admin(request: Request, serving: Serving) -> None:
-    key = serving.settings.admin_key
-    if key is None:
+def _check_admin(request: Request, admin: KnownKeys | None) -> None:
+    if admin is None:
         raise ForbiddenError("policies cannot be changed over HTTP: the server was started without --admin-key")
-    if not is_key(bearer_key(request.headers), key.get_secret_value()):
+    if not admin.fit(request.headers):
         raise ForbiddenError("this needs the admin key: send it as 'Authorization: Bearer KEY'")
 
 

@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 
 from policies.files import open_regular
-from server.allocator import keep_freed_memory, share_one_heap
+from server.allocator import keep_few_kernels, keep_freed_memory, share_one_heap
 from server.engine.backend import Backend, ModelInfo
 from server.engine.torch_backend import TorchBackend
 from server.engine.vllm.backend import VllmBackend, VllmError, VllmOptions, check_supported
@@ -86,6 +86,7 @@ def load_model(
         text = TextCodec.load(folder)
     architecture, family, network = build_network(folder, text=text)
     if engine == "torch":
+        keep_few_kernels()
         apart(lambda: give_weights(network, folder, place, kind, load_format))
     else:
         _check_for_vllm(folder, architecture, network, load_format)

@@ -1,6 +1,9 @@
 """API keys: everything needs one, but for what says it does not."""
 
+import hashlib
+import hmac
 import http.client
+import json
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -9,8 +12,10 @@ from typing import Any
 import httpx
 import pytest
 from openai import AuthenticationError
+from starlette.datastructures import Headers
 from starlette.routing import Route
 
+from server.api.middleware.auth import KnownKeys
 from server.settings import WrongSettingError, load_settings
 from tests.api.serving import Running, error_of, serving
 
@@ -102,14 +107,42 @@ def test_white_space_around_the_servers_keys_is_none_of_them(
         assert error_of(running.http.delete("/v1/policies/x", headers=bearer(keys[0])), 403)
 
 
-@pytest.mark.parametrize("environment", [" ", "\n", ",", " , \n"])
-def test_keys_that_are_only_white_space_do_not_open_the_server(
-    environment: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("value", ["", " ", "\n", "\u00a0", "\ufeff", "\u200b"])
+@pytest.mark.parametrize("name", ["api_key", "admin_key"])
+def test_a_key_that_nobody_could_see_is_refused_wherever_it_stands(
+    name: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("UNMASK_API_KEY", environment)
+    config = tmp_path / "unmask.toml"
+    config.write_text(f"{name} = {json.dumps(value)}\n")
+    refused(f"{name} in ", {}, config)
+    refused(f"--{name.replace('_', '-')}", {name: [value] if name == "api_key" else value})
+    config.write_text(f'{name} = "from the file"\n')
+    for variable in (f"UNMASK_{name.upper()}", f"unmask_{name}"):
+        with monkeypatch.context() as changed:
+            changed.setenv(variable, value)
+            refused(f"UNMASK_{name.upper()}", {}, config)
+
+
+@pytest.mark.parametrize("value", [",", " , \n"])
+def test_a_list_of_no_keys_is_refused(value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNMASK_API_KEY", value)
+    refused("UNMASK_API_KEY", {})
+    config = tmp_path / "unmask.toml"
+    config.write_text("api_key = []\n")
+    monkeypatch.delenv("UNMASK_API_KEY")
+    refused("api_key in ", {}, config)
+
+
+def test_a_flag_counts_more_than_an_empty_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNMASK_API_KEY", "")
+    assert [key.get_secret_value() for key in load_settings({"api_key": ["a"]}).api_key] == ["a"]
+
+
+def refused(where: str, flags: dict[str, Any], config: Path | None = None) -> None:
+    """Loading these settings must fail, for a key that holds none."""
     with pytest.raises(WrongSettingError, match="no key") as caught:
-        load_settings({})
-    assert caught.value.where == "UNMASK_API_KEY"
+        load_settings(flags, config)
+    assert caught.value.where.startswith(where)
 
 
 def test_keys_of_flags_and_files_are_stripped_too(tmp_path: Path) -> None:
@@ -133,6 +166,26 @@ def test_the_client_tells_a_wrong_key(guarded: Running) -> None:
         client.models.list()
     with guarded.client(KEYS[0]) as client:
         assert client.models.list().data
+
+
+@pytest.mark.parametrize("key", [*KEYS, "wrong", "w" * 100_000])
+def test_every_key_is_compared_by_its_digest_whichever_fits(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time then tells nothing of the keys. Theirs are digested once, at the start."""
+    compared: list[tuple[bytes, bytes]] = []
+    digested: list[bytes] = []
+    known, compare, sha256 = KnownKeys(KEYS), hmac.compare_digest, hashlib.sha256
+    monkeypatch.setattr("hmac.compare_digest", lambda a, b: compared.append((a, b)) or compare(a, b))
+    monkeypatch.setattr("hashlib.sha256", lambda data: digested.append(data) or sha256(data))
+    assert known.fit(Headers(raw=[(b"authorization", f"Bearer {key}".encode())])) == (key in KEYS)
+    assert digested == [key.encode()]
+    assert [(len(a), b) for a, b in compared] == [(32, sha256(known.encode()).digest()) for known in KEYS]
+
+
+def test_no_key_is_not_an_empty_one() -> None:
+    """Were there ever an empty key among the server's, whoever sends none would still have none."""
+    known = KnownKeys(["a", ""])
+    for headers in ({}, {"authorization": "Bearer"}, {"authorization": "Bearer "}, {"authorization": "Basic a"}):
+        assert not known.fit(Headers(headers))
 
 
 def test_metrics_are_open_by_flag(tiny_model: Path) -> None:

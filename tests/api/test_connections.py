@@ -317,17 +317,16 @@ def test_a_client_that_goes_is_told_from_one_that_is_half_closed(
                 time.sleep(0.2)
                 assert not any(generation.cancelled for generation in running.engine._scheduler.running)
         # One that went long after it had ended its side is found out by one of the last probes.
-        seconds = 15 if half_first else 3
-        until(lambda: all(generation.cancelled for generation in running.engine._scheduler.running), seconds)
+        until(lambda: all(generation.cancelled for generation in running.engine._scheduler.running), 60)
 
 
 def test_an_idle_connection_is_kept(tiny_model: Path) -> None:
-    with serving(tiny_model, keep_alive=0.5) as running, connected(running) as connection:
+    with serving(tiny_model, keep_alive=1.0) as running, connected(running) as connection:
         answers = Answers(connection)
         for _ in range(3):
             connection.sendall(head(line="GET /health HTTP/1.1"))
             assert answers.next()[0] == 200
-            time.sleep(0.2)
+            time.sleep(0.4)
         assert answers.ended()
 
 

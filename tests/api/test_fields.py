@@ -344,10 +344,10 @@ def test_errors_repeat_little_of_what_was_sent(server: Running, path: str, body:
 
 
 def test_many_unknown_fields_take_no_time(server: Running) -> None:
-    began = time.monotonic()
+    began = time.process_time()  # of the server's threads too, and none of what else is busy
     body = RIGHT[COMPLETE] | {f"block_len{i}": i for i in range(50_000)}
     assert error_of(server.post(COMPLETE, body), 400)
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
     messages = [{"role": "user", "content": "a", f"contend{i}": 1} for i in range(2000)]
     assert error_of(server.http.post(CHAT, content=json.dumps({"messages": messages})), 400)
-    assert time.monotonic() - began < 10
+    assert time.process_time() - began < 10

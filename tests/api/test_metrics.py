@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.metrics import MetricWrapperBase
 
 from server.metrics import Metrics
-from tests.api.serving import PROMPT, error_of, serving
+from tests.api.serving import PROMPT, Running, error_of, serving
 
 RECORDING = {
     "queue": (1, 2),
@@ -19,6 +19,7 @@ RECORDING = {
     "policies": (3,),
     "policy_load_failed": (),
     "policy_folder_seen": (1.0,),
+    "tasks": (3,),
     "prompt_tokens": (3,),
     "queue_time": (0.1,),
     "model_forward": (),
@@ -69,6 +70,28 @@ def test_the_engine_outlives_all_its_metrics(tiny_model: Path, monkeypatch: pyte
         assert running.get("/health").status_code == 200
         monkeypatch.undo()
         assert running.metrics()[("dllm_model_forwards_total",)] == 0
+
+
+def test_labels_are_few_whatever_clients_send(server: Running) -> None:
+    def ask(word: str) -> set[tuple[str, ...]]:
+        """All series, once a client has said a word wherever it can."""
+        headers = {"x-request-id": word, "user-agent": word}
+        server.complete(max_tokens=3, user=word, prompt=word, ignore_eos=True)
+        server.get(f"/{word}", headers=headers)
+        server.http.request(word.upper(), f"/v1/models/{word}", headers=headers)
+        for field in ("model", "sampler", word):
+            server.post("/v1/completions", {"prompt": "a", "max_tokens": 3, field: word}, headers=headers)
+        return set(server.metrics())
+
+    before = ask("first")
+    assert all(ask(word) == before for word in ("second", "third"))
+
+
+def test_metrics_tell_of_the_process_and_its_event_loop(server: Running) -> None:
+    found = server.metrics()
+    assert found[("process_resident_memory_bytes",)] > 10_000_000 and found[("process_open_fds",)] > 5
+    assert found[("python_gc_collections_total", "2")] >= 0
+    assert found[("dllm_event_loop_tasks",)] >= 1
 
 
 def test_metrics_that_cannot_be_written_are_a_500_and_harm_nobody(

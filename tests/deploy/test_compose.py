@@ -54,6 +54,10 @@ def test_no_password_is_in_the_file(compose: Any) -> None:
     assert password.startswith("${GRAFANA_PASSWORD:?"), "without one, starting must fail"
 
 
+def test_a_key_that_is_not_set_is_not_handed_on_as_an_empty_one(compose: Any) -> None:
+    assert compose["services"]["server"]["environment"]["UNMASK_API_KEY"] is None
+
+
 def test_grafana_finds_the_dashboard_and_prometheus(compose: Any) -> None:
     at = mounts(compose["services"]["grafana"])
     provisioning = COMPOSE.parent / "grafana/provisioning"

@@ -59,6 +59,15 @@ def test_wrong_environment_names_the_variable(
     assert "'UNMASK_MAX_QUEUE'" in refused(capsys, 2, "serve")
 
 
+@pytest.mark.parametrize("variable", ["UNMASK_API_KEY", "UNMASK_ADMIN_KEY"])
+def test_an_empty_key_is_no_open_server(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.setenv(variable, "")
+    said = refused(capsys, 2, "serve", "--model", "/nowhere")
+    assert f"'{variable}'" in said and "no key" in said
+
+
 @pytest.mark.parametrize("broken", ["no folder", "no model", "truncated", "mismatched", "no tokenizer"])
 def test_a_model_that_is_none_is_one_clear_line(
     capsys: pytest.CaptureFixture[str], tiny_model: Path, tmp_path: Path, broken: str

@@ -17,8 +17,11 @@ from server.models.loading import load_model
 torch.set_num_threads(2)
 backend = load_model(None, device="cpu", dtype="float32").backend
 bound_memory(backend, Limits(tokens=2048))
-time.sleep(1)  # helpers of a thread that has ended take a moment to end too
-after = len(os.listdir("/proc/self/task"))
+after, calm = 0, 0
+while calm < 20:  # helpers of a thread that has ended take a moment to end too
+    before, after = after, len(os.listdir("/proc/self/task"))
+    calm = calm + 1 if after == before else 0
+    time.sleep(0.05)
 x = torch.randn(2048, 2048)
 (x @ x).sum()  # what would be left if this thread computed
 print(after, len(os.listdir("/proc/self/task")))

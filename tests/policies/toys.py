@@ -1,7 +1,8 @@
 """Environments without a neural model, whose best policy is known."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 
@@ -34,34 +35,47 @@ class ReadySet(Task):
     def check(self, problem: Problem, completion: str) -> bool:
         return completion == str(RIGHT) * self.length
 
-    def levels(self, number: int) -> list[int]:
-        rng = random.Random(number)
-        levels = [i % LEVELS for i in range(self.length)]
-        rng.shuffle(levels)
-        return levels
-
     def subject(self, luck: float) -> Subject:
         """The model: `luck` is the chance that a position that is not ready comes out right."""
 
-        def answer(canvas: Canvas, position: int) -> tuple[int, float]:
-            number = int(canvas.tokens[0])
-            levels = ReadySet(len(canvas.masked)).levels(number)
-            masked = canvas.masked.tolist()
+        def answers(canvas: Canvas) -> Callable[[int], tuple[int, float]]:
+            number, masked = int(canvas.tokens[0]), canvas.masked.tolist()
+            levels, count = levels_of(number, len(masked)), sum(masked)
             lowest = min((level for level, m in zip(levels, masked, strict=True) if m), default=LEVELS)
-            rng = random.Random(f"{number}/{position}/{sum(masked)}")
-            if levels[position] <= lowest:
-                return RIGHT, rng.uniform(0.8, 1.0)
-            return RIGHT if rng.random() < luck else WRONG, rng.uniform(0.2, 0.7)
+
+            def answer(position: int) -> tuple[int, float]:
+                one, other = draws(number, position, count)
+                if levels[position] <= lowest:
+                    return RIGHT, 0.8 + 0.2 * one
+                return RIGHT if one < luck else WRONG, 0.2 + 0.5 * other
+
+            return answer
 
         def predict(query: Query) -> Prediction:
+            each = [answers(canvas) for canvas in query.canvases]
             asked = zip(query.row.tolist(), query.position.tolist(), strict=True)
-            found = [answer(query.canvases[row], position - 1) for row, position in asked]
+            found = [each[row](position - 1) for row, position in asked]
             confidence = torch.tensor([confidence for _, confidence in found])
             extra = {name: torch.zeros(len(found)) for name in Statistic if name in query.wanted.statistics}
             top = torch.nn.functional.pad(confidence[:, None], (0, query.wanted.top - 1)) if query.wanted.top else None
             return Prediction(torch.tensor([token for token, _ in found]), confidence, extra, top)
 
         return Subject(predict, encode, decode, MASK_ID, frozenset(), 1 + LENGTH)
+
+
+@cache
+def levels_of(number: int, length: int) -> list[int]:
+    """The level of each position of a problem."""
+    levels = [i % LEVELS for i in range(length)]
+    random.Random(number).shuffle(levels)
+    return levels
+
+
+@cache
+def draws(number: int, position: int, masked: int) -> tuple[float, float]:
+    """What chance says of a position, once; to seed a generator takes longer than all else that is done here."""
+    rng = random.Random(f"{number}/{position}/{masked}")
+    return rng.random(), rng.random()
 
 
 def encode(text: str) -> list[int]:
