@@ -41,6 +41,22 @@ class BadHeaderError(Exception):
     """A header that makes no sense."""
 
 
+class SlowRequestError(Exception):
+    """A client took too long to send a request that it had begun."""
+
+
+class UrlTooLongError(Exception):
+    """The request's line is longer than the server reads."""
+
+
+class HeadersTooLargeError(Exception):
+    """The request's headers are more than the server reads."""
+
+
+class TooManyConnectionsError(Exception):
+    """The server has as many connections as it takes."""
+
+
 class UnsupportedEncodingError(Exception):
     """A body that is compressed."""
 
@@ -74,10 +90,14 @@ ERRORS: list[tuple[type[Exception], int, str, str | None]] = [
     (BadHeaderError, 400, INVALID, "invalid_header"),
     (UnauthorizedError, 401, INVALID, "invalid_api_key"),
     (ForbiddenError, 403, "permission_error", "forbidden"),
+    (SlowRequestError, 408, INVALID, "request_timeout"),
     (BodyTooLargeError, 413, INVALID, "request_too_large"),
+    (UrlTooLongError, 414, INVALID, "url_too_long"),
     (UnsupportedEncodingError, 415, INVALID, "unsupported_encoding"),
+    (HeadersTooLargeError, 431, INVALID, "headers_too_large"),
     (QueueFullError, 429, "rate_limit_error", "queue_full"),
     (ClientDisconnect, 499, INVALID, "client_disconnected"),
+    (TooManyConnectionsError, 503, "service_unavailable_error", "too_many_connections"),
     (NotServingError, 503, "service_unavailable_error", "not_serving"),
     (GenerationEndedError, 503, "service_unavailable_error", "not_serving"),
     (GenerationTimeoutError, 504, "timeout_error", "timeout"),

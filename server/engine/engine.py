@@ -74,6 +74,11 @@ class Engine:
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
+    @property
+    def metrics(self) -> Metrics:
+        """Where counts go."""
+        return self._metrics
+
     def start(self) -> None:
         """Start the engine's thread."""
         sleep_where_crowded()
@@ -191,11 +196,15 @@ class Engine:
         with self._change:
             return self._change.wait_for(lambda: self.idle or not self.alive, timeout)
 
-    def stop(self) -> None:
-        """End everything that is queued or running, stop the thread, close the backend."""
+    def end_all(self) -> None:
+        """End everything that is queued or running, after the step that is under way; does not wait for that."""
         with self._change:
             self._draining = self._stopping = True
             self._change.notify_all()
+
+    def stop(self) -> None:
+        """End everything that is queued or running, stop the thread, close the backend."""
+        self.end_all()
         if self._thread.is_alive():
             self._thread.join()
         self.backend.close()
