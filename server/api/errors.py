@@ -1,6 +1,7 @@
 """Errors in OpenAI's shape: one table from exception to status, type and code."""
 
 from http import HTTPStatus
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel
@@ -10,6 +11,12 @@ from starlette.routing import Match, Route
 
 from server.engine import FinishReason, NotServingError, QueueFullError, RequestError
 
+MAX_PARAM = 60
+"""Characters of a field's name, which may be a client's."""
+MAX_MESSAGE = 1000
+"""Characters of a message. Those that repeat something repeat less: this is for what nobody thought of."""
+MAX_PATH = 100
+"""Characters of a path that a message repeats."""
 RETRY_SECONDS = 1
 """What `Retry-After` says: a full queue moves on with every generation that ends."""
 
@@ -108,7 +115,23 @@ HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
 def describe(error: Exception) -> tuple[int, ErrorDetail]:
-    """Status and body of an exception. What is not meant for users says nothing about its inside."""
+    """Status and body of an exception. What is not meant for users says nothing about its inside.
+
+    Whatever it holds, the body is short: what a client sent comes back in small parts only.
+    """
+    status, detail = _describe(error)
+    update: dict[str, Any] = {"message": shortened(detail.message, MAX_MESSAGE)}
+    if detail.param is not None:
+        update["param"] = shortened(detail.param, MAX_PARAM)
+    return status, detail.model_copy(update=update)
+
+
+def shortened(text: str, length: int) -> str:
+    """A text, or its beginning and three dots."""
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+def _describe(error: Exception) -> tuple[int, ErrorDetail]:
     if isinstance(error, HTTPException):
         status, kind = error.status_code, INVALID if error.status_code < 500 else SERVER
         return status, ErrorDetail(message=error.detail, type=kind, code=HTTP_CODES.get(status, "http_error"))
@@ -148,7 +171,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
     async def answer(request: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException) and error.detail == HTTPStatus(error.status_code).phrase:
-            what = f"{error.detail}: {request.method} {request.scope['path'][:200]}"
+            what = f"{error.detail}: {request.method} {request.scope['path'][:MAX_PATH]}"
             headers = {name.lower(): value for name, value in (error.headers or {}).items()}
             if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
                 headers["allow"] = ", ".join(_allowed(app, request))

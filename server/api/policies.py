@@ -8,7 +8,7 @@ from fastapi import FastAPI, Request, Response
 
 from policies.checkpoint import PolicyError
 from policies.store import Stored, UnknownPolicyError
-from server.api.bodies import read_body
+from server.api.bodies import read_body, show
 from server.api.catalogue import POLICY
 from server.api.errors import ForbiddenError, NotFoundError
 from server.api.middleware.auth import bearer_key, is_key
@@ -93,5 +93,5 @@ def _inside(root: str | None, path: str) -> Path:
         raise RequestError("path", "path holds a null character", "invalid_policy")
     folder = (base / path).resolve()
     if not folder.is_relative_to(base) or folder == base:
-        raise RequestError("path", f"{path[:200]!r} is not inside the server's folder of policies", "invalid_policy")
+        raise RequestError("path", f"{show(path)} is not inside the server's folder of policies", "invalid_policy")
     return folder

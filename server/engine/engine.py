@@ -99,6 +99,11 @@ class Engine:
         """Whether new generations are taken."""
         return self.alive and not self._draining
 
+    def check_accepting(self) -> None:
+        """Raise NotServingError unless new generations are taken."""
+        if not self.accepting:
+            raise NotServingError("the server is shutting down" if self.alive else "the engine is not running")
+
     def check(self, request: GenerationRequest) -> Denoising:
         """The request as a row of the loop. Raises RequestError if it does not fit model or sampler."""
         given = len(request.prompt) + len(request.suffix)
@@ -166,8 +171,7 @@ class Engine:
             for request, deliver in zip(requests, delivers, strict=True)
         ]
         with self._change:
-            if not self.accepting:
-                raise NotServingError("the server is shutting down" if self.alive else "the engine is not running")
+            self.check_accepting()
             if not self._scheduler.room(len(generations)):
                 waiting = len(self._scheduler.waiting)
                 raise QueueFullError(f"{waiting} generations are waiting, the limit is {self.limits.queue}")
