@@ -21,6 +21,10 @@ from server.settings import Settings
 log = structlog.get_logger(__name__)
 
 
+SEND_BUFFER = 256 * 1024
+"""Bytes of an answer that the system keeps for a client that does not take them; by itself it would keep megabytes."""
+
+
 def listen(host: str, port: int) -> socket.socket:
     """A bound socket. Raises OSError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -28,6 +32,7 @@ def listen(host: str, port: int) -> socket.socket:
     bound = socket.socket(family, socket.SOCK_STREAM)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)  # connections take it over
         bound.bind(address)
     except OSError:
         bound.close()

@@ -75,7 +75,7 @@ class EventStream:
 
     def _merge(self, event: Committed) -> None:
         """Let the last event that waits say what this one does. Only what a text needs is kept."""
-        if self._merged is None:
+        if self._merged is None or self._merged is not self._events[-1]:
             self._merged = Committed(event.forward, [], [], [], [], event.settled, [])
             self._events.append(self._merged)
         merged = self._merged
