@@ -87,6 +87,32 @@ def test_an_answer_repeats_little_of_what_was_sent(admin: Running, data: st.Data
         assert answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/completions", {"max_tokens": LONG}),
+        ("/v1/completions", {"sampler": LONG}),
+        ("/v1/completions", {"sampler_params": {LONG: 1}}),
+        ("/v1/completions", {"sampler_params": {"k": {LONG: LONG}}}),
+        ("/v1/completions", {"sampler": "policy", "sampler_params": {"policy": LONG}}),
+        ("/v1/completions", {"model": f"tiny:policy-{LONG}"}),
+        ("/v1/completions", {"vllm_xargs": {LONG: LONG}}),
+        ("/v1/completions", {"vllm_xargs": {"sampler_params": {LONG: LONG}}}),
+        ("/v1/completions", {"sampler": "topk", "vllm_xargs": {"sampler": LONG}}),
+        ("/v1/completions", {"stream_options": {"include_usage": LONG}}),
+        ("/v1/chat/completions", {"chat_template_kwargs": {LONG: LONG}}),
+        ("/v1/chat/completions", {"messages": [{"role": LONG}]}),
+        ("/v1/policies", {"name": LONG[:100], "path": f"../{LONG[:900]}"}),
+        ("/v1/policies", {"name": LONG[:90] + " "}),
+    ],
+)
+def test_long_values_and_names_come_back_in_part_only(admin: Running, path: str, fields: dict[str, Any]) -> None:
+    headers = {"authorization": "Bearer secret"}
+    answer = admin.http.post(path, content=json.dumps(BODIES[path] | fields), headers=headers)
+    assert answer.status_code in (400, 404)
+    assert answer.text.count(MARK) <= 200, answer.text
+
+
 @pytest.mark.parametrize("key", ["secret", LONG])
 @pytest.mark.parametrize(
     "path", ["/%s", "/v1/models/%s", "/v1/models/tiny:%s", "/v1/samplers/%s", "/v1/policies/%s", "/health?a=%s"]

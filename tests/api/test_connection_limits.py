@@ -17,6 +17,7 @@ import uvicorn
 from uvicorn.server import ServerState
 
 from server.connections import RESERVE, ConnectionLimits, TooFewDescriptorsError, Watch, most_connections
+from server.lifecycle import SEND_BUFFER, listen
 from server.protocol import AHEAD, MAX_HEAD, MAX_HEADERS, SLICE, Protocol
 from tests.api.serving import PROMPT, Running, serving, until
 from tests.api.test_connections import BODY, Answers, connected, head, sized
@@ -435,3 +436,38 @@ def test_a_drain_in_which_an_answer_is_cut_says_so(tiny_model: Path) -> None:
         drain(running)
         until(lambda: not running.server._watch.open)
         until(lambda: not running.server.drained)
+
+
+def test_prompts_that_wait_for_a_thread_are_not_made_tokens_once_the_server_stops(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+    monkeypatch.setattr("server.api.completions.read_job", lambda *given: made.append(given))
+    with serving(tiny_model) as running:
+        # Found out by the thread: what was asked before the server stopped may have waited for one.
+        monkeypatch.setattr("server.api.generation._requests", lambda *_: pytest.fail("the prompt was read"))
+        running.engine.drain()
+        assert running.post("/v1/completions", {"prompt": PROMPT}).status_code == 503
+    assert not made
+
+
+def test_a_body_that_is_not_complete_does_not_hold_up_the_end(tiny_model: Path) -> None:
+    with serving(tiny_model) as running, connected(running) as connection:
+        connection.sendall(POST + b"content-length: 900\r\n\r\n{")
+        until(lambda: running.server.server_state.tasks)
+        loop = running.server._watching.get_loop()
+        loop.call_soon_threadsafe(setattr, running.server, "should_exit", True)
+        status, body = Answers(connection).next()
+        assert status == 503 and body["error"]["code"] == "not_serving"
+
+
+def test_the_system_keeps_little_of_an_answer() -> None:
+    with listen("127.0.0.1", 0) as bound:
+        assert bound.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) in (SEND_BUFFER, 2 * SEND_BUFFER)
+
+
+@pytest.mark.asyncio
+async def test_short_headers_are_counted_while_they_come() -> None:
+    fake = Connection()
+    fake.protocol.data_received(GET[:-2] + b"a:\r\n" * 2 * MAX_HEADERS)
+    assert b"HTTP/1.1 431 " in fake.transport.sent
