@@ -10,7 +10,7 @@ from typing import Any
 
 import httptools
 from uvicorn._types import ASGI3Application
-from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from server.api.errors import (
@@ -140,9 +140,7 @@ class Protocol(HttpToolsProtocol):
         self.flow.release()
 
     def _enough_waits(self) -> bool:
-        return len(self.pipeline) >= AHEAD or (
-            bool(self.pipeline) and sum(len(cycle.body) for cycle, _ in self.pipeline) > HIGH_WATER_LIMIT
-        )
+        return len(self.pipeline) >= AHEAD
 
     def _feed(self, data: bytes) -> None:
         """Parse what came in, and a request that offers an upgrade once more without the offer."""
