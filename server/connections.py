@@ -7,10 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import structlog
+
+log = structlog.get_logger(__name__)
+
 MOST_CONNECTIONS = 1024
 """Connections by default, where the limit on open files allows them."""
-RESERVE = 32
-"""Descriptors beyond those open at the start that are left to the server's own files: policies, /proc, the hub."""
+RESERVE = 64
+"""Descriptors, beyond those that are open, that are left to the server's own files: models, policies, /proc."""
 PERIOD = 0.25
 """Seconds between two looks at all connections."""
 
@@ -100,24 +104,36 @@ class Watch:
             await asyncio.sleep(PERIOD)
             now = loop.time()
             for connection in list(self.open):
-                connection.check(now)
+                try:
+                    connection.check(now)
+                except Exception:  # the others are looked at all the same
+                    log.exception("a connection cannot be watched")
+
+
+def check_connections(asked: int | None) -> None:
+    """Raise TooFewDescriptorsError unless the limit on open files allows so many connections, or any by default."""
+    left = _left()
+    if left is not None and left < (asked or 1):
+        raise TooFewDescriptorsError(
+            f"the limit of {_limit()} open files (ulimit -n) leaves {max(0, left)} connections: raise it"
+            + (f", or lower this from {asked}" if asked else "")
+        )
 
 
 def most_connections(asked: int | None) -> int:
-    """How many connections there may be: as asked, else what is usual and the limit on open files leaves.
+    """How many connections there may be: as asked, else what is usual and the limit on open files leaves."""
+    left = _left()
+    return asked or (MOST_CONNECTIONS if left is None else max(1, min(MOST_CONNECTIONS, left)))
 
-    Raises TooFewDescriptorsError if that limit leaves too few.
-    """
-    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    if files == resource.RLIM_INFINITY:
-        return asked or MOST_CONNECTIONS
-    left = files - _open_files() - RESERVE
-    if left < (asked or 1):
-        raise TooFewDescriptorsError(
-            f"the limit of {files} open files (ulimit -n) leaves {max(0, left)} connections: raise it"
-            + (f", or lower this from {asked}" if asked else "")
-        )
-    return asked or min(MOST_CONNECTIONS, left)
+
+def _left() -> int | None:
+    """Descriptors that are left to connections; None where there is no limit."""
+    limit = _limit()
+    return None if limit == resource.RLIM_INFINITY else limit - _open_files() - RESERVE
+
+
+def _limit() -> int:
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 def _open_files() -> int:

@@ -37,7 +37,7 @@ def serve(**flags: Any) -> None:
     settings = _settings({name: value for name, value in flags.items() if value not in (None, [])}, config)
 
     from server.api.catalogue import check_rule
-    from server.connections import TooFewDescriptorsError, most_connections
+    from server.connections import TooFewDescriptorsError, check_connections
     from server.engine import RequestError
     from server.lifecycle import listen
     from server.logging import configure_logging
@@ -50,7 +50,7 @@ def serve(**flags: Any) -> None:
     except RequestError as error:
         wrong(flag(error.field.partition(".")[0]), error)
     try:
-        most_connections(settings.max_connections)
+        check_connections(settings.max_connections)
     except TooFewDescriptorsError as error:
         wrong(flag("max_connections"), error)
     try:

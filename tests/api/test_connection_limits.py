@@ -16,7 +16,14 @@ import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
-from server.connections import RESERVE, ConnectionLimits, TooFewDescriptorsError, Watch, most_connections
+from server.connections import (
+    RESERVE,
+    ConnectionLimits,
+    TooFewDescriptorsError,
+    Watch,
+    check_connections,
+    most_connections,
+)
 from server.lifecycle import SEND_BUFFER, listen
 from server.protocol import AHEAD, MAX_HEAD, MAX_HEADERS, SLICE, Protocol
 from tests.api.serving import PROMPT, Running, serving, until
@@ -382,14 +389,17 @@ def test_connections_leave_descriptors_for_files(monkeypatch: pytest.MonkeyPatch
     limit(256)
     assert most_connections(None) == 256 - 10 - RESERVE
     assert most_connections(100) == 100
+    check_connections(None)
+    check_connections(100)
     with pytest.raises(TooFewDescriptorsError, match="256 open files"):
-        most_connections(1000)
+        check_connections(1000)
     limit(40)
     with pytest.raises(TooFewDescriptorsError):
-        most_connections(None)
+        check_connections(None)
     for plenty in (100_000, resource.RLIM_INFINITY):
         limit(plenty)
         assert most_connections(None) == 1024
+        check_connections(5000)
         assert most_connections(5000) == 5000
 
 
@@ -464,6 +474,25 @@ def test_a_body_that_is_not_complete_does_not_hold_up_the_end(tiny_model: Path) 
 def test_the_system_keeps_little_of_an_answer() -> None:
     with listen("127.0.0.1", 0) as bound:
         assert bound.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) in (SEND_BUFFER, 2 * SEND_BUFFER)
+
+
+@pytest.mark.asyncio
+async def test_a_connection_that_cannot_be_looked_at_takes_no_other_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.connections.PERIOD", 0)
+    fake = Connection(ConnectionLimits(header_timeout=0.01))
+
+    class Broken(FakeTransport):
+        def get_write_buffer_size(self) -> int:
+            raise RuntimeError("broken")
+
+    good, fake.transport = fake.transport, Broken()
+    other = Protocol(fake.protocol.config, ServerState(), {}, asyncio.get_running_loop(), watch=fake.watch)
+    other.connection_made(fake.transport)
+    watching = asyncio.create_task(fake.watch.run())
+    while not good.closed:
+        await asyncio.sleep(0.01)
+    assert not watching.done()
+    watching.cancel()
 
 
 @pytest.mark.asyncio
