@@ -308,11 +308,14 @@ def test_who_takes_too_long_is_not_waited_for(hasty: Running, start: bytes, more
             while not stop.wait(0.1):
                 _send(connection, more)
 
+        connection.settimeout(10)
         trickling = threading.Thread(target=trickle)
         trickling.start()
-        answer = read_all(connection)
-        stop.set()
-        trickling.join()
+        try:
+            answer = read_all(connection)
+        finally:
+            stop.set()
+            trickling.join()
     answers = answer.count(b"HTTP/1.1 ")
     assert answers == start.count(GET) + (status is not None)
     if status is not None:

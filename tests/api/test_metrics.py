@@ -15,6 +15,7 @@ from tests.api.serving import PROMPT, error_of, serving
 RECORDING = {
     "queue": (1, 2),
     "memory": ({"weights": 5},),
+    "rejected": ("headers",),
     "prompt_tokens": (3,),
     "queue_time": (0.1,),
     "model_forward": (),
