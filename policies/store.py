@@ -89,7 +89,7 @@ class PolicyStore:
         """
         if NAME.fullmatch(name) is None:
             raise PolicyError(
-                f"{name[:200]!r} is no name for a policy: use letters, digits, '.', '_' and '-', at most 100"
+                f"{name[:60]!r} is no name for a policy: use letters, digits, '.', '_' and '-', at most 100"
             )
         network, card = load_policy(folder, self._device, within)
         tokens = card.config.tokens
@@ -140,4 +140,4 @@ class PolicyStore:
         names = ", ".join(stored.name for stored in self.list()) or "none"
         if name is None:
             return UnknownPolicyError(f"name a policy: loaded are {names}")
-        return UnknownPolicyError(f"no policy {name[:200]!r} is loaded; loaded are {names}")
+        return UnknownPolicyError(f"no policy {name[:60]!r} is loaded; loaded are {names}")

@@ -1,19 +1,47 @@
-"""HTTP/1.1 on one connection: uvicorn's protocol, apart from upgrades, half-closed clients and what is no request."""
+"""HTTP/1.1 on one connection: uvicorn's protocol, with limits on whatever a client controls.
+
+Apart from limits it differs in upgrades, half-closed clients and what is no request.
+"""
 
 import asyncio
 from collections.abc import Iterator
 from http import HTTPStatus
+from typing import Any
 
 import httptools
 from uvicorn._types import ASGI3Application
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from server.api.errors import BadHeaderError, error_response
+from server.api.errors import (
+    BadHeaderError,
+    HeadersTooLargeError,
+    SlowRequestError,
+    TooManyConnectionsError,
+    UrlTooLongError,
+    error_response,
+)
+from server.connections import Watch
+from server.engine import NotServingError
 
 STATUS_LINE = b"HTTP/1.1 "
 """How every answer begins, whatever its status."""
 PROBE_DELAYS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0)
 """Seconds between the probes of a half-closed connection: one for each byte of STATUS_LINE, the first goes at once."""
+MAX_HEAD = 64 * 1024
+"""Bytes of a request's line and headers, and of what frames a chunked body: extensions of chunks, trailers."""
+MAX_HEADERS = 256
+"""Headers of a request."""
+AHEAD = 4
+"""Requests that are read before the one in front of them is answered."""
+SLICE = 1024
+"""Bytes that are parsed at a time, so that not many requests are parsed before their number is looked at."""
+BODY_RATE = 4096
+"""Bytes a second that give a body more time than its timeout."""
+LINGER = 1.0
+"""Seconds in which a refused client can read why; ending the connection while it sends would take that from it."""
+LEFTOVER = 1 << 20
+"""Bytes that such a client may still send."""
 
 
 class Protocol(HttpToolsProtocol):
@@ -28,22 +56,91 @@ class Protocol(HttpToolsProtocol):
     of the status line, which begins the same whatever the answer; later, in a stream, leading zeros of the next chunk's
     size. A client that still reads gets exactly the answer that it would get otherwise. One that goes more than some
     seconds after its side has ended is noticed when the next part of its answer is sent.
+
+    What comes in is parsed in slices, whose bytes are counted before the parser gets them: it keeps the beginning of a
+    header, however long that grows. Behind a few requests that wait for the one in front, the rest is kept as it came
+    and nothing more is read.
+
+    Args:
+        watch: counts the connections, and checks each of them now and then.
     """
 
+    flow: "Flow"
+    url = b""
     _upgrade_head: bytes | None = None
     _running: RequestResponseCycle | None = None
     _deaf = False
-    _begun: "_Begun | None" = None
     _probing: asyncio.TimerHandle | None = None
+    _held = b""  # came in, ...
+    _at = 0  # ... of which this much is parsed
+    _in_head = True
+    _head = 0  # bytes of the head that comes in
+    _framing = 0  # bytes of a body's frame since the last that belonged to the body
+    _body = 0  # bytes of the body that comes in
+    _leftover = 0  # bytes of a refused client
+    _leaves_by: float | None = None  # when a refused client's time is up
+    _taken = 0  # bytes that the client has taken
+
+    def __init__(self, *args: Any, watch: Watch, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._watch = watch
+        self._limits = watch.limits
+        self._since = self._taken_at = self.loop.time()
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.flow = Flow(transport)
+        self._output = Output(transport)
+        if not self._watch.welcome(self):
+            self._refuse(TooManyConnectionsError("too many connections are open (--max-connections): try again later"))
+            transport.close()
+
+    # What comes in
 
     def data_received(self, data: bytes) -> None:
         if self._deaf:
+            self._leftover += len(data)
+            if self._leftover > LEFTOVER:
+                self.flow.hold()
             return
-        self._unset_keepalive_if_required()
-        try:
-            self._feed(data)
-        except httptools.HttpParserError:
-            self.send_400_response("this is not HTTP")
+        self._held = self._held[self._at :] + data
+        self._at = 0
+        self._parse()
+
+    def _parse(self) -> None:
+        """Parse what is held, up to where enough requests wait."""
+        data, end = self._held, len(self._held)
+        while self._at < end and not self._deaf:
+            if self._enough_waits():
+                self.flow.hold()
+                return
+            until = min(end, self._at + SLICE)
+            if self._in_head:
+                if (last := data.find(b"\r\n\r\n", self._at, until)) >= 0:
+                    until = last + 4
+                if not self._head:
+                    self._since = self.loop.time()
+                self._head += until - self._at
+                if self._head > MAX_HEAD:
+                    self._refuse_head()
+                    return
+            else:
+                self._framing += until - self._at
+            part, self._at = data[self._at : until], until
+            try:
+                self._feed(part)
+            except httptools.HttpParserError:
+                self.send_400_response("this is not HTTP")
+                return
+            if self._framing > MAX_HEAD:
+                self._refuse_head()
+            elif self.headers and len(self.headers) > MAX_HEADERS and not self._deaf:
+                self._refuse_number()
+        self._held, self._at = b"", 0
+        self.flow.release()
+
+    def _enough_waits(self) -> bool:
+        return len(self.pipeline) >= AHEAD
 
     def _feed(self, data: bytes) -> None:
         """Parse what came in, and a request that offers an upgrade once more without the offer."""
@@ -61,7 +158,14 @@ class Protocol(HttpToolsProtocol):
             self._feed(data[upgrade.args[0] :])
 
     def on_headers_complete(self) -> None:
+        if self._deaf:
+            return
+        if len(self.headers) > MAX_HEADERS:
+            self._refuse_number()
+            return
         if not self.parser.should_upgrade():
+            self._in_head, self._framing, self._body = False, 0, 0
+            self._since = self.loop.time()
             super().on_headers_complete()
             self.headers = []  # trailers are no headers of the request
         elif (method := self.parser.get_method()) != b"CONNECT":
@@ -69,25 +173,153 @@ class Protocol(HttpToolsProtocol):
             lines = [line, *(b": ".join(header) for header in _without_upgrade(self.headers))]
             self._upgrade_head = b"\r\n".join([*lines, b"", b""])
 
+    def on_body(self, body: bytes) -> None:
+        if self._deaf:
+            return
+        self._framing = 0
+        self._body += len(body)
+        super().on_body(body)
+
     def on_message_complete(self) -> None:
-        if not self.parser.should_upgrade():
+        if not self._deaf and not self.parser.should_upgrade():
             super().on_message_complete()
+            self._in_head, self._head, self._framing = True, 0, 0
+            if not self.cycle.response_complete:
+                self._watch.owes(self, False)
+            else:
+                self._since = self.loop.time()
+
+    # Answers
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._running = cycle
+        cycle.transport = self._output  # type: ignore[assignment]
         super()._start_asgi_task(cycle, app)
+
+    def on_response_complete(self) -> None:
+        # Not the parent's, which reads on however many requests wait, and sets a timer for each request.
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            cycle, app = self.pipeline.pop()
+            self._start_asgi_task(cycle, app)
+        else:
+            if self._in_head and not self._head:
+                self._since = self.loop.time()
+            self._watch.owes(self, True)
+        if self._held:
+            self._parse()
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what is no request, in our errors' shape, after the answers to the requests before it."""
+        self._refuse(BadHeaderError(msg))
+
+    def _refuse_head(self) -> None:
+        """Refuse a request for the length of its head, or of what frames its body."""
+        limit = f"longer than {MAX_HEAD} bytes"
+        if not self._in_head:
+            error: Exception = HeadersTooLargeError(f"the body's trailers or extensions of chunks are {limit}")
+        elif len(self.url) > MAX_HEAD // 2:
+            error = UrlTooLongError(f"the request's URL and headers are {limit}")
+        else:
+            error = HeadersTooLargeError(f"the request's headers are {limit}")
+        self._reject("headers", error)
+
+    def _refuse_number(self) -> None:
+        self._reject("headers", HeadersTooLargeError(f"the request has more than {MAX_HEADERS} headers"))
+
+    def _reject(self, reason: str, error: Exception) -> None:
+        self._watch.rejected(reason)
+        self._refuse(error)
+
+    def _refuse(self, error: Exception) -> None:
+        """Answer what comes in with an error, after the answers to the requests before it, and end the connection."""
+        self._watch.owes(self, False)
+        self._held, self._at = b"", 0
         if self._answers_are_due():
+            self.flow.release()  # what still comes is dropped
             return
-        if self._running is None or self._running.response_complete or not self._running.response_started:
-            response = error_response(BadHeaderError(msg))
+        running = self._running
+        if running is None or running.response_complete or not running.response_started:
+            response = error_response(error)
             head = [*response.raw_headers, (b"connection", b"close")]
-            status = STATUS_LINE + f"400 {HTTPStatus.BAD_REQUEST.phrase}".encode()
+            status = STATUS_LINE + f"{response.status_code} {HTTPStatus(response.status_code).phrase}".encode()
             lines = [status, *(b": ".join(header) for header in head)]
-            self.transport.write(b"\r\n".join([*lines, b"", bytes(response.body)]))
+            self._output.write(b"\r\n".join([*lines, b"", bytes(response.body)]))
+        if running is not None and not running.response_complete:
+            self._disconnect(running)
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self._leaves_by = self.loop.time() + LINGER
+        self.flow.release()
+
+    @staticmethod
+    def _disconnect(cycle: RequestResponseCycle) -> None:
+        """Tell who answers a request that its client is gone."""
+        cycle.disconnected = True
+        cycle.message_event.set()
+
+    # Time
+
+    def check(self, now: float) -> None:
+        """End the connection if the client takes too long to send what it owes, or to take what is there for it."""
+        waiting = self.transport.get_write_buffer_size()
+        if not waiting or self._output.written - waiting > self._taken:
+            self._taken, self._taken_at = self._output.written - waiting, now
+        elif now - self._taken_at > self._limits.write_timeout:
+            self._watch.rejected("slow_reader")
+            self.end()
+            return
+        if self._leaves_by is not None:
+            if now > self._leaves_by and not waiting:
+                self.transport.close()
+        elif not (self._deaf or self._held or waiting or self.transport.is_closing()):
+            self._check_reading(now)
+
+    def _check_reading(self, now: float) -> None:
+        waits, limits = now - self._since, self._limits
+        if self._head and self._in_head:
+            if waits > limits.header_timeout:
+                seconds = f"{limits.header_timeout:g} s (--header-timeout)"
+                self._reject("slow_request", SlowRequestError(f"the request's head took longer than {seconds}"))
+        elif not self._in_head:
+            if self.flow.read_paused:  # by whoever reads the body: the client is not to blame
+                self._since = now
+            elif waits > limits.body_timeout + (0 if self.cycle.response_complete else self._body / BODY_RATE):
+                seconds = f"{limits.body_timeout:g} s (--body-timeout), and one for each {BODY_RATE} bytes"
+                self._reject("slow_request", SlowRequestError(f"the request's body took longer than {seconds}"))
+        elif self.cycle is None:
+            if waits > limits.header_timeout:
+                self._watch.rejected("slow_request")
+                self.transport.close()
+        elif self.cycle.response_complete and waits > limits.keep_alive:
+            self.transport.close()
+
+    def make_room(self) -> None:
+        """End a connection whose client owes a request, in favour of another's."""
+        if self._head or not self._in_head:
+            self._refuse(TooManyConnectionsError("too many connections are open (--max-connections): try again later"))
         self.transport.close()
+
+    def shutdown(self) -> None:
+        """The server stops: end the connection, after the answers that are due."""
+        if not self._in_head and self.cycle.more_body and not self.pipeline and not self.cycle.response_started:
+            self._refuse(NotServingError("the server is shutting down"))
+        else:
+            super().shutdown()
+
+    def end(self) -> None:
+        """End the connection at once."""
+        running = self._running
+        if self.transport.get_write_buffer_size() or (
+            running is not None and not running.response_complete and not running.disconnected
+        ):
+            self._watch.cut += 1
+        self.transport.abort()
+
+    # Clients that go
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """The client sends no more. True keeps the connection until its answers are sent."""
@@ -98,11 +330,12 @@ class Protocol(HttpToolsProtocol):
         return True
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._watch.gone(self)
+        self._held, self._at = b"", 0
         if self._probing is not None:
             self._probing.cancel()
         if self._running is not None and not self._running.response_complete:
-            self._running.disconnected = True
-            self._running.message_event.set()
+            self._disconnect(self._running)
         super().connection_lost(exc)
 
     def _answers_are_due(self) -> bool:
@@ -123,31 +356,58 @@ class Protocol(HttpToolsProtocol):
         if cycle is None or self.transport.is_closing():
             return
         if not cycle.response_started:
-            if self._begun is None:
-                self._begun = _Begun(self.transport)
-            cycle.transport = self._begun  # type: ignore[assignment]
-            self._begun.begin()
+            self._output.begin()
         elif cycle.chunked_encoding and not cycle.response_complete and not self.flow.write_paused:
-            self.transport.write(b"0")
+            self._output.write(b"0")
         if (delay := next(delays, None)) is not None:
             self._probing = self.loop.call_later(delay, self._probe, delays)
 
 
-class _Begun:
-    """A transport on which the first bytes of the next answer are sent before the rest is known."""
+class Flow(FlowControl):
+    """Flow control in which whoever reads a body cannot make the connection read on while it holds something back."""
+
+    _holds = False
+
+    def hold(self) -> None:
+        """Read nothing until `release`."""
+        self._holds = True
+        self.pause_reading()
+
+    def release(self) -> None:
+        """Read on, if that was wanted meanwhile."""
+        if self._holds:
+            self._holds = False
+            self.resume_reading()
+
+    def resume_reading(self) -> None:
+        if not self._holds:
+            super().resume_reading()
+
+
+class Output:
+    """A transport that counts, and on which the first bytes of the next answer can be sent before the rest is known.
+
+    Attributes:
+        written: bytes so far.
+    """
 
     def __init__(self, transport: asyncio.Transport) -> None:
         self._transport = transport
         self._sent = 0
+        self.written = 0
 
     def begin(self) -> None:
         """Send one byte more of what every answer begins with."""
-        self._transport.write(STATUS_LINE[self._sent : self._sent + 1])
-        self._sent = min(self._sent + 1, len(STATUS_LINE))
+        byte = STATUS_LINE[self._sent : self._sent + 1]
+        self._sent += len(byte)
+        self.written += len(byte)
+        self._transport.write(byte)
 
     def write(self, data: bytes) -> None:
-        self._transport.write(data[self._sent :])
-        self._sent = 0
+        if self._sent:
+            data, self._sent = data[self._sent :], 0
+        self.written += len(data)
+        self._transport.write(data)
 
     def close(self) -> None:
         self._transport.close()

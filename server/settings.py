@@ -177,6 +177,24 @@ class Settings(BaseSettings):
         le=MOST_SECONDS,
         description="Seconds that running requests get to finish when the server is asked to stop.",
     )
+    max_connections: int | None = Field(
+        None,
+        ge=1,
+        le=1_000_000,
+        description="Open connections; a newcomer beyond ends the one that has been idle longest, or gets 503. "
+        "Default: 1024, fewer where the limit on open files says so.",
+    )
+    header_timeout: float = Field(
+        10.0,
+        gt=0,
+        description="Seconds in which a connection's first request, or the head of one that began, must come.",
+    )
+    body_timeout: float = Field(
+        30.0, gt=0, description="Seconds in which a request's body must come, and one more for each 4096 bytes of it."
+    )
+    write_timeout: float = Field(
+        30.0, gt=0, description="Seconds after which a client that takes nothing of its answer is cut off."
+    )
     keep_alive: float = Field(
         75.0,
         gt=0,

@@ -9,17 +9,21 @@ from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from server.api.errors import BadHeaderError, UnsupportedEncodingError
+from server.api.errors import MAX_PARAM, BadHeaderError, UnsupportedEncodingError, shortened
 from server.api.fields import refusal
 from server.api.requests import Body, ChatBody, GenerationBody, SamplerArguments, TokenizeBody
 from server.engine import RequestError
 
 LONG = 64 * 1024
 """Bytes or characters from which on work on a text leaves the event loop."""
-SHOWN = 80
+SHOWN = 60
 """Characters of a wrong value that its error repeats."""
-MAX_NAME = 100
-"""Characters of a field's name that its error repeats."""
+MAX_CONTAINERS = 10_000
+"""Lists and objects in a body."""
+MAX_MEMBERS = 30_000
+"""Fields of all objects in a body."""
+MAX_VALUES = 500_000
+"""Values in all lists and objects of a body."""
 MAX_UNKNOWN = 100
 """Names of fields that a body may have beyond ours; each is compared with all of ours."""
 
@@ -62,12 +66,50 @@ def parse_body(data: bytes, cls: type[B]) -> B:
     """The body in these bytes. Raises RequestError."""
     if (found := next((what for start, what in SIGNATURES.items() if data.startswith(start)), None)) is not None:
         raise RequestError("body", f"the request's body {found}: send plain UTF-8", "invalid_json")
+    check_counts(data)
     try:
         body = cls.model_validate_json(data)
     except ValidationError as error:
         raise request_error(error.errors(include_url=False, include_context=False)[0]) from None
     refuse_fields(body)
     return body
+
+
+def check_counts(data: bytes) -> None:
+    """Raise RequestError if JSON holds more than is worth reading: what it becomes takes far more than its bytes."""
+    # Texts may hold any number of these signs. Where there are few, even with those, nothing needs a closer look.
+    if _beyond(*_signs(data)) is None:
+        return
+    containers = members = values = 0
+    for part in _outside_texts(data):
+        more = _signs(part)
+        containers, members, values = containers + more[0], members + more[1], values + more[2]
+        if (limit := _beyond(containers, members, values)) is not None:
+            raise RequestError("body", f"the body holds more than {limit}: send less at a time", "too_many_values")
+
+
+def _signs(data: bytes) -> tuple[int, int, int]:
+    """How often lists and objects begin, fields and values follow."""
+    return data.count(b"[") + data.count(b"{"), data.count(b":"), data.count(b",")
+
+
+def _beyond(containers: int, members: int, values: int) -> str | None:
+    """The limit that these counts are beyond, if they are beyond one."""
+    if containers > MAX_CONTAINERS:
+        return f"{MAX_CONTAINERS} lists and objects"
+    if members > MAX_MEMBERS:
+        return f"{MAX_MEMBERS} fields"
+    return f"{MAX_VALUES} values" if values > MAX_VALUES else None
+
+
+def _outside_texts(data: bytes) -> Iterator[bytes]:
+    """JSON without what is between quotes, part by part."""
+    data = data.replace(b"\\\\", b"").replace(b'\\"', b"")
+    inside = 0
+    for start in range(0, len(data), LONG):
+        parts = data[start : start + LONG].split(b'"')
+        yield b"".join(parts[inside::2])
+        inside = (inside + len(parts) - 1) % 2
 
 
 def refuse_fields(body: Body) -> None:
@@ -86,7 +128,7 @@ def refuse_fields(body: Body) -> None:
             if isinstance(part, SamplerArguments) and name in top and top[name] == value:
                 continue  # says again what the body says
             if (instead := refusal(type(part), name, given)) is not None:
-                field = f"{where}{name[:MAX_NAME]}"
+                field = shortened(f"{where}{name}", MAX_PARAM)
                 raise RequestError(
                     field, f"{field} is not supported (got {show(value)}): {instead}", "unsupported_value"
                 )
@@ -121,7 +163,7 @@ def _refuse_template_arguments(arguments: Any) -> None:
         asking = [name for name, value in arguments.items() if value not in (None, False)]
         if not asking:
             return
-        field, value = f"{field}.{asking[0][:MAX_NAME]}", arguments[asking[0]]
+        field, value = shortened(f"{field}.{asking[0]}", MAX_PARAM), arguments[asking[0]]
     raise RequestError(field, f"{field} is not supported (got {show(value)}): leave it out", "unsupported_value")
 
 
@@ -130,8 +172,8 @@ def request_error(error: ErrorDetails, where: tuple[str, ...] = ()) -> RequestEr
     if error["type"] == "json_invalid":
         return RequestError("body", f"the request's body is not JSON: {error['msg']}", "invalid_json")
     # Parts in brackets are the tags of unions, not names that a client knows.
-    path = [str(part)[:MAX_NAME] for part in (*where, *error["loc"]) if not str(part).startswith("(")]
-    field = ".".join(path) or "body"
+    path = [str(part) for part in (*where, *error["loc"]) if not str(part).startswith("(")]
+    field = shortened(".".join(path) or "body", MAX_PARAM)
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
     if error["type"] == "missing":
         return RequestError(field, f"{field} is missing", "missing_required_parameter")

@@ -19,7 +19,7 @@ from samplers import (
 )
 from samplers.guard import SHOWN, failure, shown, told, why_not
 from samplers.policy import Policy, PolicyParams
-from server.api.bodies import request_error, show
+from server.api.bodies import SHOWN, request_error, show
 from server.api.errors import NotFoundError
 from server.api.requests import GenerationBody
 from server.engine import ModelInfo, RequestError
@@ -88,7 +88,7 @@ class Catalogue:
             if suffix.startswith(POLICY):
                 return get_sampler(Policy.name), self._policy(suffix.removeprefix(POLICY), "model").name
             return _sampler(suffix, "model"), None
-        raise NotFoundError("model", f"model {model[:200]!r} is not served here: use {self.name!r}", "model_not_found")
+        raise NotFoundError("model", f"model {show(model)} is not served here: use {self.name!r}", "model_not_found")
 
     def choose(self, body: GenerationBody) -> Rule:
         """Sampler and parameters of a request. Raises NotFoundError, RequestError.
@@ -197,6 +197,6 @@ def _agreed(given: dict[str, Any]) -> tuple[str, Any]:
 
 def _sampler(name: str, field: str) -> Sampler:
     try:
-        return get_sampler(name[:200])
+        return get_sampler(name[:SHOWN])
     except UnknownSamplerError as error:
         raise RequestError(field, str(error), "unknown_sampler") from None

@@ -1,6 +1,7 @@
 """Errors in OpenAI's shape: one table from exception to status, type and code."""
 
 from http import HTTPStatus
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel
@@ -11,6 +12,12 @@ from starlette.routing import Match, Route
 from samplers import SamplerError
 from server.engine import FinishReason, NotServingError, QueueFullError, RequestError
 
+MAX_PARAM = 60
+"""Characters of a field's name, which may be a client's."""
+MAX_MESSAGE = 1000
+"""Characters of a message. Those that repeat something repeat less: this is for what nobody thought of."""
+MAX_PATH = 100
+"""Characters of a path that a message repeats."""
 RETRY_SECONDS = 1
 """What `Retry-After` says: a full queue moves on with every generation that ends."""
 
@@ -40,6 +47,22 @@ class BodyTooLargeError(Exception):
 
 class BadHeaderError(Exception):
     """A header that makes no sense."""
+
+
+class SlowRequestError(Exception):
+    """A client took too long to send a request that it had begun."""
+
+
+class UrlTooLongError(Exception):
+    """The request's line is longer than the server reads."""
+
+
+class HeadersTooLargeError(Exception):
+    """The request's headers are more than the server reads."""
+
+
+class TooManyConnectionsError(Exception):
+    """The server has as many connections as it takes."""
 
 
 class UnsupportedEncodingError(Exception):
@@ -75,10 +98,14 @@ ERRORS: list[tuple[type[Exception], int, str, str | None]] = [
     (BadHeaderError, 400, INVALID, "invalid_header"),
     (UnauthorizedError, 401, INVALID, "invalid_api_key"),
     (ForbiddenError, 403, "permission_error", "forbidden"),
+    (SlowRequestError, 408, INVALID, "request_timeout"),
     (BodyTooLargeError, 413, INVALID, "request_too_large"),
+    (UrlTooLongError, 414, INVALID, "url_too_long"),
     (UnsupportedEncodingError, 415, INVALID, "unsupported_encoding"),
+    (HeadersTooLargeError, 431, INVALID, "headers_too_large"),
     (QueueFullError, 429, "rate_limit_error", "queue_full"),
     (ClientDisconnect, 499, INVALID, "client_disconnected"),
+    (TooManyConnectionsError, 503, "service_unavailable_error", "too_many_connections"),
     (NotServingError, 503, "service_unavailable_error", "not_serving"),
     (GenerationEndedError, 503, "service_unavailable_error", "not_serving"),
     (GenerationTimeoutError, 504, "timeout_error", "timeout"),
@@ -90,7 +117,23 @@ HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
 def describe(error: Exception) -> tuple[int, ErrorDetail]:
-    """Status and body of an exception. What is not meant for users says nothing about its inside."""
+    """Status and body of an exception. What is not meant for users says nothing about its inside.
+
+    Whatever it holds, the body is short: what a client sent comes back in small parts only.
+    """
+    status, detail = _describe(error)
+    update: dict[str, Any] = {"message": shortened(detail.message, MAX_MESSAGE)}
+    if detail.param is not None:
+        update["param"] = shortened(detail.param, MAX_PARAM)
+    return status, detail.model_copy(update=update)
+
+
+def shortened(text: str, length: int) -> str:
+    """A text, or its beginning and three dots."""
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+def _describe(error: Exception) -> tuple[int, ErrorDetail]:
     if isinstance(error, HTTPException):
         status, kind = error.status_code, INVALID if error.status_code < 500 else SERVER
         return status, ErrorDetail(message=error.detail, type=kind, code=HTTP_CODES.get(status, "http_error"))
@@ -130,7 +173,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
     async def answer(request: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException) and error.detail == HTTPStatus(error.status_code).phrase:
-            what = f"{error.detail}: {request.method} {request.scope['path'][:200]}"
+            what = f"{error.detail}: {request.method} {request.scope['path'][:MAX_PATH]}"
             headers = {name.lower(): value for name, value in (error.headers or {}).items()}
             if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
                 headers["allow"] = ", ".join(_allowed(app, request))

@@ -244,6 +244,8 @@ HARMLESS = {
     ),
 }
 """Fields that are ignored knowingly, even where they look like others, and why that does no harm."""
+MAX_NAME = 100
+"""Characters of a name that is compared with ours."""
 CLOSE = 0.86
 """How alike two longer names are, as difflib counts, if one is the other misspelt."""
 
@@ -251,16 +253,28 @@ CLOSE = 0.86
 def refusal(cls: type[BaseModel], name: str, given: Given) -> str | None:
     """What to do about a field that the body does not have; None where it does no harm."""
     value = given[name]
-    if value is None or _plain(name) in _plainly(HARMLESS):
+    if value is None:
         return None
-    refused = REFUSED.get(cls, {})
-    if known := refused.get(name) or refused.get(_plainly(refused).get(_plain(name), "")):
+    if len(name) > MAX_NAME:  # longer names resemble none, and what is looked up is kept
+        return _elsewhere(name) if issubclass(cls, SamplerArguments) else None
+    harmless, known = _known(name, cls)
+    if harmless:
+        return None
+    if known:
         return known.instead if known.concerns(value, given) else None
     if issubclass(cls, SamplerArguments):
         return _elsewhere(name)
     if issubclass(cls, GenerationBody) and (samplers := _parameters().get(name)):
         return None if value is False else f"write sampler_params.{name}, for sampler {' or '.join(samplers)}"
     return misspelt(name, cls)
+
+
+@lru_cache(maxsize=4096)
+def _known(name: str, cls: type[BaseModel]) -> tuple[bool, Refusal | None]:
+    """Whether a name, in whatever style, is that of a field without harm; how one that is refused is."""
+    refused = REFUSED.get(cls, {})
+    found = refused.get(name) or refused.get(_plainly(refused).get(_plain(name), ""))
+    return _plain(name) in _plainly(HARMLESS), found
 
 
 @lru_cache(maxsize=4096)

@@ -84,7 +84,7 @@ async def start(serving: Serving, body: B, count: int, read: Callable[[B], Job],
             f"{count} prompts with {number} choices each are {total} generations, more than the queue takes "
             f"({serving.settings.max_queue}, --max-queue): send fewer at a time",
         )
-    streams = [EventStream(serving.engine) for _ in range(total)]
+    streams = [EventStream(serving.engine, every_pass=bool(body.return_trajectory)) for _ in range(total)]
     job, used = await anyio.to_thread.run_sync(partial(_submit, serving, body, rule, read, streams))
     choices = [
         Choice(stream, serving.text, i, i // number, body.stop, logprobs, bool(body.return_trajectory))
@@ -96,6 +96,7 @@ async def start(serving: Serving, body: B, count: int, read: Callable[[B], Job],
 def _submit(
     serving: Serving, body: B, rule: Rule, read: Callable[[B], Job], streams: list[EventStream]
 ) -> tuple[Job, Used]:
+    serving.engine.check_accepting()  # before work that can take long, for which this may have waited long
     job = read(body)
     requests, used = _requests(serving, body, rule, job)
     try:

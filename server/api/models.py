@@ -2,6 +2,7 @@
 
 from fastapi import FastAPI, Response
 
+from server.api.bodies import show
 from server.api.errors import NotFoundError
 from server.api.openapi import ERRORS, LOOKUP_ERRORS
 from server.api.responses import Model, ModelList, json_response
@@ -29,6 +30,6 @@ def add_routes(app: FastAPI, serving: Serving) -> None:
     async def get_model(model: str) -> Response:
         """Look up one name."""
         if model not in catalogue.names():
-            message = f"model {model[:200]!r} is not served here: use {catalogue.name!r}"
+            message = f"model {show(model)} is not served here: use {catalogue.name!r}"
             raise NotFoundError("model", message, "model_not_found")
         return json_response(entry(model))

@@ -1,10 +1,12 @@
 """What OpenAPI says of routes that read their bodies and write their answers themselves."""
 
+import json
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
+from starlette.routing import Route, request_response
 
 from server.api.errors import ErrorResponse
 from server.api.fields import bodies
@@ -72,3 +74,16 @@ def complete_openapi(app: FastAPI, open_paths: frozenset[str] | None) -> None:
     if open_paths is not None:
         document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         document["security"] = [{"key": []}]
+    _serve_once_made(app, document)
+
+
+def _serve_once_made(app: FastAPI, document: dict[str, Any]) -> None:
+    """Answer with the document as it is now, instead of writing it anew for each request."""
+    content = json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
+
+    async def openapi(request: Request) -> Response:
+        return Response(content, media_type="application/json")
+
+    for route in app.routes:
+        if isinstance(route, Route) and route.path == app.openapi_url:
+            route.app = request_response(openapi)

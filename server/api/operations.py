@@ -29,8 +29,7 @@ def add_routes(app: FastAPI, serving: Serving) -> None:
     @app.get("/ready", response_model=Health, responses=UNAVAILABLE, tags=["operations"])
     async def ready() -> Response:
         """Whether new requests are taken."""
-        if not engine.accepting:
-            raise NotServingError("the server is shutting down" if engine.alive else "the engine is not running")
+        engine.check_accepting()
         return json_response(Health(status="ready"))
 
     @app.get(METRICS, response_class=Response, responses=ERRORS, tags=["operations"])

@@ -8,7 +8,7 @@ from fastapi import FastAPI, Request, Response
 
 from policies.checkpoint import PolicyError
 from policies.store import Stored, UnknownPolicyError
-from server.api.bodies import read_body
+from server.api.bodies import read_body, show
 from server.api.catalogue import POLICY
 from server.api.errors import ForbiddenError, NotFoundError
 from server.api.middleware.auth import KnownKeys
@@ -99,7 +99,7 @@ def _inside(root: str | None, path: str) -> tuple[Path, Path]:
     try:
         folder = (base / path).resolve()
     except (OSError, RuntimeError) as error:  # links in a circle
-        raise RequestError("path", f"{path[:200]!r} is no folder: {error}"[:400], "invalid_policy") from None
+        raise RequestError("path", f"{show(path)} is no folder: {error.strerror if isinstance(error, OSError) else 'its links lead in a circle'}", "invalid_policy") from None
     if not folder.is_relative_to(base) or folder == base:
-        raise RequestError("path", f"{path[:200]!r} is not inside the server's folder of policies", "invalid_policy")
+        raise RequestError("path", f"{show(path)} is not inside the server's folder of policies", "invalid_policy")
     return base, folder

@@ -1,10 +1,13 @@
 """`/v1/samplers`"""
 
+from functools import lru_cache
+
 from fastapi import FastAPI, Response
 
 from samplers import BrokenPlugin, Sampler, describe, list_samplers, list_unavailable
 from samplers.guard import why_not
 from samplers.policy import Policy
+from server.api.bodies import show
 from server.api.errors import NotFoundError
 from server.api.openapi import ERRORS, LOOKUP_ERRORS
 from server.api.responses import SamplerCard, SamplerList, json_response
@@ -12,26 +15,34 @@ from server.api.serving import Serving
 
 
 def add_routes(app: FastAPI, serving: Serving) -> None:
-    def cards() -> dict[str, SamplerCard]:
-        reasons = {} if serving.engine.policies.list() else {Policy.name: "no policy is loaded"}
-        scheme = serving.engine.info.scheme
-        found = {
-            sampler.name: _card(sampler, why_not(sampler, scheme) or reasons.get(sampler.name))
-            for sampler in list_samplers()
-        }
-        return found | {plugin.name: _broken_card(plugin) for plugin in list_unavailable()}
+    scheme = serving.engine.info.scheme
+
+    @lru_cache(maxsize=2)
+    def cards(
+        there: tuple[tuple[str, int], ...], broken: tuple[BrokenPlugin, ...], policies: bool
+    ) -> tuple[dict[str, SamplerCard], bytes]:
+        """Each card, and all as JSON: schemas take long to make, and depend on nothing else."""
+        reasons = {} if policies else {Policy.name: "no policy is loaded"}
+        found = {s.name: _card(s, why_not(s, scheme) or reasons.get(s.name)) for s in list_samplers()}
+        found |= {plugin.name: _broken_card(plugin) for plugin in broken}
+        return found, SamplerList(data=list(found.values())).model_dump_json().encode()
+
+    def current() -> tuple[dict[str, SamplerCard], bytes]:
+        # By name and identity: a third party's sampler may not say well whether it equals another.
+        there = tuple((sampler.name, id(sampler)) for sampler in list_samplers())
+        return cards(there, tuple(list_unavailable()), bool(serving.engine.policies.list()))
 
     @app.get("/v1/samplers", response_model=SamplerList, responses=ERRORS, tags=["catalogue"])
     async def samplers() -> Response:
         """List the samplers with the schema of their parameters."""
-        return json_response(SamplerList(data=list(cards().values())))
+        return Response(current()[1], media_type="application/json")
 
     @app.get("/v1/samplers/{sampler:path}", response_model=SamplerCard, responses=LOOKUP_ERRORS, tags=["catalogue"])
     async def one_sampler(sampler: str) -> Response:
         """Look up one sampler."""
-        found = cards()
+        found = current()[0]
         if sampler not in found:
-            message = f"there is no sampler {sampler[:200]!r}; there are {', '.join(found)}"
+            message = f"there is no sampler {show(sampler)}; there are {', '.join(found)}"
             raise NotFoundError("sampler", message, "sampler_not_found")
         return json_response(found[sampler])
 

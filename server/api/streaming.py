@@ -69,7 +69,7 @@ class EventStreamResponse(Response):
             try:
                 await follow(self._choices, receive, consume)
             except ClientDisconnect:
-                log.info("client gone", path=scope["path"])
+                log.info("client gone", path=scope["path"][:200])
                 return
             except Exception as error:
                 if not isinstance(error, GenerationFailedError):

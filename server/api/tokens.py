@@ -56,6 +56,7 @@ def add_routes(app: FastAPI, serving: Serving) -> None:
 
 
 def _encode(serving: Serving, body: TokenizeBody) -> list[int]:
+    serving.engine.check_accepting()
     if body.messages is not None:
         return encode_chat(
             serving.text, body.messages, bool(body.add_special_tokens), body.add_generation_prompt is not False

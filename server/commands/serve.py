@@ -37,6 +37,7 @@ def serve(**flags: Any) -> None:
     settings = _settings({name: value for name, value in flags.items() if value not in (None, [])}, config)
 
     from server.api.catalogue import check_rule
+    from server.connections import TooFewDescriptorsError, check_connections
     from server.engine import RequestError
     from server.lifecycle import listen
     from server.logging import configure_logging
@@ -48,6 +49,10 @@ def serve(**flags: Any) -> None:
         check_rule(settings)
     except RequestError as error:
         wrong(flag(error.field.partition(".")[0]), error)
+    try:
+        check_connections(settings.max_connections)
+    except TooFewDescriptorsError as error:
+        wrong(flag("max_connections"), error)
     try:
         bound = listen(settings.host, settings.port)
     except OSError as error:

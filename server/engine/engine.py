@@ -79,6 +79,11 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._watch = Watch(self._thread)
 
+    @property
+    def metrics(self) -> Metrics:
+        """Where counts go."""
+        return self._metrics
+
     def start(self) -> None:
         """Start the engine's thread."""
         sleep_where_crowded()
@@ -106,6 +111,11 @@ class Engine:
     def accepting(self) -> bool:
         """Whether new generations are taken."""
         return self.alive and not self._draining
+
+    def check_accepting(self) -> None:
+        """Raise NotServingError unless new generations are taken."""
+        if not self.accepting:
+            raise NotServingError("the server is shutting down" if self.alive else "the engine is not running")
 
     def check(self, request: GenerationRequest) -> Denoising:
         """The request as a row of the loop.
@@ -180,8 +190,7 @@ class Engine:
             for request, deliver in zip(requests, delivers, strict=True)
         ]
         with self._change:
-            if not self.accepting:
-                raise NotServingError("the server is shutting down" if self.alive else "the engine is not running")
+            self.check_accepting()
             if not self._scheduler.room(len(generations)):
                 waiting = len(self._scheduler.waiting)
                 raise QueueFullError(f"{waiting} generations are waiting, the limit is {self.limits.queue}")
@@ -210,11 +219,15 @@ class Engine:
         with self._change:
             return self._change.wait_for(lambda: self.idle or not self.alive, timeout)
 
-    def stop(self) -> None:
-        """End everything that is queued or running, stop the thread, close the backend."""
+    def end_all(self) -> None:
+        """End everything that is queued or running, after the step that is under way; does not wait for that."""
         with self._change:
             self._draining = self._stopping = True
             self._change.notify_all()
+
+    def stop(self) -> None:
+        """End everything that is queued or running, stop the thread, close the backend."""
+        self.end_all()
         while self._thread.is_alive() and not self._stuck:
             self._thread.join(LOOKS)
             self.look_after()

@@ -1,40 +1,104 @@
 """From the engine's thread to an event loop."""
 
 import asyncio
+import threading
 from collections import deque
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 from server.engine.engine import Engine
 from server.engine.generation import Generation
-from server.engine.request import Event, Finished, GenerationRequest
+from server.engine.request import Committed, Event, Finished, FinishReason, GenerationRequest
+
+MOST_EVENTS = 64
+"""Events that wait for their consumer one by one; later ones are merged, unless each of them is to be told."""
+MOST_NUMBERS = 250_000
+"""Numbers in the events that may wait where each is to be told."""
+EVENT = 32
+"""What an event takes beside its numbers, in numbers."""
 
 
 class EventStream:
     """The events of one generation, for one consumer on one event loop.
 
-    What waits here is bounded: a generation has at most one event a token.
+    What waits here is bounded: of a consumer that lags behind, forward passes are merged into one event, which says of
+    the text what they say together. Where each pass is to be told, a generation whose consumer lags too far behind is
+    ended, as a slow reader's.
+
+    Args:
+        every_pass: whether the consumer is to be told each pass.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, every_pass: bool = True) -> None:
         self._engine = engine
         self._loop = asyncio.get_running_loop()
+        self._every_pass = every_pass
+        self._lock = threading.Lock()
         self._events: deque[Event] = deque()
+        self._merged: Committed | None = None
+        self._numbers = 0
+        self._overrun = False
         self._arrived = asyncio.Event()
         self._ended = False
         self.generation: Generation | None = None
 
     def deliver(self, event: Event) -> None:
         """Called on the engine's thread."""
-        self._events.append(event)
+        with self._lock:
+            if isinstance(event, Committed):
+                self._keep(event)
+            elif self._overrun:
+                message = "the client took its answer too slowly for all forward passes to be kept for it"
+                self._events.append(replace(event, reason=FinishReason.ABORT, message=message))
+            else:
+                self._events.append(event)
         try:
             self._loop.call_soon_threadsafe(self._arrived.set)
         except RuntimeError:
             self._ended = True  # the loop is closed: nobody listens any more
 
+    def _keep(self, event: Committed) -> None:
+        if self._overrun:
+            self.cancel()
+            return
+        if not self._every_pass and len(self._events) >= MOST_EVENTS:
+            self._merge(event)
+            return
+        self._numbers += _numbers(event)
+        if self._every_pass and self._numbers > MOST_NUMBERS:
+            self._overrun = True
+            self._engine.metrics.rejected("slow_reader")
+            self._events.clear()
+            self.cancel()
+        else:
+            self._events.append(event)
+
+    def _merge(self, event: Committed) -> None:
+        """Let the last event that waits say what this one does. Only what a text needs is kept."""
+        if self._merged is None or self._merged is not self._events[-1]:
+            self._merged = Committed(event.forward, [], [], [], [], event.settled, [])
+            self._events.append(self._merged)
+        merged = self._merged
+        merged.positions.extend(event.positions)
+        merged.confidences.extend(event.confidences)
+        merged.text_tokens.extend(event.text_tokens)
+        self._merged = self._events[-1] = replace(merged, forward=event.forward, settled=event.settled)
+
+    def _take(self) -> Event | None:
+        """The next event, if there is one."""
+        with self._lock:
+            if not self._events:
+                return None
+            event = self._events.popleft()
+            if event is self._merged:
+                self._merged = None
+            if isinstance(event, Committed):
+                self._numbers -= _numbers(event)
+            return event
+
     async def __aiter__(self) -> AsyncIterator[Event]:
         while not self._ended:
-            while self._events:
-                event = self._events.popleft()
+            while (event := self._take()) is not None:
                 self._ended = isinstance(event, Finished)
                 yield event
             if self._ended:
@@ -47,6 +111,11 @@ class EventStream:
         """End the generation; its `Finished` event still comes."""
         if self.generation is not None:
             self._engine.cancel(self.generation)
+
+
+def _numbers(event: Committed) -> int:
+    where = len(event.positions) + len(event.filled) + len(event.replaced) + len(event.remasked)
+    return EVENT + where + len(event.tokens) + len(event.confidences) + len(event.text_tokens) + len(event.draft)
 
 
 def submit_to(streams: list[EventStream], engine: Engine, requests: list[GenerationRequest]) -> None:

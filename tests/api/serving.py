@@ -80,6 +80,7 @@ class Running:
     text: TextCodec
     app: FastAPI
     http: httpx.Client
+    server: DrainingServer
 
     def client(self, key: str = "any") -> OpenAI:
         return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0)
@@ -132,7 +133,7 @@ def serving(model: Path, **settings: Any) -> Iterator[Running]:
     url = f"http://127.0.0.1:{bound.getsockname()[1]}"
     try:
         with httpx.Client(base_url=url, timeout=60, trust_env=False) as http:
-            yield Running(url, engine, gate, loaded.text, app, http)
+            yield Running(url, engine, gate, loaded.text, app, http, server)
     finally:
         server.should_exit = server.force_exit = True
         thread.join()

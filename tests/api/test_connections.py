@@ -330,6 +330,14 @@ def test_an_idle_connection_is_kept(tiny_model: Path) -> None:
         assert answers.ended()
 
 
+def test_an_answer_may_take_longer_than_a_connection_may_idle(tiny_model: Path) -> None:
+    with serving(tiny_model, keep_alive=0.2, header_timeout=0.2) as running, connected(running) as connection:
+        with running.gate.closed():
+            connection.sendall(sized())
+            time.sleep(0.8)
+        assert Answers(connection).next()[0] == 200
+
+
 def test_connections_are_kept_for_longer_than_pools_keep_them() -> None:
     """Common clients and proxies drop an idle connection by themselves after a minute at most."""
     assert load_settings({}).keep_alive == 75

@@ -20,7 +20,7 @@ class BodyLimit:
         length = Headers(scope=scope).get("content-length", "0")
         # int() would take signs, spaces and other digits than 0 to 9.
         if not (length.isascii() and length.isdigit()):
-            error = BadHeaderError(f"content-length is {length[:80]!r}, which is not a number of bytes")
+            error = BadHeaderError(f"content-length is {length[:40]!r}, which is not a number of bytes")
             await error_response(error)(scope, receive, send)
         elif len(length) > 18 or int(length) > self._max:
             await error_response(self._too_large())(scope, receive, send)

@@ -13,6 +13,8 @@ from server.api.errors import error_response
 log = structlog.get_logger(__name__)
 
 HEADER = "x-request-id"
+SHOWN_PATH = 200
+"""Characters of a path that the log repeats."""
 SANE = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
 
 
@@ -46,4 +48,4 @@ class RequestId:
                 if not status:
                     await error_response(error)(scope, receive, send_named)
             seconds = round(time.monotonic() - began, 4)
-            log.info("request", method=scope["method"], path=scope["path"], status=status, seconds=seconds)
+            log.info("request", method=scope["method"], path=scope["path"][:SHOWN_PATH], status=status, seconds=seconds)
