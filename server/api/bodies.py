@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any, TypeVar
 
-import anyio.to_thread
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -12,10 +11,9 @@ from pydantic_core import ErrorDetails
 from server.api.errors import BadHeaderError, UnsupportedEncodingError
 from server.api.fields import refusal
 from server.api.requests import Body, ChatBody, GenerationBody, SamplerArguments, TokenizeBody
+from server.api.text_threads import LONG, TextThreads
 from server.engine import RequestError
 
-LONG = 64 * 1024
-"""Bytes or characters from which on work on a text leaves the event loop."""
 SHOWN = 80
 """Characters of a wrong value that its error repeats."""
 MAX_NAME = 100
@@ -38,10 +36,11 @@ SIGNATURES = {
 B = TypeVar("B", bound=Body)
 
 
-async def read_body(request: Request, cls: type[B]) -> B:
-    """The request's JSON body.
+async def read_body(threads: TextThreads, request: Request, cls: type[B]) -> B:
+    """The request's JSON body; a long one is parsed off the event loop.
 
-    Raises RequestError, BadHeaderError, UnsupportedEncodingError or, from the limit on bodies, BodyTooLargeError.
+    Raises RequestError, BadHeaderError, UnsupportedEncodingError, QueueFullError, NotServingError or, from the limit on
+    bodies, BodyTooLargeError.
     """
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     # A web page of another site can send any other type without asking first.
@@ -54,7 +53,7 @@ async def read_body(request: Request, cls: type[B]) -> B:
             raise UnsupportedEncodingError(f"{header} is {coding}: send the body as it is, without compression")
     data = await request.body()
     if len(data) > LONG:
-        return await anyio.to_thread.run_sync(partial(parse_body, data, cls))
+        return await threads.run(partial(parse_body, data, cls), len(data))
     return parse_body(data, cls)
 
 

@@ -2,7 +2,6 @@
 
 from functools import partial
 
-import anyio.to_thread
 from fastapi import FastAPI, Request, Response
 
 from server.api.bodies import read_body
@@ -16,8 +15,6 @@ from server.engine import RequestError
 
 
 def add_routes(app: FastAPI, serving: Serving) -> None:
-    info, text = serving.engine.info, serving.text
-
     @app.post(
         "/tokenize",
         response_model=Tokens,
@@ -27,17 +24,13 @@ def add_routes(app: FastAPI, serving: Serving) -> None:
     )
     async def tokenize(request: Request) -> Response:
         """The tokens of a prompt or a chat, as a completion would use them."""
-        body = await read_body(request, TokenizeBody)
+        body = await read_body(serving.threads, request, TokenizeBody)
         serving.catalogue.check_model(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise RequestError("prompt", "send either prompt or messages")
         if body.messages is None and body.add_generation_prompt is not None:
             raise RequestError("add_generation_prompt", "add_generation_prompt is for messages: leave it out")
-        tokens = await anyio.to_thread.run_sync(partial(_encode, serving, body))
-        strings = [text.token_name(token) for token in tokens] if body.return_token_strs else None
-        return json_response(
-            Tokens(count=len(tokens), max_model_len=info.max_length, tokens=tokens, token_strs=strings)
-        )
+        return await serving.threads.run(partial(_tokenized, serving, body), len(await request.body()))
 
     @app.post(
         "/detokenize",
@@ -48,11 +41,21 @@ def add_routes(app: FastAPI, serving: Serving) -> None:
     )
     async def detokenize(request: Request) -> Response:
         """The text of tokens, special ones included."""
-        body = await read_body(request, DetokenizeBody)
+        body = await read_body(serving.threads, request, DetokenizeBody)
         serving.catalogue.check_model(body.model)
-        check_ids("tokens", body.tokens, info.vocab_size)
-        prompt = await anyio.to_thread.run_sync(partial(text.decode, body.tokens, skip_special_tokens=False))
-        return json_response(Detokenized(prompt=prompt))
+        return await serving.threads.run(partial(_detokenized, serving, body), len(await request.body()))
+
+
+def _tokenized(serving: Serving, body: TokenizeBody) -> Response:
+    tokens = _encode(serving, body)
+    strings = [serving.text.token_name(token) for token in tokens] if body.return_token_strs else None
+    limit = serving.engine.info.max_length
+    return json_response(Tokens(count=len(tokens), max_model_len=limit, tokens=tokens, token_strs=strings))
+
+
+def _detokenized(serving: Serving, body: DetokenizeBody) -> Response:
+    check_ids("tokens", body.tokens, serving.engine.info.vocab_size)
+    return json_response(Detokenized(prompt=serving.text.decode(body.tokens, skip_special_tokens=False)))
 
 
 def _encode(serving: Serving, body: TokenizeBody) -> list[int]:
