@@ -8,13 +8,16 @@ from typing import TypeVar
 
 from server.engine import Engine, NotServingError, QueueFullError
 from server.metrics import Metrics
+from server.processors import allowed
 
 LONG = 64 * 1024
 """Bytes of a body from which on it counts as long."""
-LONG_THREADS, LONG_WAITING = 2, 64
+LONG_THREADS, MOST_LONG = max(1, min(4, len(allowed()) // 2)), 64
 """Long bodies that are worked on at once, and that may be there altogether."""
-SHORT_THREADS, SHORT_WAITING = 8, 2048
+SHORT_THREADS, MOST_SHORT = 4, 2048
+"""The same of short ones."""
 ANSWER_THREADS = 2
+"""Answers that are put together at once."""
 
 T = TypeVar("T")
 
@@ -39,8 +42,8 @@ class TextThreads:
     def __init__(self, engine: Engine, metrics: Metrics) -> None:
         self._engine = engine
         self._metrics = metrics
-        self._short = _Lane("short", SHORT_THREADS, SHORT_WAITING)
-        self._long = _Lane("long", LONG_THREADS, LONG_WAITING)
+        self._short = _Lane("short", SHORT_THREADS, MOST_SHORT)
+        self._long = _Lane("long", LONG_THREADS, MOST_LONG)
         self._answers = ThreadPoolExecutor(ANSWER_THREADS, "text-answers")
 
     async def run(self, work: Callable[[], T], size: int) -> T:
