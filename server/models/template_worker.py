@@ -98,6 +98,10 @@ class _Process:
     def pid(self) -> int:
         return self._popen.pid
 
+    @property
+    def alive(self) -> bool:
+        return self._popen.poll() is None
+
 
 class TemplateWorkers:
     """At most so many processes, each for one call at a time. Safe to use from several threads.
@@ -163,13 +167,18 @@ class TemplateWorkers:
         return text
 
     def _take(self) -> _Process:
-        with self._lock:
-            if self._idle:
-                return self._idle.pop()
+        while idle := self._next_idle():
+            if idle.alive:
+                return idle
+            self._drop(idle)  # killed by somebody else, such as a system that ran out of memory
         process = _Process()
         with self._lock:
             self._all.add(process)
         return process
+
+    def _next_idle(self) -> _Process | None:
+        with self._lock:
+            return self._idle.pop() if self._idle else None
 
     def _give_back(self, process: _Process) -> None:
         with self._lock:
