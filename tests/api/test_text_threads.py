@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from server import lifecycle
 from server.api import answer, bodies, text_threads, tokens
@@ -203,5 +204,7 @@ def test_a_served_model_shares_the_interpreter(tiny_model: Path, monkeypatch: py
 
     monkeypatch.setattr(lifecycle, "serve", serve_nothing)
     with socket.socket() as bound:
-        assert commands._load_and_serve(load_settings({"model": str(tiny_model)}), bound)
+        assert commands._load_and_serve(
+            load_settings({"model": str(tiny_model), "threads": torch.get_num_threads()}), bound
+        )
     assert served == [pytest.approx(TURN)]
