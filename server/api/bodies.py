@@ -11,9 +11,11 @@ from pydantic_core import ErrorDetails
 from server.api.errors import BadHeaderError, UnsupportedEncodingError
 from server.api.fields import refusal
 from server.api.requests import Body, ChatBody, GenerationBody, SamplerArguments, TokenizeBody
-from server.api.text_threads import LONG, TextThreads
+from server.api.text_threads import TextThreads
 from server.engine import RequestError
 
+SMALL = 16 * 1024
+"""Bytes of a body up to which it is parsed on the event loop: another thread takes longer than that."""
 SHOWN = 80
 """Characters of a wrong value that its error repeats."""
 MAX_NAME = 100
@@ -52,7 +54,7 @@ async def read_body(threads: TextThreads, request: Request, cls: type[B]) -> B:
             coding = show(", ".join(sorted(packed)))
             raise UnsupportedEncodingError(f"{header} is {coding}: send the body as it is, without compression")
     data = await request.body()
-    if len(data) > LONG:
+    if len(data) > SMALL:
         return await threads.run(partial(parse_body, data, cls), len(data))
     return parse_body(data, cls)
 

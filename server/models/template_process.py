@@ -14,7 +14,7 @@ import signal
 import socket
 import struct
 import sys
-from functools import lru_cache
+from functools import cache, lru_cache
 from marshal import loads
 from typing import Any
 
@@ -52,10 +52,25 @@ def serve(connection: socket.socket) -> None:
 
 
 def _allow(seconds: float, memory: int) -> None:
-    """Limit what comes next: processor time, of which the process dies without any code of its own, and memory."""
+    """Limit what comes next: processor time, of which the process dies without any code of its own, and memory.
+
+    Args:
+        memory: bytes, beside those of the program itself.
+    """
     signal.setitimer(signal.ITIMER_PROF, seconds)
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (memory if hard == resource.RLIM_INFINITY else min(memory, hard), hard))
+    most = _program_size() + memory
+    resource.setrlimit(resource.RLIMIT_AS, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+
+
+@cache
+def _program_size() -> int:
+    """Bytes of address space that the program had when it was first asked for."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[0]) * resource.getpagesize()
+    except FileNotFoundError:  # not on Linux
+        return 0
 
 
 def _answer(source: str, variables: dict[str, Any] | None, most: int) -> tuple[bytes, str]:

@@ -43,20 +43,23 @@ class _Process:
     """One process and the connection to it."""
 
     def __init__(self) -> None:
-        ours, theirs = socket.socketpair()
+        program = f"import sys; sys.path[:] = {sys.path!r}; from server.models.template_process import main; main()"
+        self._connection, theirs = socket.socketpair()
         with theirs:
-            program = f"import sys; sys.path[:] = {sys.path!r}; from server.models.template_process import main; main()"
-            self._popen = subprocess.Popen(
-                [sys.executable, "-c", program, str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                # Keys may be in the environment, and a template has no use for any of it.
-                env={name: value for name, value in os.environ.items() if not name.upper().startswith("UNMASK_")},
-                start_new_session=True,  # a terminal's Ctrl-C is for the server
-            )
-        self._connection = ours
+            try:
+                self._popen = subprocess.Popen(
+                    [sys.executable, "-c", program, str(theirs.fileno())],
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    # Keys may be in the environment, and a template has no use for any of it.
+                    env={name: value for name, value in os.environ.items() if not name.upper().startswith("UNMASK_")},
+                    start_new_session=True,  # a terminal's Ctrl-C is for the server
+                )
+            except BaseException:
+                self._connection.close()
+                raise
 
     def call(self, limits: tuple[float, int, int], payload: bytes) -> tuple[bytes, str]:
         """Kind and text of the answer. Raises TemplateLimitError; then the process is of no use any more.
