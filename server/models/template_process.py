@@ -129,7 +129,6 @@ def _read(connection: socket.socket, size: int) -> bytearray | None:
 
 def main() -> None:
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with socket.socket(fileno=int(sys.argv[1])) as connection:
         try:

@@ -91,6 +91,16 @@ def test_long_chats_may_take_more(workers: TemplateWorkers) -> None:
     assert workers.render(ECHO * 2, {"messages": user(content)}) == content * 2
 
 
+def test_what_took_too_much_memory_is_not_used_again(workers: TemplateWorkers) -> None:
+    with pytest.raises(TemplateLimitError, match=MEMORY):
+        workers.render(BOMBS["repeated"][0], {})
+    assert workers.pids == []
+
+
+def test_half_of_a_pair_is_no_character(workers: TemplateWorkers) -> None:
+    assert workers.render("{{ '\\ud800' }}\u6f22", {}) == "\ufffd\u6f22"
+
+
 def test_a_long_error_is_cut(workers: TemplateWorkers) -> None:
     with pytest.raises(ValueError, match=r"^x+$") as caught:
         workers.render("{{ raise_exception('x' * 10 ** 6) }}", {})
@@ -119,6 +129,7 @@ def test_a_bad_one_does_not_hold_up_others(workers: TemplateWorkers, monkeypatch
 def test_processes_stay_as_long_as_they_answer(workers: TemplateWorkers) -> None:
     assert workers.render("a", {}) == "a"
     (first,) = workers.pids
+    assert os.getsid(first) == first, "a terminal's Ctrl-C is not for it"
     for _ in range(5):
         workers.render("a", {})
     assert workers.pids == [first]
@@ -128,6 +139,7 @@ def test_processes_stay_as_long_as_they_answer(workers: TemplateWorkers) -> None
     assert workers.pids != [first]
 
 
+@pytest.mark.timeout(30)
 def test_a_process_that_does_not_get_on_is_given_up(workers: TemplateWorkers, monkeypatch: pytest.MonkeyPatch) -> None:
     assert workers.render("a", {}) == "a"
     (pid,) = workers.pids
