@@ -12,6 +12,7 @@ from server.api.middleware.paths import PlainPaths
 from server.api.middleware.request_id import RequestId
 from server.api.openapi import complete_openapi
 from server.api.serving import Serving
+from server.api.text_threads import TextThreads
 from server.engine import Engine
 from server.metrics import Metrics
 from server.models.text import TextCodec
@@ -26,8 +27,8 @@ def create_app(engine: Engine, text: TextCodec, metrics: Metrics, settings: Sett
     """
     info = engine.info
     catalogue = Catalogue(metrics.model_name, default_rule(settings, info), engine.policies, info.scheme)
-    serving = Serving(engine, text, metrics, settings, catalogue)
     metrics.policies(len(engine.policies.list()))
+    serving = Serving(engine, text, metrics, settings, catalogue, TextThreads(engine, metrics))
     app = FastAPI(
         title="Unmask",
         summary="An OpenAI-style inference server for diffusion language models",

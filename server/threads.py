@@ -1,10 +1,26 @@
 """Where parallel work is done, as far as that matters."""
 
+import gc
+import sys
 import threading
 from collections.abc import Callable
 from typing import TypeVar
 
 T = TypeVar("T")
+
+TURN = 0.001
+"""Seconds after which a thread that runs Python lets another one run, if that waits."""
+
+
+def share_the_interpreter() -> None:
+    """Keep short what the event loop waits for while other threads run Python; to be called once all is loaded.
+
+    The garbage collector stops all threads, and looks at everything that there is: a fifth of a second for what torch
+    alone brings along. What is there now stays for good and need not be looked at.
+    """
+    sys.setswitchinterval(TURN)
+    gc.collect()
+    gc.freeze()
 
 
 def apart(work: Callable[[], T]) -> T:

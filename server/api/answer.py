@@ -12,8 +12,12 @@ from server.api.choices import Choice, Piece, cancelling, follow
 from server.api.generation import Running
 from server.api.requests import GenerationBody, StreamOptions
 from server.api.responses import ForwardPass, Usage, json_response
+from server.api.serving import Serving
 from server.api.streaming import Chunks, EventStreamResponse
 from server.engine import RequestError
+
+LONG_ANSWER = 2000
+"""Tokens from which on an answer is put together off the event loop."""
 
 
 class Answer(Chunks):
@@ -25,12 +29,13 @@ class Answer(Chunks):
 
     prefix: str
 
-    def __init__(self, running: Running, body: GenerationBody, served_name: str) -> None:
+    def __init__(self, running: Running, body: GenerationBody, serving: Serving) -> None:
         self.id = f"{self.prefix}-{uuid.uuid4().hex}"
         self.created = int(time.time())
-        self.model = body.model or served_name
+        self.model = body.model or serving.catalogue.name
         self.running = running
         self.body = body
+        self._threads = serving.threads
 
     @abstractmethod
     def whole(self, pieces: Sequence[Piece]) -> BaseModel:
@@ -68,7 +73,12 @@ class Answer(Chunks):
 
         with cancelling(choices):
             await follow(choices, request.receive, collect)
-        return json_response(self.whole([_join(each) for each in pieces]))
+
+        def answer() -> Response:
+            return json_response(self.whole([_join(each) for each in pieces]))
+
+        tokens = sum(choice.completion_tokens for choice in choices)
+        return await self._threads.finish(answer) if tokens > LONG_ANSWER else answer()
 
 
 def check_stream_options(body: GenerationBody) -> None:

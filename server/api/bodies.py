@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any, TypeVar
 
-import anyio.to_thread
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -12,10 +11,11 @@ from pydantic_core import ErrorDetails
 from server.api.errors import MAX_PARAM, BadHeaderError, UnsupportedEncodingError, shortened
 from server.api.fields import refusal
 from server.api.requests import Body, ChatBody, GenerationBody, SamplerArguments, TokenizeBody
+from server.api.text_threads import TextThreads
 from server.engine import RequestError
 
-LONG = 64 * 1024
-"""Bytes or characters from which on work on a text leaves the event loop."""
+SMALL = 16 * 1024
+"""Bytes of a body up to which it is parsed on the event loop: another thread takes longer than that."""
 SHOWN = 60
 """Characters of a wrong value that its error repeats."""
 MAX_CONTAINERS = 10_000
@@ -24,6 +24,8 @@ MAX_MEMBERS = 30_000
 """Fields of all objects in a body."""
 MAX_VALUES = 500_000
 """Values in all lists and objects of a body."""
+PART = 64 * 1024
+"""Bytes of a body that are looked through at once."""
 MAX_UNKNOWN = 100
 """Names of fields that a body may have beyond ours; each is compared with all of ours."""
 
@@ -42,10 +44,11 @@ SIGNATURES = {
 B = TypeVar("B", bound=Body)
 
 
-async def read_body(request: Request, cls: type[B]) -> B:
-    """The request's JSON body.
+async def read_body(threads: TextThreads, request: Request, cls: type[B]) -> B:
+    """The request's JSON body; a long one is parsed off the event loop.
 
-    Raises RequestError, BadHeaderError, UnsupportedEncodingError or, from the limit on bodies, BodyTooLargeError.
+    Raises RequestError, BadHeaderError, UnsupportedEncodingError, QueueFullError, NotServingError or, from the limit on
+    bodies, BodyTooLargeError.
     """
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     # A web page of another site can send any other type without asking first.
@@ -57,8 +60,8 @@ async def read_body(request: Request, cls: type[B]) -> B:
             coding = show(", ".join(sorted(packed)))
             raise UnsupportedEncodingError(f"{header} is {coding}: send the body as it is, without compression")
     data = await request.body()
-    if len(data) > LONG:
-        return await anyio.to_thread.run_sync(partial(parse_body, data, cls))
+    if len(data) > SMALL:
+        return await threads.run(partial(parse_body, data, cls), len(data))
     return parse_body(data, cls)
 
 
@@ -106,8 +109,8 @@ def _outside_texts(data: bytes) -> Iterator[bytes]:
     """JSON without what is between quotes, part by part."""
     data = data.replace(b"\\\\", b"").replace(b'\\"', b"")
     inside = 0
-    for start in range(0, len(data), LONG):
-        parts = data[start : start + LONG].split(b'"')
+    for start in range(0, len(data), PART):
+        parts = data[start : start + PART].split(b'"')
         yield b"".join(parts[inside::2])
         inside = (inside + len(parts) - 1) % 2
 

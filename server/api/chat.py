@@ -9,7 +9,7 @@ from server.api.answer import Answer, check_stream_options
 from server.api.assembly import escaped
 from server.api.bodies import read_body
 from server.api.choices import Choice, Piece, Token
-from server.api.generation import Job, Running, check_masks, start
+from server.api.generation import Job, Running, check_masks, refusing_long, start
 from server.api.openapi import GENERATION_ERRORS, body_of, streamed
 from server.api.requests import ChatBody, Message
 from server.api.responses import (
@@ -39,9 +39,10 @@ def add_routes(app: FastAPI, serving: Serving) -> None:
     )
     async def chat_completions(request: Request) -> Response:
         """Write the next message of a chat."""
-        body = await read_body(request, ChatBody)
+        body = await read_body(serving.threads, request, ChatBody)
         check_stream_options(body)
-        running = await start(serving, body, 1, partial(read_job, serving), bool(body.logprobs))
+        size = len(await request.body())
+        running = await start(serving, body, size, 1, partial(read_job, serving), bool(body.logprobs))
         return await ChatAnswer(running, body, serving).respond(request)
 
 
@@ -52,18 +53,24 @@ def read_job(serving: Serving, body: ChatBody) -> Job:
         message = f"max_tokens says {older}, but max_completion_tokens says {newer}: send one of them"
         raise RequestError("max_tokens", message, "conflicting_values")
     field = "max_tokens" if newer is None else "max_completion_tokens"
-    prompt = encode_chat(serving.text, body.messages, bool(body.add_special_tokens))
+    with refusing_long(serving, "messages", newer or older):
+        most = serving.engine.info.max_length
+        prompt = encode_chat(serving.text, body.messages, bool(body.add_special_tokens), most=most)
     check_masks(serving, "messages", prompt)
     return Job([prompt], [], newer or older, prompt_field="messages", length_field=field)
 
 
 def encode_chat(
-    text: TextCodec, messages: Sequence[Message], add_special_tokens: bool = False, add_generation_prompt: bool = True
+    text: TextCodec,
+    messages: Sequence[Message],
+    add_special_tokens: bool = False,
+    add_generation_prompt: bool = True,
+    most: int | None = None,
 ) -> list[int]:
-    """Messages as tokens. Raises RequestError."""
+    """Messages as tokens. Raises RequestError, and TextTooLongError as `TextCodec.encode_chat` does."""
     chat = [message.for_template() for message in messages]
     try:
-        return text.encode_chat(chat, add_generation_prompt, add_special_tokens)
+        return text.encode_chat(chat, add_generation_prompt, add_special_tokens, most)
     except ChatTemplateError as error:
         raise RequestError("messages", str(error)) from None
 
@@ -74,7 +81,7 @@ class ChatAnswer(Answer):
     prefix = "chatcmpl"
 
     def __init__(self, running: Running, body: ChatBody, serving: Serving) -> None:
-        super().__init__(running, body, serving.catalogue.name)
+        super().__init__(running, body, serving)
         self._wants_logprobs = bool(body.logprobs)
         self._begun: set[int] = set()
 

@@ -10,7 +10,7 @@ from server.api.answer import Answer, check_stream_options
 from server.api.assembly import escaped
 from server.api.bodies import read_body
 from server.api.choices import Choice, Piece
-from server.api.generation import Job, Running, check_ids, check_masks, start
+from server.api.generation import Job, Running, check_ids, check_masks, refusing_long, start
 from server.api.openapi import GENERATION_ERRORS, body_of, streamed
 from server.api.requests import CompletionBody
 from server.api.responses import Completion, CompletionChoice, CompletionLogprobs, Usage, Used
@@ -28,14 +28,15 @@ def add_routes(app: FastAPI, serving: Serving) -> None:
     )
     async def completions(request: Request) -> Response:
         """Continue a prompt, or fill the gap between prompt and suffix."""
-        body = await read_body(request, CompletionBody)
+        body = await read_body(serving.threads, request, CompletionBody)
         check_stream_options(body)
         if body.echo and body.logprobs is not None:
             raise RequestError(
                 "logprobs", "logprobs of the prompt, which echo asks for, are not supported: leave it out"
             )
         wants_logprobs = body.logprobs is not None
-        running = await start(serving, body, len(body.prompts()), partial(read_job, serving), wants_logprobs)
+        size = len(await request.body())
+        running = await start(serving, body, size, len(body.prompts()), partial(read_job, serving), wants_logprobs)
         return await CompletionAnswer(running, body, serving).respond(request)
 
 
@@ -43,8 +44,14 @@ def read_job(serving: Serving, body: CompletionBody) -> Job:
     """Prompts and suffix as tokens. Raises RequestError."""
     text, given, info = serving.text, body.prompts(), serving.engine.info
     around = body.add_special_tokens is not False
-    prompts = [text.encode(prompt, around) if isinstance(prompt, str) else prompt for prompt in given]
-    suffix = text.encode(body.suffix or "")
+    most = info.max_length
+    with refusing_long(serving, "prompt", body.max_tokens):
+        for prompt in given:  # none is made tokens if one cannot be
+            if isinstance(prompt, str):
+                text.check_length(prompt, most)
+        prompts = [text.encode(prompt, around) if isinstance(prompt, str) else prompt for prompt in given]
+    with refusing_long(serving, "suffix", body.max_tokens):
+        suffix = text.encode(body.suffix or "", most=most)
     for prompt in prompts:
         check_ids("prompt", prompt, info.vocab_size)
         check_masks(serving, "prompt", prompt)
@@ -59,7 +66,7 @@ class CompletionAnswer(Answer):
     prefix = "cmpl"
 
     def __init__(self, running: Running, body: CompletionBody, serving: Serving) -> None:
-        super().__init__(running, body, serving.catalogue.name)
+        super().__init__(running, body, serving)
         self._wants_logprobs = body.logprobs is not None
 
     def first(self) -> Sequence[Completion]:

@@ -1,12 +1,11 @@
 """From a validated body to generations in the engine."""
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
-
-import anyio.to_thread
 
 from policies.store import UnknownPolicyError
 from samplers import CacheMode, Layout, SamplerParams, TokenChoice
@@ -18,7 +17,9 @@ from server.api.responses import Usage, Used
 from server.api.serving import Serving
 from server.api.stopping import TextStop
 from server.engine import GenerationRequest, ModelInfo, RequestError
+from server.engine.engine import CONTEXT_LENGTH_EXCEEDED, too_long
 from server.engine.stream import EventStream, submit_to
+from server.models.text import TextTooLongError
 
 
 @dataclass(frozen=True)
@@ -66,10 +67,11 @@ class Running:
 B = TypeVar("B", bound=GenerationBody)
 
 
-async def start(serving: Serving, body: B, count: int, read: Callable[[B], Job], logprobs: bool) -> Running:
+async def start(serving: Serving, body: B, size: int, count: int, read: Callable[[B], Job], logprobs: bool) -> Running:
     """Queue the generations of a body, all or none.
 
     Args:
+        size: the body's bytes.
         count: number of prompts in the body.
         read: makes the prompts tokens; runs in another thread, since that can take long.
 
@@ -85,7 +87,7 @@ async def start(serving: Serving, body: B, count: int, read: Callable[[B], Job],
             f"({serving.settings.max_queue}, --max-queue): send fewer at a time",
         )
     streams = [EventStream(serving.engine, every_pass=bool(body.return_trajectory)) for _ in range(total)]
-    job, used = await anyio.to_thread.run_sync(partial(_submit, serving, body, rule, read, streams))
+    job, used = await serving.threads.run(partial(_submit, serving, body, rule, read, streams), size)
     choices = [
         Choice(stream, serving.text, i, i // number, body.stop, logprobs, bool(body.return_trajectory))
         for i, stream in enumerate(streams)
@@ -181,6 +183,16 @@ def _policy_warnings(
     host = serving.catalogue.policies.host
     found = [warning for length in lengths for warning in stored.warnings(host, block_length, length)]
     return list(dict.fromkeys(found))
+
+
+@contextmanager
+def refusing_long(serving: Serving, field: str, max_tokens: int | None = None) -> Iterator[None]:
+    """Say of a text in this field that is too long for the context what the engine says of its tokens."""
+    try:
+        yield
+    except TextTooLongError as error:
+        message = too_long(serving.engine.info, error.at_least, max_tokens or 1, at_least=True)
+        raise RequestError(field, message, CONTEXT_LENGTH_EXCEEDED) from None
 
 
 def check_ids(field: str, ids: Sequence[int], vocab_size: int) -> None:

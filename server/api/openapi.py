@@ -23,7 +23,7 @@ def _errors(*statuses: int) -> Responses:
         404: "There is no such thing",
         413: "The body is too long",
         415: "The body is compressed",
-        429: "The queue is full; try again after `Retry-After` seconds",
+        429: "The queue is full, or too much waits to be read; try again after `Retry-After` seconds",
         500: "The server failed",
         503: "The server is stopping, or its engine is not running",
         504: "The request's time was up",
@@ -33,8 +33,8 @@ def _errors(*statuses: int) -> Responses:
 
 ERRORS = _errors(401)
 LOOKUP_ERRORS = _errors(401, 404)
-BODY_ERRORS = _errors(400, 401, 404, 413, 415)
-ADMIN_ERRORS = _errors(400, 401, 403, 404, 413, 415)
+BODY_ERRORS = _errors(400, 401, 404, 413, 415, 429, 503)
+ADMIN_ERRORS = _errors(400, 401, 403, 404, 413, 415, 429, 503)
 GENERATION_ERRORS = _errors(400, 401, 404, 413, 415, 429, 500, 503, 504)
 UNAVAILABLE = _errors(503)
 

@@ -2,7 +2,6 @@
 
 from functools import partial
 
-import anyio.to_thread
 from fastapi import FastAPI, Request, Response
 
 from server.api.bodies import read_body
@@ -13,11 +12,14 @@ from server.api.requests import DetokenizeBody, TokenizeBody
 from server.api.responses import Detokenized, Tokens, json_response
 from server.api.serving import Serving
 from server.engine import RequestError
+from server.engine.engine import CONTEXT_LENGTH_EXCEEDED
+from server.models.text import TextTooLongError
+
+COUNTED = 2 << 20
+"""Bytes of a body whose text is tokenized even where it cannot fit the context."""
 
 
 def add_routes(app: FastAPI, serving: Serving) -> None:
-    info, text = serving.engine.info, serving.text
-
     @app.post(
         "/tokenize",
         response_model=Tokens,
@@ -27,17 +29,14 @@ def add_routes(app: FastAPI, serving: Serving) -> None:
     )
     async def tokenize(request: Request) -> Response:
         """The tokens of a prompt or a chat, as a completion would use them."""
-        body = await read_body(request, TokenizeBody)
+        body = await read_body(serving.threads, request, TokenizeBody)
         serving.catalogue.check_model(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise RequestError("prompt", "send either prompt or messages")
         if body.messages is None and body.add_generation_prompt is not None:
             raise RequestError("add_generation_prompt", "add_generation_prompt is for messages: leave it out")
-        tokens = await anyio.to_thread.run_sync(partial(_encode, serving, body))
-        strings = [text.token_name(token) for token in tokens] if body.return_token_strs else None
-        return json_response(
-            Tokens(count=len(tokens), max_model_len=info.max_length, tokens=tokens, token_strs=strings)
-        )
+        size = len(await request.body())
+        return await serving.threads.run(partial(_tokenized, serving, body, size > COUNTED), size)
 
     @app.post(
         "/detokenize",
@@ -48,17 +47,38 @@ def add_routes(app: FastAPI, serving: Serving) -> None:
     )
     async def detokenize(request: Request) -> Response:
         """The text of tokens, special ones included."""
-        body = await read_body(request, DetokenizeBody)
+        body = await read_body(serving.threads, request, DetokenizeBody)
         serving.catalogue.check_model(body.model)
-        check_ids("tokens", body.tokens, info.vocab_size)
-        prompt = await anyio.to_thread.run_sync(partial(text.decode, body.tokens, skip_special_tokens=False))
-        return json_response(Detokenized(prompt=prompt))
+        return await serving.threads.run(partial(_detokenized, serving, body), len(await request.body()))
 
 
-def _encode(serving: Serving, body: TokenizeBody) -> list[int]:
+def _tokenized(serving: Serving, body: TokenizeBody, is_long: bool) -> Response:
+    """The tokens; of a long text only if it can fit the context. Raises RequestError."""
+    try:
+        tokens = _encode(serving, body, serving.engine.info.max_length if is_long else None)
+    except TextTooLongError as error:
+        field = "prompt" if body.messages is None else "messages"
+        message = (
+            f"{field}: at least {error.at_least} tokens, far more than the context's {serving.engine.info.max_length}: "
+            f"beyond that, only bodies of at most {COUNTED} bytes are tokenized ({CONTEXT_LENGTH_EXCEEDED})"
+        )
+        raise RequestError(field, message, CONTEXT_LENGTH_EXCEEDED) from None
+    strings = [serving.text.token_name(token) for token in tokens] if body.return_token_strs else None
+    limit = serving.engine.info.max_length
+    # Millions of tokens that we made ourselves are not validated again, with the interpreter's lock held.
+    return json_response(
+        Tokens.model_construct(count=len(tokens), max_model_len=limit, tokens=tokens, token_strs=strings)
+    )
+
+
+def _detokenized(serving: Serving, body: DetokenizeBody) -> Response:
+    check_ids("tokens", body.tokens, serving.engine.info.vocab_size)
+    return json_response(Detokenized(prompt=serving.text.decode(body.tokens, skip_special_tokens=False)))
+
+
+def _encode(serving: Serving, body: TokenizeBody, most: int | None) -> list[int]:
     serving.engine.check_accepting()
     if body.messages is not None:
-        return encode_chat(
-            serving.text, body.messages, bool(body.add_special_tokens), body.add_generation_prompt is not False
-        )
-    return serving.text.encode(body.prompt or "", add_special_tokens=body.add_special_tokens is not False)
+        around, prompted = bool(body.add_special_tokens), body.add_generation_prompt is not False
+        return encode_chat(serving.text, body.messages, around, prompted, most)
+    return serving.text.encode(body.prompt or "", body.add_special_tokens is not False, most)

@@ -88,7 +88,7 @@ def _load_and_serve(settings: Settings, bound: socket.socket) -> bool:
     from server.metrics import Metrics
     from server.models.loading import ModelError, load_model
     from server.policy_folder import watching
-    from server.threads import apart
+    from server.threads import apart, share_the_interpreter
 
     use_threads(settings.threads)
     try:
@@ -124,6 +124,7 @@ def _load_and_serve(settings: Settings, bound: socket.socket) -> bool:
     except RequestError as error:
         wrong(flag(error.field.partition(".")[0]), error)
     engine.start()
+    share_the_interpreter()
     with watching(policies, settings.policy_dir, metrics):
         return serve_app(app, engine, bound, settings)
 

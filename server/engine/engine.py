@@ -32,12 +32,17 @@ log = structlog.get_logger(__name__)
 CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
 
 
-def too_long(info: ModelInfo, prompt: int, max_tokens: int) -> str:
-    """The words by which clients of OpenAI's API know that a context is full; they also look for the code in it."""
+def too_long(info: ModelInfo, prompt: int, max_tokens: int, at_least: bool = False) -> str:
+    """The words by which clients of OpenAI's API know that a context is full; they also look for the code in it.
+
+    Args:
+        at_least: the prompt has more tokens than these, as its length alone tells.
+    """
+    or_more = "at least " if at_least else ""
     limit = f" here, because of {info.length_limit}" if info.length_limit else ""
     return (
         f"This model's maximum context length is {info.max_length} tokens{limit}. However, you requested "
-        f"{prompt + max_tokens} tokens ({prompt} in the prompt, {max_tokens} in the completion). "
+        f"{or_more}{prompt + max_tokens} tokens ({or_more}{prompt} in the prompt, {max_tokens} in the completion). "
         f"Please shorten the prompt or lower max_tokens. ({CONTEXT_LENGTH_EXCEEDED})"
     )
 

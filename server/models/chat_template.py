@@ -1,5 +1,6 @@
 """A model's chat template: from messages to the text that asks for the next one."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 from jinja2 import TemplateSyntaxError
 
 from server.models.files import MOST_TEMPLATE, ModelError, is_there, read_optional_json, read_text
-from server.models.jinja import chat_environment
+from server.models.template_worker import TemplateLimitError, TemplateRefusedError, template_workers
 from server.models.tokenizer_settings import named_tokens
 
 Message = Mapping[str, Any]
@@ -47,8 +48,14 @@ TURNS = {
 """Chats in which a turn of each role is tried, in this order: some templates ask for a system message."""
 
 
+MOST_SOURCE = 1_000_000
+"""Characters of a template; published ones have some thousands."""
+PROBING = 10.0
+"""Seconds that finding out what a template reads may take."""
+
+
 class ChatTemplate:
-    """A compiled template. Safe to use from several threads.
+    """A template, rendered in another process within limits of time and memory. Safe to use from several threads.
 
     Templates differ in which content they read: a text, a list of parts, or either. Which one is found out when the
     template is loaded, by rendering small chats, since what a template does not read it leaves out without a word.
@@ -57,13 +64,16 @@ class ChatTemplate:
         source: the template.
         special_tokens: what it may refer to, such as `bos_token`.
 
-    Raises jinja2.TemplateSyntaxError.
+    Raises jinja2.TemplateSyntaxError, and TemplateLimitError where even small chats take too much.
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None) -> None:
+        if len(source) > MOST_SOURCE:
+            raise TemplateLimitError(f"it is longer than {MOST_SOURCE} characters")
         self.source = source
-        self._template = chat_environment().from_string(source)
         self._special_tokens = dict(special_tokens or {})
+        template_workers().compile(source)
+        self._probing_ends = time.monotonic() + PROBING
         self._of_text: dict[str, Form] = dict.fromkeys(TURNS, joined)
         self._of_parts: dict[str, Form] = dict.fromkeys(TURNS, joined)
         for role in TURNS:
@@ -81,6 +91,8 @@ class ChatTemplate:
             return cls(source, named_tokens(settings))
         except TemplateSyntaxError as error:
             raise ModelError(f"{path}: chat template, line {error.lineno}: {error.message}") from None
+        except TemplateLimitError as error:
+            raise ModelError(f"{path}: chat template: {error}") from None
 
     def in_its_form(self, message: Message) -> dict[str, Any]:
         """A message whose content has the form that the template reads."""
@@ -100,25 +112,30 @@ class ChatTemplate:
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """The text for messages in the template's form. Raises ChatTemplateError."""
         try:
-            return self._template.render(
-                messages=messages,
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self._special_tokens,
-            )
-        except Exception as error:  # a template is a program: what it raises depends on the messages
-            why = " ".join(str(error).split()) or type(error).__name__
-            raise ChatTemplateError(f"the model's chat template refuses these messages: {why}") from None
+            return self._render(messages, add_generation_prompt)
+        except (TemplateRefusedError, TemplateLimitError) as error:
+            raise ChatTemplateError(f"the model's chat template refuses these messages: {error}") from None
+
+    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        variables = {
+            "messages": messages,
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            **self._special_tokens,
+        }
+        return template_workers().render(self.source, variables)
 
     def _first_that_shows(self, role: str, texts: list[str], forms: Sequence[Form]) -> Form:
         """The first form in which texts of that role are in the prompt; where none is, that of a plain text."""
         others: list[dict[str, Form]] = [self._of_text, dict.fromkeys(TURNS, parts)]
         for form, turns, other in product(forms, TURNS[role], others):
             chat = [{"role": each, "content": form(texts) if each == role else other[each](["text"])} for each in turns]
+            if time.monotonic() > self._probing_ends:
+                raise TemplateLimitError(f"some short chats take more than {PROBING:g} s")
             try:
-                text = self.render(chat)
-            except ChatTemplateError:
+                text = self._render(chat, True)
+            except TemplateRefusedError:
                 continue
             if all(each in text for each in texts):
                 return form

@@ -16,12 +16,13 @@ follows, and if that has other control tokens, it is what counts.
 import re
 import secrets
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, models
 
 from server.models.chat_template import ChatTemplate, ChatTemplateError
+from server.models.encoding import PIECE, one_encoding
 
 PRIVATE = range(0xE000, 0xF900)
 """Characters without a meaning, from which markers are taken."""
@@ -43,8 +44,8 @@ class ControlTokens:
         self._template = template
         self._finder = _finder(self._control.values())
         self._edges = Edges(self._control)
-        firsts = {content[0] for content in self._control if len(content) > 1}
-        self._firsts = re.compile("|".join(map(re.escape, sorted(firsts))) or r"(?!)")
+        self._firsts = sorted({content[0] for content in self._control if len(content) > 1})
+        self._first = re.compile("|".join(map(re.escape, self._firsts)) or r"(?!)")
         nonce = secrets.token_hex(8)  # nobody can type what they cannot know
         self._secret = {content: f"{nonce}x{i}x" for i, content in enumerate(self._control)}
         self._twin = Tokenizer(tokenizer.model)
@@ -67,22 +68,32 @@ class ControlTokens:
             for name, id in named.items()
             if id is not None and tokenizer.model.id_to_token(id) in (None, name)
         }
+        self._ambiguous = {id for id in named.values() if id is not None} - set(self._by_id)
 
-    def encode(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[int]:
-        """Token ids of a chat; nothing is added to what the template writes. Raises ChatTemplateError."""
+    def encode(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        check: Callable[[str], None] = lambda text: None,
+    ) -> list[int]:
+        """Token ids of a chat; nothing is added to what the template writes. Raises ChatTemplateError.
+
+        Args:
+            check: is shown the prompt before it is made tokens, and may raise.
+        """
         chat = [self._template.in_its_form(message) for message in messages]
         texts = list(_texts(chat))
-        everything = "\0".join(texts) + self._template.source
-        marker, *stand_ins = _unused(everything, 1 + len(self._edges.single))
+        marker, *stand_ins = _unused([*texts, self._template.source], 1 + len(self._edges.single))
         marking = Marking(marker, dict(zip(self._edges.single, stand_ins, strict=True)))
 
         def render(wary: bool) -> tuple[str, list[tuple[int, int]]]:
             marked = [self._mark(message, marking, wary) for message in chat]
             text = self._template.render(marked, add_generation_prompt)
+            check(marking.removed(text))
             return text, self._found(text)
 
         text, found = render(wary=False)
-        if any(self._firsts.search(each) for each in texts):
+        if any(first in each for each in texts for first in self._firsts):
             other, proven = render(wary=True)
             if [text[start:end] for start, end in found] != [other[start:end] for start, end in proven]:
                 text, found = other, proven
@@ -106,7 +117,7 @@ class ControlTokens:
 
         def broken(text: str) -> str:
             if wary:
-                return marking.broken_wherever(self._firsts, text)
+                return marking.broken_wherever(self._first, text)
             return marking.broken(text, self._found(text))
 
         def beside(text: str) -> str:
@@ -134,7 +145,7 @@ class ControlTokens:
         """Where control tokens are in a text, as the tokenizer would find them."""
         if not self._control:
             return []
-        encoding = self._finder.encode(text, add_special_tokens=False)
+        encoding = one_encoding(self._finder, text, named=True)
         return [where for id, where in zip(encoding.ids, encoding.offsets, strict=True) if id]
 
     def _read(self, text: str, found: Iterable[tuple[int, int]], marking: "Marking") -> list[int]:
@@ -142,9 +153,12 @@ class ControlTokens:
         for start, end in found:
             out += [text[last:start], self._secret[text[start:end]]]
             last = end
-        encoding = self._twin.encode(marking.removed("".join([*out, text[last:]])), add_special_tokens=False)
+        encoding = one_encoding(self._twin, marking.removed("".join([*out, text[last:]])), named=bool(self._ambiguous))
+        found_ids: list[int] = encoding.ids
+        if not self._ambiguous:
+            return [id for each in found_ids for id in self._by_id.get(each, (each,))]
         ids: list[int] = []
-        for id, token in zip(encoding.ids, encoding.tokens, strict=True):
+        for id, token in zip(found_ids, encoding.tokens, strict=True):
             ids += self._by_id.get(id) or self._by_name.get(token, [id])
         return ids
 
@@ -250,9 +264,17 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(each)
 
 
-def _unused(text: str, number: int) -> list[str]:
-    """Private characters that are nowhere in the text, neither as such nor escaped. Raises ChatTemplateError."""
-    used = set(text) | {chr(int(code, 16)) for code in ESCAPE.findall(text)}
+def _unused(texts: Iterable[str], number: int) -> list[str]:
+    """Private characters that are nowhere in the texts, neither as such nor escaped. Raises ChatTemplateError."""
+    used: set[str] = set()
+    for text in texts:
+        if not text.isascii():
+            for start in range(0, len(text), PIECE):
+                used.update(text[start : start + PIECE])
+        if "\\u" in text:
+            # Pieces overlap, since an escape can be where two of them meet.
+            for start in range(0, len(text), PIECE):
+                used.update(chr(int(code, 16)) for code in ESCAPE.findall(text[start : start + PIECE + 5]))
     found = [chr(code) for code in PRIVATE if chr(code) not in used][:number]
     if len(found) < number:
         raise ChatTemplateError("these messages use every private character of Unicode's basic plane")

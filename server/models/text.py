@@ -8,12 +8,24 @@ from tokenizers import Tokenizer
 
 from server.models.chat_template import ChatTemplate, ChatTemplateError
 from server.models.control_tokens import ControlTokens
+from server.models.encoding import TokenBound, one_encoding, whole
 from server.models.files import read_optional_json
 from server.models.token_bytes import Boundaries, TokenBytes
 from server.models.tokenizer_files import library_errors, load_tokenizer
 from server.models.tokenizer_settings import named_tokens
 
-__all__ = ["ChatTemplateError", "TextCodec"]
+__all__ = ["ChatTemplateError", "TextCodec", "TextTooLongError"]
+
+FEW = 4096
+"""Tokens that are decoded with the interpreter's lock held."""
+
+
+class TextTooLongError(ValueError):
+    """A text is longer than asked for, which its length alone tells. `at_least`: number of its tokens."""
+
+    def __init__(self, at_least: int) -> None:
+        super().__init__(f"the text has at least {at_least} tokens")
+        self.at_least = at_least
 
 
 class TextCodec:
@@ -48,6 +60,7 @@ class TextCodec:
     def _learn_special_tokens(self) -> None:
         self._control = ControlTokens(self._tokenizer, self._template) if self._template is not None else None
         self._bytes = TokenBytes(self._tokenizer)
+        self._bound = TokenBound(self._tokenizer)
 
     def make_special(self, ids: Iterable[int]) -> None:
         """Make those of these tokens special that were added to the vocabulary: the model has a use for them.
@@ -65,17 +78,18 @@ class TextCodec:
     def has_chat_template(self) -> bool:
         return self._template is not None
 
-    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = False, most: int | None = None) -> list[int]:
         """Token ids of a text. Special tokens written in it count as such.
 
         Half of a surrogate pair, which is no character, reads as U+FFFD.
 
         Args:
             add_special_tokens: put those around it that the tokenizer does, such as a beginning-of-sequence.
+            most: raise TextTooLongError, at once, where the text is so long that it must have more tokens.
         """
-        # Of a batch, the library lets go of the interpreter's lock, which a long text would hold for a second.
-        (encoding,) = self._tokenizer.encode_batch_fast([_whole(text)], add_special_tokens=add_special_tokens)
-        ids: list[int] = encoding.ids
+        text = whole(text)
+        self.check_length(text, most)
+        ids: list[int] = one_encoding(self._tokenizer, text, add_special_tokens).ids
         return ids
 
     def encode_chat(
@@ -83,6 +97,7 @@ class TextCodec:
         messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = True,
         add_special_tokens: bool = False,
+        most: int | None = None,
     ) -> list[int]:
         """Token ids that ask the model for the next message. Raises ChatTemplateError.
 
@@ -91,15 +106,26 @@ class TextCodec:
         Args:
             messages: role, content (a text, or a list of parts with a text) and whatever else the template may read.
             add_special_tokens: as for texts. Templates write a beginning-of-sequence themselves.
+            most: as for texts, of what the template makes of the messages.
         """
         if self._control is None:
             raise ChatTemplateError("this model has no chat template: send a prompt to /v1/completions instead")
-        ids = self._control.encode([_whole_strings(message) for message in messages], add_generation_prompt)
+        chat = [_whole_strings(message) for message in messages]
+        ids = self._control.encode(chat, add_generation_prompt, lambda text: self.check_length(text, most))
         return [*self._begin, *ids, *self._end] if add_special_tokens else ids
+
+    def check_length(self, text: str, most: int | None) -> None:
+        """Raise TextTooLongError where the text is so long that it must have more tokens; None is no limit."""
+        if most is not None and (at_least := self._bound.at_least(text)) > most:
+            raise TextTooLongError(at_least)
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids; ids below 2^32 that stand for no token are left out."""
-        return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+        # Of a batch, the library lets go of the interpreter's lock; of a few tokens it is not worth a thread.
+        if len(ids) <= FEW:
+            return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+        (text,) = self._tokenizer.decode_batch([ids], skip_special_tokens=skip_special_tokens)
+        return text
 
     def token(self, id: int) -> str:
         """The text of one token by itself, special tokens by name; part of a character reads as U+FFFD."""
@@ -147,17 +173,12 @@ def _around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     return found.ids[:start], found.ids[start + len(plain) :]
 
 
-def _whole(text: str) -> str:
-    """A text with U+FFFD for halves of surrogate pairs."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
 def _whole_strings(value: Any) -> Any:
     """A JSON value with whole characters in all its texts."""
     if isinstance(value, str):
-        return _whole(value)
+        return whole(value)
     if isinstance(value, Mapping):
-        return {_whole(key): _whole_strings(each) for key, each in value.items()}
+        return {whole(key): _whole_strings(each) for key, each in value.items()}
     if isinstance(value, list):
         return [_whole_strings(each) for each in value]
     return value

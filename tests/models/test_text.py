@@ -134,6 +134,8 @@ def test_half_a_surrogate_pair_is_no_reason_to_fail(write: Write) -> None:
     codec = TextCodec.load(write())
     assert codec.decode(codec.encode("a\ud800b\udc00")) == "a\ufffdb\ufffd"
     assert codec.decode(codec.encode("\ud83d\ude42")) == "🙂", "both halves are a character"
+    codec = TextCodec.load(write(jinja=CHAT_TEMPLATE))
+    assert "a\ufffdb🙂" in chat(codec, [{"role": "user", "content": "a\ud800b\ud83d\ude42"}])
 
 
 def test_tokens_one_by_one(write: Write) -> None:
