@@ -60,7 +60,9 @@ class Answer(Chunks):
         choices = self.running.choices
         if self.body.stream:
             tells_usage = self._options.include_usage or self._options.continuous_usage_stats
-            return EventStreamResponse(choices, self, exclude=set() if tells_usage else {"usage"})
+            response: Response = EventStreamResponse(choices, self, exclude=set() if tells_usage else {"usage"})
+            response.headers.update(self.running.headers)
+            return response
         pieces: list[list[Piece]] = [[] for _ in choices]
 
         async def collect(choice: Choice, piece: Piece) -> None:
@@ -68,7 +70,9 @@ class Answer(Chunks):
 
         with cancelling(choices):
             await follow(choices, request.receive, collect)
-        return json_response(self.whole([_join(each) for each in pieces]))
+        response = json_response(self.whole([_join(each) for each in pieces]))
+        response.headers.update(self.running.headers)
+        return response
 
 
 def check_stream_options(body: GenerationBody) -> None:

@@ -41,7 +41,9 @@ def add_routes(app: FastAPI, serving: Serving) -> None:
         """Write the next message of a chat."""
         body = await read_body(request, ChatBody)
         check_stream_options(body)
-        running = await start(serving, body, 1, partial(read_job, serving), bool(body.logprobs))
+        running = await start(
+            serving, body, serving.owners.of(request), 1, partial(read_job, serving), bool(body.logprobs)
+        )
         return await ChatAnswer(running, body, serving).respond(request)
 
 

@@ -35,7 +35,9 @@ def add_routes(app: FastAPI, serving: Serving) -> None:
                 "logprobs", "logprobs of the prompt, which echo asks for, are not supported: leave it out"
             )
         wants_logprobs = body.logprobs is not None
-        running = await start(serving, body, len(body.prompts()), partial(read_job, serving), wants_logprobs)
+        running = await start(
+            serving, body, serving.owners.of(request), len(body.prompts()), partial(read_job, serving), wants_logprobs
+        )
         return await CompletionAnswer(running, body, serving).respond(request)
 
 

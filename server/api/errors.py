@@ -1,5 +1,6 @@
 """Errors in OpenAI's shape: one table from exception to status, type and code."""
 
+import math
 from http import HTTPStatus
 
 from fastapi import FastAPI, Request, Response
@@ -8,7 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match, Route
 
-from server.engine import FinishReason, NotServingError, QueueFullError, RequestError
+from server.engine import Budget, FinishReason, KeyLimitError, NotServingError, QueueFullError, RequestError
 
 RETRY_SECONDS = 1
 """What `Retry-After` says: a full queue moves on with every generation that ends."""
@@ -77,6 +78,7 @@ ERRORS: list[tuple[type[Exception], int, str, str | None]] = [
     (BodyTooLargeError, 413, INVALID, "request_too_large"),
     (UnsupportedEncodingError, 415, INVALID, "unsupported_encoding"),
     (QueueFullError, 429, "rate_limit_error", "queue_full"),
+    (KeyLimitError, 429, "rate_limit_error", None),
     (ClientDisconnect, 499, INVALID, "client_disconnected"),
     (NotServingError, 503, "service_unavailable_error", "not_serving"),
     (GenerationEndedError, 503, "service_unavailable_error", "not_serving"),
@@ -93,6 +95,8 @@ def describe(error: Exception) -> tuple[int, ErrorDetail]:
         status, kind = error.status_code, INVALID if error.status_code < 500 else SERVER
         return status, ErrorDetail(message=error.detail, type=kind, code=HTTP_CODES.get(status, "http_error"))
     kind, status, code = next((kind, status, code) for cls, status, kind, code in ERRORS if isinstance(error, cls))
+    if isinstance(error, KeyLimitError):
+        code = f"key_{error.limit}"
     message = "the server failed; its log says why" if code == "internal_error" else str(error)
     if isinstance(error, RequestError):
         return status, ErrorDetail(message=message, type=kind, param=error.field, code=error.code)
@@ -105,6 +109,8 @@ def error_response(error: Exception) -> Response:
     headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
     if status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE):
         headers["retry-after"] = str(RETRY_SECONDS)
+    if isinstance(error, KeyLimitError):
+        headers |= _key_limit_headers(error)
     if status == HTTPStatus.UNAUTHORIZED:
         headers["www-authenticate"] = "Bearer"
     if status == HTTPStatus.UNSUPPORTED_MEDIA_TYPE:
@@ -112,6 +118,24 @@ def error_response(error: Exception) -> Response:
     if status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
         headers["connection"] = "close"  # the rest of the body is not worth reading
     return Response(ErrorResponse(error=detail).model_dump_json(), status, headers, media_type="application/json")
+
+
+def _key_limit_headers(error: KeyLimitError) -> dict[str, str]:
+    """When to try again. `x-should-retry` tells OpenAI's clients that it is no use."""
+    never = math.isinf(error.wait)
+    when = {"x-should-retry": "false"} if never else {"retry-after": str(max(RETRY_SECONDS, math.ceil(error.wait)))}
+    return when | budget_headers(error.budget)
+
+
+def budget_headers(budget: Budget | None) -> dict[str, str]:
+    """What is left of a key's tokens a minute, in OpenAI's headers; none where that is not limited."""
+    if budget is None:
+        return {}
+    return {
+        "x-ratelimit-limit-tokens": str(budget.limit),
+        "x-ratelimit-remaining-tokens": str(budget.remaining),
+        "x-ratelimit-reset-tokens": f"{budget.reset:.3f}s",
+    }
 
 
 def failure(reason: FinishReason, message: str) -> GenerationFailedError:

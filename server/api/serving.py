@@ -4,6 +4,7 @@ import time
 from dataclasses import dataclass, field
 
 from server.api.catalogue import Catalogue
+from server.api.owner import Owners
 from server.engine import Engine
 from server.metrics import Metrics
 from server.models.text import TextCodec
@@ -19,4 +20,5 @@ class Serving:
     metrics: Metrics
     settings: Settings
     catalogue: Catalogue
+    owners: Owners
     created: int = field(default_factory=lambda: int(time.time()))

@@ -9,14 +9,19 @@ import structlog
 from policies.store import Host, PolicyStore, UnknownPolicyError
 from samplers import CacheMode, Canvas, ParameterError, Prediction, SamplerError
 from samplers.denoising import Denoising, Outcome, Query, advance, ask
+from samplers.work import work
 from server.engine.backend import Backend, BackendDeadError, ModelInfo
 from server.engine.generation import Deliver, Generation
+from server.engine.quota import Buckets
 from server.engine.request import (
+    Budget,
     Committed,
     Finished,
     FinishReason,
     GenerationRequest,
+    KeyLimitError,
     NotServingError,
+    Owner,
     QueueFullError,
     RequestError,
 )
@@ -39,11 +44,26 @@ def too_long(info: ModelInfo, prompt: int, max_tokens: int) -> str:
     )
 
 
+def _time_is_up(generation: Generation) -> str:
+    """Why a request has ended before its text."""
+    forwards = generation.row.forwards
+    how_far = f"after {forwards} forward passes" if forwards else "before its first forward pass"
+    return (
+        f"the request's time is up {how_far}: the limit is {generation.request.timeout:g} seconds (--request-timeout)"
+    )
+
+
+def _charged(request: GenerationRequest) -> int:
+    """Tokens that count against a limit a minute: what was asked for, known before it is written."""
+    prompt = len(request.prompt) + len(request.suffix)
+    return request.max_tokens + (prompt if request.counts_prompt else 0)
+
+
 class Engine:
     """Runs generations through a backend.
 
-    Every turn: retire what was cancelled or is out of time, admit waiting generations into free rows, one forward for
-    as many of them as its tokens allow, let each sampler commit, deliver events, retire what is finished.
+    Every turn: retire what was cancelled or is out of time, pick whose turn it is, as many as a forward takes, run that
+    forward, let each sampler commit, deliver events, retire what is finished.
 
     Args:
         backend: where the model runs; closed by `stop`.
@@ -68,6 +88,7 @@ class Engine:
         self.limits = limits
         self._metrics = metrics
         self._scheduler = Scheduler(limits)
+        self._buckets = None if limits.quota.tokens is None else Buckets(limits.quota.tokens)
         self._change = threading.Condition()
         self._draining = False
         self._stopping = False
@@ -94,8 +115,8 @@ class Engine:
         """Whether new generations are taken."""
         return self.alive and not self._draining
 
-    def check(self, request: GenerationRequest) -> Denoising:
-        """The request as a row of the loop. Raises RequestError if it does not fit model or sampler."""
+    def check(self, request: GenerationRequest) -> tuple[Denoising, int]:
+        """The request as a row of the loop, and its work. Raises RequestError if it does not fit model or sampler."""
         given = len(request.prompt) + len(request.suffix)
         if request.max_tokens < 1:
             raise RequestError("max_tokens", f"max_tokens must be at least 1, got {request.max_tokens}")
@@ -128,7 +149,7 @@ class Engine:
                 raise RequestError("sampler", misfit)
             if sampler.greedy and request.choice.temperature > 0:
                 raise RequestError("temperature", f"sampler {sampler.name} chooses tokens itself; use temperature 0")
-            return Denoising(
+            row = Denoising(
                 canvas,
                 sampler,
                 request.params,
@@ -138,6 +159,7 @@ class Engine:
                 request.fill_after_end,
                 request.cache,
             )
+            return row, work(sampler, request.params, canvas.layout)
         except ParameterError as error:
             raise RequestError(f"sampler_params.{error.field}", str(error)) from None
         except UnknownPolicyError as error:
@@ -150,29 +172,59 @@ class Engine:
     def submit(self, request: GenerationRequest, deliver: Deliver) -> Generation:
         """Queue a generation. `deliver` gets its events on the engine's thread and must not block.
 
-        Raises RequestError, QueueFullError or NotServingError; then nothing was queued.
+        Raises RequestError, QueueFullError, KeyLimitError or NotServingError; then nothing was queued.
         """
         return self.submit_all([request], [deliver])[0]
 
     def submit_all(self, requests: list[GenerationRequest], delivers: list[Deliver]) -> list[Generation]:
-        """Queue several generations, all or none (see `submit`)."""
+        """Queue several generations of one owner, all or none (see `submit`)."""
         generations = [
-            Generation(request, deliver, self.check(request))
+            Generation(request, deliver, *self.check(request))
             for request, deliver in zip(requests, delivers, strict=True)
         ]
-        with self._change:
-            if not self.accepting:
-                raise NotServingError("the server is shutting down" if self.alive else "the engine is not running")
-            if not self._scheduler.room(len(generations)):
-                waiting = len(self._scheduler.waiting)
-                raise QueueFullError(f"{waiting} generations are waiting, the limit is {self.limits.queue}")
-            self._scheduler.add(generations)
-            self._gauge()
-            self._change.notify_all()
+        self._check_work(generations)
+        try:
+            with self._change:
+                self._queue(generations)
+        except QueueFullError:
+            self._metrics.rejected("queue_full")
+            raise
+        except KeyLimitError as error:
+            self._metrics.rejected(f"key_{error.limit}")
+            raise
         for request in requests:
             if request.counts_prompt:
                 self._metrics.prompt_tokens(len(request.prompt) + len(request.suffix))
         return generations
+
+    def _check_work(self, generations: list[Generation]) -> None:
+        """Refuse what would take more than any request may."""
+        most = sum(generation.work for generation in generations)
+        if self.limits.work is not None and most > self.limits.work:
+            raise RequestError(
+                "max_tokens",
+                f"forwards may have to compute {most} tokens for this, and a request's limit is {self.limits.work} "
+                "(--max-work): ask for fewer or shorter texts, or for more tokens a forward",
+            )
+
+    def _queue(self, generations: list[Generation]) -> None:
+        """Queue what may wait, at the expense of its owner."""
+        if not self.accepting:
+            raise NotServingError("the server is shutting down" if self.alive else "the engine is not running")
+        owner = generations[0].request.owner
+        self._scheduler.check(owner, len(generations))
+        if self._buckets is not None and not owner.ahead:
+            self._buckets.take(owner.group, sum(_charged(each.request) for each in generations), time.monotonic())
+        self._scheduler.add(generations)
+        self._gauge()
+        self._change.notify_all()
+
+    def budget(self, owner: Owner) -> Budget | None:
+        """What is left of the tokens that an owner's group has a minute; None where that is not limited."""
+        if self._buckets is None or owner.ahead:
+            return None
+        with self._change:
+            return self._buckets.budget(owner.group, time.monotonic())
 
     def cancel(self, generation: Generation) -> None:
         """End a generation within one step; its `Finished` event says so. Has no effect on one that has ended."""
@@ -201,17 +253,17 @@ class Engine:
         self.backend.close()
 
     def _gauge(self) -> None:
-        self._metrics.queue(running=len(self._scheduler.running), waiting=len(self._scheduler.waiting))
+        self._metrics.queue(running=len(self._scheduler.running), waiting=self._scheduler.waits)
 
     @property
     def idle(self) -> bool:
         """Whether nothing is queued or running."""
-        return not (self._scheduler.waiting or self._scheduler.running)
+        return self._scheduler.empty
 
     def _run(self) -> None:
         try:
-            while self._next_batch():
-                self._turn()
+            while (batch := self._next_batch()) is not None:
+                self._turn(batch)
         except BaseException as error:
             self._failure = error
             log.exception("engine died")
@@ -224,36 +276,38 @@ class Engine:
                 self._gauge()
                 self._change.notify_all()
 
-    def _next_batch(self) -> bool:
-        """Retire, admit, and wait until there is something to run. False when it is time to stop."""
+    def _next_batch(self) -> list[Generation] | None:
+        """Retire, pick, and wait until there is something to run. None when it is time to stop."""
         with self._change:
             while True:
                 if self._stopping:
-                    return False
+                    return None
                 self._retire_ended()
-                for generation in self._scheduler.admit():
-                    self._metrics.queue_time(time.monotonic() - generation.submitted)
+                batch = self._scheduler.pick()
+                for generation in batch:
+                    if generation.started is None:
+                        generation.started = time.monotonic()
+                        self._metrics.queue_time(generation.started - generation.submitted)
                 self._gauge()
-                if self._scheduler.running:
-                    return True
+                if batch:
+                    return batch
                 self._change.notify_all()
                 self._change.wait()
 
     def _retire_ended(self) -> None:
         """Take out what was cancelled or is past its deadline, queued or running."""
         now = time.monotonic()
-        for generation in [*self._scheduler.running, *self._scheduler.waiting]:
+        for generation in self._scheduler.all():
             if generation.cancelled:
                 self._scheduler.remove(generation)
                 self._finish(generation, FinishReason.ABORT)
             elif now > generation.deadline:
                 self._scheduler.remove(generation)
-                self._finish(generation, FinishReason.TIMEOUT, "the request's time is up")
+                self._finish(generation, FinishReason.TIMEOUT, _time_is_up(generation))
 
-    def _turn(self) -> None:
-        """One step of what fits into a forward."""
+    def _turn(self, running: list[Generation]) -> None:
+        """One step of these, which fit into a forward."""
         began = time.monotonic()
-        running = self._scheduler.pick()
         model_seconds = sampler_seconds = 0.0
         for generations, result, seconds in self._predict(running):
             model_seconds += seconds

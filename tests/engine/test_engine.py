@@ -13,7 +13,18 @@ import structlog
 import torch
 from torch import Tensor
 
-from samplers import CacheMode, Canvas, Sampler, SamplerParams, Selection, Step, TokenChoice, get_sampler, registry
+from samplers import (
+    CacheMode,
+    Canvas,
+    Layout,
+    Sampler,
+    SamplerParams,
+    Selection,
+    Step,
+    TokenChoice,
+    get_sampler,
+    registry,
+)
 from samplers.denoising import Query
 from server.engine import (
     Backend,
@@ -318,6 +329,9 @@ class RaisesAfter(Sampler):
 
     def select(self, step: Step) -> Selection:
         return Selection(step.candidate, done=torch.ones(len(step.params), dtype=torch.bool))
+
+    def most_forwards(self, params: SamplerParams, layout: Layout) -> int:
+        return 1
 
     def post_steps(self, params: SamplerParams) -> int:
         raise ZeroDivisionError("by design")

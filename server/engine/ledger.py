@@ -1,0 +1,66 @@
+"""Who shares what forwards compute, and how much each has had."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable
+from typing import Generic, TypeVar
+
+REMEMBERED = 1024
+"""Accounts of those who left having had more than others; beyond that the oldest are forgotten."""
+
+
+class Account:
+    """What somebody has had.
+
+    Attributes:
+        served: tokens that forwards computed, and what it was given so as to be level with others.
+        turn: number of the last turn that it took part in.
+    """
+
+    def __init__(self, served: int) -> None:
+        self.served = served
+        self.turn = 0
+
+
+A = TypeVar("A", bound=Account)
+
+
+class Ledger(Generic[A]):
+    """Accounts that share with equal rights.
+
+    Who comes is level with who has had least, so that nobody gains by having waited elsewhere, and who comes back is
+    where it was, if that is more, so that nobody gains by leaving.
+    """
+
+    def __init__(self, opened: Callable[[int], A]) -> None:
+        self.accounts: dict[Hashable, A] = {}
+        self._opened = opened
+        self._left: OrderedDict[Hashable, int] = OrderedDict()
+
+    def enter(self, name: Hashable) -> A:
+        """The account of this name, opened if it is not there."""
+        if name not in self.accounts:
+            least = min((each.served for each in self.accounts.values()), default=0)
+            self.accounts[name] = self._opened(max(least, self._left.pop(name, 0)))
+        return self.accounts[name]
+
+    def leave(self, name: Hashable) -> None:
+        """Close an account. The last one who leaves owes nothing: nobody was kept waiting."""
+        account = self.accounts.pop(name)
+        if not self.accounts:
+            self._left.clear()
+            return
+        if account.served > min(each.served for each in self.accounts.values()):
+            self._left[name] = account.served
+            if len(self._left) > REMEMBERED:
+                self._left.popitem(last=False)
+
+    def level(self, hungry: Iterable[A], most: int) -> None:
+        """Let nobody save up more than `most` tokens against those who could have used more: the `hungry`.
+
+        Who wants less than its share gets all that it wants, and would otherwise come to have had so little that later
+        it shut the others out.
+        """
+        served = [each.served for each in hungry]
+        level = min(served) if served else max((each.served for each in self.accounts.values()), default=0)
+        for each in self.accounts.values():
+            each.served = max(each.served, level - most)
