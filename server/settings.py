@@ -80,7 +80,7 @@ class KeyLimit(BaseModel):
 
 
 def _key_limit(value: Any) -> Any:
-    """`rows=4,queued=32,tokens_per_minute=60000`, or a table, as a limit. Raises ValueError that names what is wrong."""
+    """A limit from `rows=4,queued=32,tokens_per_minute=60000` or a table. Raises ValueError that names the fault."""
     parts = value
     if isinstance(value, str):
         parts = {}
@@ -179,16 +179,16 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(4 * 1024 * 1024, ge=1, description="Longest request body; longer ones get 413.")
     key_limit: Annotated[KeyLimit | None, NoDecode, BeforeValidator(_key_limit)] = Field(
         None,
-        description="What each key may have, or each client address where there are no keys: rows, generations that run "
-        "at once (more wait); queued, that wait; tokens_per_minute, of prompts and max_tokens. More is answered 429. "
-        "The admin key has no such limit.",
+        description="What each key may have, or each client address where there are no keys: rows, generations that "
+        "run at once (more wait); queued, that wait; tokens_per_minute, of prompts and max_tokens. More is answered "
+        "429. The admin key has no such limit.",
         examples=["rows=4,queued=32,tokens_per_minute=60000"],
     )
     max_work: int | None = Field(
         None,
         ge=1,
-        description="Tokens that forwards may have to compute for one request: of each of its generations, forward passes "
-        "at most, times canvas. More is answered 400. Default: no limit.",
+        description="Tokens that forwards may have to compute for one request: of each of its generations, forward "
+        "passes at most, times canvas. More is answered 400. Default: no limit.",
     )
     request_timeout: float = Field(
         600.0,

@@ -121,10 +121,10 @@ def error_response(error: Exception) -> Response:
 
 
 def _key_limit_headers(error: KeyLimitError) -> dict[str, str]:
-    """When to try again. `x-should-retry` tells OpenAI's clients that it is no use."""
-    never = math.isinf(error.wait)
-    when = {"x-should-retry": "false"} if never else {"retry-after": str(max(RETRY_SECONDS, math.ceil(error.wait)))}
-    return when | budget_headers(error.budget)
+    """When to try again, and what is left. `x-should-retry` tells OpenAI's clients where that is no use."""
+    if math.isinf(error.wait):
+        return {"retry-after": "60", "x-should-retry": "false"} | budget_headers(error.budget)
+    return {"retry-after": str(max(RETRY_SECONDS, math.ceil(error.wait)))} | budget_headers(error.budget)
 
 
 def budget_headers(budget: Budget | None) -> dict[str, str]:

@@ -32,6 +32,10 @@ from server.waiting import sleep_where_crowded
 log = structlog.get_logger(__name__)
 
 CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
+SLOW = 0.25
+"""Seconds of a step from which on short requests are spared the wait for long ones beside them."""
+FADING = 0.9
+"""What is left, after a step, of how long the longest before it is thought to have taken."""
 
 
 def too_long(info: ModelInfo, prompt: int, max_tokens: int) -> str:
@@ -92,6 +96,7 @@ class Engine:
         self._change = threading.Condition()
         self._draining = False
         self._stopping = False
+        self._seconds = 0.0  # of the longest of the last steps
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -283,7 +288,7 @@ class Engine:
                 if self._stopping:
                     return None
                 self._retire_ended()
-                batch = self._scheduler.pick()
+                batch = self._scheduler.pick(slow=self._seconds > SLOW)
                 for generation in batch:
                     if generation.started is None:
                         generation.started = time.monotonic()
@@ -335,6 +340,7 @@ class Engine:
             self._gauge()
             self._change.notify_all()
         total = time.monotonic() - began
+        self._seconds = max(total, FADING * self._seconds)
         self._metrics.step(len(running), model_seconds, sampler_seconds, total - model_seconds - sampler_seconds)
 
     def _predict(

@@ -13,12 +13,12 @@ class Account:
 
     Attributes:
         served: tokens that forwards computed, and what it was given so as to be level with others.
-        turn: number of the last turn that it took part in.
+        opened: number of the last turn whose forward it was the first to take part in.
     """
 
     def __init__(self, served: int) -> None:
         self.served = served
-        self.turn = 0
+        self.opened = 0
 
 
 A = TypeVar("A", bound=Account)

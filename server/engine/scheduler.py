@@ -12,6 +12,9 @@ from server.engine.quota import Quota
 from server.engine.request import KeyLimitError, Owner, QueueFullError
 from server.engine.turn import Group, Owned, Turn, share
 
+EXPRESS = 4
+"""Where forwards are slow and owners compete, one in which something short begins has this part of its tokens."""
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -133,12 +136,17 @@ class Scheduler:
             insort(group.owners.enter(owner.name).waiting, generation, key=lambda each: each.request.priority)
             self._inside += 1
 
-    def pick(self) -> list[Generation]:
-        """Those that take part in the next forward, in the order in which they began; none only if there are none."""
+    def pick(self, slow: bool = False) -> list[Generation]:
+        """Those that take part in the next forward, in the order in which they began; none only if there are none.
+
+        Args:
+            slow: whether a full forward takes so long that whoever has little to ask would feel it.
+        """
         self._turns += 1
-        turn = Turn(self._turns, self.limits.tokens, self.limits.rows, self._may_begin)
+        express = self.limits.tokens // EXPRESS if slow and self._owners() > 1 else self.limits.tokens
+        turn = Turn(self._turns, self.limits.tokens, self.limits.rows, self._may_begin, express)
         for rank in sorted(self._ranks):
-            share(self._ranks[rank], turn, self.limits.tokens)
+            share(self._ranks[rank], turn)
         for generation, owner in turn.chosen:
             if generation.begun is None:
                 generation.begun = next(self._numbers)
@@ -149,6 +157,10 @@ class Scheduler:
         stay = [each for each in self.running if id(each) not in taken]
         self.running = chosen + stay[: self.limits.rows - len(chosen)]
         return chosen
+
+    def _owners(self) -> int:
+        """How many owners are here."""
+        return sum(len(g.owners.accounts) for ledger in self._ranks.values() for g in ledger.accounts.values())
 
     def _may_begin(self, generation: Generation, owner: Owned) -> bool:
         """Whether there is room for what it keeps between forwards; takes it."""

@@ -57,25 +57,43 @@ class Turn:
 
     Attributes:
         number: counts turns.
+        most: tokens that a forward can have.
         may_begin: whether a generation can have its first forward now.
+        express: tokens that a forward is kept to in which something begins that is no more work than a forward.
     """
 
     number: int
-    tokens: int
+    most: int
     rows: int
     may_begin: Callable[[Generation, Owned], bool]
-    chosen: list[tuple[Generation, Owned]] = field(default_factory=list)
+    express: int
+    tokens: int = field(init=False)
+    chosen: list[tuple[Generation, Owned]] = field(default_factory=list, init=False)
 
-    def take(self, generation: Generation, owner: Owned, group: Group) -> None:
-        """Let a generation take part, at its owner's expense."""
+    def __post_init__(self) -> None:
+        self.tokens = self.most
+
+    def fits(self, generation: Generation) -> bool:
+        """Whether there are tokens enough left for it."""
+        return generation.cost <= self.tokens
+
+    def take(self, generation: Generation, owner: Owned, payers: Sequence[Account]) -> bool:
+        """Let a generation take part at somebody's expense, if it may; it fits."""
+        if generation.begun is None and not self.may_begin(generation, owner):
+            return False
         cost = generation.cost
         generation.served = (generation.served or 0) + cost
-        for account in (owner, group):
+        for account in payers:
             account.served += cost
-            account.turn = self.number
+            if not self.chosen:
+                account.opened = self.number
         self.tokens -= cost
+        self.express -= cost
+        if generation.begun is None and generation.work <= self.most:
+            self.tokens = min(self.tokens, max(0, self.express))
         self.rows -= 1
         self.chosen.append((generation, owner))
+        return True
 
 
 class Hand(Protocol):
@@ -95,13 +113,13 @@ H = TypeVar("H", bound=Hand)
 class Line(Generic[H]):
     """Hands in the order of who has had least.
 
-    Of equals less work goes first, but first of all the one that took part longest ago: what is short is not held up by
-    what is long, nor what is long by ever more that is short.
+    Of equals less work goes first, but first of all the one that opened a forward longest ago: what is short is not
+    held up by what is long, nor what is long by ever more that is short.
     """
 
     def __init__(self, hands: Sequence[H]) -> None:
         self._numbers = count()
-        oldest = min(hands, key=lambda hand: (hand.account.served, hand.account.turn), default=None)
+        oldest = min(hands, key=lambda hand: (hand.account.served, hand.account.opened), default=None)
         self._heap = [
             (hand.account.served, -1 if hand is oldest else hand.work, next(self._numbers), hand) for hand in hands
         ]
@@ -122,31 +140,16 @@ class Line(Generic[H]):
 
 
 class OwnerHand:
-    """An owner's candidates of a turn, in order; `hungry` once one of them did not fit."""
+    """An owner's candidates of a turn, the first of them last; `hungry` if some got nothing."""
 
     def __init__(self, owner: Owned, rows: int) -> None:
         self.account = owner
         self.left = owner.candidates(rows)[::-1]
-        self._unfit = False
+        self.hungry = False
 
     @property
     def work(self) -> int:
         return self.left[-1].work
-
-    @property
-    def hungry(self) -> bool:
-        return self._unfit or bool(self.left)
-
-    def play(self, turn: Turn, group: Group) -> bool:
-        """Let the first take part that can; False if none can."""
-        while self.left:
-            generation = self.left.pop()
-            if generation.cost > turn.tokens:
-                self._unfit = True
-            elif generation.begun is not None or turn.may_begin(generation, self.account):
-                turn.take(generation, self.account, group)
-                return True
-        return False
 
 
 class GroupHand:
@@ -154,9 +157,9 @@ class GroupHand:
 
     def __init__(self, group: Group) -> None:
         self.account = group
+        self.hands = [OwnerHand(owner, group.rows) for owner in group.owners.accounts.values()]
+        self._line = Line([hand for hand in self.hands if hand.left])
         self._rows = group.rows
-        self._hands = [OwnerHand(owner, group.rows) for owner in group.owners.accounts.values()]
-        self._line = Line([hand for hand in self._hands if hand.left])
 
     @property
     def work(self) -> int:
@@ -170,32 +173,53 @@ class GroupHand:
     @property
     def hungry(self) -> bool:
         """Whether it could have used more than it got."""
-        return self._rows > 0 and any(hand.hungry for hand in self._hands)
+        return self._rows > 0 and any(hand.hungry or hand.left for hand in self.hands)
 
-    def play(self, turn: Turn) -> None:
-        """Let one of its generations take part, if one can."""
-        while len(self._line):
-            hand = self._line.pop()
-            if hand.play(turn, self.account):
+    def play(self, turn: Turn) -> bool:
+        """Let what comes first take part, at its owner's and the group's expense; False if it does not fit."""
+        hand = self._line.pop()
+        while hand.left:
+            if not turn.fits(hand.left[-1]):
+                self._line.push(hand)
+                return False
+            if turn.take(hand.left.pop(), hand.account, (hand.account, self.account)):
                 self._rows -= 1
-                if hand.left:
-                    self._line.push(hand)
-                return
+                break
+        if hand.left:
+            self._line.push(hand)
+        return True
 
-    def settle(self, most: int) -> None:
-        """Level its owners, see `Ledger.level`."""
-        self.account.owners.level([hand.account for hand in self._hands if hand.hungry], most)
+    def fill(self, turn: Turn) -> None:
+        """Let whatever fits take part, at nobody's expense."""
+        while self.left:
+            hand = self._line.pop()
+            for generation in hand.left[::-1]:
+                if not turn.rows or not self._rows:
+                    return
+                if turn.fits(generation) and turn.take(generation, hand.account, ()):
+                    self._rows -= 1
+                    hand.left.remove(generation)
+            hand.hungry, hand.left = bool(hand.left), []
 
 
-def share(ledger: Ledger[Group], turn: Turn, most: int) -> None:
-    """Give what is left of a forward to these groups. `most`: tokens that a forward can have."""
+def share(ledger: Ledger[Group], turn: Turn) -> None:
+    """Give what is left of a forward to these groups.
+
+    Where what comes first of a group does not fit, the group waits until it is the first itself: nothing of it goes
+    instead but into what all others leave, and that is given away. Else what is small would use up the share of what is
+    large, which would never come first.
+    """
     hands = [GroupHand(group) for group in ledger.accounts.values()]
     line = Line([hand for hand in hands if hand.left])
+    aside: list[GroupHand] = []
     while turn.rows and len(line):
         hand = line.pop()
-        hand.play(turn)
-        if hand.left:
+        if not hand.play(turn):
+            aside.append(hand)
+        elif hand.left:
             line.push(hand)
+    for hand in aside:
+        hand.fill(turn)
     for hand in hands:
-        hand.settle(most)
-    ledger.level([hand.account for hand in hands if hand.hungry], most)
+        hand.account.owners.level([each.account for each in hand.hands if each.hungry or each.left], turn.most)
+    ledger.level([hand.account for hand in hands if hand.hungry], turn.most)

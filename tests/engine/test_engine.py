@@ -455,7 +455,9 @@ def test_a_deadline_ends_running_and_waiting_requests(serve: Serve) -> None:
     gate.wait()
     for listener in (running, waiting):
         end = listener.finish()
-        assert (end.reason, end.message) == (FinishReason.TIMEOUT, "the request's time is up")
+        when = "after 2 forward passes" if listener is running else "before its first forward pass"
+        message = f"the request's time is up {when}: the limit is 60 seconds (--request-timeout)"
+        assert (end.reason, end.message) == (FinishReason.TIMEOUT, message)
     assert running.finish().forwards == 2, "at most one step late"
     assert waiting.commits == []
     gate.open()
