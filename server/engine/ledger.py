@@ -13,7 +13,7 @@ class Account:
 
     Attributes:
         served: tokens that forwards computed, and what it was given so as to be level with others.
-        opened: number of the last turn whose forward it was the first to take part in.
+        opened: number of the last turn whose forward it was the first to take part in, or of that before it came.
     """
 
     def __init__(self, served: int) -> None:
@@ -28,19 +28,23 @@ class Ledger(Generic[A]):
     """Accounts that share with equal rights.
 
     Who comes is level with who has had least, so that nobody gains by having waited elsewhere, and who comes back is
-    where it was, if that is more, so that nobody gains by leaving.
+    where it was, if that is more, so that nobody gains by leaving. However many come and go, this level rises as fast
+    as a fair share does, but for some tokens: those who stay are passed by no endless row of newcomers.
     """
 
-    def __init__(self, opened: Callable[[int], A]) -> None:
+    def __init__(self, make: Callable[[int], A]) -> None:
         self.accounts: dict[Hashable, A] = {}
-        self._opened = opened
+        self._make = make
         self._left: OrderedDict[Hashable, int] = OrderedDict()
+        self._fair = 0.0
+        self._floor = 0
 
-    def enter(self, name: Hashable) -> A:
-        """The account of this name, opened if it is not there."""
+    def enter(self, name: Hashable, turn: int) -> A:
+        """The account of this name, opened if it is not there. `turn`: number of the last one."""
         if name not in self.accounts:
             least = min((each.served for each in self.accounts.values()), default=0)
-            self.accounts[name] = self._opened(max(least, self._left.pop(name, 0)))
+            account = self.accounts[name] = self._make(max(least, self._floor, self._left.pop(name, 0)))
+            account.opened = turn
         return self.accounts[name]
 
     def leave(self, name: Hashable) -> None:
@@ -48,19 +52,27 @@ class Ledger(Generic[A]):
         account = self.accounts.pop(name)
         if not self.accounts:
             self._left.clear()
+            self._fair, self._floor = 0.0, 0
             return
         if account.served > min(each.served for each in self.accounts.values()):
             self._left[name] = account.served
             if len(self._left) > REMEMBERED:
                 self._left.popitem(last=False)
 
-    def level(self, hungry: Iterable[A], most: int) -> None:
-        """Let nobody save up more than `most` tokens against those who could have used more: the `hungry`.
+    def level(self, hungry: Iterable[A], computed: int, most: int) -> None:
+        """Settle a turn: nobody may have saved up more than `most` tokens against those who could have used more.
 
         Who wants less than its share gets all that it wants, and would otherwise come to have had so little that later
         it shut the others out.
+
+        Args:
+            hungry: those who could have used more in this turn.
+            computed: tokens of this turn, of all.
         """
         served = [each.served for each in hungry]
-        level = min(served) if served else max((each.served for each in self.accounts.values()), default=0)
+        highest = max(each.served for each in self.accounts.values())
+        level = min(served) if served else highest
         for each in self.accounts.values():
             each.served = max(each.served, level - most)
+        self._fair = min(self._fair + computed / len(self.accounts), highest + most)
+        self._floor = int(self._fair) - most

@@ -131,9 +131,12 @@ class Scheduler:
         """Queue them; among equal priorities of an owner in this order."""
         for generation in generations:
             owner = generation.request.owner
-            group = self._ranks.setdefault(_rank(generation), Ledger(Group)).enter(owner.group)
+            ledger = self._ranks.setdefault(_rank(generation), Ledger(Group))
+            group = ledger.enter(owner.group, self._turns)
             group.rows = self._rows(owner)
-            insort(group.owners.enter(owner.name).waiting, generation, key=lambda each: each.request.priority)
+            insort(
+                group.owners.enter(owner.name, self._turns).waiting, generation, key=lambda each: each.request.priority
+            )
             self._inside += 1
 
     def pick(self, slow: bool = False) -> list[Generation]:

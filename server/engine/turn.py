@@ -153,13 +153,14 @@ class OwnerHand:
 
 
 class GroupHand:
-    """The owners of a group in a turn."""
+    """The owners of a group in a turn, and the tokens that are computed at their expense."""
 
     def __init__(self, group: Group) -> None:
         self.account = group
         self.hands = [OwnerHand(owner, group.rows) for owner in group.owners.accounts.values()]
         self._line = Line([hand for hand in self.hands if hand.left])
         self._rows = group.rows
+        self.computed = 0
 
     @property
     def work(self) -> int:
@@ -182,7 +183,9 @@ class GroupHand:
             if not turn.fits(hand.left[-1]):
                 self._line.push(hand)
                 return False
+            before = self.account.served
             if turn.take(hand.left.pop(), hand.account, (hand.account, self.account)):
+                self.computed += self.account.served - before
                 self._rows -= 1
                 break
         if hand.left:
@@ -221,5 +224,6 @@ def share(ledger: Ledger[Group], turn: Turn) -> None:
     for hand in aside:
         hand.fill(turn)
     for hand in hands:
-        hand.account.owners.level([each.account for each in hand.hands if each.hungry or each.left], turn.most)
-    ledger.level([hand.account for hand in hands if hand.hungry], turn.most)
+        hungry = [each.account for each in hand.hands if each.hungry or each.left]
+        hand.account.owners.level(hungry, hand.computed, turn.most)
+    ledger.level([hand.account for hand in hands if hand.hungry], sum(hand.computed for hand in hands), turn.most)
