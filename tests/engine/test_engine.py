@@ -33,6 +33,7 @@ from server.engine import (
     GenerationRequest,
     Limits,
     NotServingError,
+    Owner,
     QueueFullError,
     RequestError,
 )
@@ -188,6 +189,26 @@ def test_a_request_cancelled_in_the_queue_never_reaches_the_model(serve: Serve) 
     first.finish()
     assert third.finish().reason is FinishReason.LENGTH
     assert backend.prompts_seen() == {1, 3}
+
+
+def test_a_short_request_is_spared_the_wait_for_long_ones_where_forwards_are_slow(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate()
+    backend = CheapBackend(before=gate)
+    engine = serve(backend, rows=8, tokens=320)
+    fields = {"prompt": [], "max_tokens": 40, "params": get_sampler("topk").Params(k=1), "block_length": None}
+    hog = [request(0, "topk", owner=Owner("hog"), **fields) for _ in range(8)]
+    engine.submit_all(hog, [Listener() for _ in hog])
+    gate.wait()
+    monkeypatch.setattr(engine_module, "SLOW", 0.0)  # every step has taken longer than that
+    late = Listener()
+    engine.submit(request(1, "topk", owner=Owner("late"), max_tokens=1), late)
+    gate.release()
+    gate.step()
+    assert late.finish().reason is FinishReason.LENGTH
+    gate.wait()
+    assert [len(batch) for batch in backend.batches] == [8, 2, 8]
 
 
 def test_a_cancelled_row_is_free_within_one_step(serve: Serve) -> None:
