@@ -68,8 +68,10 @@ class Metrics:
         def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
             return Histogram(f"dllm_{name}", text, ["model_name", *labels], registry=self.registry, buckets=buckets)
 
-        self._running = gauge("requests_running", "Generations in the batch.")
-        self._waiting = gauge("requests_waiting", "Generations waiting for a free row.")
+        self._running = gauge("requests_running", "Generations that have a row.")
+        self._waiting = gauge(
+            "requests_waiting", "Generations that wait for a row, before their first forward or between two."
+        )
         self._memory = gauge("memory_bytes", "What serving takes at most, found out at start-up, by part.", "part")
         self._requests = counter("requests", "Generations that ended.", "sampler", "finish_reason")
         self._rejected = counter("rejected", "Requests and connections that were refused or cut off.", "reason")
@@ -96,7 +98,7 @@ class Metrics:
         self._per_token = histogram(
             "time_per_output_token_seconds", "Time per settled token after the first.", PER_TOKEN
         )
-        self._queue = histogram("request_queue_time_seconds", "From submission to admission into the batch.", E2E)
+        self._queue = histogram("request_queue_time_seconds", "From submission to the first forward.", E2E)
         for metric in (self._running, self._waiting, self._prompt_tokens, self._model_forwards):
             metric.labels(model_name)
 

@@ -149,7 +149,13 @@ class Settings(BaseSettings):
     compile: bool = Field(
         False, description="Compile the layers, for few static shapes; the first forward of each shape takes long."
     )
-    max_queue: int = Field(256, ge=1, le=1_000_000, description="Generations that may wait; more are answered 429.")
+    max_queue: int = Field(
+        256,
+        ge=1,
+        le=1_000_000,
+        description="Generations that may wait; more are answered 429, but for those of clients that have less than "
+        "their share of it, for which there are as many places again.",
+    )
     sampler: str | None = Field(
         None,
         description="Sampler of requests that name none. Default: threshold; without a mask token, the model's own.",

@@ -420,6 +420,7 @@ def test_a_full_queue_refuses_and_takes_none_of_several(serve: Serve) -> None:
     engine.submit(request(2), last)
     with pytest.raises(QueueFullError):
         engine.submit(request(3), Listener())
+    assert value(engine, "dllm_rejected_total", reason="queue_full") == 2
     gate.open()
     assert {listener.finish().reason for listener in (running, queued, last)} == {FinishReason.LENGTH}
 

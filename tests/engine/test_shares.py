@@ -127,6 +127,20 @@ def test_one_that_has_been_there_for_long_is_not_held_up_by_newcomers() -> None:
     assert took >= 5, "it is one of few, and gets what one of few gets"
 
 
+def test_one_long_among_equals_with_less_work_gets_its_turn() -> None:
+    """All are level, and the forward has room for the long one or the short ones."""
+    made = scheduler(*owned("long", 8), *(each for i in range(4) for each in owned(f"short {i}", 4)), rows=2, tokens=8)
+    took = 0
+    for turn in range(20):
+        picked = made.pick()
+        took += any(each.request.owner.name == "long" for each in picked)
+        for each in picked:
+            if each.request.owner.name != "long":
+                made.remove(each)
+                made.add(owned(f"short {turn} {each.begun}", 4))
+    assert took >= 3
+
+
 def test_who_leaves_and_comes_back_gains_nothing() -> None:
     """One generation after the other, each a whole forward, against one that stays."""
     (stays,) = owned("stays", 10)
@@ -153,13 +167,20 @@ def test_what_was_not_wanted_cannot_be_saved_up() -> None:
     assert computed(turns)["much"] >= 0.35 * sum(computed(turns).values())
 
 
+def test_shares_are_of_tokens_not_of_turns() -> None:
+    made = scheduler(*owned("long", *[100] * 4), *owned("short", *[10] * 20), rows=10, tokens=100)
+    had = computed([made.pick() for _ in range(200)])
+    assert abs(had["long"] - had["short"]) <= 200 < 5000 < had["long"]
+
+
 def test_groups_share_before_owners_do() -> None:
     """Connections from one address get together what one from another gets."""
     crowd = [generation(100, owner=Owner(f"connection {i}", "crowd")) for i in range(12)]
-    single = [generation(100, owner=Owner("connection", "single")) for _ in range(12)]
-    made = scheduler(*crowd, *single, rows=4, tokens=400)
-    turns = [made.pick() for _ in range(60)]
-    assert abs(sum(sum(each in crowd for each in turn) for turn in turns) - 120) <= 8
+    single = [generation(20, owner=Owner("connection", "single")) for _ in range(12)]
+    made = scheduler(*crowd, *single, rows=4, tokens=100)
+    turns = [made.pick() for _ in range(240)]
+    together = sum(each.cost for turn in turns for each in turn if each in crowd)
+    assert abs(together - computed(turns)["connection"]) <= 200 < 8000 < together
     connections = [sum(each in turn for turn in turns) for each in crowd]
     assert max(connections) - min(connections) <= 2
 
