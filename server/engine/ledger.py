@@ -9,16 +9,10 @@ REMEMBERED = 1024
 
 
 class Account:
-    """What somebody has had.
-
-    Attributes:
-        served: tokens that forwards computed, and what it was given so as to be level with others.
-        opened: number of the last turn whose forward it was the first to take part in, or of that before it came.
-    """
+    """What somebody has had. `served`: tokens that forwards computed, and what it was given to be level with others."""
 
     def __init__(self, served: int) -> None:
         self.served = served
-        self.opened = 0
 
 
 A = TypeVar("A", bound=Account)
@@ -39,12 +33,11 @@ class Ledger(Generic[A]):
         self._fair = 0.0
         self._floor = 0
 
-    def enter(self, name: Hashable, turn: int) -> A:
-        """The account of this name, opened if it is not there. `turn`: number of the last one."""
+    def enter(self, name: Hashable) -> A:
+        """The account of this name, opened if it is not there."""
         if name not in self.accounts:
             least = min((each.served for each in self.accounts.values()), default=0)
-            account = self.accounts[name] = self._make(max(least, self._floor, self._left.pop(name, 0)))
-            account.opened = turn
+            self.accounts[name] = self._make(max(least, self._floor, self._left.pop(name, 0)))
         return self.accounts[name]
 
     def leave(self, name: Hashable) -> None:

@@ -57,7 +57,6 @@ class Scheduler:
     limits: Limits = field(default_factory=Limits)
     running: list[Generation] = field(default_factory=list)
     _ranks: dict[int, Ledger[Group]] = field(default_factory=dict)
-    _turns: int = 0
     _numbers: Iterator[int] = field(default_factory=count)
     _inside: int = 0
     _memories: int = 0
@@ -132,11 +131,9 @@ class Scheduler:
         for generation in generations:
             owner = generation.request.owner
             ledger = self._ranks.setdefault(_rank(generation), Ledger(Group))
-            group = ledger.enter(owner.group, self._turns)
+            group = ledger.enter(owner.group)
             group.rows = self._rows(owner)
-            insort(
-                group.owners.enter(owner.name, self._turns).waiting, generation, key=lambda each: each.request.priority
-            )
+            insort(group.owners.enter(owner.name).waiting, generation, key=lambda each: each.request.priority)
             self._inside += 1
 
     def pick(self, slow: bool = False) -> list[Generation]:
@@ -145,9 +142,8 @@ class Scheduler:
         Args:
             slow: whether a full forward takes so long that whoever has little to ask would feel it.
         """
-        self._turns += 1
         express = self.limits.tokens // EXPRESS if slow and self._owners() > 1 else self.limits.tokens
-        turn = Turn(self._turns, self.limits.tokens, self.limits.rows, self._may_begin, express)
+        turn = Turn(self.limits.tokens, self.limits.rows, self._may_begin, express)
         for rank in sorted(self._ranks):
             share(self._ranks[rank], turn)
         for generation, owner in turn.chosen:

@@ -1,6 +1,6 @@
 """One forward, shared out."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 from itertools import count
@@ -56,13 +56,11 @@ class Turn:
     """What is left of a forward, and who is in it so far.
 
     Attributes:
-        number: counts turns.
         most: tokens that a forward can have.
         may_begin: whether a generation can have its first forward now.
         express: tokens that a forward is kept to in which something begins that is no more work than a forward.
     """
 
-    number: int
     most: int
     rows: int
     may_begin: Callable[[Generation, Owned], bool]
@@ -85,8 +83,6 @@ class Turn:
         generation.served = (generation.served or 0) + cost
         for account in payers:
             account.served += cost
-            if not self.chosen:
-                account.opened = self.number
         self.tokens -= cost
         self.express -= cost
         if generation.begun is None and generation.work <= self.most:
@@ -111,18 +107,11 @@ H = TypeVar("H", bound=Hand)
 
 
 class Line(Generic[H]):
-    """Hands in the order of who has had least.
+    """Hands in the order of who has had least; of equals less work goes first, so that nobody waits long for little."""
 
-    Of equals less work goes first, but first of all the one that opened a forward longest ago: what is short is not
-    held up by what is long, nor what is long by ever more that is short.
-    """
-
-    def __init__(self, hands: Sequence[H]) -> None:
+    def __init__(self, hands: Iterable[H]) -> None:
         self._numbers = count()
-        oldest = min(hands, key=lambda hand: (hand.account.served, hand.account.opened), default=None)
-        self._heap = [
-            (hand.account.served, -1 if hand is oldest else hand.work, next(self._numbers), hand) for hand in hands
-        ]
+        self._heap = [self._entry(hand) for hand in hands]
         heapify(self._heap)
 
     def __len__(self) -> int:
@@ -136,7 +125,10 @@ class Line(Generic[H]):
         return heappop(self._heap)[-1]
 
     def push(self, hand: H) -> None:
-        heappush(self._heap, (hand.account.served, hand.work, next(self._numbers), hand))
+        heappush(self._heap, self._entry(hand))
+
+    def _entry(self, hand: H) -> tuple[int, int, int, H]:
+        return hand.account.served, hand.work, next(self._numbers), hand
 
 
 class OwnerHand:
@@ -158,7 +150,7 @@ class GroupHand:
     def __init__(self, group: Group) -> None:
         self.account = group
         self.hands = [OwnerHand(owner, group.rows) for owner in group.owners.accounts.values()]
-        self._line = Line([hand for hand in self.hands if hand.left])
+        self._line = Line(hand for hand in self.hands if hand.left)
         self._rows = group.rows
         self.computed = 0
 
@@ -213,7 +205,7 @@ def share(ledger: Ledger[Group], turn: Turn) -> None:
     large, which would never come first.
     """
     hands = [GroupHand(group) for group in ledger.accounts.values()]
-    line = Line([hand for hand in hands if hand.left])
+    line = Line(hand for hand in hands if hand.left)
     aside: list[GroupHand] = []
     while turn.rows and len(line):
         hand = line.pop()
