@@ -53,10 +53,10 @@ class Ledger(Generic[A]):
                 self._left.popitem(last=False)
 
     def level(self, hungry: Iterable[A], computed: int, most: int) -> None:
-        """Settle a turn: nobody may have saved up more than `most` tokens against those who could have used more.
+        """Settle a turn: accounts stay within `most` tokens of those who could have used more.
 
         Who wants less than its share gets all that it wants, and would otherwise come to have had so little that later
-        it shut the others out.
+        it shut the others out. Who got what nobody else could use would otherwise be shut out for that later.
 
         Args:
             hungry: those who could have used more in this turn.
@@ -64,8 +64,8 @@ class Ledger(Generic[A]):
         """
         served = [each.served for each in hungry]
         highest = max(each.served for each in self.accounts.values())
-        level = min(served) if served else highest
+        level = min(served, default=highest)
         for each in self.accounts.values():
-            each.served = max(each.served, level - most)
+            each.served = min(max(each.served, level - most), level + most)
         self._fair = min(self._fair + computed / len(self.accounts), highest + most)
         self._floor = int(self._fair) - most

@@ -159,6 +159,18 @@ def test_shares_are_of_tokens_not_of_turns() -> None:
     assert abs(had["long"] - had["short"]) <= 200 < 5000 < had["long"]
 
 
+def test_what_nobody_else_could_use_costs_nothing_later() -> None:
+    """Beside a canvas of 51 of 100 no other of 51 fits, but several of 14 do."""
+    large = [*owned("a", *[51] * 4), *owned("b", *[51] * 4)]
+    made = scheduler(*large, *owned("c", *[14] * 4), rows=3, tokens=100)
+    for _ in range(1000):
+        made.pick()
+    for each in large:
+        made.remove(each)
+    made.add([*owned("a", *[14] * 4), *owned("b", *[14] * 4)])
+    assert computed([made.pick() for _ in range(60)])["c"] >= 0.25 * 60 * 42
+
+
 def test_groups_share_before_owners_do() -> None:
     """Connections from one address get together what one from another gets."""
     crowd = [generation(100, owner=Owner(f"connection {i}", "crowd")) for i in range(12)]
