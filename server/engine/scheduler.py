@@ -116,7 +116,7 @@ class Scheduler:
         limit, value = ("rows", rows) if quota.queued == 0 or more > rows + quota.queued else ("queued", quota.queued)
         raise KeyLimitError(
             limit,
-            f"{there} generations of this key are here and {more} more were asked for, but {rows} may run at once and "
+            f"{there} generations of yours are here and {more} more were asked for, but {rows} may run at once and "
             f"{quota.queued} wait: the limit is {limit}={value} (--key-limit)",
             math.inf if more > rows + quota.queued else 1.0,
         )

@@ -88,7 +88,8 @@ def test_a_large_one_is_not_held_up_by_its_owners_small_ones() -> None:
 
 
 def test_a_newcomer_is_in_the_very_next_forward() -> None:
-    hogs = [each for i in range(20) for each in owned(f"hog {i}", *[2000] * 16)]
+    """Four of the others' canvases fill it."""
+    hogs = [each for i in range(20) for each in owned(f"hog {i}", *[2048] * 16)]
     made = scheduler(*hogs, rows=16, tokens=8192)
     for _ in range(50):
         made.pick()
@@ -165,9 +166,9 @@ def test_what_nobody_else_could_use_costs_nothing_later() -> None:
     made = scheduler(*large, *owned("c", *[14] * 4), rows=3, tokens=100)
     for _ in range(1000):
         made.pick()
+    made.add([*owned("a", *[14] * 4), *owned("b", *[14] * 4)])
     for each in large:
         made.remove(each)
-    made.add([*owned("a", *[14] * 4), *owned("b", *[14] * 4)])
     assert computed([made.pick() for _ in range(60)])["c"] >= 0.25 * 60 * 42
 
 
