@@ -192,6 +192,22 @@ class Sampler(ABC):
         """For one that drafts: most forwards of a block, 1 to 10,000; the last one commits all. Asked once."""
         raise NotImplementedError
 
+    def most_forwards(self, params: SamplerParams, layout: Layout) -> int:
+        """Most forwards of a generation on such a canvas, known before the first: one a position, if nothing else."""
+        if self.drafts:
+            return layout.blocks * self.draft_steps(params)
+        if self.revises:
+            return 2 * layout.gen_length + layout.blocks * self.post_steps(params)
+        return layout.gen_length
+
+    def slots(self, params: SamplerParams) -> int:
+        """Canvases that a generation is denoised on at a time."""
+        return 1
+
+    def views(self, params: SamplerParams) -> int:
+        """Times that a forward computes each of them, as with and without the prompt."""
+        return 1
+
     def choice(self, params: SamplerParams, block_step: int) -> TokenChoice | None:
         """How tokens are chosen in a block's step, where the sampler says so and not the request."""
         return None

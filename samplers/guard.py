@@ -232,19 +232,24 @@ def start(sampler: Sampler, params: SamplerParams) -> Any:
 def most_steps(sampler: Sampler, traits: Traits, params: SamplerParams) -> int:
     """Most forwards of a drafted block, or of a revised one beyond two a position. Raises SamplerError."""
     if traits.drafts:
-        return told(sampler, _count, "draft_steps", sampler, params, 1)
-    return told(sampler, _count, "post_steps", sampler, params, 0) if traits.revises else 0
+        return count(sampler, "draft_steps", 1, MOST_STEPS, params)
+    return count(sampler, "post_steps", 0, MOST_STEPS, params) if traits.revises else 0
 
 
-def _count(name: str, sampler: Sampler, params: SamplerParams, least: int) -> int:
-    found: object = getattr(sampler, name)(params)
-    try:
-        count = operator.index(found)  # type: ignore[arg-type]
-    except TypeError:
-        count = -1
-    if not least <= count <= MOST_STEPS:
-        raise ContractError(f"{name} must be an integer from {least} to {MOST_STEPS}, not {shown(found, 80)}")
-    return count
+def count(sampler: Sampler, name: str, least: int, most: int, *arguments: Any) -> int:
+    """A number that a sampler says when its method of that name is asked. Raises SamplerError."""
+
+    def ask() -> int:
+        found: object = getattr(sampler, name)(*arguments)
+        try:
+            number = operator.index(found)  # type: ignore[arg-type]
+        except TypeError:
+            number = least - 1
+        if not least <= number <= most:
+            raise ContractError(f"{name} must be an integer from {least} to {most}, not {shown(found, 80)}")
+        return number
+
+    return told(sampler, ask)
 
 
 def choice(sampler: Sampler, params: SamplerParams, block_step: int) -> TokenChoice | None:

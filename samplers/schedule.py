@@ -48,6 +48,12 @@ class ScheduledSampler(Sampler):
     def check(self, params: SamplerParams, layout: Layout) -> None:
         check_steps(params, layout)
 
+    def most_forwards(self, params: SamplerParams, layout: Layout) -> int:
+        most = super().most_forwards(params, layout)
+        if isinstance(params, NumberOrThresholdParams) and params.threshold is not None:
+            return most  # one a forward is all that a threshold promises
+        return min(most, scheduled_forwards(params, layout))
+
 
 def check_steps(params: SamplerParams, layout: Layout) -> None:
     """Refuse fewer steps than blocks: every block needs a forward."""
@@ -57,6 +63,16 @@ def check_steps(params: SamplerParams, layout: Layout) -> None:
             "steps",
             f"steps is {steps}, but {layout.blocks} blocks need at least {layout.blocks}: raise steps or block_length",
         )
+
+
+def scheduled_forwards(params: SamplerParams, layout: Layout) -> int:
+    """Most forwards where each commits what the schedule says, or more."""
+    # Where outputs are about the next position, a block's first forward may decide that position only.
+    opening = layout.blocks if layout.scheme.shifted else 0
+    steps, k = getattr(params, "steps", None), getattr(params, "k", None)
+    if steps is not None:
+        return opening + int(steps)
+    return opening + sum(-(-layout.block_size(block) // (k or 1)) for block in range(layout.blocks))
 
 
 def share_of(steps: int, layout: Layout, block: int) -> int:

@@ -11,13 +11,21 @@ from server.api.middleware.head import HeadAsGet
 from server.api.middleware.paths import PlainPaths
 from server.api.middleware.request_id import RequestId
 from server.api.openapi import complete_openapi
+from server.api.owner import Owners
 from server.api.serving import Serving
 from server.api.text_threads import TextThreads
-from server.engine import Engine
+from server.engine import Engine, Limits, Quota
 from server.metrics import Metrics
 from server.models.text import TextCodec
 from server.settings import Settings
 from server.version import VERSION
+
+
+def limits_of(settings: Settings) -> Limits:
+    """The engine's limits by the settings."""
+    each = settings.key_limit
+    quota = Quota() if each is None else Quota(each.rows, each.queued, each.tokens_per_minute)
+    return Limits(settings.max_batch, settings.max_queue, settings.max_batch_tokens, settings.max_work, quota)
 
 
 def create_app(engine: Engine, text: TextCodec, metrics: Metrics, settings: Settings) -> FastAPI:
@@ -28,7 +36,7 @@ def create_app(engine: Engine, text: TextCodec, metrics: Metrics, settings: Sett
     info = engine.info
     catalogue = Catalogue(metrics.model_name, default_rule(settings, info), engine.policies, info.scheme)
     metrics.policies(len(engine.policies.list()))
-    serving = Serving(engine, text, metrics, settings, catalogue, TextThreads(engine, metrics))
+    serving = Serving(engine, text, metrics, settings, catalogue, TextThreads(engine, metrics), Owners(settings))
     app = FastAPI(
         title="Unmask",
         summary="An OpenAI-style inference server for diffusion language models",

@@ -77,8 +77,10 @@ class Metrics:
         def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
             return Histogram(f"dllm_{name}", text, ["model_name", *labels], registry=self.registry, buckets=buckets)
 
-        self._running = gauge("requests_running", "Generations in the batch.")
-        self._waiting = gauge("requests_waiting", "Generations waiting for a free row.")
+        self._running = gauge("requests_running", "Generations that have a row.")
+        self._waiting = gauge(
+            "requests_waiting", "Generations that wait for a row, before their first forward or between two."
+        )
         self._memory = gauge("memory_bytes", "What serving takes at most, found out at start-up, by part.", "part")
         self._tasks = gauge("event_loop_tasks", "Tasks of the event loop, which grow with requests under way alone.")
         self._requests = counter("requests", "Generations that ended.", "sampler", "finish_reason")
@@ -111,7 +113,7 @@ class Metrics:
         self._per_token = histogram(
             "time_per_output_token_seconds", "Time per settled token after the first.", PER_TOKEN
         )
-        self._queue = histogram("request_queue_time_seconds", "From submission to admission into the batch.", E2E)
+        self._queue = histogram("request_queue_time_seconds", "From submission to the first forward.", E2E)
         # process_resident_memory_bytes, process_open_fds, python_gc_collections_total and the like
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self.registry)

@@ -6,7 +6,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, SecretStr, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -24,6 +24,8 @@ MOST_TOKENS, MOST_SECONDS = 2**31 - 1, 10_000_000.0
 MOST_SAID = 200
 """Characters of a wrong value that are repeated."""
 MOST_THREADS = 1024
+MOST = 10**12
+"""No limit of a key's can be more."""
 THREADS = "Processor threads that compute."
 THREADS_DEFAULT = "Default: one a core, within a container's limit."
 
@@ -85,6 +87,39 @@ def name_and_folder(value: Any) -> Any:
     return name, folder
 
 
+class KeyLimit(BaseModel):
+    """What each key may have; None is no limit of its own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rows: int | None = Field(None, ge=1, le=MOST)
+    queued: int | None = Field(None, ge=0, le=MOST)
+    tokens_per_minute: int | None = Field(None, ge=1, le=MOST)
+
+
+def _key_limit(value: Any) -> Any:
+    """A limit from `rows=4,queued=32,tokens_per_minute=60000` or a table. Raises ValueError that names the fault."""
+    parts = value
+    if isinstance(value, str):
+        parts = {}
+        for part in value.split(","):
+            name, equals, number = (text.strip() for text in part.partition("="))
+            if not equals or name in parts:
+                raise ValueError("write each limit once, as NAME=NUMBER, with commas between them")
+            parts[name] = int(number) if len(number) <= len(str(MOST)) and number.isdecimal() else number
+    if not isinstance(parts, dict):
+        return value
+    if unknown := parts.keys() - KeyLimit.model_fields.keys():
+        raise ValueError(f"there is no limit {min(map(str, unknown))!r}; there are {', '.join(KeyLimit.model_fields)}")
+    if not parts:
+        raise ValueError("there is no limit in it")
+    for name, number in parts.items():
+        least = 0 if name == "queued" else 1
+        if not isinstance(number, int) or isinstance(number, bool) or not least <= number <= MOST:
+            raise ValueError(f"{name} must be a whole number from {least} to {MOST}")
+    return KeyLimit(**parts)
+
+
 NamedFolder = Annotated[tuple[str, str], BeforeValidator(name_and_folder)]
 
 
@@ -135,7 +170,13 @@ class Settings(BaseSettings):
     compile: bool = Field(
         False, description="Compile the layers, for few static shapes; the first forward of each shape takes long."
     )
-    max_queue: int = Field(256, ge=1, le=1_000_000, description="Generations that may wait; more are answered 429.")
+    max_queue: int = Field(
+        256,
+        ge=1,
+        le=1_000_000,
+        description="Generations that may wait; more are answered 429, but for those of clients that have less than "
+        "their share of it, for which there are as many places again.",
+    )
     sampler: str | None = Field(
         None,
         description="Sampler of requests that name none. Default: threshold; without a mask token, the model's own.",
@@ -165,11 +206,26 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(
         4 * 1024 * 1024, ge=1, le=MOST_TOKENS, description="Longest request body; longer ones get 413."
     )
-    request_timeout: float | None = Field(
+    key_limit: Annotated[KeyLimit | None, NoDecode, BeforeValidator(_key_limit)] = Field(
         None,
-        gt=0,
+        description="What each key may have, or each client address where there are no keys: rows, generations that "
+        "run at once (more wait); queued, that wait; tokens_per_minute, of prompts and max_tokens. More is answered "
+        "429. The admin key has no such limit.",
+        examples=["rows=4,queued=32,tokens_per_minute=60000"],
+    )
+    max_work: int | None = Field(
+        None,
+        ge=1,
+        le=MOST,
+        description="Tokens that forwards may have to compute for one request: of each of its generations, forward "
+        "passes at most, times canvas. More is answered 400. Default: no limit.",
+    )
+    request_timeout: float = Field(
+        600.0,
+        ge=0,
         le=MOST_SECONDS,
-        description="Seconds after which a request is ended and answered 504; without it, never.",
+        description="Seconds from its arrival in the queue after which a request, waiting or running, is ended and "
+        "answered 504; 0: never.",
     )
     drain_timeout: float = Field(
         60.0,
@@ -187,13 +243,20 @@ class Settings(BaseSettings):
     header_timeout: float = Field(
         10.0,
         gt=0,
+        le=MOST_SECONDS,
         description="Seconds in which a connection's first request, or the head of one that began, must come.",
     )
     body_timeout: float = Field(
-        30.0, gt=0, description="Seconds in which a request's body must come, and one more for each 4096 bytes of it."
+        30.0,
+        gt=0,
+        le=MOST_SECONDS,
+        description="Seconds in which a request's body must come, and one more for each 4096 bytes of it.",
     )
     write_timeout: float = Field(
-        30.0, gt=0, description="Seconds after which a client that takes nothing of its answer is cut off."
+        30.0,
+        gt=0,
+        le=MOST_SECONDS,
+        description="Seconds after which a client that takes nothing of its answer is cut off.",
     )
     keep_alive: float = Field(
         75.0,

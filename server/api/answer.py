@@ -65,7 +65,9 @@ class Answer(Chunks):
         choices = self.running.choices
         if self.body.stream:
             tells_usage = self._options.include_usage or self._options.continuous_usage_stats
-            return EventStreamResponse(choices, self, exclude=set() if tells_usage else {"usage"})
+            response: Response = EventStreamResponse(choices, self, exclude=set() if tells_usage else {"usage"})
+            response.headers.update(self.running.headers)
+            return response
         pieces: list[list[Piece]] = [[] for _ in choices]
 
         async def collect(choice: Choice, piece: Piece) -> None:
@@ -75,7 +77,9 @@ class Answer(Chunks):
             await follow(choices, request.receive, collect)
 
         def answer() -> Response:
-            return json_response(self.whole([_join(each) for each in pieces]))
+            response = json_response(self.whole([_join(each) for each in pieces]))
+            response.headers.update(self.running.headers)
+            return response
 
         tokens = sum(choice.completion_tokens for choice in choices)
         return await self._threads.finish(answer) if tokens > LONG_ANSWER else answer()

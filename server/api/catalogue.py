@@ -19,7 +19,8 @@ from samplers import (
 )
 from samplers.guard import SHOWN, failure, shown, told, why_not
 from samplers.policy import Policy, PolicyParams
-from server.api.bodies import SHOWN, request_error, show
+from server.api.bodies import SHOWN as REPEATED
+from server.api.bodies import request_error, show
 from server.api.errors import NotFoundError
 from server.api.requests import GenerationBody
 from server.engine import ModelInfo, RequestError
@@ -197,6 +198,6 @@ def _agreed(given: dict[str, Any]) -> tuple[str, Any]:
 
 def _sampler(name: str, field: str) -> Sampler:
     try:
-        return get_sampler(name[:SHOWN])
+        return get_sampler(name[:REPEATED])
     except UnknownSamplerError as error:
         raise RequestError(field, str(error), "unknown_sampler") from None

@@ -41,8 +41,8 @@ def add_routes(app: FastAPI, serving: Serving) -> None:
         """Write the next message of a chat."""
         body = await read_body(serving.threads, request, ChatBody)
         check_stream_options(body)
-        size = len(await request.body())
-        running = await start(serving, body, size, 1, partial(read_job, serving), bool(body.logprobs))
+        size, owner = len(await request.body()), serving.owners.of(request)
+        running = await start(serving, body, owner, size, 1, partial(read_job, serving), bool(body.logprobs))
         return await ChatAnswer(running, body, serving).respond(request)
 
 

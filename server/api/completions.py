@@ -35,8 +35,8 @@ def add_routes(app: FastAPI, serving: Serving) -> None:
                 "logprobs", "logprobs of the prompt, which echo asks for, are not supported: leave it out"
             )
         wants_logprobs = body.logprobs is not None
-        size = len(await request.body())
-        running = await start(serving, body, size, len(body.prompts()), partial(read_job, serving), wants_logprobs)
+        size, owner, count = len(await request.body()), serving.owners.of(request), len(body.prompts())
+        running = await start(serving, body, owner, size, count, partial(read_job, serving), wants_logprobs)
         return await CompletionAnswer(running, body, serving).respond(request)
 
 

@@ -1,5 +1,6 @@
 """Errors in OpenAI's shape: one table from exception to status, type and code."""
 
+import math
 from http import HTTPStatus
 from typing import Any
 
@@ -10,7 +11,7 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Match, Route
 
 from samplers import SamplerError
-from server.engine import FinishReason, NotServingError, QueueFullError, RequestError
+from server.engine import Budget, FinishReason, KeyLimitError, NotServingError, QueueFullError, RequestError
 
 MAX_PARAM = 60
 """Characters of a field's name, which may be a client's."""
@@ -104,6 +105,7 @@ ERRORS: list[tuple[type[Exception], int, str, str | None]] = [
     (UnsupportedEncodingError, 415, INVALID, "unsupported_encoding"),
     (HeadersTooLargeError, 431, INVALID, "headers_too_large"),
     (QueueFullError, 429, "rate_limit_error", "queue_full"),
+    (KeyLimitError, 429, "rate_limit_error", None),
     (ClientDisconnect, 499, INVALID, "client_disconnected"),
     (TooManyConnectionsError, 503, "service_unavailable_error", "too_many_connections"),
     (NotServingError, 503, "service_unavailable_error", "not_serving"),
@@ -138,6 +140,8 @@ def _describe(error: Exception) -> tuple[int, ErrorDetail]:
         status, kind = error.status_code, INVALID if error.status_code < 500 else SERVER
         return status, ErrorDetail(message=error.detail, type=kind, code=HTTP_CODES.get(status, "http_error"))
     kind, status, code = next((kind, status, code) for cls, status, kind, code in ERRORS if isinstance(error, cls))
+    if isinstance(error, KeyLimitError):
+        code = f"key_{error.limit}"
     message = "the server failed; its log says why" if code == "internal_error" else str(error)
     if isinstance(error, RequestError):
         return status, ErrorDetail(message=message, type=kind, param=error.field, code=error.code)
@@ -150,6 +154,8 @@ def error_response(error: Exception) -> Response:
     headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
     if status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE):
         headers["retry-after"] = str(RETRY_SECONDS)
+    if isinstance(error, KeyLimitError):
+        headers |= _key_limit_headers(error)
     if status == HTTPStatus.UNAUTHORIZED:
         headers["www-authenticate"] = "Bearer"
     if status == HTTPStatus.UNSUPPORTED_MEDIA_TYPE:
@@ -157,6 +163,24 @@ def error_response(error: Exception) -> Response:
     if status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
         headers["connection"] = "close"  # the rest of the body is not worth reading
     return Response(ErrorResponse(error=detail).model_dump_json(), status, headers, media_type="application/json")
+
+
+def _key_limit_headers(error: KeyLimitError) -> dict[str, str]:
+    """When to try again, and what is left. `x-should-retry` tells OpenAI's clients where that is no use."""
+    if math.isinf(error.wait):
+        return {"retry-after": "60", "x-should-retry": "false"} | budget_headers(error.budget)
+    return {"retry-after": str(max(RETRY_SECONDS, math.ceil(error.wait)))} | budget_headers(error.budget)
+
+
+def budget_headers(budget: Budget | None) -> dict[str, str]:
+    """What is left of a key's tokens a minute, in OpenAI's headers; none where that is not limited."""
+    if budget is None:
+        return {}
+    return {
+        "x-ratelimit-limit-tokens": str(budget.limit),
+        "x-ratelimit-remaining-tokens": str(budget.remaining),
+        "x-ratelimit-reset-tokens": f"{budget.reset:.3f}s",
+    }
 
 
 def failure(reason: FinishReason, message: str) -> GenerationFailedError:

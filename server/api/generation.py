@@ -12,11 +12,12 @@ from samplers import CacheMode, Layout, SamplerParams, TokenChoice
 from samplers.policy import PolicyParams
 from server.api.catalogue import Rule, stated
 from server.api.choices import Choice
+from server.api.errors import budget_headers
 from server.api.requests import DEFAULT_MAX_TOKENS, INT64, GenerationBody
 from server.api.responses import Usage, Used
 from server.api.serving import Serving
 from server.api.stopping import TextStop
-from server.engine import GenerationRequest, ModelInfo, RequestError
+from server.engine import GenerationRequest, ModelInfo, Owner, RequestError
 from server.engine.engine import CONTEXT_LENGTH_EXCEEDED, too_long
 from server.engine.stream import EventStream, submit_to
 from server.models.text import TextTooLongError
@@ -44,11 +45,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Running:
-    """The generations of a request, and how they are made."""
+    """The generations of a request, how they are made, and the headers of their answer."""
 
     job: Job
     choices: list[Choice]
     used: Used
+    headers: dict[str, str]
 
     def usage_of(self, choice: Choice) -> Usage:
         """What the engine has counted so far of one choice."""
@@ -67,15 +69,19 @@ class Running:
 B = TypeVar("B", bound=GenerationBody)
 
 
-async def start(serving: Serving, body: B, size: int, count: int, read: Callable[[B], Job], logprobs: bool) -> Running:
+async def start(
+    serving: Serving, body: B, owner: Owner, size: int, count: int, read: Callable[[B], Job], logprobs: bool
+) -> Running:
     """Queue the generations of a body, all or none.
 
     Args:
+        owner: who asks for them.
         size: the body's bytes.
+        owner: who asks for them.
         count: number of prompts in the body.
         read: makes the prompts tokens; runs in another thread, since that can take long.
 
-    Raises RequestError, QueueFullError, NotServingError.
+    Raises RequestError, QueueFullError, KeyLimitError, NotServingError.
     """
     rule = serving.catalogue.choose(body)
     number = body.n or 1
@@ -87,20 +93,20 @@ async def start(serving: Serving, body: B, size: int, count: int, read: Callable
             f"({serving.settings.max_queue}, --max-queue): send fewer at a time",
         )
     streams = [EventStream(serving.engine, every_pass=bool(body.return_trajectory)) for _ in range(total)]
-    job, used = await serving.threads.run(partial(_submit, serving, body, rule, read, streams), size)
+    job, used = await serving.threads.run(partial(_submit, serving, body, owner, rule, read, streams), size)
     choices = [
         Choice(stream, serving.text, i, i // number, body.stop, logprobs, bool(body.return_trajectory))
         for i, stream in enumerate(streams)
     ]
-    return Running(job, choices, used)
+    return Running(job, choices, used, budget_headers(serving.engine.budget(owner)))
 
 
 def _submit(
-    serving: Serving, body: B, rule: Rule, read: Callable[[B], Job], streams: list[EventStream]
+    serving: Serving, body: B, owner: Owner, rule: Rule, read: Callable[[B], Job], streams: list[EventStream]
 ) -> tuple[Job, Used]:
     serving.engine.check_accepting()  # before work that can take long, for which this may have waited long
     job = read(body)
-    requests, used = _requests(serving, body, rule, job)
+    requests, used = _requests(serving, body, owner, rule, job)
     try:
         submit_to(streams, serving.engine, requests)
     except RequestError as error:
@@ -111,7 +117,9 @@ def _submit(
     return job, used
 
 
-def _requests(serving: Serving, body: GenerationBody, rule: Rule, job: Job) -> tuple[list[GenerationRequest], Used]:
+def _requests(
+    serving: Serving, body: GenerationBody, owner: Owner, rule: Rule, job: Job
+) -> tuple[list[GenerationRequest], Used]:
     info = serving.engine.info
     sampler, params = rule
     block_length = info.blocks(body.block_length if "block_length" in body.model_fields_set else info.block_length)
@@ -138,9 +146,10 @@ def _requests(serving: Serving, body: GenerationBody, rule: Rule, job: Job) -> t
             stop=TextStop(serving.text, body.stop) if body.stop else None,
             fill_after_end=fill_after_end,
             cache=cache,
-            timeout=serving.settings.request_timeout,
+            timeout=serving.settings.request_timeout or None,
             counts_prompt=j == 0,
             priority=body.priority or 0,
+            owner=owner,
         )
         for i, prompt in enumerate(job.prompts)
         for j in range(number)

@@ -99,7 +99,8 @@ def _inside(root: str | None, path: str) -> tuple[Path, Path]:
     try:
         folder = (base / path).resolve()
     except (OSError, RuntimeError) as error:  # links in a circle
-        raise RequestError("path", f"{show(path)} is no folder: {error.strerror if isinstance(error, OSError) else 'its links lead in a circle'}", "invalid_policy") from None
+        why = error.strerror if isinstance(error, OSError) else "its links lead in a circle"
+        raise RequestError("path", f"{show(path)} is no folder: {why}", "invalid_policy") from None
     if not folder.is_relative_to(base) or folder == base:
         raise RequestError("path", f"{show(path)} is not inside the server's folder of policies", "invalid_policy")
     return base, folder

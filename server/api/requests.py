@@ -125,7 +125,9 @@ class GenerationBody(Body):
         description="Settle all after a committed end-of-text at once, do not denoise padding. Default: true.",
     )
     priority: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = Field(
-        None, description="Who waits with a smaller one is admitted first. Default: 0."
+        None,
+        description="Of your own requests, who waits with a smaller one is admitted first; with the admin key, of all. "
+        "Default: 0.",
     )
     cache: Literal["none", "prefix", "dual"] | None = Field(
         None,

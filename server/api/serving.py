@@ -4,6 +4,7 @@ import time
 from dataclasses import dataclass, field
 
 from server.api.catalogue import Catalogue
+from server.api.owner import Owners
 from server.api.text_threads import TextThreads
 from server.engine import Engine
 from server.metrics import Metrics
@@ -21,4 +22,5 @@ class Serving:
     settings: Settings
     catalogue: Catalogue
     threads: TextThreads
+    owners: Owners
     created: int = field(default_factory=lambda: int(time.time()))

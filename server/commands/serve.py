@@ -79,8 +79,8 @@ def _check_engine(settings: Settings) -> None:
 
 def _load_and_serve(settings: Settings, bound: socket.socket) -> bool:
     """Serve until a signal says to stop or the engine dies; whether everything that ran could finish."""
-    from server.app import create_app
-    from server.engine import Engine, Limits, RequestError
+    from server.app import create_app, limits_of
+    from server.engine import Engine, RequestError
     from server.engine.memory import TooLittleMemoryError, bound_memory, megabytes
     from server.engine.torch_backend import TorchBackend
     from server.engine.vllm.backend import VllmOptions
@@ -108,7 +108,7 @@ def _load_and_serve(settings: Settings, bound: socket.socket) -> bool:
     if not settings.api_key and settings.host not in ("127.0.0.1", "::1", "localhost"):
         log.warning("whoever reaches this address may use the model; --api-key limits that", host=settings.host)
     metrics = Metrics(settings.served_name or loaded.name)
-    limits = Limits(settings.max_batch, settings.max_queue, settings.max_batch_tokens)
+    limits = limits_of(settings)
     if isinstance(loaded.backend, TorchBackend):
         try:
             memory = bound_memory(loaded.backend, limits)

@@ -3,14 +3,18 @@
 from server.engine.backend import Backend, ModelInfo
 from server.engine.engine import Engine
 from server.engine.generation import Generation
+from server.engine.quota import Quota
 from server.engine.request import (
+    Budget,
     Committed,
     EngineError,
     Event,
     Finished,
     FinishReason,
     GenerationRequest,
+    KeyLimitError,
     NotServingError,
+    Owner,
     QueueFullError,
     RequestError,
 )
@@ -18,6 +22,7 @@ from server.engine.scheduler import Limits
 
 __all__ = [
     "Backend",
+    "Budget",
     "Committed",
     "Engine",
     "EngineError",
@@ -26,9 +31,12 @@ __all__ = [
     "Finished",
     "Generation",
     "GenerationRequest",
+    "KeyLimitError",
     "Limits",
     "ModelInfo",
     "NotServingError",
+    "Owner",
     "QueueFullError",
+    "Quota",
     "RequestError",
 ]

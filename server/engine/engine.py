@@ -10,15 +10,20 @@ from policies.store import Host, PolicyStore, UnknownPolicyError
 from samplers import CacheMode, Canvas, ParameterError, Prediction, SamplerError, UnknownSamplerError
 from samplers.denoising import Denoising, Outcome, Query, advance, ask
 from samplers.guard import Traits, misfit, own_params
+from samplers.work import work
 from server.engine.backend import Backend, BackendDeadError, ModelInfo
 from server.engine.generation import Deliver, Generation
+from server.engine.quota import Buckets
 from server.engine.request import (
+    Budget,
     Committed,
     EngineError,
     Finished,
     FinishReason,
     GenerationRequest,
+    KeyLimitError,
     NotServingError,
+    Owner,
     QueueFullError,
     RequestError,
 )
@@ -30,6 +35,10 @@ from server.waiting import sleep_where_crowded
 log = structlog.get_logger(__name__)
 
 CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
+SLOW = 0.25
+"""Seconds of a step from which on short requests are spared the wait for long ones beside them."""
+FADING = 0.9
+"""What is left, after a step, of how long the longest before it is thought to have taken."""
 
 
 def too_long(info: ModelInfo, prompt: int, max_tokens: int, at_least: bool = False) -> str:
@@ -47,11 +56,26 @@ def too_long(info: ModelInfo, prompt: int, max_tokens: int, at_least: bool = Fal
     )
 
 
+def _time_is_up(generation: Generation) -> str:
+    """Why a request has ended before its text."""
+    forwards = generation.row.forwards
+    how_far = f"after {forwards} forward passes" if forwards else "before its first forward pass"
+    return (
+        f"the request's time is up {how_far}: the limit is {generation.request.timeout:g} seconds (--request-timeout)"
+    )
+
+
+def _charged(request: GenerationRequest) -> int:
+    """Tokens that count against a limit a minute: what was asked for, known before it is written."""
+    prompt = len(request.prompt) + len(request.suffix)
+    return request.max_tokens + (prompt if request.counts_prompt else 0)
+
+
 class Engine:
     """Runs generations through a backend.
 
-    Every turn: retire what was cancelled or is out of time, admit waiting generations into free rows, one forward for
-    as many of them as its tokens allow, let each sampler commit, deliver events, retire what is finished.
+    Every turn: retire what was cancelled or is out of time, pick whose turn it is, as many as a forward takes, run that
+    forward, let each sampler commit, deliver events, retire what is finished.
 
     Args:
         backend: where the model runs; closed by `stop`.
@@ -76,9 +100,11 @@ class Engine:
         self.limits = limits
         self._metrics = metrics
         self._scheduler = Scheduler(limits)
+        self._buckets = None if limits.quota.tokens is None else Buckets(limits.quota.tokens)
         self._change = threading.Condition()
         self._draining = False
         self._stopping = False
+        self._seconds = 0.0  # of the longest of the last steps
         self._failure: BaseException | None = None
         self._stuck = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -122,8 +148,8 @@ class Engine:
         if not self.accepting:
             raise NotServingError("the server is shutting down" if self.alive else "the engine is not running")
 
-    def check(self, request: GenerationRequest) -> Denoising:
-        """The request as a row of the loop.
+    def check(self, request: GenerationRequest) -> tuple[Denoising, int]:
+        """The request as a row of the loop, and its work.
 
         Raises RequestError if it does not fit model or sampler, SamplerError if the sampler fails when it is asked.
         """
@@ -159,10 +185,11 @@ class Engine:
                 raise RequestError("sampler", reason)
             if Traits.of(sampler).greedy and request.choice.temperature > 0:
                 raise RequestError("temperature", f"sampler {request.sampler} chooses tokens itself; use temperature 0")
-            return Denoising(
+            params = own_params(sampler, request.params)
+            row = Denoising(
                 canvas,
                 sampler,
-                own_params(sampler, request.params),
+                params,
                 request.choice,
                 request.seed,
                 request.end_ids,
@@ -170,6 +197,7 @@ class Engine:
                 request.cache,
                 self.info.vocab_size,
             )
+            return row, work(sampler, params, canvas.layout)
         except ParameterError as error:
             raise RequestError(f"sampler_params.{error.field}", str(error)) from None
         except UnknownPolicyError as error:
@@ -184,28 +212,58 @@ class Engine:
     def submit(self, request: GenerationRequest, deliver: Deliver) -> Generation:
         """Queue a generation. `deliver` gets its events on the engine's thread and must not block.
 
-        Raises RequestError, SamplerError, QueueFullError or NotServingError; then nothing was queued.
+        Raises RequestError, SamplerError, QueueFullError, KeyLimitError or NotServingError; then nothing was queued.
         """
         return self.submit_all([request], [deliver])[0]
 
     def submit_all(self, requests: list[GenerationRequest], delivers: list[Deliver]) -> list[Generation]:
-        """Queue several generations, all or none (see `submit`)."""
+        """Queue several generations of one owner, all or none (see `submit`)."""
         generations = [
-            Generation(request, deliver, self.check(request))
+            Generation(request, deliver, *self.check(request))
             for request, deliver in zip(requests, delivers, strict=True)
         ]
-        with self._change:
-            self.check_accepting()
-            if not self._scheduler.room(len(generations)):
-                waiting = len(self._scheduler.waiting)
-                raise QueueFullError(f"{waiting} generations are waiting, the limit is {self.limits.queue}")
-            self._scheduler.add(generations)
-            self._gauge()
-            self._change.notify_all()
+        self._check_work(generations)
+        try:
+            with self._change:
+                self._queue(generations)
+        except QueueFullError:
+            self._metrics.rejected("queue_full")
+            raise
+        except KeyLimitError as error:
+            self._metrics.rejected(f"key_{error.limit}")
+            raise
         for request in requests:
             if request.counts_prompt:
                 self._metrics.prompt_tokens(len(request.prompt) + len(request.suffix))
         return generations
+
+    def _check_work(self, generations: list[Generation]) -> None:
+        """Refuse what would take more than any request may."""
+        most = sum(generation.work for generation in generations)
+        if self.limits.work is not None and most > self.limits.work:
+            raise RequestError(
+                "max_tokens",
+                f"forwards may have to compute {most} tokens for this, and a request's limit is {self.limits.work} "
+                "(--max-work): ask for fewer or shorter texts, or for more tokens a forward",
+            )
+
+    def _queue(self, generations: list[Generation]) -> None:
+        """Queue what may wait, at the expense of its owner."""
+        self.check_accepting()
+        owner = generations[0].request.owner
+        self._scheduler.check(owner, len(generations))
+        if self._buckets is not None and not owner.ahead:
+            self._buckets.take(owner.group, sum(_charged(each.request) for each in generations), time.monotonic())
+        self._scheduler.add(generations)
+        self._gauge()
+        self._change.notify_all()
+
+    def budget(self, owner: Owner) -> Budget | None:
+        """What is left of the tokens that an owner's group has a minute; None where that is not limited."""
+        if self._buckets is None or owner.ahead:
+            return None
+        with self._change:
+            return self._buckets.budget(owner.group, time.monotonic())
 
     def cancel(self, generation: Generation) -> None:
         """End a generation within one step; its `Finished` event says so. Has no effect on one that has ended."""
@@ -239,17 +297,17 @@ class Engine:
         self.backend.close()
 
     def _gauge(self) -> None:
-        self._metrics.queue(running=len(self._scheduler.running), waiting=len(self._scheduler.waiting))
+        self._metrics.queue(running=len(self._scheduler.running), waiting=self._scheduler.waits)
 
     @property
     def idle(self) -> bool:
         """Whether nothing is queued or running."""
-        return not (self._scheduler.waiting or self._scheduler.running)
+        return self._scheduler.empty
 
     def _run(self) -> None:
         try:
-            while self._next_batch():
-                self._turn()
+            while (batch := self._next_batch()) is not None:
+                self._turn(batch)
         except BaseException as error:
             self._failure = error
             log.exception("engine died")
@@ -262,36 +320,38 @@ class Engine:
                 self._gauge()
                 self._change.notify_all()
 
-    def _next_batch(self) -> bool:
-        """Retire, admit, and wait until there is something to run. False when it is time to stop."""
+    def _next_batch(self) -> list[Generation] | None:
+        """Retire, pick, and wait until there is something to run. None when it is time to stop."""
         with self._change:
             while True:
                 if self._stopping or self._stuck:
-                    return False
+                    return None
                 self._retire_ended()
-                for generation in self._scheduler.admit():
-                    self._metrics.queue_time(time.monotonic() - generation.submitted)
+                batch = self._scheduler.pick(slow=self._seconds > SLOW)
+                for generation in batch:
+                    if generation.started is None:
+                        generation.started = time.monotonic()
+                        self._metrics.queue_time(generation.started - generation.submitted)
                 self._gauge()
-                if self._scheduler.running:
-                    return True
+                if batch:
+                    return batch
                 self._change.notify_all()
                 self._change.wait()
 
     def _retire_ended(self) -> None:
         """Take out what was cancelled or is past its deadline, queued or running."""
         now = time.monotonic()
-        for generation in [*self._scheduler.running, *self._scheduler.waiting]:
+        for generation in self._scheduler.all():
             if generation.cancelled:
                 self._scheduler.remove(generation)
                 self._finish(generation, FinishReason.ABORT)
             elif now > generation.deadline:
                 self._scheduler.remove(generation)
-                self._finish(generation, FinishReason.TIMEOUT, "the request's time is up")
+                self._finish(generation, FinishReason.TIMEOUT, _time_is_up(generation))
 
-    def _turn(self) -> None:
-        """One step of what fits into a forward."""
+    def _turn(self, running: list[Generation]) -> None:
+        """One step of these, which fit into a forward."""
         began = time.monotonic()
-        running = self._scheduler.pick()
         model_seconds = sampler_seconds = 0.0
         for generations, result, seconds in self._predict(running):
             model_seconds += seconds
@@ -322,6 +382,7 @@ class Engine:
             self._gauge()
             self._change.notify_all()
         total = time.monotonic() - began
+        self._seconds = max(total, FADING * self._seconds)
         self._metrics.step(len(running), model_seconds, sampler_seconds, total - model_seconds - sampler_seconds)
 
     def _predict(

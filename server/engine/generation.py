@@ -18,17 +18,23 @@ class Generation:
         submitted, first_token: when, by the monotonic clock.
         cancelled: it is to end, because nobody waits for it any more.
         counted: tokens that count as generated and were told so far.
-        served: tokens that forwards computed for it, and what it was given at its admission (see `Scheduler`).
+        work: most tokens that forwards compute for it, known before the first.
+        started: when it had its first forward.
+        begun: its number among those that had one (see `Scheduler`), None until then.
+        served: tokens that forwards computed for it, and what it was given so as to be level with others.
     """
 
     request: GenerationRequest
     deliver: Deliver
     row: Denoising
+    work: int = 0
     submitted: float = field(default_factory=time.monotonic)
     first_token: float | None = None
     cancelled: bool = False
     counted: int = 0
-    served: int = 0
+    started: float | None = None
+    begun: int | None = None
+    served: int | None = None
 
     @property
     def deadline(self) -> float:
@@ -40,3 +46,8 @@ class Generation:
         """Tokens that its next forward computes."""
         fed = self.row.feed()
         return fed.stop - fed.start
+
+    @property
+    def keeps(self) -> bool:
+        """Whether something is kept of it between forwards beside its canvas: keys and values."""
+        return self.row.feed().memory is not None

@@ -27,7 +27,7 @@ class MemoryBound:
     Attributes:
         weights: of the model.
         forward: the largest forward, of as many tokens as the limits allow.
-        cache: keys and values of as many generations as may run, each on a canvas as long as any, if all keep theirs.
+        cache: keys and values of as many generations as may keep some, each on a canvas as long as any.
         available: what there is for forward and cache.
     """
 
@@ -42,7 +42,7 @@ def bound_memory(backend: TorchBackend, limits: Limits) -> MemoryBound:
     size: int = getattr(torch, backend.info.dtype).itemsize
     per_token = sum(2 * heads * width for heads, width in backend.network.cache_shapes)
     longest = min(backend.info.max_length, limits.tokens)
-    cache = limits.rows * longest * per_token * size
+    cache = limits.memories * longest * per_token * size
     available = available_memory(backend.device)
     embedding = next(module for module in backend.network.modules() if isinstance(module, nn.Embedding))
     least = limits.tokens * embedding.embedding_dim * size * 8  # never less: states, their norm, queries, keys, values
@@ -81,8 +81,8 @@ def _share(limits: Limits, longest: int) -> int:
 def _refusal(limits: Limits, qualifier: str, forward: int, cache: int, available: int) -> str:
     need = " ".join(filter(None, (qualifier, megabytes(forward))))
     return (
-        f"a forward of --max-batch-tokens {limits.tokens} takes {need}, and the caches of --max-batch {limits.rows} "
-        f"generations up to {megabytes(cache)}, but only {megabytes(available)} are left beside the weights: "
+        f"a forward of --max-batch-tokens {limits.tokens} takes {need}, and the caches that --max-batch {limits.rows} "
+        f"allows up to {megabytes(cache)}, but only {megabytes(available)} are left beside the weights: "
         "lower them, or --max-model-len"
     )
 

@@ -31,6 +31,21 @@ class StopCheck(Protocol):
 
 
 @dataclass(frozen=True)
+class Owner:
+    """Whose a generation is. Names are opaque, and tell nothing that a client could keep secret.
+
+    Attributes:
+        name: owners share equally in what a group gets.
+        group: groups share equally in what there is, and each has the limits that `Quota` names.
+        ahead: whether priorities count against other owners' too, and no quota does.
+    """
+
+    name: str = ""
+    group: str = ""
+    ahead: bool = False
+
+
+@dataclass(frozen=True)
 class GenerationRequest:
     """One generation, validated.
 
@@ -46,7 +61,8 @@ class GenerationRequest:
         cache: what is kept from a block's first forward for its others.
         timeout: seconds from submission after which it is ended; None: never.
         counts_prompt: False where another generation of the same request has the same prompt.
-        priority: who waits with a smaller one is admitted first.
+        priority: who waits with a smaller one is admitted first, of the owner's own.
+        owner: whose share it uses up.
     """
 
     prompt: list[int]
@@ -64,6 +80,7 @@ class GenerationRequest:
     timeout: float | None = None
     counts_prompt: bool = True
     priority: int = 0
+    owner: Owner = field(default_factory=Owner)
 
 
 @dataclass(frozen=True)
@@ -120,8 +137,33 @@ class RequestError(EngineError):
         self.code = code
 
 
+@dataclass(frozen=True)
+class Budget:
+    """What a group has left of its tokens a minute. `reset`: seconds until it has all of them again."""
+
+    limit: int
+    remaining: int
+    reset: float
+
+
 class QueueFullError(EngineError):
     """The waiting queue is full: try again later."""
+
+
+class KeyLimitError(EngineError):
+    """A group of owners has had what it may have.
+
+    Attributes:
+        limit: which of the quota's.
+        wait: seconds until there may be room; inf: there never is.
+        budget: what is left of the tokens, where these are limited.
+    """
+
+    def __init__(self, limit: str, message: str, wait: float, budget: Budget | None = None) -> None:
+        super().__init__(message)
+        self.limit = limit
+        self.wait = wait
+        self.budget = budget
 
 
 class NotServingError(EngineError):

@@ -15,8 +15,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from samplers import Prediction
 from samplers.denoising import Query
-from server.app import create_app
-from server.engine import Backend, Engine, Limits
+from server.app import create_app, limits_of
+from server.engine import Backend, Engine
 from server.lifecycle import DrainingServer, listen
 from server.metrics import Metrics
 from server.models.text import TextCodec
@@ -122,7 +122,7 @@ def serving(model: Path, **settings: Any) -> Iterator[Running]:
     loaded = open_model(str(model), chosen.max_model_len)
     gate = Gate(loaded.backend)
     metrics = Metrics(chosen.served_name or NAME)
-    engine = Engine(gate, metrics, Limits(chosen.max_batch, chosen.max_queue, chosen.max_batch_tokens))
+    engine = Engine(gate, metrics, limits_of(chosen))
     bound = listen("127.0.0.1", 0)
     app = create_app(engine, loaded.text, metrics, chosen)
     server = DrainingServer(app, engine, chosen)

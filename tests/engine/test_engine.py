@@ -16,6 +16,7 @@ from torch import Tensor
 from samplers import (
     CacheMode,
     Canvas,
+    Layout,
     Sampler,
     SamplerError,
     SamplerParams,
@@ -33,6 +34,7 @@ from server.engine import (
     GenerationRequest,
     Limits,
     NotServingError,
+    Owner,
     QueueFullError,
     RequestError,
 )
@@ -190,6 +192,26 @@ def test_a_request_cancelled_in_the_queue_never_reaches_the_model(serve: Serve) 
     assert backend.prompts_seen() == {1, 3}
 
 
+def test_a_short_request_is_spared_the_wait_for_long_ones_where_forwards_are_slow(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate()
+    backend = CheapBackend(before=gate)
+    engine = serve(backend, rows=8, tokens=320)
+    fields = {"prompt": [], "max_tokens": 40, "params": get_sampler("topk").Params(k=1), "block_length": None}
+    hog = [request(0, "topk", owner=Owner("hog"), **fields) for _ in range(8)]
+    engine.submit_all(hog, [Listener() for _ in hog])
+    gate.wait()
+    monkeypatch.setattr(engine_module, "SLOW", 0.0)  # every step has taken longer than that
+    late = Listener()
+    engine.submit(request(1, "topk", owner=Owner("late"), max_tokens=1), late)
+    gate.release()
+    gate.step()
+    assert late.finish().reason is FinishReason.LENGTH
+    gate.wait()
+    assert [len(batch) for batch in backend.batches] == [8, 2, 8]
+
+
 def test_a_cancelled_row_is_free_within_one_step(serve: Serve) -> None:
     gate = Gate()
     backend = CheapBackend(before=gate)
@@ -330,6 +352,9 @@ class RaisesAfter(Sampler):
     def select(self, step: Step) -> Selection:
         return Selection(step.candidate, done=torch.ones(len(step.params), dtype=torch.bool))
 
+    def most_forwards(self, params: SamplerParams, layout: Layout) -> int:
+        return 1
+
     def post_steps(self, params: SamplerParams) -> int:
         raise ZeroDivisionError("by design")
 
@@ -414,6 +439,7 @@ def test_a_full_queue_refuses_and_takes_none_of_several(serve: Serve) -> None:
     engine.submit(request(2), last)
     with pytest.raises(QueueFullError):
         engine.submit(request(3), Listener())
+    assert value(engine, "dllm_rejected_total", reason="queue_full") == 2
     gate.open()
     assert {listener.finish().reason for listener in (running, queued, last)} == {FinishReason.LENGTH}
 
@@ -470,7 +496,9 @@ def test_a_deadline_ends_running_and_waiting_requests(serve: Serve) -> None:
     gate.wait()
     for listener in (running, waiting):
         end = listener.finish()
-        assert (end.reason, end.message) == (FinishReason.TIMEOUT, "the request's time is up")
+        when = "after 2 forward passes" if listener is running else "before its first forward pass"
+        message = f"the request's time is up {when}: the limit is 60 seconds (--request-timeout)"
+        assert (end.reason, end.message) == (FinishReason.TIMEOUT, message)
     assert running.finish().forwards == 2, "at most one step late"
     assert waiting.commits == []
     gate.open()

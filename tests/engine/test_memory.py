@@ -88,8 +88,8 @@ def test_the_bound_grows_with_the_limits(backend: TorchBackend) -> None:
     small, large = (bound_memory(backend, Limits(rows=rows, tokens=tokens)) for rows, tokens in ((2, 512), (8, 4096)))
     assert large.forward > 2 * small.forward
     numbers = sum(2 * heads * size for heads, size in backend.network.cache_shapes)
-    assert small.cache == 2 * 512 * numbers * 4
-    assert large.cache == 8 * 1024 * numbers * 4
+    assert small.cache == (2 + 1) * 512 * numbers * 4
+    assert large.cache == (8 + 1) * 1024 * numbers * 4
     assert small.weights == large.weights == backend.info.parameters * 4
 
 
@@ -98,7 +98,7 @@ def test_a_model_without_a_mask_token_has_a_bound(tmp_path: Path) -> None:
     backend = load_model(str(write_tiny_gemma(tmp_path)), device="cpu", dtype="float32").backend
     assert isinstance(backend, TorchBackend)
     bound = bound_memory(backend, Limits(rows=2, tokens=256))
-    assert bound.cache == 2 * 128 * 4 * (2 * 2 * (2 * 8) + 2 * (1 * 16))
+    assert bound.cache == (2 + 1) * 128 * 4 * (2 * 2 * (2 * 8) + 2 * (1 * 16))
 
 
 @pytest.mark.parametrize("available", [1_000_000, 40_000_000])

@@ -1,0 +1,79 @@
+"""How much one group of owners may have at a time, and a minute."""
+
+import math
+from dataclasses import dataclass
+
+from server.engine.request import Budget, KeyLimitError
+
+MINUTE = 60.0
+FORGET_FROM = 1024
+"""Buckets from which on those that are full are looked for: a full one is as good as none."""
+
+
+@dataclass(frozen=True)
+class Quota:
+    """What each group may have; None is no limit of its own.
+
+    Attributes:
+        rows: generations that run at once; more wait.
+        queued: generations that wait.
+        tokens: of prompts and longest texts, a minute.
+    """
+
+    rows: int | None = None
+    queued: int | None = None
+    tokens: int | None = None
+
+
+@dataclass
+class _Bucket:
+    level: float
+    time: float
+
+
+class Buckets:
+    """Tokens that groups have left; each gets as many a minute as the quota says, and can save as many.
+
+    A bucket that is full again is forgotten, so that there are as many as groups that asked within a minute.
+
+    Args:
+        tokens: of each group, a minute.
+    """
+
+    def __init__(self, tokens: int) -> None:
+        self._tokens = tokens
+        self._buckets: dict[str, _Bucket] = {}
+        self._forget_from = FORGET_FROM
+
+    def __len__(self) -> int:
+        return len(self._buckets)
+
+    def take(self, group: str, tokens: int, now: float) -> None:
+        """Take so many. Raises KeyLimitError if they are not there."""
+        level = self._level(group, now) - tokens
+        if level < 0:
+            wait = math.inf if tokens > self._tokens else -level * MINUTE / self._tokens
+            raise KeyLimitError(
+                "tokens",
+                f"this asks for {tokens} tokens, prompt and longest text, of which {int(level + tokens)} are left: the "
+                f"limit is tokens_per_minute={self._tokens} (--key-limit)",
+                wait,
+                self.budget(group, now),
+            )
+        if len(self._buckets) >= self._forget_from:
+            self._buckets = {
+                name: each for name, each in self._buckets.items() if self._level(name, now) < self._tokens
+            }
+            self._forget_from = max(FORGET_FROM, 2 * len(self._buckets))
+        self._buckets[group] = _Bucket(level, now)
+
+    def budget(self, group: str, now: float) -> Budget:
+        """What is left."""
+        level = self._level(group, now)
+        return Budget(self._tokens, int(level), (self._tokens - level) * MINUTE / self._tokens)
+
+    def _level(self, group: str, now: float) -> float:
+        bucket = self._buckets.get(group)
+        if bucket is None:
+            return self._tokens
+        return min(self._tokens, bucket.level + (now - bucket.time) * self._tokens / MINUTE)

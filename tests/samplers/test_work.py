@@ -1,0 +1,119 @@
+"""What a generation can cost is known before its first forward, and never less than what it comes to."""
+
+from typing import Any
+
+import pytest
+
+from samplers import Canvas, Layout, Sampler, SamplerParams, Scheme, get_sampler, list_samplers
+from samplers.base import SamplerError
+from samplers.denoising import Denoising, denoise
+from samplers.work import work
+from tests.samplers.models import MASK, VOCAB, predictor, random_logits
+
+PARAMS: list[tuple[str, dict[str, Any]]] = [
+    ("topk", {}),
+    ("topk", {"k": 3}),
+    ("topk", {"steps": 7}),
+    ("random", {"steps": 12}),
+    ("sequential", {"k": 2}),
+    ("threshold", {"threshold": 1.0, "steps": 8}),
+    ("threshold", {"threshold": 0.05}),
+    ("margin", {"threshold": 0.9}),
+    ("entropy", {"k": 4}),
+    ("dream", {"steps": 9}),
+    ("dream", {"alg": "origin", "steps": 30}),
+    ("factor", {}),
+    ("hierarchy", {}),
+    ("hierarchy_remask", {"remask_below": 0.9}),
+    ("credit", {}),
+    ("entropy_bound", {}),
+    ("edit", {"edit_threshold": 0.0, "max_post_steps": 3}),
+    ("diffusion_gemma", {"max_denoising_steps": 5}),
+]
+SCHEMES = [
+    Scheme(),
+    Scheme(causal_block=8),
+    Scheme(shifted=True),
+    Scheme(causal_block=4, shifted=True),
+    Scheme(noise=VOCAB),
+]
+
+
+def test_every_sampler_is_here() -> None:
+    ours = {sampler.name for sampler in list_samplers() if type(sampler).__module__.startswith("samplers.")}
+    assert {name for name, _ in PARAMS} == ours - {"policy"}
+
+
+@pytest.mark.parametrize("block_length", [None, 4, 8])
+@pytest.mark.parametrize(("name", "given"), PARAMS, ids=str)
+def test_no_generation_takes_more_forwards_than_it_may(
+    name: str, given: dict[str, Any], block_length: int | None
+) -> None:
+    sampler = get_sampler(name)
+    params = sampler.Params(**given)
+    tried = 0
+    for scheme in SCHEMES:
+        if sampler.misfit(scheme) or (scheme.causal_block and block_length and scheme.causal_block % block_length):
+            continue
+        for length in (1, 13, 24):
+            canvas = Canvas.blank([2, 3, 4], length, None if scheme.noise else MASK, block_length, scheme=scheme)
+            try:
+                row = Denoising(canvas, sampler, params)
+            except ValueError:
+                continue  # fewer steps than blocks
+            most = sampler.most_forwards(params, canvas.layout)
+            denoise([row], predictor(random_logits))
+            assert 1 <= row.forwards <= most
+            assert work(sampler, params, canvas.layout) == most * canvas.layout.length
+            tried += 1
+    assert tried
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "most"),
+    [
+        ("topk", {}, 40),
+        ("topk", {"k": 4}, 10),
+        ("topk", {"k": 100}, 5),
+        ("topk", {"steps": 16}, 16),
+        ("factor", {}, 40),
+    ],
+)
+def test_a_schedule_is_known(name: str, given: dict[str, Any], most: int) -> None:
+    sampler = get_sampler(name)
+    layout = Canvas.blank([1] * 8, 40, MASK, 8).layout
+    assert sampler.most_forwards(sampler.Params(**given), layout) == most
+    assert work(sampler, sampler.Params(**given), layout) == most * 48
+
+
+class Answers(Sampler):
+    """Says anything of its work."""
+
+    name = "answers"
+
+    def __init__(self, **answers: Any) -> None:
+        self._answers = answers
+
+    def select(self, step: Any) -> Any:
+        raise NotImplementedError
+
+    def slots(self, params: SamplerParams) -> int:
+        return self._answers.get("slots", 1)
+
+    def views(self, params: SamplerParams) -> int:
+        return self._answers.get("views", 1)
+
+    def most_forwards(self, params: SamplerParams, layout: Layout) -> int:
+        return self._answers.get("forwards", 3)
+
+
+def test_slots_and_views_count() -> None:
+    layout = Canvas.blank([], 10, MASK).layout
+    assert work(Answers(slots=4, views=2), SamplerParams(), layout) == 4 * 2 * 3 * 10
+
+
+@pytest.mark.parametrize("answer", [0, -1, 1.5, None, float("nan"), "3"])
+@pytest.mark.parametrize("what", ["slots", "views", "forwards"])
+def test_what_is_no_number_is_refused(what: str, answer: Any) -> None:
+    with pytest.raises(SamplerError, match="must be numbers"):
+        work(Answers(**{what: answer}), SamplerParams(), Canvas.blank([], 10, MASK).layout)
