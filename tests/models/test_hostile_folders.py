@@ -198,7 +198,7 @@ def built(*args: Any, **kwargs: Any) -> None:
         ("LLaDA", {"n_layers": MOST_LAYERS + 1}, f"n_layers: Input should be less than or equal to {MOST_LAYERS}"),
         ("LLaDA", {"d_model": 6 * 10**12}, f"d_model: Input should be less than or equal to {MOST}"),
         ("LLaDA", {"rope_theta": 1e400}, "rope_theta: "),
-        ("LLaDA2", {"num_hidden_layers": 999, "num_experts": 800}, "num_experts = 800 in each of num_hidden_layers"),
+        ("LLaDA2", {"num_hidden_layers": 900, "num_experts": 32}, "num_experts = 32 in each of num_hidden_layers"),
         ("LLaDA2", {"num_shared_experts": 10**12}, "num_shared_experts: "),
         ("Dream", {"rope_scaling": {"type": "linear", "factor": 0}}, "rope_scaling = "),
     ],
