@@ -74,7 +74,7 @@ class Trial:
 class Row(BaseModel):
     """What a trial measured. Accuracy in 0..1 with Wilson 95 % bounds; `tpf` is sum of tokens / sum of forwards."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     task: str = Field(max_length=1024)
     sampler: str = Field(max_length=1024)

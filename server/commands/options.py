@@ -77,7 +77,9 @@ def parse_block_length(text: str) -> int | None:
     if text in ("full", "0"):
         return None
     if not text.isdecimal():
-        wrong("--block-length", f"{text!r} is neither a number of positions nor 'full'")
+        wrong("--block-length", f"{text[:100]!r} is neither a number of positions nor 'full'")
+    if len(text) > 20 or int(text) > MOST_LENGTH:
+        wrong("--block-length", f"{text[:20]} is more than {MOST_LENGTH}")
     return int(text)
 
 

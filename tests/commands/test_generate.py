@@ -99,6 +99,8 @@ def test_sampler_parameters_count(tiny_model: Path) -> None:
         ("--sampler-params", "[1]", "[1] is not a JSON object"),
         ("--sampler-params", "{", "not JSON"),
         ("--block-length", "-1", "'-1' is neither a number of positions nor 'full'"),
+        ("--block-length", "1" + "0" * 5000, "10000000000000000000 is more than 16777216"),
+        ("--max-tokens", "1" + "0" * 400, "less than or equal to 16777216"),
         ("--max-tokens", "1000", "exceed the model's 256"),
         ("--top-p", "0", "must be above 0"),
         ("--temperature", "-1", "greater than or equal to 0"),

@@ -3,6 +3,7 @@
 import io
 import os
 import struct
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -113,8 +114,11 @@ def test_a_line_without_an_end_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "lines.jsonl"
     path.touch()
     os.truncate(path, 16 * MOST_LINE)
+    tracemalloc.start()
     with pytest.raises(ValueError, match=f"line 1: more than {MOST_LINE} bytes"):
         list(read_lines(path, Record))
+    assert tracemalloc.get_traced_memory()[1] < 8 * MOST_LINE, "it is not read to its end"
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize("content", ["a = " + "[" * 100_000, "a = 1" + "0" * 5000, "a = " + "{b = " * 50_000])
