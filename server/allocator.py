@@ -36,7 +36,7 @@ def keep_few_kernels() -> None:
     """Bound what oneDNN keeps of matrix products, unless the user does. To be called before the first one.
 
     It generates code for each shape, and nearly every forward of a busy server has another number of rows. By default
-    1,024 are kept in either cache: memory that grows by 800 MB over the first thousands of requests, whatever the
+    1,024 are kept in either cache: memory that grows by some 700 MB over the first thousands of requests, whatever the
     model's size. Fewer cost no time that could be measured: what comes again comes again soon.
     """
     if not any(name in os.environ for name in (*KERNEL_CACHES, "DNNL_PRIMITIVE_CACHE_CAPACITY")):
