@@ -238,6 +238,8 @@ class Protocol(HttpToolsProtocol):
         """Answer what comes in with an error, after the answers to the requests before it, and end the connection."""
         self._watch.owes(self, False)
         self._held, self._at = b"", 0
+        if self.transport.is_closing():
+            return
         if self._answers_are_due():
             self.flow.release()  # what still comes is dropped
             return
@@ -279,15 +281,15 @@ class Protocol(HttpToolsProtocol):
             self._check_reading(now)
 
     def _check_reading(self, now: float) -> None:
+        if self.flow.read_paused:  # what the client still has to send is not read: it is not to blame
+            self._since = now
         waits, limits = now - self._since, self._limits
         if self._head and self._in_head:
             if waits > limits.header_timeout:
                 seconds = f"{limits.header_timeout:g} s (--header-timeout)"
                 self._reject("slow_request", SlowRequestError(f"the request's head took longer than {seconds}"))
         elif not self._in_head:
-            if self.flow.read_paused:  # by whoever reads the body: the client is not to blame
-                self._since = now
-            elif waits > limits.body_timeout + (0 if self.cycle.response_complete else self._body / BODY_RATE):
+            if waits > limits.body_timeout + (0 if self.cycle.response_complete else self._body / BODY_RATE):
                 seconds = f"{limits.body_timeout:g} s (--body-timeout), and one for each {BODY_RATE} bytes"
                 self._reject("slow_request", SlowRequestError(f"the request's body took longer than {seconds}"))
         elif self.cycle is None:

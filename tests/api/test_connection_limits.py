@@ -499,6 +499,24 @@ async def test_a_connection_that_cannot_be_looked_at_takes_no_other_with_it(monk
 
 
 @pytest.mark.asyncio
+@pytest.mark.parametrize("rest", [b"GET /", POST + b"content-length: 9\r\n\r\n"])
+async def test_a_client_that_is_not_read_is_not_slow(rest: bytes) -> None:
+    fake = Connection()
+    fake.protocol.data_received(GET * AHEAD + rest)
+    fake.protocol.check(asyncio.get_running_loop().time() + 1000)
+    assert fake.transport.paused and fake.counted == []
+
+
+@pytest.mark.asyncio
+async def test_a_closing_connection_is_not_refused_again() -> None:
+    fake = Connection()
+    fake.protocol.data_received(b"GET /")
+    fake.transport.close()
+    fake.protocol.make_room()
+    assert fake.transport.sent == b""
+
+
+@pytest.mark.asyncio
 async def test_short_headers_are_counted_while_they_come() -> None:
     fake = Connection()
     fake.protocol.data_received(GET[:-2] + b"a:\r\n" * 2 * MAX_HEADERS)
