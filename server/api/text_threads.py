@@ -52,7 +52,7 @@ class TextThreads:
         Args:
             size: bytes of the request's body.
 
-        Raises QueueFullError where too many are there already, NotServingError if the server stops meanwhile.
+        Raises QueueFullError where too many are there already, and for long ones NotServingError if the server stops.
         """
         lane = self._long if size > LONG else self._short
         if lane.inside >= lane.most:
@@ -60,12 +60,11 @@ class TextThreads:
             raise QueueFullError(
                 f"{lane.inside} requests wait to be read: send it again later, or send fewer at a time"
             )
-        accepting = self._engine.accepting
 
         def unless_stopping() -> T:
-            # What still waits when the server stops would only hold that up.
-            if accepting and not self._engine.accepting:
-                raise NotServingError("the server is shutting down")
+            # Long ones that still wait when the server stops would only hold that up.
+            if lane is self._long and not self._engine.accepting:
+                raise NotServingError("the server takes no more long texts: it is shutting down, or its engine ended")
             return work()
 
         lane.inside += 1
