@@ -71,7 +71,7 @@ BROKEN = {
     ),
     "too many numbers": (SAMPLER + "    top = 10 ** 12\n", "top is not a number of probabilities from 0 to"),
     "a flag that is none": (SAMPLER + "    revises = 'yes'\n", "revises is neither True nor False"),
-    "half a character": (SAMPLER.replace("leftmost", "\\udc80"), "UnicodeEncodeError: "),
+    "half a character": (SAMPLER + "    paper = '\\udc80'\n", "UnicodeEncodeError: "),
     "a long description": (SAMPLER.replace("leftmost", "leftmost " * 20_000), "more than 100000 characters"),
     "no such attribute": ("", "AttributeError: module 'third_party' has no attribute 'LeftToRight'"),
     "no class": ("LeftToRight = 3", "third_party:LeftToRight is not a Sampler class"),
