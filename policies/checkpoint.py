@@ -136,11 +136,11 @@ def _check_within(folder: Path, base: Path) -> None:
     """Refuse a folder, and files in it, that links lead out of another folder. Raises PolicyError."""
     for path in (folder, *(folder / name for name in (CARD, WEIGHTS, NEXT))):
         try:
-            inside = path.resolve().is_relative_to(base.resolve())
+            inside = base.resolve() in path.resolve().parents
         except (OSError, RuntimeError, ValueError):  # links in a circle; a name with a null character
             inside = False
         if not inside:
-            raise PolicyError(f"{path}: is not inside {base}, where policies are to be")
+            raise PolicyError(f"{str(path)[:300]}: is not inside {base}, where policies are to be")
 
 
 def _card(path: Path, content: bytes) -> PolicyCard:

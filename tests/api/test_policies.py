@@ -173,6 +173,7 @@ def test_the_admin_key_is_an_api_key_too(tiny_model: Path, folder: Path) -> None
         ({"name": "a", "path": "../eager"}, "path"),
         ({"name": "a", "path": "/etc"}, "path"),
         ({"name": "a", "path": "."}, "path"),
+        ({"name": "a", "path": "eager/.."}, "path"),
         ({"name": "a", "path": "a\0b"}, "path"),
         ({"name": "a", "path": "link"}, "path"),
         ({"name": "a", "path": "x" * 1001}, "path"),

@@ -136,7 +136,7 @@ def test_over_http_the_same_is_refused(tiny_model: Path, root: Path, name: str) 
         damage(root / "good")
         error = error_of(running.post("/v1/policies", {"name": "good"}, headers=ADMIN), 400)
         assert error["param"] == "path" and len(error["message"]) < 800
-        assert said in error["message"] or "is not inside the server's folder of policies" in error["message"]
+        assert said in error["message"]
         assert running.metrics()[("dllm_policies_loaded",)] == 0
         write(root / "fine")
         assert running.post("/v1/policies", {"name": "fine"}, headers=ADMIN).status_code == 200

@@ -186,8 +186,15 @@ def test_links_stay_links_and_modes_stay(tmp_path: Path) -> None:
     write_file(tmp_path / "link", "new")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "far" / "a").read_text() == "new"
     assert (tmp_path / "far" / "a").stat().st_mode & 0o777 == 0o640
-    write_file(Path("/dev/null"), "a device is written to, not replaced")
-    assert not Path("/dev/null").is_file()
+
+
+def test_a_pipe_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    """As `--json /dev/stdout` may be one."""
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_file(tmp_path / "pipe", "said")
+    assert os.read(reader, 100) == b"said" and not (tmp_path / "pipe").is_file()
+    os.close(reader)
 
 
 # Folders.
