@@ -70,7 +70,7 @@ def test_a_recipe_becomes_a_model_that_is_served(recipe: Path, tmp_path: Path) -
     assert all(
         os.stat(path).st_mode & 0o044 == 0o044 for path in out.iterdir() if path.name != "checkpoint.safetensors"
     )
-    assert not list(out.glob("*.partial"))
+    assert not list(out.rglob(".*"))
     card = (out / "README.md").read_text()
     assert "- `sort`:" in card and "- `reverse`:" in card and "- `sudoku`:" not in card
     assert "license: apache-2.0" in card and "from files" not in card

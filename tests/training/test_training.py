@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -135,13 +136,13 @@ def test_a_save_that_is_killed_leaves_the_old_checkpoint(
     trainer.save()
     old = trainer.checkpoint.read_bytes()
 
-    def killed(tensors: object, path: Path, metadata: object) -> None:
-        path.write_bytes(b"half")
+    def killed(handle: int) -> None:
+        os.ftruncate(handle, 100)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(trainer_module, "save_file", killed)
     trainer.train_step()
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(os, "fsync", killed)
         trainer.save()
     assert trainer.checkpoint.read_bytes() == old
     assert Trainer(recipe, tmp_path / "out").resume()
