@@ -68,7 +68,9 @@ def add_routes(app: FastAPI, serving: Serving) -> None:
         except PolicyError as error:
             serving.metrics.policy_load_failed()
             field = "name" if "is no name for a policy" in str(error) else "path"
-            raise RequestError(field, str(error), "invalid_policy") from None
+            # The client's words for the folder, in part: it may have made them long, and where it lies is our affair.
+            message = str(error).replace(str(folder), show(body.path or body.name))
+            raise RequestError(field, message, "invalid_policy") from None
         serving.metrics.policies(len(policies.list()))
         return json_response(entry(stored))
 

@@ -176,7 +176,7 @@ def test_a_text_may_hold_any_number_of_any_signs(text: str) -> None:
 @given(texts=st.lists(st.text('ab"\\[{,:', max_size=8), max_size=40), window=st.integers(1, 9))
 def test_texts_are_told_from_what_is_around_them(texts: list[str], window: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bodies, "LONG", window)
+        patch.setattr(bodies, "PART", window)
         outside = b"".join(bodies._outside_texts(json.dumps(texts, separators=(",", ":")).encode()))
     assert outside == b"[" + b"," * (len(texts) - 1) + b"]"
 

@@ -16,6 +16,7 @@ import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
+from server.api.text_threads import SHORT_THREADS
 from server.connections import (
     RESERVE,
     ConnectionLimits,
@@ -428,14 +429,14 @@ def test_draining_does_not_wait_for_the_threads_that_make_texts_tokens(
         clients = [stack.enter_context(connected(running)) for _ in range(60)]
         for client in clients:
             client.sendall(sized(body=body, line="POST /tokenize HTTP/1.1"))
-        for _ in range(10):
+        for _ in range(SHORT_THREADS):
             assert begun.acquire(timeout=30)
         drain(running)
         until(lambda: running.get("/ready").status_code == 503)
         assert running.get("/health").status_code == 200
         free.set()
         statuses = [Answers(client).next()[0] for client in clients]
-        assert {200, 503} >= set(statuses) and statuses.count(200) >= 10
+        assert {200, 503} >= set(statuses) and statuses.count(200) >= SHORT_THREADS
         until(lambda: not running.server._watch.open)
         until(lambda: running.server.should_exit)
         assert running.server.drained

@@ -115,5 +115,5 @@ def test_slots_and_views_count() -> None:
 @pytest.mark.parametrize("answer", [0, -1, 1.5, None, float("nan"), "3"])
 @pytest.mark.parametrize("what", ["slots", "views", "forwards"])
 def test_what_is_no_number_is_refused(what: str, answer: Any) -> None:
-    with pytest.raises(SamplerError, match="must be numbers"):
+    with pytest.raises(SamplerError, match="must be an integer from 1"):
         work(Answers(**{what: answer}), SamplerParams(), Canvas.blank([], 10, MASK).layout)
