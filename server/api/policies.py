@@ -8,7 +8,7 @@ from fastapi import FastAPI, Request, Response
 
 from policies.checkpoint import PolicyError
 from policies.store import Stored, UnknownPolicyError
-from server.api.bodies import read_body
+from server.api.bodies import read_body, show
 from server.api.catalogue import POLICY
 from server.api.errors import ForbiddenError, NotFoundError
 from server.api.middleware.auth import KnownKeys
