@@ -140,7 +140,7 @@ def _check_within(folder: Path, base: Path) -> None:
         except (OSError, RuntimeError, ValueError):  # links in a circle; a name with a null character
             inside = False
         if not inside:
-            raise PolicyError(f"{str(path)[:300]}: is not inside {base}, where policies are to be")
+            raise PolicyError(f"{path}: is not inside {base}, where policies are to be")
 
 
 def _card(path: Path, content: bytes) -> PolicyCard:

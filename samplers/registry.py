@@ -1,5 +1,6 @@
 """Name -> sampler: ours, and third parties' through the entry point group `unmask.samplers`."""
 
+import inspect
 import json
 from dataclasses import dataclass
 from functools import cache
@@ -94,6 +95,12 @@ def _plugins() -> Plugins[Sampler]:
 
 def _check(sampler: Sampler) -> None:
     """Raise if what is asked of a sampler before it runs cannot be answered, or not in a form that can be shown."""
+    # Read again in every request: what computes them could fail, or say something else, later.
+    plain = type(inspect.getattr_static(sampler, "name")) is str
+    if not plain or not isinstance(inspect.getattr_static(sampler, "Params"), type):
+        raise TypeError("name or Params is no plain attribute")
+    if type(sampler).__getattribute__ is not object.__getattribute__:
+        raise TypeError("its attributes are computed when they are read")
     if sampler.name.startswith(_POLICY_SUFFIX):
         raise ValueError(f"names that begin with {_POLICY_SUFFIX!r} stand for policies")
     params: object = sampler.Params

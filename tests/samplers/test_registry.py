@@ -69,6 +69,15 @@ BROKEN = {
         SAMPLER.replace('"left_to_right"', "type('Text', (str,), {})('left_to_right')"),
         "has the name 'left_to_right', not the entry point's",
     ),
+    "a name that is computed": (
+        "class Later:\n    def __get__(self, one, cls): return 'left_to_right'\n"
+        + SAMPLER.replace('"left_to_right"', "Later()"),
+        "name or Params is no plain attribute",
+    ),
+    "attributes that are computed": (
+        SAMPLER + "    def __getattribute__(self, name):\n        return super().__getattribute__(name)\n",
+        "its attributes are computed when they are read",
+    ),
     "too many numbers": (SAMPLER + "    top = 10 ** 12\n", "top is not a number of probabilities from 0 to"),
     "a flag that is none": (SAMPLER + "    revises = 'yes'\n", "revises is neither True nor False"),
     "half a character": (SAMPLER + "    paper = '\\udc80'\n", "UnicodeEncodeError: "),
