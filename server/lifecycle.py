@@ -1,6 +1,7 @@
 """A server's life: listen, answer, drain, stop."""
 
 import asyncio
+import errno
 import os
 import socket
 import threading
@@ -28,7 +29,10 @@ SEND_BUFFER = 256 * 1024
 def listen(host: str, port: int) -> socket.socket:
     """A bound socket. Raises OSError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    address = socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)[0][4]
+    try:
+        address = socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)[0][4]
+    except ValueError:  # what no name can be, such as an empty part or a null character
+        raise OSError(errno.EINVAL, "this is no name of a host") from None
     bound = socket.socket(family, socket.SOCK_STREAM)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -2,6 +2,8 @@
 
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import structlog
@@ -218,24 +220,38 @@ class Engine:
 
     def submit_all(self, requests: list[GenerationRequest], delivers: list[Deliver]) -> list[Generation]:
         """Queue several generations of one owner, all or none (see `submit`)."""
+        self.check_room(requests[0].owner, len(requests))
         generations = [
             Generation(request, deliver, *self.check(request))
             for request, deliver in zip(requests, delivers, strict=True)
         ]
         self._check_work(generations)
+        with self._counting_refusals(), self._change:
+            self._queue(generations)
+        for request in requests:
+            if request.counts_prompt:
+                self._metrics.prompt_tokens(len(request.prompt) + len(request.suffix))
+        return generations
+
+    def check_room(self, owner: Owner, count: int) -> None:
+        """Raise QueueFullError, KeyLimitError or NotServingError if so many generations of an owner cannot wait now.
+
+        To be asked before anything is made of a request: a refusal must cost nothing, or refusals hold others up.
+        """
+        with self._counting_refusals(), self._change:
+            self.check_accepting()
+            self._scheduler.check(owner, count)
+
+    @contextmanager
+    def _counting_refusals(self) -> Iterator[None]:
         try:
-            with self._change:
-                self._queue(generations)
+            yield
         except QueueFullError:
             self._metrics.rejected("queue_full")
             raise
         except KeyLimitError as error:
             self._metrics.rejected(f"key_{error.limit}")
             raise
-        for request in requests:
-            if request.counts_prompt:
-                self._metrics.prompt_tokens(len(request.prompt) + len(request.suffix))
-        return generations
 
     def _check_work(self, generations: list[Generation]) -> None:
         """Refuse what would take more than any request may."""

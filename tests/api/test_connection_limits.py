@@ -475,6 +475,13 @@ def test_a_body_that_is_not_complete_does_not_hold_up_the_end(tiny_model: Path) 
         assert status == 503 and body["error"]["code"] == "not_serving"
 
 
+@pytest.mark.parametrize("host", ["a..b", "x" * 300, "host.invalid", "999.1.1.1"])
+def test_what_is_no_address_cannot_be_listened_on(host: str) -> None:
+    with pytest.raises(OSError) as caught:
+        listen(host, 0)
+    assert caught.value.strerror
+
+
 def test_the_system_keeps_little_of_an_answer() -> None:
     with listen("127.0.0.1", 0) as bound:
         assert bound.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) in (SEND_BUFFER, 2 * SEND_BUFFER)

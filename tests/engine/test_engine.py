@@ -424,9 +424,14 @@ def test_a_batch_too_large_for_memory_is_split(serve: Serve) -> None:
         assert listener.tokens(6 + i) == tokens_alone(i)
 
 
-def test_a_full_queue_refuses_and_takes_none_of_several(serve: Serve) -> None:
+@pytest.mark.parametrize("filled", ["before", "meanwhile"])
+def test_a_full_queue_refuses_and_takes_none_of_several(
+    serve: Serve, filled: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gate = Gate()
     engine = serve(CheapBackend(before=gate), rows=1, queue=2)
+    if filled == "meanwhile":  # while the rows were made
+        monkeypatch.setattr(engine, "check_room", lambda *_: None)
     running = Listener()
     engine.submit(request(0), running)
     gate.wait()
@@ -442,6 +447,23 @@ def test_a_full_queue_refuses_and_takes_none_of_several(serve: Serve) -> None:
     assert value(engine, "dllm_rejected_total", reason="queue_full") == 2
     gate.open()
     assert {listener.finish().reason for listener in (running, queued, last)} == {FinishReason.LENGTH}
+
+
+def test_a_refusal_costs_nothing(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hundreds of rows that are made to be refused would hold up the requests of others."""
+    gate = Gate()
+    engine = serve(CheapBackend(before=gate), rows=1, queue=1)
+    listeners = [Listener(), Listener()]
+    for i, listener in enumerate(listeners):
+        engine.submit(request(i), listener)
+        if i == 0:
+            gate.wait()
+    with monkeypatch.context() as patched:
+        patched.setattr(engine, "check", lambda _: pytest.fail("a row was made"))
+        with pytest.raises(QueueFullError):
+            engine.submit_all([request(2)] * 100, [Listener()] * 100)
+    gate.open()
+    assert {listener.finish().reason for listener in listeners} == {FinishReason.LENGTH}
 
 
 def test_draining_finishes_what_there_is_and_takes_no_more(serve: Serve) -> None:
