@@ -42,10 +42,11 @@ def asking(running: Running, *bodies: dict[str, Any]) -> Iterator[list[threading
 
     with ThreadPoolExecutor(len(bodies)) as pool:
         with running.gate.closed():
+            there = 0
             for body, end in zip(bodies, ended, strict=True):
                 pool.submit(ask, body, end)
-            total = sum(len(body["prompt"]) * body["n"] for body in bodies)
-            until(lambda: sum(running.gauges()) == total)
+                there += len(body["prompt"]) * body["n"]
+                until(lambda there=there: sum(running.gauges()) == there)  # in this order, whatever the machine does
         yield ended
         for generation in running.engine._scheduler.all():
             running.engine.cancel(generation)
