@@ -39,6 +39,10 @@ class TemplateLimitError(ValueError):
     """The template takes more time, memory or text than it may. Says which."""
 
 
+class _KilledError(TemplateLimitError):
+    """The process ended in the midst of a call, not by a limit of its own."""
+
+
 class _Process:
     """One process and the connection to it."""
 
@@ -80,7 +84,7 @@ class _Process:
         except (OSError, EOFError):
             if self._popen.wait(PATIENCE) == -signal.SIGPROF:
                 raise TemplateLimitError(f"it takes more than {limits[0]:g} s of processor time") from None
-            raise TemplateLimitError("it ends the process that renders it") from None
+            raise _KilledError("it ends the process that renders it") from None
 
     def _read(self, size: int) -> bytearray:
         data = bytearray(size)
@@ -149,17 +153,12 @@ class TemplateWorkers:
         payload = dumps((source, variables))
         memory = MEMORY + MEMORY_PER_BYTE * len(payload)
         characters = CHARACTERS + CHARACTERS_PER_BYTE * len(payload)
+        limits = SECONDS, memory, characters
         with self._free:
-            process = self._take()
             try:
-                kind, text = process.call((SECONDS, memory, characters), payload)
-            except BaseException:
-                self._drop(process)
-                raise
-            if kind == LIMIT:  # what it took may not all have come back
-                self._drop(process)
-            else:
-                self._give_back(process)
+                kind, text = self._ask(limits, payload)
+            except _KilledError:  # perhaps by somebody else, who is done now: the template gets one more chance
+                kind, text = self._ask(limits, payload)
         if kind == SYNTAX:
             found = json.loads(text)
             raise TemplateSyntaxError(found["message"], found["line"])
@@ -168,6 +167,19 @@ class TemplateWorkers:
         if kind == REFUSED:
             raise TemplateRefusedError(text)
         return text
+
+    def _ask(self, limits: tuple[float, int, int], payload: bytes) -> tuple[bytes, str]:
+        process = self._take()
+        try:
+            kind, text = process.call(limits, payload)
+        except BaseException:
+            self._drop(process)
+            raise
+        if kind == LIMIT:  # what it took may not all have come back
+            self._drop(process)
+        else:
+            self._give_back(process)
+        return kind, text
 
     def _take(self) -> _Process:
         while idle := self._next_idle():

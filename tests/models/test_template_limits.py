@@ -125,8 +125,10 @@ def test_a_bad_one_does_not_hold_up_others(workers: TemplateWorkers, monkeypatch
     (computing,) = workers.pids
     assert workers.render("a", {}) == "a"
     assert slow.is_alive()
-    os.kill(computing, signal.SIGKILL)
-    slow.join()
+    while slow.is_alive():  # once more after the first time
+        for pid in workers.pids:
+            os.kill(pid, signal.SIGKILL)
+        slow.join(0.1)
     assert computing not in workers.pids
 
 
@@ -137,9 +139,23 @@ def test_processes_stay_as_long_as_they_answer(workers: TemplateWorkers) -> None
     for _ in range(5):
         workers.render("a", {})
     assert workers.pids == [first]
-    os.kill(first, signal.SIGKILL)
-    os.waitid(os.P_PID, first, os.WEXITED | os.WNOWAIT)
+    both = [workers._take(), workers._take()]
+    for process in both:
+        workers._give_back(process)
+        os.kill(process.pid, signal.SIGKILL)
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
     assert workers.render("a", {}) == "a", "another one"
+    assert len(workers.pids) == 1 and workers.pids[0] not in (first, *(process.pid for process in both))
+
+
+def test_one_that_is_killed_when_it_is_asked_is_replaced(
+    workers: TemplateWorkers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert workers.render("a", {}) == "a"
+    (first,) = workers.pids
+    os.kill(first, signal.SIGKILL)
+    monkeypatch.setattr(template_worker._Process, "alive", True)  # as it looks until the system has ended it
+    assert workers.render("a", {}) == "a"
     assert workers.pids != [first]
 
 
