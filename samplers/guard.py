@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import FunctionType, TracebackType
 from typing import Any, TypeVar
@@ -181,7 +181,7 @@ def misfit(sampler: Sampler, scheme: Scheme) -> str | None:
     """Why it cannot denoise what is read by this scheme; None if it can. Raises SamplerError."""
 
     def ask() -> str | None:
-        reason: object = sampler.misfit(scheme)
+        reason: object = sampler.misfit(replace(scheme))
         if reason is None or isinstance(reason, str):
             return shown(reason, 2 * SHOWN) if reason else None
         raise ContractError("misfit must say why in words, or None")
@@ -214,7 +214,7 @@ def check_params(sampler: Sampler, params: SamplerParams, layout: Layout) -> Non
 
     def ask() -> ParameterError | None:
         try:
-            sampler.check(params, layout)
+            sampler.check(params, layout.twin)
         except ParameterError as error:
             raised = error
             return ParameterError(shown(lambda: raised.field, 80), shown(raised))
