@@ -5,7 +5,15 @@ from samplers.cache import CacheMode
 from samplers.canvas import BIDIRECTIONAL, Canvas, Layout, Scheme
 from samplers.plugins import BrokenPlugin
 from samplers.prediction import Prediction, Statistic, TokenChoice
-from samplers.registry import UnknownSamplerError, describe, get_sampler, list_samplers, list_unavailable
+from samplers.registry import (
+    UnknownSamplerError,
+    describe,
+    get_sampler,
+    is_ours,
+    list_samplers,
+    list_unavailable,
+    named_samplers,
+)
 
 __all__ = [
     "BIDIRECTIONAL",
@@ -26,6 +34,8 @@ __all__ = [
     "UnknownSamplerError",
     "describe",
     "get_sampler",
+    "is_ours",
     "list_samplers",
     "list_unavailable",
+    "named_samplers",
 ]

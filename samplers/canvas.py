@@ -1,6 +1,7 @@
 """The canvas: prompt, generation region and what is still masked."""
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -97,6 +98,11 @@ class Layout:
             raise ValueError(f"{self.cut} of {self.gen_length} positions cannot be cut off")
         if self.scheme.causal_block is not None and self.scheme.causal_block % self.block_length:
             raise ValueError(f"blocks of {self.block_length} do not divide those of {self.scheme.causal_block}")
+
+    @cached_property
+    def twin(self) -> "Layout":
+        """An equal one for samplers to see, made once: nothing that they do to it changes this one."""
+        return replace(self, scheme=replace(self.scheme))
 
     @property
     def length(self) -> int:

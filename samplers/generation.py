@@ -83,7 +83,9 @@ class Denoising:
         guard.check_params(sampler, params, self.canvas.layout)
         self.traits = Traits.of(sampler)
         if self.traits.greedy and self.choice.temperature > 0:
-            raise ParameterError("sampler", f"sampler {sampler.name} chooses tokens itself; use temperature 0")
+            raise ParameterError(
+                "sampler", f"sampler {guard.name_of(sampler)} chooses tokens itself; use temperature 0"
+            )
         self._most_steps = guard.most_steps(sampler, self.traits, params)
         self.state = guard.start(sampler, params)
         self.token_choice = self.choice

@@ -11,10 +11,10 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import FunctionType, TracebackType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -108,29 +108,49 @@ def told(sampler: Sampler, hook: Callable[..., T], *arguments: Any) -> T:
     raise found  # not in there, where the error itself would stay with it
 
 
-Settings = tuple[torch.dtype, torch.device, bool, int, str]
+class _Settings(NamedTuple):
+    """What a sampler could change for everybody: how tensors are made, and how everything is computed.
+
+    `functions` and `dispatches` are modes that were entered, and not left, which see every operation.
+    """
+
+    functions: int
+    dispatches: int
+    dtype: torch.dtype
+    device: torch.device
+    gradients: bool
+    threads: int
+    precision: str
+    autocast: bool
 
 
-def _settings() -> Settings:
-    """What a sampler could change for everybody: how tensors are made, and how everything is computed."""
+def _settings() -> _Settings:
     made = torch.empty(0)
-    return (
+    return _Settings(
+        torch._C._len_torch_function_stack(),
+        torch._C._len_torch_dispatch_stack(),
         made.dtype,
         made.device,
         torch.is_grad_enabled(),
         torch.get_num_threads(),
         torch.get_float32_matmul_precision(),
+        torch.is_autocast_enabled("cpu"),
     )
 
 
-def _restore(before: Settings) -> None:
-    dtype, device, gradients, threads, precision = before
-    torch.set_default_dtype(dtype)
-    torch.set_default_device(None if device.type == "cpu" else device)
-    torch.set_grad_enabled(gradients)
-    if torch.get_num_threads() != threads:
-        torch.set_num_threads(threads)
-    torch.set_float32_matmul_precision(precision)
+def _restore(before: _Settings) -> None:
+    while torch._C._len_torch_dispatch_stack() > before.dispatches:
+        torch._C._pop_torch_dispatch_stack(None)
+    if torch._C._len_torch_function_stack() > before.functions:
+        while torch._C._len_torch_function_stack():  # all, because a device's mode goes below those that are there
+            torch._C._pop_torch_function_stack()
+    torch.set_default_device(None if before.device.type == "cpu" else before.device)
+    torch.set_default_dtype(before.dtype)
+    torch.set_grad_enabled(before.gradients)
+    if torch.get_num_threads() != before.threads:
+        torch.set_num_threads(before.threads)
+    torch.set_float32_matmul_precision(before.precision)
+    torch.set_autocast_enabled("cpu", before.autocast)
 
 
 @dataclass(frozen=True)
@@ -181,7 +201,7 @@ def misfit(sampler: Sampler, scheme: Scheme) -> str | None:
     """Why it cannot denoise what is read by this scheme; None if it can. Raises SamplerError."""
 
     def ask() -> str | None:
-        reason: object = sampler.misfit(scheme)
+        reason: object = sampler.misfit(replace(scheme))
         if reason is None or isinstance(reason, str):
             return shown(reason, 2 * SHOWN) if reason else None
         raise ContractError("misfit must say why in words, or None")
@@ -214,7 +234,7 @@ def check_params(sampler: Sampler, params: SamplerParams, layout: Layout) -> Non
 
     def ask() -> ParameterError | None:
         try:
-            sampler.check(params, layout)
+            sampler.check(params, layout.twin)
         except ParameterError as error:
             raised = error
             return ParameterError(shown(lambda: raised.field, 80), shown(raised))

@@ -65,14 +65,24 @@ class Description:
     @classmethod
     def of(cls, sampler: Sampler) -> "Description":
         """Raises whatever the sampler does, and if what it says cannot be shown."""
-        paper: object = sampler.paper
-        if not isinstance(paper, str):
-            raise TypeError("paper is not text")
-        said = json.dumps([sampler.summary(), paper, sampler.schema()], allow_nan=False, ensure_ascii=False)
+        told: list[object] = [sampler.summary(), sampler.paper, sampler.schema()]
+        said = json.dumps(told, allow_nan=False, ensure_ascii=False)
         if len(said) > MOST_TEXT:
             raise ValueError(f"its description has more than {MOST_TEXT} characters")
         said.encode()  # raises for halves of characters, which no answer could hold
-        return cls(*json.loads(said))
+        summary, paper, schema = json.loads(said)
+        for name, text in (("summary", summary), ("paper", paper)):
+            if not isinstance(text, str):
+                raise TypeError(f"{name} is not text")
+        if not isinstance(schema, dict):
+            raise TypeError("schema is not an object")
+        return cls(summary, paper, schema)
+
+    @property
+    def parameters(self) -> list[str]:
+        """The parameters' names."""
+        found = self.schema.get("properties")
+        return list(found) if isinstance(found, dict) else []
 
 
 class UnknownSamplerError(KeyError):
@@ -117,12 +127,25 @@ def _descriptions() -> dict[str, Description]:
     return {}
 
 
-def describe(sampler: Sampler) -> Description:
-    """What one of these samplers says of itself; one of a third party was asked when it was loaded."""
-    known = _descriptions()
-    if sampler.name not in known:
-        known[sampler.name] = Description.of(sampler)
-    return known[sampler.name]
+def describe(name: str) -> Description:
+    """What the sampler of that name says of itself; one of a third party was asked when it was loaded.
+
+    Raises UnknownSamplerError.
+    """
+    sampler, known = get_sampler(name), _descriptions()
+    if name not in known:
+        known[name] = Description.of(sampler)
+    return known[name]
+
+
+def is_ours(name: str) -> bool:
+    """Whether this is one of our own samplers, and no third party's."""
+    return any(name == sampler.name for sampler in _OURS)
+
+
+def named_samplers() -> dict[str, Sampler]:
+    """All samplers by the names that they are known by, whatever one says later that it is called."""
+    return dict(_registry())
 
 
 def list_samplers() -> list[Sampler]:

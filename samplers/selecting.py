@@ -44,7 +44,8 @@ def _tensors(step: Step) -> dict[str, Any]:
 
 def _copied(step: Step) -> Step:
     """A step that is the sampler's own: what it changes of it, now or later, is nothing to the loop."""
-    lists: dict[str, Any] = {name: list(getattr(step, name)) for name in ("params", "layouts", "states")}
+    lists: dict[str, Any] = {name: list(getattr(step, name)) for name in ("params", "states")}
+    lists["layouts"] = [layout.twin for layout in step.layouts]
     extra = {name: value.clone() for name, value in step.extra.items()}
     return replace(step, **{name: value.clone() for name, value in _tensors(step).items()}, **lists, extra=extra)
 

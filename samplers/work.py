@@ -17,4 +17,4 @@ def work(sampler: Sampler, params: SamplerParams, layout: Layout) -> int:
     """
     slots = count(sampler, "slots", 1, MOST_CANVASES, params)
     views = count(sampler, "views", 1, MOST_CANVASES, params)
-    return slots * views * count(sampler, "most_forwards", 1, MOST_FORWARDS, params, layout) * layout.length
+    return slots * views * count(sampler, "most_forwards", 1, MOST_FORWARDS, params, layout.twin) * layout.length

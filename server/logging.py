@@ -1,6 +1,7 @@
 """Log lines: structured, on standard error, ours and those of libraries alike."""
 
 import logging
+import signal
 import sys
 from io import StringIO
 from typing import Literal, TextIO
@@ -29,7 +30,7 @@ def configure_logging(form: Literal["text", "json"] = "text") -> None:
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
         cache_logger_on_first_use=True,
     )
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _Handler(sys.stderr)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,
@@ -39,6 +40,19 @@ def configure_logging(form: Literal["text", "json"] = "text") -> None:
     logging.basicConfig(handlers=[handler], level=logging.INFO, force=True)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)  # what it says of starting and stopping, we say
     logging.getLogger("httpx").setLevel(logging.WARNING)
+
+
+class _Handler(logging.StreamHandler[TextIO]):
+    """Writes what it can: a line that cannot be made or written is lost, and whoever logs it goes on."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            super().emit(record)
+        except KeyboardInterrupt:
+            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a user's, which nothing else handles
+                raise
+        except BaseException:  # the stream is closed, say, or a value exits when it is shown
+            return
 
 
 def escape_controls(logger: WrappedLogger, name: str, event: EventDict) -> EventDict:

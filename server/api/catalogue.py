@@ -1,6 +1,7 @@
 """What a request can choose: the served model's names and the samplers, in one table built at start-up."""
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import structlog
 from pydantic import ValidationError
@@ -15,11 +16,10 @@ from samplers import (
     Scheme,
     UnknownSamplerError,
     get_sampler,
-    list_samplers,
+    named_samplers,
 )
-from samplers.guard import SHOWN, failure, shown, told, why_not
+from samplers.guard import SHOWN, ContractError, failure, name_of, shown, told, why_not
 from samplers.policy import Policy, PolicyParams
-from server.api.bodies import SHOWN as REPEATED
 from server.api.bodies import request_error, show
 from server.api.errors import NotFoundError
 from server.api.requests import GenerationBody
@@ -28,16 +28,44 @@ from server.settings import Settings
 
 log = structlog.get_logger(__name__)
 
-Rule = tuple[Sampler, SamplerParams]
-"""What denoises a request."""
+MOST_STATED = 16 * 1024
+"""Bytes of its parameters that an answer repeats, once for each choice."""
+MOST_NAME = 65
+"""Characters of a sampler's name that are looked at, one more than a name has."""
+
+
+class Rule(NamedTuple):
+    """What denoises a request. The name is the registry's, whatever a third party's sampler says later."""
+
+    sampler: Sampler
+    params: SamplerParams
+    name: str
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a request says of its rule, before any of the sampler's own code has run.
+
+    Attributes:
+        name: the sampler; there is one of that name.
+        where: the field that `given` is in.
+        given: its parameters; None are the default's.
+        policy: the one that the model's name chooses.
+    """
+
+    name: str
+    where: str
+    given: dict[str, Any] | None
+    policy: str | None
 
 
 def default_rule(settings: Settings, info: ModelInfo) -> Rule:
     """What requests get that choose nothing. Raises RequestError for `sampler` or `sampler_params`."""
-    sampler = _sampler(settings.sampler or info.sampler, "sampler")
+    name = settings.sampler or info.sampler
+    sampler = _sampler(name, "sampler")
     if reason := why_not(sampler, info.scheme):
         raise RequestError("sampler", reason)
-    return sampler, _default_params(sampler, settings)
+    return Rule(sampler, _default_params(sampler, settings), name)
 
 
 def check_rule(settings: Settings) -> None:
@@ -72,27 +100,34 @@ class Catalogue:
         self.scheme = scheme
         self.policies = policies
         self._default = default
+        # Asked once: a third party's answer may take any time, and is needed on the event loop.
+        self._reasons = {each: why_not(sampler, scheme) for each, sampler in named_samplers().items()}
+
+    def why_not(self, sampler: str) -> str | None:
+        """Why the model cannot be denoised by a sampler; None if it can."""
+        return self._reasons.get(sampler)
 
     def names(self) -> list[str]:
         """The plain name, and the name with each sampler and each loaded policy that this model can do with."""
-        suffixes = [sampler.name for sampler in list_samplers() if not why_not(sampler, self.scheme)]
-        if not why_not(get_sampler(Policy.name), self.scheme):
+        suffixes = [sampler for sampler in named_samplers() if not self.why_not(sampler)]
+        if not self.why_not(Policy.name):
             suffixes += [f"{POLICY}{stored.name}" for stored in self.policies.list()]
         return [self.name, *(f"{self.name}:{suffix}" for suffix in suffixes)]
 
-    def check_model(self, model: str | None) -> tuple[Sampler | None, str | None]:
-        """The sampler that a model's name chooses, and the policy. Raises NotFoundError, RequestError."""
+    def check_model(self, model: str | None) -> tuple[str | None, str | None]:
+        """The name of the sampler that a model's name chooses, and the policy. Raises NotFoundError, RequestError."""
         if model is None or model == self.name:
             return None, None
         if model.startswith(f"{self.name}:"):
             suffix = model.removeprefix(f"{self.name}:")
             if suffix.startswith(POLICY):
-                return get_sampler(Policy.name), self._policy(suffix.removeprefix(POLICY), "model").name
-            return _sampler(suffix, "model"), None
+                return Policy.name, self._policy(suffix.removeprefix(POLICY), "model").name
+            _sampler(suffix, "model")
+            return suffix, None
         raise NotFoundError("model", f"model {show(model)} is not served here: use {self.name!r}", "model_not_found")
 
-    def choose(self, body: GenerationBody) -> Rule:
-        """Sampler and parameters of a request. Raises NotFoundError, RequestError.
+    def choose(self, body: GenerationBody) -> Wish:
+        """Which sampler and parameters a request asks for. Raises NotFoundError, RequestError.
 
         The sampler is named by the model's suffix, by `sampler` or by `vllm_xargs.sampler`; by more than one only if
         they agree. Parameters are those of the sampler in force.
@@ -100,7 +135,7 @@ class Catalogue:
         xargs = body.vllm_xargs
         suffix, policy = self.check_model(body.model)
         named = {
-            "model": suffix and suffix.name,
+            "model": suffix,
             "sampler": body.sampler,
             "vllm_xargs.sampler": xargs and xargs.sampler,
         }
@@ -110,22 +145,34 @@ class Catalogue:
         }
         _, name = _agreed(named)
         where, given = _agreed(params)
-        if name is None and given is None:
-            return self._named(self._default, "sampler_params", None)
-        field = "sampler" if body.sampler is not None else "vllm_xargs.sampler"
-        sampler = self._default[0] if name is None else _sampler(name, field)
-        return self._named((sampler, validate_params(sampler, given or {}, where)), where, policy)
+        if name is not None:
+            _sampler(name, "sampler" if body.sampler is not None else "vllm_xargs.sampler")
+            given = given or {}
+        return Wish(name or self._default.name, where, given, policy)
+
+    def rule(self, wish: Wish) -> Rule:
+        """What a request asks for. Runs the sampler's own checks, which may take any time.
+
+        Raises RequestError, SamplerError.
+        """
+        if wish.given is None:
+            return self._named(self._default, wish.where, wish.policy)
+        sampler = _sampler(wish.name, "sampler")
+        return self._named(
+            Rule(sampler, validate_params(sampler, wish.given, wish.where), wish.name), wish.where, wish.policy
+        )
 
     def _named(self, rule: Rule, where: str, policy: str | None) -> Rule:
         """The rule with its policy's name filled in, if it is one. Raises RequestError if no such policy is loaded."""
-        sampler, params = rule
-        if not isinstance(params, PolicyParams):
+        if rule.name != Policy.name:
             return rule
+        params = rule.params
+        assert isinstance(params, PolicyParams)
         if policy is not None and params.policy not in (None, policy):
             message = f"{where}.policy says {show(params.policy)}, but model says {show(policy)}: send one of them"
             raise RequestError(f"{where}.policy", message, "conflicting_values")
         name = self._policy(policy or params.policy, f"{where}.policy").name
-        return sampler, params.model_copy(update={"policy": name})
+        return rule._replace(params=params.model_copy(update={"policy": name}))
 
     def _policy(self, name: str | None, field: str) -> Stored:
         try:
@@ -150,7 +197,7 @@ def validate_params(sampler: Sampler, params: dict[str, Any], where: str = "samp
     except BaseException as error:
         refused = failure(sampler, error)
     if isinstance(refused, SamplerError):
-        log.error("parameters failed", error=str(refused), sampler=sampler.name, exc_info=refused.__cause__)
+        log.error("parameters failed", error=str(refused), sampler=name_of(sampler), exc_info=refused.__cause__)
     raise refused
 
 
@@ -169,7 +216,9 @@ def _refusal(sampler: Sampler, error: ValidationError, where: str) -> RequestErr
         return RequestError(refused.field, shown(refused, 2 * SHOWN), refused.code)
     known = ", ".join(sampler.Params.model_fields) or "none"
     name = show(details["loc"][0])
-    return RequestError(refused.field, f"sampler {sampler.name} has no parameter {name}; it has: {known}", refused.code)
+    return RequestError(
+        refused.field, f"sampler {name_of(sampler)} has no parameter {name}; it has: {known}", refused.code
+    )
 
 
 def stated(sampler: Sampler, params: SamplerParams) -> dict[str, Any]:
@@ -179,7 +228,8 @@ def stated(sampler: Sampler, params: SamplerParams) -> dict[str, Any]:
         found: object = params.model_dump(mode="json")
         if not isinstance(found, dict):
             raise TypeError("its parameters are no object")
-        to_json(found)
+        if len(to_json(found)) > MOST_STATED:
+            raise ContractError(f"its parameters are more than {MOST_STATED} bytes")
         return found
 
     return told(sampler, dump)
@@ -198,6 +248,6 @@ def _agreed(given: dict[str, Any]) -> tuple[str, Any]:
 
 def _sampler(name: str, field: str) -> Sampler:
     try:
-        return get_sampler(name[:REPEATED])
+        return get_sampler(name[:MOST_NAME])
     except UnknownSamplerError as error:
         raise RequestError(field, str(error), "unknown_sampler") from None

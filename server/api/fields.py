@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from samplers import list_samplers
+from samplers import describe, named_samplers
 from server.api.requests import (
     UNSUPPORTED_IN_MESSAGE,
     Body,
@@ -339,9 +339,9 @@ def _plainly(names: Iterable[str]) -> dict[str, str]:
 def _parameters() -> dict[str, list[str]]:
     """The parameters of all samplers, and which have them."""
     found: dict[str, list[str]] = {}
-    for sampler in list_samplers():
-        for name in sampler.Params.model_fields:
-            found.setdefault(name, []).append(sampler.name)
+    for sampler in named_samplers():
+        for name in describe(sampler).parameters:
+            found.setdefault(name, []).append(sampler)
     return found
 
 

@@ -8,9 +8,9 @@ from functools import partial
 from typing import TypeVar
 
 from policies.store import UnknownPolicyError
-from samplers import CacheMode, Layout, SamplerParams, TokenChoice
-from samplers.policy import PolicyParams
-from server.api.catalogue import Rule, stated
+from samplers import CacheMode, Layout, TokenChoice, is_ours
+from samplers.policy import Policy, PolicyParams
+from server.api.catalogue import Rule, Wish, stated
 from server.api.choices import Choice
 from server.api.errors import budget_headers
 from server.api.requests import DEFAULT_MAX_TOKENS, INT64, GenerationBody
@@ -83,7 +83,7 @@ async def start(
 
     Raises RequestError, QueueFullError, KeyLimitError, NotServingError.
     """
-    rule = serving.catalogue.choose(body)
+    wish = serving.catalogue.choose(body)
     number = body.n or 1
     total = count * number
     if total > serving.settings.max_queue:
@@ -94,7 +94,8 @@ async def start(
         )
     serving.engine.check_room(owner, total)
     streams = [EventStream(serving.engine, every_pass=bool(body.return_trajectory)) for _ in range(total)]
-    job, used = await serving.threads.run(partial(_submit, serving, body, owner, rule, read, streams), size)
+    work = partial(_submit, serving, body, owner, wish, read, streams)
+    job, used = await serving.threads.run(work, size, foreign=not is_ours(wish.name))
     choices = [
         Choice(stream, serving.text, i, i // number, body.stop, logprobs, bool(body.return_trajectory))
         for i, stream in enumerate(streams)
@@ -103,9 +104,10 @@ async def start(
 
 
 def _submit(
-    serving: Serving, body: B, owner: Owner, rule: Rule, read: Callable[[B], Job], streams: list[EventStream]
+    serving: Serving, body: B, owner: Owner, wish: Wish, read: Callable[[B], Job], streams: list[EventStream]
 ) -> tuple[Job, Used]:
     serving.engine.check_accepting()  # before work that can take long, for which this may have waited long
+    rule = serving.catalogue.rule(wish)
     job = read(body)
     requests, used = _requests(serving, body, owner, rule, job)
     try:
@@ -122,7 +124,6 @@ def _requests(
     serving: Serving, body: GenerationBody, owner: Owner, rule: Rule, job: Job
 ) -> tuple[list[GenerationRequest], Used]:
     info = serving.engine.info
-    sampler, params = rule
     block_length = info.blocks(body.block_length if "block_length" in body.model_fields_set else info.block_length)
     ends = (frozenset() if body.ignore_eos else info.end_ids) | _named_ends(serving, body)
     number = body.n or 1
@@ -137,8 +138,8 @@ def _requests(
         GenerationRequest(
             prompt=prompt,
             max_tokens=lengths[i],
-            sampler=sampler.name,
-            params=params,
+            sampler=rule.name,
+            params=rule.params,
             suffix=job.suffix,
             block_length=block_length,
             choice=choice,
@@ -156,15 +157,15 @@ def _requests(
         for j in range(number)
     ]
     used = Used(
-        sampler=sampler.name,
-        sampler_params=stated(sampler, params),
+        sampler=rule.name,
+        sampler_params=stated(rule.sampler, rule.params),
         block_length=block_length,
         max_tokens=[request.max_tokens for request in requests],
         fill_after_end=fill_after_end,
         cache=cache.value,
         temperature=choice.temperature,
         seeds=seeds,
-        warnings=_policy_warnings(serving, params, block_length, lengths),
+        warnings=_policy_warnings(serving, rule, block_length, lengths),
     )
     return requests, used
 
@@ -181,13 +182,12 @@ def _context_warnings(info: ModelInfo, layouts: Sequence[Layout]) -> list[str]:
     ]
 
 
-def _policy_warnings(
-    serving: Serving, params: SamplerParams, block_length: int | None, lengths: list[int]
-) -> list[str]:
-    if not isinstance(params, PolicyParams):
+def _policy_warnings(serving: Serving, rule: Rule, block_length: int | None, lengths: list[int]) -> list[str]:
+    if rule.name != Policy.name:
         return []
+    assert isinstance(rule.params, PolicyParams)
     try:
-        stored = serving.catalogue.policies.get(params.policy)
+        stored = serving.catalogue.policies.get(rule.params.policy)
     except UnknownPolicyError as error:
         raise RequestError("sampler_params.policy", str(error), "unknown_policy") from None
     host = serving.catalogue.policies.host

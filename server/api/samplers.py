@@ -4,8 +4,7 @@ from functools import lru_cache
 
 from fastapi import FastAPI, Response
 
-from samplers import BrokenPlugin, Sampler, describe, list_samplers, list_unavailable
-from samplers.guard import why_not
+from samplers import BrokenPlugin, describe, list_unavailable, named_samplers
 from samplers.policy import Policy
 from server.api.bodies import show
 from server.api.errors import NotFoundError
@@ -15,21 +14,19 @@ from server.api.serving import Serving
 
 
 def add_routes(app: FastAPI, serving: Serving) -> None:
-    scheme = serving.engine.info.scheme
-
     @lru_cache(maxsize=2)
     def cards(
         there: tuple[tuple[str, int], ...], broken: tuple[BrokenPlugin, ...], policies: bool
     ) -> tuple[dict[str, SamplerCard], bytes]:
         """Each card, and all as JSON: schemas take long to make, and depend on nothing else."""
         reasons = {} if policies else {Policy.name: "no policy is loaded"}
-        found = {s.name: _card(s, why_not(s, scheme) or reasons.get(s.name)) for s in list_samplers()}
+        found = {name: _card(name, serving.catalogue.why_not(name) or reasons.get(name)) for name, _ in there}
         found |= {plugin.name: _broken_card(plugin) for plugin in broken}
         return found, SamplerList(data=list(found.values())).model_dump_json().encode()
 
     def current() -> tuple[dict[str, SamplerCard], bytes]:
         # By name and identity: a third party's sampler may not say well whether it equals another.
-        there = tuple((sampler.name, id(sampler)) for sampler in list_samplers())
+        there = tuple((name, id(sampler)) for name, sampler in named_samplers().items())
         return cards(there, tuple(list_unavailable()), bool(serving.engine.policies.list()))
 
     @app.get("/v1/samplers", response_model=SamplerList, responses=ERRORS, tags=["catalogue"])
@@ -47,10 +44,10 @@ def add_routes(app: FastAPI, serving: Serving) -> None:
         return json_response(found[sampler])
 
 
-def _card(sampler: Sampler, reason: str | None) -> SamplerCard:
-    said = describe(sampler)
+def _card(name: str, reason: str | None) -> SamplerCard:
+    said = describe(name)
     return SamplerCard(
-        id=sampler.name,
+        id=name,
         description=said.summary,
         paper=said.paper,
         available=reason is None,

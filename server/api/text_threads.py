@@ -35,26 +35,34 @@ class _Lane:
 class TextThreads:
     """Runs work on texts off the event loop, a bounded amount of it.
 
-    Short bodies do not wait behind long ones, and nothing else waits behind either: draining and loading have threads
-    of their own.
+    Short bodies do not wait behind long ones, and neither waits behind a third party's code, which may take any time.
+    Nothing else waits behind any of them: draining and loading have threads of their own.
     """
 
     def __init__(self, engine: Engine, metrics: Metrics) -> None:
         self._engine = engine
         self._metrics = metrics
-        self._short = _Lane("short", SHORT_THREADS, MOST_SHORT)
-        self._long = _Lane("long", LONG_THREADS, MOST_LONG)
+        self._lanes = {
+            (foreign, long): _Lane(f"{'foreign-' if foreign else ''}{name}", threads, most)
+            for foreign in (False, True)
+            for long, name, threads, most in (
+                (False, "short", SHORT_THREADS, MOST_SHORT),
+                (True, "long", LONG_THREADS, MOST_LONG),
+            )
+        }
         self._answers = ThreadPoolExecutor(ANSWER_THREADS, "text-answers")
 
-    async def run(self, work: Callable[[], T], size: int) -> T:
+    async def run(self, work: Callable[[], T], size: int, foreign: bool = False) -> T:
         """What the work returns, or raises.
 
         Args:
             size: bytes of the request's body.
+            foreign: whether it runs a third party's code.
 
         Raises QueueFullError where too many are there already, and for long ones NotServingError if the server stops.
         """
-        lane = self._long if size > LONG else self._short
+        long = size > LONG
+        lane = self._lanes[foreign, long]
         if lane.inside >= lane.most:
             self._metrics.rejected("texts")
             raise QueueFullError(
@@ -63,7 +71,7 @@ class TextThreads:
 
         def unless_stopping() -> T:
             # Long ones that still wait when the server stops would only hold that up.
-            if lane is self._long and not self._engine.accepting:
+            if long and not self._engine.accepting:
                 raise NotServingError("the server takes no more long texts: it is shutting down, or its engine ended")
             return work()
 

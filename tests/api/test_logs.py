@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Iterator
+from io import StringIO
 from typing import Literal
 
 import pytest
@@ -70,6 +71,27 @@ def test_no_line_of_a_traceback_looks_like_one_of_the_log(capsys: pytest.Capture
     assert "failed" in first and any("ValueError" in line for line in rest)
     assert all(line.startswith("  ") for line in rest)
     check(written, 1 + len(rest))
+
+
+class Exits:
+    def __repr__(self) -> str:
+        raise SystemExit(3)
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_a_line_that_cannot_be_written_ends_nothing(
+    monkeypatch: pytest.MonkeyPatch, form: Literal["text", "json"]
+) -> None:
+    said = StringIO()
+    monkeypatch.setattr("sys.stderr", said)
+    configure_logging(form)
+    log = structlog.get_logger("test")
+    log.error("failed", value=Exits())
+    log.info("still there")
+    assert "still there" in said.getvalue()
+    said.close()
+    log.error("failed", exc_info=ValueError("by design"))
+    logging.getLogger("library").warning("said")
 
 
 def test_plain_text_stays_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,17 +1,20 @@
 """What a third party's sampler can do to the API: fail its own requests."""
 
+import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from samplers import get_sampler
-from server.api.catalogue import check_rule
+from server.api.catalogue import Catalogue, check_rule
+from server.api.text_threads import SHORT_THREADS
 from server.engine import RequestError
 from server.settings import load_settings
-from tests.api.serving import PROMPT, Running, error_of, serving
+from tests.api.serving import PROMPT, Running, error_of, serving, until
 from tests.installed import SAMPLER, Installed, forget, look_at
 
 PARAMS = """
@@ -45,11 +48,17 @@ FAULTS = {
     "refuses": PARAMS + REFUSES,
     "long": PARAMS + VALIDATES.format("raise ValueError('y' * 10_000_000)"),
     "moody": "",
+    "says_much": PARAMS + DUMPS.format("return {'k': 'x' * 20_000}"),
+    "blocks": PARAMS + VALIDATES.format("INSIDE.append(k); GO.wait(60); return k"),
+    "renamed": PARAMS,
 }
 """By name of a sampler: what is wrong with it."""
 HEAD = """
+import threading
 import pydantic
 from samplers import ParameterError, Sampler, SamplerParams, Selection
+
+INSIDE, GO = [], threading.Event()
 
 class Speechless(Exception):
     def __str__(self):
@@ -112,6 +121,65 @@ def test_one_that_fails_later_does_not_take_the_list_with_it(hostile: Running, m
     assert [card for card in again if card["id"] != "moody"] == [card for card in listed if card["id"] != "moody"]
     assert hostile.get("/v1/models").status_code == 200
     assert error_of(hostile.post("/v1/completions", {"prompt": PROMPT, "sampler": "moody"}), 500)
+
+
+def test_what_it_says_of_its_parameters_is_short(hostile: Running) -> None:
+    error = error_of(ask(hostile, "says_much"), 500)
+    assert error["message"] == "sampler says_much failed: its parameters are more than 16384 bytes"
+
+
+def test_it_is_known_by_the_name_it_was_loaded_by(hostile: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    def changed(_: object) -> str:
+        raise SystemExit("nameless")
+
+    samplers, models = (hostile.get(f"/v1/{path}").json() for path in ("samplers", "models"))
+    for name in ("name", "Params"):
+        monkeypatch.setattr(type(get_sampler("renamed")), name, property(changed))
+    assert hostile.get("/v1/samplers").json() == samplers
+    assert hostile.get("/v1/models").json()["data"] == models["data"]
+    misspelt = error_of(hostile.post("/v1/completions", {"prompt": PROMPT, "threshhold": 0.5}), 400)
+    assert "sampler_params.threshold" in misspelt["message"]
+    body = {"prompt": PROMPT, "sampler": "renamed", "max_tokens": 1}
+    said = error_of(hostile.post("/v1/completions", body), 500)["message"]
+    assert said.startswith("sampler (a text that cannot be shown) failed: SystemExit")
+    assert hostile.complete(max_tokens=1)["unmask"]["sampler"] == "topk"
+
+
+def test_its_own_checks_hold_up_nobody_else(hostile: Running) -> None:
+    """Neither the event loop nor the threads in which other requests are read."""
+    module = sys.modules["party_blocks"]
+    with ThreadPoolExecutor(SHORT_THREADS) as away:
+        began = [away.submit(ask, hostile, "blocks") for _ in range(SHORT_THREADS)]
+        try:
+            until(lambda: len(module.INSIDE) == SHORT_THREADS)
+            assert hostile.complete(max_tokens=1)["unmask"]["sampler"] == "topk"
+            assert hostile.get("/health").status_code == 200
+            assert not any(each.done() for each in began)
+        finally:
+            module.GO.set()
+        assert all(each.result().status_code == 200 for each in began)
+
+
+def test_no_list_asks_it_again(hostile: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(get_sampler("moody"), "misfit", asked.append, raising=False)
+    for path in ("samplers", "models", "models/tiny", "models/tiny:moody"):
+        assert hostile.get(f"/v1/{path}").status_code == 200
+    assert asked == []
+
+
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, RuntimeError])
+def test_what_exits_in_a_handler_ends_its_request_only(
+    hostile: Running, monkeypatch: pytest.MonkeyPatch, kind: type[BaseException]
+) -> None:
+    def leaves(*_: object) -> None:
+        raise kind("by design")
+
+    with monkeypatch.context() as patching:
+        patching.setattr(Catalogue, "names", leaves)
+        answer = hostile.get("/v1/models")
+    assert error_of(answer, 500)["code"] == "internal_error" and answer.headers["x-request-id"]
+    assert hostile.get("/v1/models").status_code == 200
 
 
 def test_the_server_looks_after_its_engine(hostile: Running, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -379,6 +379,18 @@ def spoil(step: Step) -> Selection:
     return found
 
 
+def rewrite(*found: object) -> None:
+    """Change all attributes of what is frozen."""
+    for each in found:
+        for name in list(vars(each)):
+            object.__setattr__(each, name, FAR)
+
+
+def rewriting(step: Step) -> Selection:
+    rewrite(*(layout.scheme for layout in step.layouts), *step.layouts)
+    return leftmost(step)
+
+
 class Keeper(Leftmost):
     """Keeps what it was given and what it gave, and overwrites it at its next turn."""
 
@@ -405,6 +417,12 @@ def overwriting_positions(state: Any, positions: Tensor) -> None:
 HARMLESS: dict[str, type[Sampler]] = {
     "spoils its step": hook("select", spoil),
     "keeps and changes": Keeper,
+    "rewrites layouts": hook("select", rewriting),
+    "rewrites the layout it checks": hook("check", lambda params, layout: rewrite(layout.scheme, layout)),
+    "rewrites the layout it counts by": hook(
+        "most_forwards", lambda params, layout: (rewrite(layout.scheme, layout), 1)[1]
+    ),
+    "rewrites the scheme": attributes(misfit=lambda self, scheme: rewrite(scheme)),
     "overwrites the canvas": hook("bonus", overwriting),
     "overwrites positions": hook("name_tokens", overwriting_positions),
     "changes its mind": attributes(Reviser, region=changing(), drafts=changing(), greedy=changing()),

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from samplers import Canvas, Sampler, SamplerError, SamplerParams, Scheme, Selection, Step, TokenChoice
 from samplers.denoising import Denoising, advance, ask, denoise
@@ -221,6 +223,18 @@ def test_only_a_users_interrupt_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(caught.value) == "sampler changes failed: KeyboardInterrupt: "
 
 
+class Refuses(TorchFunctionMode):
+    """Sees every operation, and refuses it."""
+
+    def __torch_function__(self, *_: Any, **__: Any) -> Any:
+        raise RuntimeError("no")
+
+
+class RefusesDispatch(TorchDispatchMode):
+    def __torch_dispatch__(self, *_: Any, **__: Any) -> Any:
+        raise RuntimeError("no")
+
+
 def test_settings_of_torchs_are_put_back() -> None:
     for change in (
         lambda: torch.set_default_dtype(torch.float64),
@@ -228,14 +242,21 @@ def test_settings_of_torchs_are_put_back() -> None:
         lambda: torch.set_grad_enabled(False),
         lambda: torch.set_num_threads(torch.get_num_threads() + 1),
         lambda: torch.set_float32_matmul_precision("medium"),
+        lambda: torch.device("meta").__enter__(),
+        Refuses().__enter__,
+        RefusesDispatch().__enter__,
+        torch.autocast("cpu", dtype=torch.bfloat16).__enter__,
     ):
         before = settings()
-        with pytest.raises(SamplerError, match="sampler changes failed: it left torch's settings changed"):
+        with pytest.raises(
+            SamplerError, match=r"sampler changes failed: (it left torch's settings changed|RuntimeError: no)"
+        ):
             told(Changes(), change)
         assert settings() == before
 
 
 def settings() -> list[object]:
     made = torch.zeros(1)
-    numbers = torch.get_num_threads(), torch.is_grad_enabled(), torch.get_float32_matmul_precision()
+    numbers: list[object] = [torch.get_num_threads(), torch.is_grad_enabled(), torch.get_float32_matmul_precision()]
+    numbers.append(torch.is_autocast_enabled("cpu"))
     return [made.dtype, made.device, *numbers]

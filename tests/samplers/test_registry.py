@@ -102,6 +102,8 @@ BROKEN = {
     "no such statistic": (SAMPLER + "    statistics = frozenset({'surprise'})\n", "no statistic 'surprise'"),
     "no number": (SAMPLER + "    top = 'all'\n", "top is not a number"),
     "no text": (SAMPLER + "    paper = 3\n", "paper is not text"),
+    "no sentence": (SAMPLER + "    def summary(self):\n        return 3\n", "summary is not text"),
+    "a schema of another kind": (SAMPLER + "    def schema(self):\n        return [1]\n", "schema is not an object"),
     "fits by raising": (SAMPLER + "    def misfit(self, scheme):\n        raise KeyError('x')\n", "KeyError: 'x'"),
 }
 
@@ -166,7 +168,7 @@ def test_one_that_is_skipped_does_not_describe_its_namesake(installed: Installed
     installed.add("another", wrong, "unmask.samplers", left_to_right="LeftToRight")
     installed.sampler()
     list_samplers()
-    assert describe(get_sampler("left_to_right")).summary == "Commit the leftmost candidate."
+    assert describe("left_to_right").summary == "Commit the leftmost candidate."
 
 
 def test_entry_points_that_cannot_be_read_are_none(

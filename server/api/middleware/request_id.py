@@ -1,5 +1,6 @@
 """A name for each request, a log line when it ends, and an answer when it fails."""
 
+import asyncio
 import re
 import time
 import uuid
@@ -8,6 +9,7 @@ import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from samplers.guard import is_interrupt
 from server.api.errors import error_response
 
 log = structlog.get_logger(__name__)
@@ -43,9 +45,13 @@ class RequestId:
         with structlog.contextvars.bound_contextvars(request_id=name):
             try:
                 await self.app(scope, receive, send_named)
-            except Exception as error:
+            except BaseException as error:
+                if isinstance(error, asyncio.CancelledError | GeneratorExit) or is_interrupt(error):
+                    raise
+                # What exits or panics in a request ends no more than that.
                 log.exception("request failed")
                 if not status:
-                    await error_response(error)(scope, receive, send_named)
+                    plain = error if isinstance(error, Exception) else RuntimeError("a request ended by an exit")
+                    await error_response(plain)(scope, receive, send_named)
             seconds = round(time.monotonic() - began, 4)
             log.info("request", method=scope["method"], path=scope["path"][:SHOWN_PATH], status=status, seconds=seconds)
