@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from policies.atomic import flush, write_file, write_files
+from policies.atomic import flush, held, write_files
 from policies.evaluate import Row
 from policies.files import MOST_LISTED, MOST_WORD, check_header, open_regular, read_file, read_open
 from policies.network import PolicyConfig, UnmaskingPolicy
@@ -81,15 +81,16 @@ def save_policy(network: UnmaskingPolicy, card: PolicyCard, folder: Path) -> Non
     """Write a policy. Whoever reads it meanwhile, or after a kill at any point, finds the old one or the new one.
 
     Two files cannot be replaced in one step. So the new policy is first in a file of its own, which counts more than
-    the two others as long as it is there.
+    the two others as long as it is there. Who else saves into this folder waits.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.detach().float().cpu().contiguous() for name, value in network.state_dict().items()}
     text = card.model_dump_json(indent=1) + "\n"
-    write_file(folder / NEXT, save_tensors(tensors, {"format": "pt", NEXT_CARD: text}))
-    write_files(folder, {WEIGHTS: save_tensors(tensors, {"format": "pt"}), CARD: text.encode()})
-    (folder / NEXT).unlink()
-    flush(folder)
+    with held(folder, alone=True):
+        write_files(folder, {NEXT: save_tensors(tensors, {"format": "pt", NEXT_CARD: text})})
+        write_files(folder, {WEIGHTS: save_tensors(tensors, {"format": "pt"}), CARD: text})
+        (folder / NEXT).unlink()
+        flush(folder)
 
 
 def load_policy(folder: Path, device: str = "cpu", within: Path | None = None) -> tuple[UnmaskingPolicy, PolicyCard]:
