@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -26,6 +26,8 @@ NEXT_CARD = "card"
 """The card's place in that file's metadata."""
 MOST_CARD_BYTES, MOST_WEIGHT_BYTES = 1 << 20, 64 << 20
 MOST_HEADER_BYTES = 4 << 20
+MOST_SAID = 128 << 10
+"""Bytes of JSON of what a card says that is in answers: its training and its measurements."""
 LOOKS = 100
 """A reader that meets a writer looks again, so often at most."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -75,6 +77,12 @@ class PolicyCard(BaseModel):
     recipe: dict[str, Any] = Field(default_factory=dict, description="the training recipe, as it was read")
     measured: list[Row] = Field(default_factory=list, max_length=1000, description="held-out results")
     licence: Text = "Apache-2.0"
+
+    @model_validator(mode="after")
+    def _is_short(self) -> "PolicyCard":
+        if len(self.model_dump_json(include={"trained_on", "measured"}).encode()) > MOST_SAID:
+            raise ValueError(f"trained_on and measured have more than {MOST_SAID} bytes as JSON")
+        return self
 
 
 def save_policy(network: UnmaskingPolicy, card: PolicyCard, folder: Path) -> None:

@@ -17,7 +17,7 @@ from samplers import (
     get_sampler,
     list_samplers,
 )
-from samplers.guard import SHOWN, failure, shown, told, why_not
+from samplers.guard import SHOWN, ContractError, failure, shown, told, why_not
 from samplers.policy import Policy, PolicyParams
 from server.api.bodies import SHOWN as REPEATED
 from server.api.bodies import request_error, show
@@ -27,6 +27,9 @@ from server.engine import ModelInfo, RequestError
 from server.settings import Settings
 
 log = structlog.get_logger(__name__)
+
+MOST_STATED = 256 << 10
+"""Bytes of JSON of parameters that an answer repeats."""
 
 Rule = tuple[Sampler, SamplerParams]
 """What denoises a request."""
@@ -179,7 +182,8 @@ def stated(sampler: Sampler, params: SamplerParams) -> dict[str, Any]:
         found: object = params.model_dump(mode="json")
         if not isinstance(found, dict):
             raise TypeError("its parameters are no object")
-        to_json(found)
+        if len(to_json(found)) > MOST_STATED:
+            raise ContractError(f"its parameters say more than {MOST_STATED} bytes of themselves")
         return found
 
     return told(sampler, dump)

@@ -335,33 +335,34 @@ def test_what_programs_without_locks_write_into_a_folder_goes_with_it(
     assert (folder / "weights").read_bytes() == (folder / "config").read_bytes() == b"2"
 
 
-def test_a_writer_that_waited_writes_into_the_folder_that_is_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_writer_that_waited_has_the_folder_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, exchange = tmp_path / "m", atomic._exchange
     write_together(folder, {"config": b"1"})
-    writers = [
-        threading.Thread(target=write_file, args=(folder / "rows", "rows")),
-        threading.Thread(target=write_together, args=(folder, {"other": b"3", "config": b"3"})),
-    ]
+    waited: list[bool] = []
+
+    def rows() -> str:
+        export.start()
+        export.join(0.2)
+        waited.append(export.is_alive())
+        return "rows"
+
+    export = threading.Thread(target=write_together, args=(folder, {"other": b"3", "config": b"3"}))
+    writer = threading.Thread(target=write_file, args=(folder / "rows", rows))
 
     def slow(one: Path, other: Path) -> None:
         monkeypatch.setattr(atomic, "_exchange", exchange)
-        for writer in writers:
-            writer.start()
-            writer.join(0.1)
-            assert writer.is_alive()
+        writer.start()
+        writer.join(0.2)
+        waited.append(writer.is_alive())
         exchange(one, other)
 
     monkeypatch.setattr(atomic, "_exchange", slow)
     write_together(folder, {"config": b"2"})
-    for writer in writers:
-        writer.join()
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
-        "rows": b"rows",
-        "config": b"3",
-        "other": b"3",
-    }
+    writer.join()
+    export.join()
+    assert waited == [True, True]
+    found = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert found == {"rows": b"rows", "config": b"3", "other": b"3"}
 
 
 def test_rows_of_several_runs_are_all_kept(tmp_path: Path) -> None:
