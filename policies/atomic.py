@@ -1,7 +1,8 @@
 """Writing that is all or nothing: whoever is killed, at any point, leaves the old content or the new one.
 
 Content goes to a place of its own beside the old one and to the disk, and then takes the old one's name in one step.
-What a killed writer leaves in that place is overwritten by the next one.
+What a killed writer leaves in that place is overwritten by the next one. Writers of one file or folder wait for each
+other; some network file systems have no locks, and there it is up to users to have one writer at a time.
 """
 
 import ctypes
@@ -9,7 +10,7 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -17,28 +18,42 @@ EXCHANGE = 2
 """`RENAME_EXCHANGE` of Linux: two names change places."""
 HERE = -100
 """`AT_FDCWD`: names are as the process sees them."""
-NOT_HERE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EBUSY, errno.EXDEV, errno.EPERM, errno.EACCES, errno.EROFS)
+NOT_HERE = (
+    errno.ENOSYS,
+    errno.EINVAL,
+    errno.ENOTSUP,
+    errno.EBUSY,
+    errno.EXDEV,
+    errno.EPERM,
+    errno.EACCES,
+    errno.EROFS,
+    errno.EMFILE,
+)
 """Errors where a folder cannot change places with another: it is a mount, or its file system knows no such thing."""
 
 
-def write_file(path: Path, content: bytes | str) -> None:
+def write_file(path: Path, content: bytes | str | Callable[[], str]) -> None:
     """Write a whole file in the place of the one that is there, if any; text as UTF-8. Raises OSError.
 
     A link stays one: the file that it leads to is replaced. A pipe or a device has no content to keep and is written
     to directly.
+
+    Args:
+        content: or what makes it of the old one, while no other writer changes that.
     """
-    content = content.encode() if isinstance(content, str) else content
     path = path.resolve()
     if path.exists() and not path.is_file():
-        path.write_bytes(content)
+        path.write_bytes(_bytes(content))
         return
-    with _ready(path, content) as partial:
-        partial.replace(path)
-    flush(path.parent)
+    with held(path.parent):
+        write_files(path.parent, {path.name: content})
 
 
-def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
-    """Write several files, each whole or not at all, in this order; all are ready before the first is seen."""
+def write_files(folder: Path, contents: Mapping[str, bytes | str | Callable[[], str]]) -> None:
+    """Write several files, each whole or not at all, in this order; all are ready before the first is seen.
+
+    The folder is to be `held` meanwhile.
+    """
     with ExitStack() as stack:
         ready = {name: stack.enter_context(_ready(folder / name, content)) for name, content in contents.items()}
         for name, partial in ready.items():
@@ -57,16 +72,33 @@ def write_together(folder: Path, contents: Mapping[str, bytes]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     folder = folder.resolve()
     *_, last = contents
-    if (folder / last).exists():
+    with held(folder, alone=True):
+        if (folder / last).exists():
+            try:
+                _exchange_for(folder, contents)
+                return
+            except OSError as error:
+                if error.errno not in NOT_HERE:
+                    raise
+            (folder / last).unlink()
+            flush(folder)
+        write_files(folder, contents)
+
+
+@contextmanager
+def held(folder: Path, alone: bool = False) -> Iterator[None]:
+    """Keep a folder from being exchanged, or `alone` from being written into by others at all. Raises OSError."""
+    folder = folder.resolve()
+    while True:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            _exchange_for(folder, contents)
-            return
-        except OSError as error:
-            if error.errno not in NOT_HERE:
-                raise
-        (folder / last).unlink()
-        flush(folder)
-    write_files(folder, contents)
+            with suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+            if _is_at(folder, handle):  # else it was exchanged while this one waited
+                yield
+                return
+        finally:
+            os.close(handle)
 
 
 def flush(path: Path) -> None:
@@ -82,7 +114,7 @@ def flush(path: Path) -> None:
 
 
 @contextmanager
-def _ready(path: Path, content: bytes) -> Iterator[Path]:
+def _ready(path: Path, content: bytes | str | Callable[[], str]) -> Iterator[Path]:
     """A file's new content beside it, to be renamed; other writers of the same file wait until that is done."""
     partial = path.with_name(f".{path.name}.partial")
     with _own(partial) as handle:
@@ -90,7 +122,7 @@ def _ready(path: Path, content: bytes) -> Iterator[Path]:
             if path.exists():
                 shutil.copymode(path, partial)
             with open(handle, "wb", closefd=False) as file:
-                file.write(content)
+                file.write(_bytes(content))
             os.fsync(handle)
             yield partial
         except BaseException:
@@ -99,13 +131,18 @@ def _ready(path: Path, content: bytes) -> Iterator[Path]:
             raise
 
 
+def _bytes(content: bytes | str | Callable[[], str]) -> bytes:
+    content = content() if callable(content) else content
+    return content.encode() if isinstance(content, str) else content
+
+
 @contextmanager
 def _own(partial: Path) -> Iterator[int]:
     """An empty file of this name, which no other writer has; its descriptor."""
     while True:
         handle = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
-            with suppress(OSError):  # some network file systems have no locks: one writer a file is up to users there
+            with suppress(OSError):
                 fcntl.flock(handle, fcntl.LOCK_EX)
             if _is_at(partial, handle):  # else the writer before has renamed it while this one waited
                 os.ftruncate(handle, 0)
@@ -129,24 +166,55 @@ def _exchange_for(folder: Path, contents: Mapping[str, bytes]) -> None:
     other = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(other, ignore_errors=True)
     try:
-        ignored = shutil.ignore_patterns(*contents)
-        top = str(folder)
-        shutil.copytree(
-            folder,
-            other,
-            symlinks=True,
-            ignore=lambda place, names: ignored(place, names) if place == top else set(),
-            copy_function=lambda source, target: os.link(source, target, follow_symlinks=False),
-        )
-        write_files(other, contents)
-        flush(folder.parent)
-        _exchange(folder, other)
-        flush(folder.parent)
+        other.mkdir()
+        with ExitStack() as stack:
+            # Whoever waits for this folder then waits for the one that takes its place, until the old one is gone.
+            stack.enter_context(held(other, alone=True))
+            for place, _, _ in os.walk(folder):
+                if place != str(folder):
+                    stack.enter_context(held(Path(place), alone=True))
+            _link_all(folder, other, contents)
+            before = _files(other)
+            write_files(other, contents)
+            flush(folder.parent)
+            _exchange(folder, other)
+            _carry(other, folder, before, contents)
+            flush(folder.parent)
+            shutil.rmtree(other, ignore_errors=True)
     except shutil.Error as error:  # several of other files; the first one says enough
         source, _, why = error.args[0][0]
         raise OSError(errno.EXDEV, str(why), str(source)) from None
-    finally:
+    except BaseException:
         shutil.rmtree(other, ignore_errors=True)
+        raise
+
+
+def _link_all(folder: Path, other: Path, but: Collection[str]) -> None:
+    """Have links in another folder to all that is in this one, but for some names in it. Raises OSError, Error."""
+    ignored, top = shutil.ignore_patterns(*but), str(folder)
+    shutil.copytree(
+        folder,
+        other,
+        symlinks=True,
+        ignore=lambda place, names: ignored(place, names) if place == top else set(),
+        copy_function=lambda source, target: os.link(source, target, follow_symlinks=False),
+        dirs_exist_ok=True,
+    )
+
+
+def _files(folder: Path) -> dict[Path, int]:
+    """The inodes of all that is no folder, by place."""
+    paths = (Path(place, name) for place, _, names in os.walk(folder) for name in names)
+    return {path.relative_to(folder): path.lstat().st_ino for path in paths}
+
+
+def _carry(old: Path, folder: Path, before: Mapping[Path, int], but: Collection[str]) -> None:
+    """Take over what programs that know nothing of locks have put into the old folder since links to all were made."""
+    now = _files(folder)
+    for place, inode in _files(old).items():
+        if inode != before.get(place) and now.get(place) == before.get(place) and str(place) not in but:
+            (folder / place).parent.mkdir(parents=True, exist_ok=True)
+            (old / place).replace(folder / place)
 
 
 def _exchange(one: Path, other: Path) -> None:

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from policies.atomic import flush, write_file, write_files
+from policies.atomic import flush, held, write_files
 from policies.evaluate import Row
 from policies.files import MOST_LISTED, MOST_WORD, check_header, open_regular, read_file, read_open
 from policies.network import PolicyConfig, UnmaskingPolicy
@@ -26,6 +26,8 @@ NEXT_CARD = "card"
 """The card's place in that file's metadata."""
 MOST_CARD_BYTES, MOST_WEIGHT_BYTES = 1 << 20, 64 << 20
 MOST_HEADER_BYTES = 4 << 20
+MOST_SAID = 128 << 10
+"""Bytes of JSON of what a card says that is in answers: its training and its measurements."""
 LOOKS = 100
 """A reader that meets a writer looks again, so often at most."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -76,20 +78,27 @@ class PolicyCard(BaseModel):
     measured: list[Row] = Field(default_factory=list, max_length=1000, description="held-out results")
     licence: Text = "Apache-2.0"
 
+    @model_validator(mode="after")
+    def _is_short(self) -> "PolicyCard":
+        if len(self.model_dump_json(include={"trained_on", "measured"}).encode()) > MOST_SAID:
+            raise ValueError(f"trained_on and measured have more than {MOST_SAID} bytes as JSON")
+        return self
+
 
 def save_policy(network: UnmaskingPolicy, card: PolicyCard, folder: Path) -> None:
     """Write a policy. Whoever reads it meanwhile, or after a kill at any point, finds the old one or the new one.
 
     Two files cannot be replaced in one step. So the new policy is first in a file of its own, which counts more than
-    the two others as long as it is there.
+    the two others as long as it is there. Who else saves into this folder waits.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.detach().float().cpu().contiguous() for name, value in network.state_dict().items()}
     text = card.model_dump_json(indent=1) + "\n"
-    write_file(folder / NEXT, save_tensors(tensors, {"format": "pt", NEXT_CARD: text}))
-    write_files(folder, {WEIGHTS: save_tensors(tensors, {"format": "pt"}), CARD: text.encode()})
-    (folder / NEXT).unlink()
-    flush(folder)
+    with held(folder, alone=True):
+        write_files(folder, {NEXT: save_tensors(tensors, {"format": "pt", NEXT_CARD: text})})
+        write_files(folder, {WEIGHTS: save_tensors(tensors, {"format": "pt"}), CARD: text})
+        (folder / NEXT).unlink()
+        flush(folder)
 
 
 def load_policy(folder: Path, device: str = "cpu", within: Path | None = None) -> tuple[UnmaskingPolicy, PolicyCard]:

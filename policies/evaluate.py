@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -71,6 +71,10 @@ class Trial:
         }
 
 
+Whole = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+"""Rows come from files too, and a number of thousands of digits is nothing that anybody counted."""
+
+
 class Row(BaseModel):
     """What a trial measured. Accuracy in 0..1 with Wilson 95 % bounds; `tpf` is sum of tokens / sum of forwards."""
 
@@ -79,17 +83,17 @@ class Row(BaseModel):
     task: str = Field(max_length=1024)
     sampler: str = Field(max_length=1024)
     params: dict[str, Any]
-    block_length: int | None
-    gen_length: int
-    count: int
-    seed: int
+    block_length: Whole | None
+    gen_length: Whole
+    count: Whole
+    seed: Whole
     fill_after_end: bool
-    correct: int
+    correct: Whole
     accuracy: float
     accuracy_low: float
     accuracy_high: float
-    tokens: int
-    forwards: int
+    tokens: Whole
+    forwards: Whole
     tpf: float
     seconds: float
     chat: bool = False

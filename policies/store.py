@@ -15,7 +15,7 @@ ZOO = Path(__file__).parent / "zoo"
 
 
 FEW = 8
-"""Lengths that a warning names."""
+"""Lengths that a warning names, and policies that an error does."""
 
 
 class UnknownPolicyError(KeyError):
@@ -137,7 +137,7 @@ class PolicyStore:
         return self.get(params.policy).sampler if isinstance(params, PolicyParams) else get_sampler(name)
 
     def _unknown(self, name: str | None) -> UnknownPolicyError:
-        names = ", ".join(stored.name for stored in self.list()) or "none"
+        names = _few([stored.name for stored in self.list()], ", ") or "none"
         if name is None:
             return UnknownPolicyError(f"name a policy: loaded are {names}")
         return UnknownPolicyError(f"no policy {name[:60]!r} is loaded; loaded are {names}")

@@ -148,7 +148,7 @@ def watch(writer: Writer, folder: Path, seconds: float) -> tuple[int, list[str]]
 
 ATOMIC = frozenset(
     f"policies.atomic.{name}"
-    for name in (*("write_file", "write_files", "write_together", "_ready", "_own", "_exchange_for"),)
+    for name in (*("write_file", "write_files", "write_together", "_ready", "_own", "held", "_exchange_for", "_carry"),)
 )
 
 

@@ -1,5 +1,7 @@
 """`/v1/policies`"""
 
+import operator
+import threading
 from functools import partial
 from pathlib import Path
 
@@ -14,9 +16,62 @@ from server.api.errors import ForbiddenError, NotFoundError
 from server.api.middleware.auth import KnownKeys
 from server.api.openapi import ADMIN_ERRORS, ERRORS, LOOKUP_ERRORS, body_of
 from server.api.requests import PolicyBody
-from server.api.responses import PolicyEntry, PolicyList, PolicyRemoved, json_response
+from server.api.responses import PolicyEntry, PolicyList, PolicyRemoved, WholeJson, json_response
 from server.api.serving import Serving
 from server.engine import RequestError
+
+
+class Entries:
+    """What answers say of policies, as JSON. All of it is made once, where it is long not on the event loop.
+
+    Args:
+        base: the served model's name.
+    """
+
+    def __init__(self, base: str) -> None:
+        self._base = base
+        self._made: dict[str, tuple[Stored, bytes]] = {}
+        self._list = b""
+        self._listed: list[Stored] = []
+        self._lock = threading.Lock()
+
+    def one(self, stored: Stored) -> bytes:
+        """A `PolicyEntry`."""
+        known = self._made.get(stored.name)
+        if known is None or known[0] is not stored:
+            known = self._made[stored.name] = (stored, self._make(stored))
+        return known[1]
+
+    async def all(self, policies: list[Stored]) -> bytes:
+        """A `PolicyList`."""
+        if self._list and _same(self._listed, policies):
+            return self._list
+        return await anyio.to_thread.run_sync(self._make_list, policies)
+
+    def _make_list(self, policies: list[Stored]) -> bytes:
+        with self._lock:
+            if not (self._list and _same(self._listed, policies)):
+                self._made = {stored.name: (stored, self.one(stored)) for stored in policies}
+                entries = b",".join(entry for _, entry in self._made.values())
+                self._list = PolicyList(data=[]).model_dump_json().encode().replace(b"[]", b"[" + entries + b"]")
+                self._listed = policies
+            return self._list
+
+    def _make(self, stored: Stored) -> bytes:
+        entry = PolicyEntry(
+            id=stored.name,
+            model=f"{self._base}:{POLICY}{stored.name}",
+            takes_speed=stored.card.config.takes_speed,
+            action=stored.card.config.action,
+            parameters=stored.parameters,
+            trained_on=stored.card.trained_on.model_dump(mode="json"),
+            measured=[row.model_dump(mode="json") for row in stored.card.measured],
+        )
+        return entry.model_dump_json().encode()
+
+
+def _same(one: list[Stored], other: list[Stored]) -> bool:
+    return len(one) == len(other) and all(map(operator.is_, one, other))
 
 
 def add_routes(app: FastAPI, serving: Serving) -> None:
@@ -24,16 +79,7 @@ def add_routes(app: FastAPI, serving: Serving) -> None:
     secret = serving.settings.admin_key
     admin = None if secret is None else KnownKeys([secret.get_secret_value()])
 
-    def entry(stored: Stored) -> PolicyEntry:
-        return PolicyEntry(
-            id=stored.name,
-            model=f"{base}:{POLICY}{stored.name}",
-            takes_speed=stored.card.config.takes_speed,
-            action=stored.card.config.action,
-            parameters=stored.parameters,
-            trained_on=stored.card.trained_on.model_dump(mode="json"),
-            measured=[row.model_dump(mode="json") for row in stored.card.measured],
-        )
+    entries = Entries(base)
 
     def find(name: str) -> Stored:
         try:
@@ -44,12 +90,12 @@ def add_routes(app: FastAPI, serving: Serving) -> None:
     @app.get("/v1/policies", response_model=PolicyList, responses=ERRORS, tags=["catalogue"])
     async def list_policies() -> Response:
         """List the trained policies that requests can use."""
-        return json_response(PolicyList(data=[entry(stored) for stored in policies.list()]))
+        return WholeJson(await entries.all(policies.list()))
 
     @app.get("/v1/policies/{policy}", response_model=PolicyEntry, responses=LOOKUP_ERRORS, tags=["catalogue"])
     async def get_policy(policy: str) -> Response:
         """Look up one policy."""
-        return json_response(entry(find(policy)))
+        return WholeJson(entries.one(find(policy)))
 
     @app.post(
         "/v1/policies",
@@ -72,7 +118,7 @@ def add_routes(app: FastAPI, serving: Serving) -> None:
             message = str(error).replace(str(folder), show(body.path or body.name))
             raise RequestError(field, message, "invalid_policy") from None
         serving.metrics.policies(len(policies.list()))
-        return json_response(entry(stored))
+        return WholeJson(entries.one(stored))
 
     @app.delete("/v1/policies/{policy}", response_model=PolicyRemoved, responses=ADMIN_ERRORS, tags=["administration"])
     async def remove(request: Request, policy: str) -> Response:

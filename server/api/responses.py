@@ -4,8 +4,12 @@ from typing import Any, Literal
 
 from fastapi import Response
 from pydantic import BaseModel, Field
+from starlette.types import Receive, Scope, Send
 
 from server.engine import FinishReason
+
+PIECE = 64 << 10
+"""Bytes of a long answer that are handed on at once."""
 
 Finish = Literal[FinishReason.STOP, FinishReason.LENGTH]
 
@@ -248,6 +252,18 @@ class Health(BaseModel):
 
 class Version(BaseModel):
     version: str
+
+
+class WholeJson(Response):
+    """JSON that may be long and is in memory once: it goes out in pieces, so that a slow reader keeps none of it."""
+
+    media_type = "application/json"
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        for start in range(0, len(self.body), PIECE):
+            await send({"type": "http.response.body", "body": self.body[start : start + PIECE], "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
 
 
 def json_response(body: BaseModel) -> Response:

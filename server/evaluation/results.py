@@ -1,10 +1,6 @@
 """The file that keeps measurements: one model, one row a trial, each row written as soon as it is measured."""
 
-import fcntl
 import hashlib
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -66,20 +62,12 @@ def add_row(path: Path | None, results: Results, row: Row) -> None:
     if path is None:
         results.rows.append(row)
         return
-    with _alone(path.absolute().parent):
+
+    def added() -> str:
         results.rows = [*open_results(path, results).rows, row]
-        write_file(path, results.model_dump_json(indent=1) + "\n")
+        return results.model_dump_json(indent=1) + "\n"
 
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Keep other runs from changing files in a folder at the same time."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
+    write_file(path, added)
 
 
 def model_digest(folder: Path) -> str:

@@ -79,6 +79,18 @@ def readable(place: Path) -> Iterator[None]:
         raise ModelError(f"{error.filename or place}: {error.strerror or error}") from None
 
 
+@contextmanager
+def unchanged(path: Path) -> Iterator[None]:
+    """Raise ModelError if a file has become another one while others beside it were read."""
+    with readable(path):
+        before = path.stat()
+    yield
+    with readable(path):
+        after = path.stat()
+    if (before.st_ino, before.st_mtime_ns, before.st_size) != (after.st_ino, after.st_mtime_ns, after.st_size):
+        raise ModelError(f"{path.parent}: another model was written here while this one was read")
+
+
 def other_forms(folder: Path) -> str:
     """Weights of another form in a folder, as the end of a message; nothing if there are none."""
     with readable(folder):

@@ -16,7 +16,7 @@ from server.engine.backend import Backend, ModelInfo
 from server.engine.torch_backend import TorchBackend
 from server.engine.vllm.backend import VllmBackend, VllmError, VllmOptions, check_supported
 from server.models.compiling import compile_layers
-from server.models.files import ModelError, is_there, other_forms, read_json, read_optional_json, readable
+from server.models.files import ModelError, is_there, other_forms, read_json, read_optional_json, readable, unchanged
 from server.models.network import Network
 from server.models.packing import pack_linear_layers
 from server.models.registry import Family, find_family
@@ -83,13 +83,14 @@ def load_model(
     with readable(folder):
         if not is_there(folder / CONFIG):
             raise ModelError(f"{folder / CONFIG}: no such file{other_forms(folder)}")
+    with unchanged(folder / CONFIG):  # which whoever writes a model there replaces too
         text = TextCodec.load(folder)
-    architecture, family, network = build_network(folder, text=text)
-    if engine == "torch":
-        keep_few_kernels()
-        apart(lambda: give_weights(network, folder, place, kind, load_format))
-    else:
-        _check_for_vllm(folder, architecture, network, load_format)
+        architecture, family, network = build_network(folder, text=text)
+        if engine == "torch":
+            keep_few_kernels()
+            apart(lambda: give_weights(network, folder, place, kind, load_format))
+        else:
+            _check_for_vllm(folder, architecture, network, load_format)
     config = network.config
     if max_model_len is not None and max_model_len > config.max_length:
         log.warning("--max-model-len is above the model's own context, which stays the limit", limit=config.max_length)

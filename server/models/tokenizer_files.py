@@ -1,7 +1,5 @@
 """A checkpoint's tokenizer from its files, as Hugging Face's libraries read them."""
 
-import json
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,9 +10,7 @@ from tokenizers import AddedToken, Tokenizer
 from server.models.byte_bpe import load_byte_bpe
 from server.models.files import MOST_TOKENIZER, ModelError, is_there, read_bytes
 from server.models.tokenizer_settings import flagged_tokens, listed_tokens, named_tokens
-
-MOST_GROWTH = 256
-"""Characters that the steps before a tokenizer's model may make of one. The usual ones make 3 at most."""
+from server.models.tokenizer_steps import check_steps
 
 
 @contextmanager
@@ -39,11 +35,13 @@ def load_tokenizer(folder: Path, settings: dict[str, Any]) -> Tokenizer:
     added = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
     # The settings' word on a token counts more than the tokenizer's own, that of their lists less.
     flagged = {*named_tokens(settings).values(), *flagged_tokens(settings)}
+    special = []
     for content in sorted(flagged | (listed_tokens(settings) - set(added))):
         token = added.get(content) or AddedToken(content, normalized=False)
         if content in vocabulary and not token.special:
             token.special = True
-            tokenizer.add_special_tokens([token])
+            special.append(token)
+    tokenizer.add_special_tokens(special)  # at once: the library reads all of them again each time
     return tokenizer
 
 
@@ -56,14 +54,5 @@ def _from_file(folder: Path) -> Tokenizer:
     content = read_bytes(path, MOST_TOKENIZER)
     with library_errors(path):
         tokenizer = Tokenizer.from_buffer(content)
-        growth = 1 if tokenizer.normalizer is None else _growth(json.loads(tokenizer.normalizer.__getstate__()))
-    if growth > MOST_GROWTH:
-        raise ModelError(f"{path}: its normalizer may make {growth} characters of one, more than {MOST_GROWTH}")
+        check_steps(tokenizer, path)
     return tokenizer
-
-
-def _growth(step: dict[str, Any]) -> int:
-    """Characters that a step of a normalizer may make of one; those of all steps of a sequence multiply."""
-    if step["type"] == "Sequence":
-        return math.prod(_growth(each) for each in step["normalizers"])
-    return max(1, len(step.get("content", "")) + len(step.get("prepend", "")))

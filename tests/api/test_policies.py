@@ -6,11 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from policies.checkpoint import WEIGHTS, save_policy
+from policies.store import Stored
+from server.api.policies import Entries
+from server.api.responses import PIECE, WholeJson
 from server.policy_folder import PolicyFolder
 from tests.api.serving import NAME, PROMPT, Running, error_of, serving, until
 from tests.policies.tiny import card, network
@@ -124,6 +128,39 @@ def test_policies_and_models_are_listed(policed: Running) -> None:
     assert names[-3:] == [f"{NAME}:policy-{name}" for name in ("careful", "eager", "told")]
     assert error_of(policed.get("/v1/policies/nope"), 404)["param"] == "policy"
     assert policed.get("/v1/samplers/policy").json()["available"] is True
+
+
+def test_what_is_said_of_policies_is_made_once(policed: Running, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    make = Entries._make
+
+    def counted(self: Entries, stored: Stored) -> bytes:
+        made.append(stored.name)
+        return make(self, stored)
+
+    monkeypatch.setattr(Entries, "_make", counted)
+    for _ in range(3):
+        listed = policed.get("/v1/policies").json()["data"]
+        assert listed == [policed.get(f"/v1/policies/{name}").json() for name in ("careful", "eager", "told")]
+    assert sorted(made) == ["careful", "eager", "told"]
+    policed.engine.policies.load("eager", folder / "careful")
+    policed.engine.policies.remove("told")
+    listed = policed.get("/v1/policies").json()["data"]
+    assert [each["id"] for each in listed] == ["careful", "eager"] and made[3:] == ["eager"]
+
+
+def test_a_long_answer_goes_out_in_pieces() -> None:
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    body = bytes(range(256)) * 1000
+    anyio.run(WholeJson(body), {"type": "http"}, None, send)
+    pieces = [message["body"] for message in sent[1:]]
+    assert b"".join(pieces) == body and max(map(len, pieces)) == PIECE
+    assert [message.get("more_body", False) for message in sent[1:]] == [True] * (len(pieces) - 1) + [False]
+    assert (b"content-length", b"256000") in sent[0]["headers"]
 
 
 def test_without_policies_the_sampler_is_unavailable(server: Running) -> None:

@@ -19,6 +19,7 @@ from server.metrics import Metrics
 from server.policy_folder import PolicyFolder, watching
 from tests.api.serving import Running, error_of, serving, until
 from tests.policies.tiny import card, network
+from tests.writers import row
 
 ADMIN = {"Authorization": "Bearer admin"}
 pytestmark = pytest.mark.timeout(60)
@@ -84,6 +85,15 @@ def link_out(file: str | None) -> Callable[[Path], None]:
     return damage
 
 
+def measure(rows: int, **changes: Any) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        content = json.loads((folder / CARD).read_text())
+        content["measured"] = [row(1).model_dump(mode="json") | changes] * rows
+        (folder / CARD).write_text(json.dumps(content))
+
+    return damage
+
+
 def say(**changes: Any) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
         content = json.loads((folder / CARD).read_text())
@@ -109,6 +119,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "many blocks": (say(block_lengths=[7] * 100_000), "trained_on.block_lengths: Tuple should have at most"),
     "a length": (say(gen_lengths=[10**30]), "trained_on.gen_lengths.0: "),
     "a number that is none": (say(seconds=float("nan")), "trained_on.seconds: "),
+    "long parameters": (measure(1, params={"x": "n" * 300_000}), "trained_on and measured have more than"),
+    "many long rows": (measure(700, task="n" * 900), "trained_on and measured have more than"),
+    "a number of many digits": (measure(1, count=10**4000), "measured.0.count: "),
     "a key": (say(**{"x" * 300_000: 1}), "Extra inputs"),
 }
 
@@ -129,7 +142,7 @@ def test_what_cannot_be_loaded_leaves_the_one_before_it(watched: PolicyFolder, r
     assert found["dllm_policy_load_failures_total"] == 1 and found["dllm_policies_loaded"] == 2
 
 
-@pytest.mark.parametrize("name", ["pipes", "a link out", "a card that is a link out", "a long name"])
+@pytest.mark.parametrize("name", ["pipes", "a link out", "a card that is a link out", "a long name", "long parameters"])
 def test_over_http_the_same_is_refused(tiny_model: Path, root: Path, name: str) -> None:
     damage, said = DAMAGES[name]
     with serving(tiny_model, policy_dir=str(root), admin_key="admin") as running:

@@ -43,6 +43,7 @@ FAULTS = {
     "dumps": PARAMS + DUMPS.format("raise SystemExit(3)"),
     "dumps_a_list": PARAMS + DUMPS.format("return [1]"),
     "dumps_an_object": PARAMS + DUMPS.format("return {'k': object()}"),
+    "dumps_much": PARAMS + DUMPS.format("return {'k': 'x' * 50_000_000}"),
     "starts": "    def start(self, params):\n        raise SystemExit(3)\n",
     "waits": "    def select(self, step):\n        return Selection(step.candidate & False, waits=True)\n",
     "refuses": PARAMS + REFUSES,
@@ -86,7 +87,7 @@ def ask(server: Running, name: str) -> Any:
     return server.post("/v1/completions", {"prompt": PROMPT, "sampler": name, "sampler_params": {"k": 2}})
 
 
-@pytest.mark.parametrize("name", list(FAULTS)[:7])
+@pytest.mark.parametrize("name", list(FAULTS)[:8])
 def test_parameters_that_fail_fail_their_request(hostile: Running, name: str) -> None:
     error = error_of(ask(hostile, name), 500)
     assert error["code"] == "generation_failed" and error["message"].startswith(f"sampler {name} failed: ")

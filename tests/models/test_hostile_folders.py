@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import socket
+from base64 import b64encode
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,13 @@ from typing import Any
 import pytest
 import torch
 
+from server.models import tokenizer_steps
 from server.models.config import MOST, MOST_LAYERS
 from server.models.files import MOST_JSON, MOST_TOKENIZER, ModelError
 from server.models.loading import _check_all_files, build_network, load_model
 from server.models.special_tokens import CONFIG, GENERATION
+from server.models.tokenizer_files import load_tokenizer
+from server.models.tokenizer_steps import MOST_STATE
 from server.models.weights import SINGLE
 from tests.decoders import FAST_DLLM, SDAR, SDAR_MOE, write_decoder
 from tests.models.test_loading import edit_json, shard
@@ -249,14 +254,64 @@ TEMPLATE = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "[X
         ({"model": {"type": "WordLevel", "vocab": {"b": 1}, "unk_token": "none"}}, "not a tokenizer: "),
         ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}, "not a tokenizer: "),  # it panics
         ({"post_processor": TEMPLATE | {"special_tokens": {}}}, "not a tokenizer: "),  # and here when it is used
-        ({"normalizer": replace("a" * 100, "a" * 100, "a" * 100)}, "may make 1000000 characters of one"),
-        ({"normalizer": {"type": "Prepend", "prepend": "x" * 1000}}, "may make 1000 characters of one"),
+        ({"normalizer": replace("a" * 100, "a" * 100, "a" * 100)}, "may make 5000000 characters of one"),
+        ({"normalizer": {"type": "Prepend", "prepend": "x" * 1000}}, "may make 5005 characters of one"),
     ],
 )
 def test_tokenizers_that_make_no_sense(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
     folder = write_tiny_model(tmp_path / "m")
     edited(folder / "tokenizer.json", **changes)
     assert said in line_of(folder)
+
+
+def around(*pieces: int, texts: int = 1) -> dict[str, Any]:
+    """A post-processor that puts special tokens of so many ids each, and so many times the text, together."""
+    single: list[dict[str, Any]] = [{"SpecialToken": {"id": f"[{n}]", "type_id": 0}} for n in pieces]
+    special = {f"[{n}]": {"id": f"[{n}]", "ids": [1] * n, "tokens": ["x"] * n} for n in set(pieces)}
+    single += [{"Sequence": {"id": "A", "type_id": 0}}] * texts
+    return {"type": "TemplateProcessing", "single": single, "pair": [], "special_tokens": special}
+
+
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+PATTERN = {"type": "Replace", "pattern": {"Regex": "x*"}, "content": "b"}
+CHARSMAP = b64encode((4).to_bytes(4, "little") + bytes(4) + b"x" * 1000 + b"\0").decode()
+SPLIT = {"type": "Digits", "individual_digits": True}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"post_processor": around(*[100] * 100)}, "puts 10000 tokens around a text"),
+        ({"post_processor": around(*[1] * 2000)}, "puts 2000 tokens around a text"),
+        ({"post_processor": around(texts=2)}, "repeats the text"),
+        ({"post_processor": {"type": "Sequence", "processors": [around(600), around(500)]}}, "puts 1100 tokens"),
+        ({"normalizer": {"type": "Prepend", "prepend": "x" * (MOST_STATE + 1)}}, "its normalizer has more than"),
+        ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [BYTES] * 30}}, f"may make {5**30} characters"),
+        ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "ByteLevel"}] * 30}}, f"may make {5**31} char"),
+        ({"normalizer": {"type": "Sequence", "normalizers": [PATTERN] * 30}}, f"may make {5 * 2**30} characters"),
+        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": CHARSMAP}}, "may make 5000 characters"),
+        (
+            {"decoder": {"type": "Sequence", "decoders": replace(*["a" * 100] * 5)["normalizers"]}},
+            "its decoder may make",
+        ),
+        ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [SPLIT] * 65}}, "its pre-tokenizer has 65 steps"),
+    ],
+)
+def test_tokenizers_that_make_much_of_a_text_do_not_read_one(
+    tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    folder = write_tiny_model(tmp_path / "m")
+    edited(folder / "tokenizer.json", **changes)
+    with pytest.raises(ModelError, match=re.escape(said)):
+        load_tokenizer(folder, {})
+
+
+def test_a_tokenizer_with_very_many_added_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_tiny_model(tmp_path / "m")
+    monkeypatch.setattr(tokenizer_steps, "MOST_ADDED", 3)
+    edited(folder / "tokenizer.json", added_tokens=[token(1000 + i) | {"content": f"<q{i}>"} for i in range(4)])
+    with pytest.raises(ModelError, match="it adds 4 tokens to its vocabulary, more than 3"):
+        load_tokenizer(folder, {})
 
 
 def test_a_tokenizer_that_is_too_large(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from policies.atomic import write_together
 from samplers import Canvas, get_sampler
 from samplers.denoising import Denoising, ask
 from server.models import loading
@@ -77,6 +78,21 @@ def test_the_weights_are_those_of_the_file_and_stay_so(folder: Path) -> None:
     state = network.state_dict()
     assert all(state[name].equal(value) for name, value in expected.items())
     assert not any(p.requires_grad or p.is_meta for p in network.parameters())
+
+
+def test_what_is_replaced_while_it_is_read_is_no_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it could have the configuration of one and the weights of the other."""
+    config, give = (folder / "config.json").read_text(), loading.give_weights
+
+    def overtaken(*args: Any) -> None:
+        write_together(
+            folder, {"model.safetensors": (folder / "model.safetensors").read_bytes(), "config.json": config.encode()}
+        )
+        give(*args)
+
+    monkeypatch.setattr(loading, "give_weights", overtaken)
+    with pytest.raises(ModelError, match="another model was written here while this one was read"):
+        load_model(str(folder), device="cpu")
 
 
 def test_shards(folder: Path) -> None:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from policies import atomic
 from policies.atomic import write_file, write_files, write_together
 from policies.checkpoint import CARD, NEXT, WEIGHTS, PolicyError, load_policy
-from tests.kills import Writer, kill_at_every_step, kill_somewhere, watch
-from tests.writers import all_writers, policies
+from server.evaluation.results import Results, add_row, open_results
+from tests.kills import Writer, kill_at_every_step, kill_somewhere, plain_writers, watch
+from tests.writers import all_writers, policies, row
 
 ROOT = Path(__file__).parents[2]
 SAVING = {"policies.checkpoint.save_policy", "policies.atomic.write_files"}
@@ -253,3 +255,121 @@ def test_other_errors_of_an_exchange_are_told(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(OSError, match="Input/output"):
         write_together(tmp_path / "m", {"config": b"2"})
     assert (tmp_path / "m" / "config").read_bytes() == b"1"
+
+
+# Several writers.
+
+
+def at_once(*works: Callable[[], object]) -> list[BaseException]:
+    """What was raised by works that ran at the same time."""
+    raised: list[BaseException] = []
+
+    def run(work: Callable[[], object]) -> None:
+        try:
+            work()
+        except BaseException as error:
+            raised.append(error)
+
+    threads = [threading.Thread(target=run, args=(work,)) for work in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return raised
+
+
+@pytest.mark.parametrize("name", ["files together", "a policy"])
+def test_writers_of_one_folder_wait_for_each_other(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+    writer = policies() if name == "a policy" else next(each for each in plain_writers() if each.name == name)
+    writer.write(tmp_path, 0)
+    found: set[int] = set()
+
+    def write(version: int) -> None:
+        for _ in range(6):
+            writer.write(tmp_path, version)
+            found.add(writer.read(tmp_path) if name == "a policy" else version)
+
+    assert at_once(*(lambda version=version: write(version) for version in (1, 2, 3))) == []
+    assert {writer.read(tmp_path), *found} <= {1, 2, 3}
+    assert [path.name for path in tmp_path.iterdir()] in (["m"], ["p"])
+
+
+def test_a_folder_is_not_exchanged_while_a_file_in_it_is_written(tmp_path: Path) -> None:
+    folder, sub = tmp_path / "m", tmp_path / "m" / "sub"
+    sub.mkdir(parents=True)
+    write_together(folder, {"config": b"1"})
+    for place in (folder, sub):
+        export = threading.Thread(target=write_together, args=(folder, {"config": b"2"}))
+        inode = folder.stat().st_ino
+
+        def rows(export: threading.Thread = export, inode: int = inode) -> str:
+            export.start()
+            export.join(0.2)
+            assert export.is_alive() and folder.stat().st_ino == inode
+            return "rows"
+
+        write_file(place / "rows", rows)
+        export.join()
+        assert folder.stat().st_ino != inode and (place / "rows").read_text() == "rows"
+
+
+def test_what_programs_without_locks_write_into_a_folder_goes_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, exchange = tmp_path / "m", atomic._exchange
+    write_together(folder, {"weights": b"1", "config": b"1"})
+    (folder / "log").write_text("old")
+
+    def late(one: Path, other: Path) -> None:
+        (folder / "sub").mkdir()
+        for name in ("new", "sub/new", "weights"):
+            (folder / name).write_text("late")
+        (folder / "next").write_text("late")
+        (folder / "next").replace(folder / "log")
+        exchange(one, other)
+
+    monkeypatch.setattr(atomic, "_exchange", late)
+    write_together(folder, {"weights": b"2", "config": b"2"})
+    assert {(folder / name).read_text() for name in ("new", "sub/new", "log")} == {"late"}
+    assert (folder / "weights").read_bytes() == (folder / "config").read_bytes() == b"2"
+
+
+def test_a_writer_that_waited_has_the_folder_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, exchange = tmp_path / "m", atomic._exchange
+    write_together(folder, {"config": b"1"})
+    waited: list[bool] = []
+
+    def rows() -> str:
+        export.start()
+        export.join(0.2)
+        waited.append(export.is_alive())
+        return "rows"
+
+    export = threading.Thread(target=write_together, args=(folder, {"other": b"3", "config": b"3"}))
+    writer = threading.Thread(target=write_file, args=(folder / "rows", rows))
+
+    def slow(one: Path, other: Path) -> None:
+        monkeypatch.setattr(atomic, "_exchange", exchange)
+        writer.start()
+        writer.join(0.2)
+        waited.append(writer.is_alive())
+        exchange(one, other)
+
+    monkeypatch.setattr(atomic, "_exchange", slow)
+    write_together(folder, {"config": b"2"})
+    writer.join()
+    export.join()
+    assert waited == [True, True]
+    found = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert found == {"rows": b"rows", "config": b"3", "other": b"3"}
+
+
+def test_rows_of_several_runs_are_all_kept(tmp_path: Path) -> None:
+    def add(number: int) -> None:
+        for seed in range(5 * number, 5 * number + 5):
+            add_row(tmp_path / "rows.json", Results(model="m", digest="d", dtype="float32"), row(seed))
+
+    assert at_once(*(lambda number=number: add(number) for number in range(3))) == []
+    found = open_results(tmp_path / "rows.json", Results(model="m", digest="d", dtype="float32")).rows
+    assert sorted(each.seed for each in found) == list(range(15))

@@ -1,0 +1,103 @@
+"""What the steps of a tokenizer around its model may make of a text: a bound on each, before the first text is read."""
+
+import json
+import math
+from base64 import b64decode
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from server.models.files import ModelError
+
+MOST_GROWTH = 256
+"""Characters that the steps before a tokenizer's model, or those after it, may make of one. The usual ones make 3."""
+MOST_AROUND = 1024
+"""Tokens that may be put around a text. Usual are 2."""
+MOST_STEPS = 64
+"""Steps of one kind. Usual are up to 10."""
+MOST_STATE = 8 << 20
+"""Characters that say what the steps of one kind do. Tables of characters have up to half a million."""
+MOST_ADDED = 65_536
+"""Tokens added to the vocabulary. Models of text have up to some thousands; those of pictures have more of them."""
+
+LISTS = ("normalizers", "pretokenizers", "processors", "decoders")
+GROWTH = {"ByteLevel": 5, "NFKC": 18, "NFKD": 18, "NFC": 3, "NFD": 4, "Lowercase": 2, "BertNormalizer": 12}
+"""Characters that a step makes of one, where that is not told by its settings: of a byte, of a ligature, and so on.
+
+`ByteLevel` may put a space in front of each piece.
+"""
+BEFORE, AFTER = ("normalizer", "pre_tokenizer"), "decoder"
+
+
+def check_steps(tokenizer: Tokenizer, path: Path) -> None:
+    """Raise ModelError for a tokenizer whose steps make very much of a text, which this does not try."""
+    steps = {kind: _steps(tokenizer, kind, path) for kind in (*BEFORE, "post_processor", AFTER)}
+    for kinds in (BEFORE, (AFTER,)):
+        growth = math.prod(_growth(step) for kind in kinds for step in steps[kind])
+        if growth > MOST_GROWTH:
+            of = " and ".join(kind.replace("_", "-") for kind in kinds if steps[kind])
+            raise ModelError(f"{path}: its {of} may make {growth} characters of one, more than {MOST_GROWTH}")
+    around, times = 0, 1
+    for step in steps["post_processor"]:
+        more, again = _around(step)
+        around, times = around * again + more, times * again
+    if times > 1:
+        raise ModelError(f"{path}: its post-processor repeats the text")
+    if around > MOST_AROUND:
+        raise ModelError(f"{path}: its post-processor puts {around} tokens around a text, more than {MOST_AROUND}")
+    if (added := len(tokenizer.get_added_tokens_decoder())) > MOST_ADDED:
+        raise ModelError(f"{path}: it adds {added} tokens to its vocabulary, more than {MOST_ADDED}")
+
+
+def _steps(tokenizer: Tokenizer, kind: str, path: Path) -> list[dict[str, Any]]:
+    """The single steps of a kind, in order. Raises ModelError."""
+    if getattr(tokenizer, kind) is None:
+        return []
+    state = getattr(tokenizer, kind).__getstate__()
+    if len(state) > MOST_STATE:
+        raise ModelError(f"{path}: its {kind.replace('_', '-')} has more than {MOST_STATE} characters")
+    steps = list(_flat(json.loads(state)))
+    if len(steps) > MOST_STEPS:
+        raise ModelError(f"{path}: its {kind.replace('_', '-')} has {len(steps)} steps, more than {MOST_STEPS}")
+    return steps
+
+
+def _flat(step: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    if step["type"] != "Sequence":
+        yield step
+        return
+    for name in LISTS:
+        for each in step.get(name, ()):
+            yield from _flat(each)
+
+
+def _growth(step: dict[str, Any]) -> int:
+    """Characters that a step may make of one."""
+    kind = step["type"]
+    if kind == "Replace":
+        # A text is found where it is; a pattern may be found between all characters too.
+        found = len(step["pattern"].get("String", ""))
+        return math.ceil(len(step["content"]) / found) or 1 if found else 1 + len(step["content"])
+    if kind in ("Prepend", "Metaspace"):
+        return 1 + len(step.get("prepend", " "))
+    if kind == "Precompiled":
+        return _longest(b64decode(step["precompiled_charsmap"]))
+    return GROWTH.get(kind, 1)
+
+
+def _longest(table: bytes) -> int:
+    """Bytes of the longest text in a table of replacements: the length of its index, that, texts that end with 0."""
+    return max(map(len, table[4 + int.from_bytes(table[:4], "little") :].split(b"\0")), default=1) or 1
+
+
+def _around(step: dict[str, Any]) -> tuple[int, int]:
+    """How many tokens a post-processor puts around a text, and how often the text is there."""
+    if step["type"] != "TemplateProcessing":
+        return 2, 1  # or none
+    ids = {name: len(token["ids"]) for name, token in step["special_tokens"].items()}
+    pieces = [next(iter(piece.items())) for piece in step["single"]]
+    return sum(ids[piece["id"]] for what, piece in pieces if what == "SpecialToken"), sum(
+        what == "Sequence" for what, _ in pieces
+    )
