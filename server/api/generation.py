@@ -93,7 +93,7 @@ async def start(
             f"({serving.settings.max_queue}, --max-queue): send fewer at a time",
         )
     streams = [EventStream(serving.engine, every_pass=bool(body.return_trajectory)) for _ in range(total)]
-    job, used = await serving.threads.run(partial(_submit, serving, body, owner, rule, read, streams), size)
+    job, used = await serving.threads.run(partial(_submit, serving, body, owner, rule, read, streams), owner, size)
     choices = [
         Choice(stream, serving.text, i, i // number, body.stop, logprobs, bool(body.return_trajectory))
         for i, stream in enumerate(streams)

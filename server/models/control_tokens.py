@@ -17,8 +17,7 @@ import re
 import secrets
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from itertools import groupby
-from os.path import commonprefix
+from itertools import groupby, takewhile
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, models
@@ -267,7 +266,7 @@ def _pattern(tokens: Collection[AddedToken]) -> re.Pattern[str] | None:
 
 def _any_of(words: list[str]) -> str:
     """A pattern for the longest of some sorted words, in which no two ways begin alike."""
-    start = commonprefix([words[0], words[-1]])
+    start = "".join(a for a, b in takewhile(lambda pair: pair[0] == pair[1], zip(words[0], words[-1], strict=False)))
     ends = [word[len(start) :] for word in words]
     ways = "|".join(_any_of(list(each)) for _, each in groupby(filter(None, ends), lambda end: end[0]))
     if not ways:

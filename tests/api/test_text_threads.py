@@ -128,7 +128,7 @@ def test_what_waits_does_not_hold_up_the_end(
     held, entered = Held(monkeypatch, "apples"), Heard(monkeypatch, text_threads.TextThreads, "run")
     with serving(tiny_model) as running:
         asked = [pool.submit(running.post, "/tokenize", {"prompt": LONG}) for _ in range(4)]
-        until(lambda: held.inside == 1 and entered.calls[0][0]._long.inside == 4)
+        until(lambda: held.inside == 1 and entered.calls[0][0]._long.line.inside == 4)
         running.engine.drain()
         assert running.get("/ready").status_code == 503
         held.let_go.set()
