@@ -12,7 +12,7 @@ from server.api.errors import MAX_PARAM, BadHeaderError, UnsupportedEncodingErro
 from server.api.fields import refusal
 from server.api.requests import Body, ChatBody, GenerationBody, SamplerArguments, TokenizeBody
 from server.api.text_threads import TextThreads
-from server.engine import RequestError
+from server.engine import Owner, RequestError
 
 SMALL = 16 * 1024
 """Bytes of a body up to which it is parsed on the event loop: another thread takes longer than that."""
@@ -44,8 +44,8 @@ SIGNATURES = {
 B = TypeVar("B", bound=Body)
 
 
-async def read_body(threads: TextThreads, request: Request, cls: type[B]) -> B:
-    """The request's JSON body; a long one is parsed off the event loop.
+async def read_body(threads: TextThreads, owner: Owner, request: Request, cls: type[B]) -> B:
+    """The request's JSON body; a long one is parsed off the event loop, when it is its owner's turn.
 
     Raises RequestError, BadHeaderError, UnsupportedEncodingError, QueueFullError, NotServingError or, from the limit on
     bodies, BodyTooLargeError.
@@ -61,7 +61,7 @@ async def read_body(threads: TextThreads, request: Request, cls: type[B]) -> B:
             raise UnsupportedEncodingError(f"{header} is {coding}: send the body as it is, without compression")
     data = await request.body()
     if len(data) > SMALL:
-        return await threads.run(partial(parse_body, data, cls), len(data))
+        return await threads.run(partial(parse_body, data, cls), owner, len(data))
     return parse_body(data, cls)
 
 

@@ -39,9 +39,10 @@ def add_routes(app: FastAPI, serving: Serving) -> None:
     )
     async def chat_completions(request: Request) -> Response:
         """Write the next message of a chat."""
-        body = await read_body(serving.threads, request, ChatBody)
+        owner = serving.owners.of(request)
+        body = await read_body(serving.threads, owner, request, ChatBody)
         check_stream_options(body)
-        size, owner = len(await request.body()), serving.owners.of(request)
+        size = len(await request.body())
         running = await start(serving, body, owner, size, 1, partial(read_job, serving), bool(body.logprobs))
         return await ChatAnswer(running, body, serving).respond(request)
 

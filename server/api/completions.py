@@ -28,14 +28,15 @@ def add_routes(app: FastAPI, serving: Serving) -> None:
     )
     async def completions(request: Request) -> Response:
         """Continue a prompt, or fill the gap between prompt and suffix."""
-        body = await read_body(serving.threads, request, CompletionBody)
+        owner = serving.owners.of(request)
+        body = await read_body(serving.threads, owner, request, CompletionBody)
         check_stream_options(body)
         if body.echo and body.logprobs is not None:
             raise RequestError(
                 "logprobs", "logprobs of the prompt, which echo asks for, are not supported: leave it out"
             )
         wants_logprobs = body.logprobs is not None
-        size, owner, count = len(await request.body()), serving.owners.of(request), len(body.prompts())
+        size, count = len(await request.body()), len(body.prompts())
         running = await start(serving, body, owner, size, count, partial(read_job, serving), wants_logprobs)
         return await CompletionAnswer(running, body, serving).respond(request)
 

@@ -13,10 +13,11 @@ from samplers.policy import Policy, PolicyParams
 from server.api.catalogue import Rule, Wish, stated
 from server.api.choices import Choice
 from server.api.errors import budget_headers
-from server.api.requests import DEFAULT_MAX_TOKENS, INT64, GenerationBody
+from server.api.requests import DEFAULT_MAX_TOKENS, INT64, ChatBody, GenerationBody
 from server.api.responses import Usage, Used
 from server.api.serving import Serving
 from server.api.stopping import TextStop
+from server.api.text_threads import Work
 from server.engine import GenerationRequest, ModelInfo, Owner, RequestError
 from server.engine.engine import CONTEXT_LENGTH_EXCEEDED, too_long
 from server.engine.stream import EventStream, submit_to
@@ -77,7 +78,6 @@ async def start(
     Args:
         owner: who asks for them.
         size: the body's bytes.
-        owner: who asks for them.
         count: number of prompts in the body.
         read: makes the prompts tokens; runs in another thread, since that can take long.
 
@@ -95,7 +95,10 @@ async def start(
     serving.engine.check_room(owner, total)
     streams = [EventStream(serving.engine, every_pass=bool(body.return_trajectory)) for _ in range(total)]
     work = partial(_submit, serving, body, owner, wish, read, streams)
-    job, used = await serving.threads.run(work, size, foreign=not is_ours(wish.name))
+    kind = Work.CHAT if isinstance(body, ChatBody) else Work.TEXT
+    if not is_ours(wish.name):
+        kind = Work.SAMPLER
+    job, used = await serving.threads.run(work, owner, size, kind)
     choices = [
         Choice(stream, serving.text, i, i // number, body.stop, logprobs, bool(body.return_trajectory))
         for i, stream in enumerate(streams)

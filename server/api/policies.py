@@ -107,7 +107,7 @@ def add_routes(app: FastAPI, serving: Serving) -> None:
     async def load(request: Request) -> Response:
         """Load a policy from the server's folder, in the place of one of the same name. Needs the admin key."""
         _check_admin(request, admin)
-        body = await read_body(serving.threads, request, PolicyBody)
+        body = await read_body(serving.threads, serving.owners.of(request), request, PolicyBody)
         within, folder = _below(serving.settings.policy_dir, body.path or body.name)
         try:
             stored = await anyio.to_thread.run_sync(partial(policies.load, body.name, folder, within))

@@ -4,9 +4,11 @@ import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
+from enum import StrEnum
 from typing import TypeVar
 
-from server.engine import Engine, NotServingError, QueueFullError
+from server.api.fair_line import FairLine
+from server.engine import Engine, NotServingError, Owner, QueueFullError
 from server.metrics import Metrics
 from server.processors import allowed
 
@@ -22,29 +24,39 @@ ANSWER_THREADS = 2
 T = TypeVar("T")
 
 
-class _Lane:
-    """Threads for bodies of one kind. Belongs to the event loop's thread."""
+class Work(StrEnum):
+    """Whose code takes most of the time of a piece of work."""
 
-    def __init__(self, name: str, threads: int, most: int) -> None:
-        self.name = name
-        self.threads = ThreadPoolExecutor(threads, f"text-{name}")
-        self.most = most
-        self.inside = 0
+    TEXT = "text"
+    """Ours, and libraries'."""
+    CHAT = "chat"
+    """A chat template's."""
+    SAMPLER = "sampler"
+    """A third party's sampler's."""
+
+
+class _Lane:
+    """Threads for bodies of one kind, and the line of those who want one."""
+
+    def __init__(self, name: str, threads: int, most: int, full: Callable[[], Exception]) -> None:
+        self.threads = ThreadPoolExecutor(threads, name)
+        self.line = FairLine(threads, most, full)
 
 
 class TextThreads:
     """Runs work on texts off the event loop, a bounded amount of it.
 
-    Short bodies do not wait behind long ones, and neither waits behind a third party's code, which may take any time.
-    Nothing else waits behind any of them: draining and loading have threads of their own.
+    Short bodies do not wait behind long ones, nor anybody's behind all that another client has sent, nor any behind
+    chat templates and third parties' samplers, whose code may take any time. Nothing else waits behind any of them:
+    draining and loading have threads of their own.
     """
 
     def __init__(self, engine: Engine, metrics: Metrics) -> None:
         self._engine = engine
         self._metrics = metrics
         self._lanes = {
-            (foreign, long): _Lane(f"{'foreign-' if foreign else ''}{name}", threads, most)
-            for foreign in (False, True)
+            (kind, long): _Lane(f"{kind}-{name}", threads, most, self._full)
+            for kind in Work
             for long, name, threads, most in (
                 (False, "short", SHORT_THREADS, MOST_SHORT),
                 (True, "long", LONG_THREADS, MOST_LONG),
@@ -52,22 +64,19 @@ class TextThreads:
         }
         self._answers = ThreadPoolExecutor(ANSWER_THREADS, "text-answers")
 
-    async def run(self, work: Callable[[], T], size: int, foreign: bool = False) -> T:
+    async def run(self, work: Callable[[], T], owner: Owner, size: int, kind: Work = Work.TEXT) -> T:
         """What the work returns, or raises.
 
         Args:
+            owner: who asks for it.
             size: bytes of the request's body.
-            foreign: whether it runs a third party's code.
+            kind: whose code takes most of its time.
 
-        Raises QueueFullError where too many are there already, and for long ones NotServingError if the server stops.
+        Raises QueueFullError where too many are there and others have fewer of them, and for long ones NotServingError
+        if the server stops.
         """
         long = size > LONG
-        lane = self._lanes[foreign, long]
-        if lane.inside >= lane.most:
-            self._metrics.rejected("texts")
-            raise QueueFullError(
-                f"{lane.inside} requests wait to be read: send it again later, or send fewer at a time"
-            )
+        lane = self._lanes[kind, long]
 
         def unless_stopping() -> T:
             # Long ones that still wait when the server stops would only hold that up.
@@ -75,15 +84,19 @@ class TextThreads:
                 raise NotServingError("the server takes no more long texts: it is shutting down, or its engine ended")
             return work()
 
-        lane.inside += 1
+        turn = await lane.line.enter(owner, size)
         try:
             return await _in_thread(lane.threads, unless_stopping)
         finally:
-            lane.inside -= 1
+            lane.line.leave(turn)
 
     async def finish(self, work: Callable[[], T]) -> T:
         """The same for the answer of a request that has been worked on: it is never refused."""
         return await _in_thread(self._answers, work)
+
+    def _full(self) -> QueueFullError:
+        self._metrics.rejected("texts")
+        return QueueFullError("too many requests wait to be read: send it again later, or send fewer at a time")
 
 
 async def _in_thread(threads: ThreadPoolExecutor, work: Callable[[], T]) -> T:

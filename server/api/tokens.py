@@ -11,6 +11,7 @@ from server.api.openapi import BODY_ERRORS, body_of
 from server.api.requests import DetokenizeBody, TokenizeBody
 from server.api.responses import Detokenized, Tokens, json_response
 from server.api.serving import Serving
+from server.api.text_threads import Work
 from server.engine import RequestError
 from server.engine.engine import CONTEXT_LENGTH_EXCEEDED
 from server.models.text import TextTooLongError
@@ -29,14 +30,16 @@ def add_routes(app: FastAPI, serving: Serving) -> None:
     )
     async def tokenize(request: Request) -> Response:
         """The tokens of a prompt or a chat, as a completion would use them."""
-        body = await read_body(serving.threads, request, TokenizeBody)
+        owner = serving.owners.of(request)
+        body = await read_body(serving.threads, owner, request, TokenizeBody)
         serving.catalogue.check_model(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise RequestError("prompt", "send either prompt or messages")
         if body.messages is None and body.add_generation_prompt is not None:
             raise RequestError("add_generation_prompt", "add_generation_prompt is for messages: leave it out")
         size = len(await request.body())
-        return await serving.threads.run(partial(_tokenized, serving, body, size > COUNTED), size)
+        kind = Work.TEXT if body.messages is None else Work.CHAT
+        return await serving.threads.run(partial(_tokenized, serving, body, size > COUNTED), owner, size, kind)
 
     @app.post(
         "/detokenize",
@@ -47,9 +50,11 @@ def add_routes(app: FastAPI, serving: Serving) -> None:
     )
     async def detokenize(request: Request) -> Response:
         """The text of tokens, special ones included."""
-        body = await read_body(serving.threads, request, DetokenizeBody)
+        owner = serving.owners.of(request)
+        body = await read_body(serving.threads, owner, request, DetokenizeBody)
         serving.catalogue.check_model(body.model)
-        return await serving.threads.run(partial(_detokenized, serving, body), len(await request.body()))
+        size = len(await request.body())
+        return await serving.threads.run(partial(_detokenized, serving, body), owner, size)
 
 
 def _tokenized(serving: Serving, body: TokenizeBody, is_long: bool) -> Response:

@@ -16,7 +16,8 @@ follows, and if that has other control tokens, it is what counts.
 import re
 import secrets
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import groupby, takewhile
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, models
@@ -43,9 +44,11 @@ class ControlTokens:
         self._control = {token.content: token for _, token in added if token.special and token.content.strip()}
         self._template = template
         self._finder = _finder(self._control.values())
+        self._pattern = _pattern(self._control.values())
+        self._starts = sorted({content[0] for content in self._control})
+        self._longest = max(map(len, self._control), default=0)
         self._edges = Edges(self._control)
         self._firsts = sorted({content[0] for content in self._control if len(content) > 1})
-        self._first = re.compile("|".join(map(re.escape, self._firsts)) or r"(?!)")
         nonce = secrets.token_hex(8)  # nobody can type what they cannot know
         self._secret = {content: f"{nonce}x{i}x" for i, content in enumerate(self._control)}
         self._twin = Tokenizer(tokenizer.model)
@@ -86,17 +89,19 @@ class ControlTokens:
         marker, *stand_ins = _unused([*texts, self._template.source], 1 + len(self._edges.single))
         marking = Marking(marker, dict(zip(self._edges.single, stand_ins, strict=True)))
 
-        def render(wary: bool) -> tuple[str, list[tuple[int, int]]]:
+        def render(wary: bool) -> str:
             marked = [self._mark(message, marking, wary) for message in chat]
-            text = self._template.render(marked, add_generation_prompt)
-            check(marking.removed(text))
-            return text, self._found(text)
+            return self._template.render(marked, add_generation_prompt)
 
-        text, found = render(wary=False)
+        text = render(wary=False)
+        check(marking.removed(text))  # before the work that a text which is too long is not worth
+        found = self._found(text)
         if any(first in each for each in texts for first in self._firsts):
-            other, proven = render(wary=True)
+            other = render(wary=True)
+            proven = self._found(other)
             if [text[start:end] for start, end in found] != [other[start:end] for start, end in proven]:
                 text, found = other, proven
+                check(marking.removed(text))
         return self._read(text, found, marking)
 
     def _renamed(self, token: AddedToken) -> AddedToken:
@@ -117,7 +122,7 @@ class ControlTokens:
 
         def broken(text: str) -> str:
             if wary:
-                return marking.broken_wherever(self._first, text)
+                return marking.broken_wherever(self._firsts, text)
             return marking.broken(text, self._found(text))
 
         def beside(text: str) -> str:
@@ -143,8 +148,10 @@ class ControlTokens:
 
     def _found(self, text: str) -> list[tuple[int, int]]:
         """Where control tokens are in a text, as the tokenizer would find them."""
-        if not self._control:
+        if not any(start in text for start in self._starts):
             return []
+        if self._pattern is not None:
+            return list(_spans(self._pattern, text, self._longest))
         encoding = one_encoding(self._finder, text, named=True)
         return [where for id, where in zip(encoding.ids, encoding.offsets, strict=True) if id]
 
@@ -184,16 +191,18 @@ class Marking:
             last = end
         return "".join([*out, text[last:]])
 
-    def broken_wherever(self, firsts: re.Pattern[str], text: str) -> str:
+    def broken_wherever(self, firsts: Iterable[str], text: str) -> str:
         """A text in which nothing that begins with one of these characters is a token, whatever becomes of it."""
         for typed, mark in self._single.items():
-            text = text.replace(typed, mark)
-        return firsts.sub(lambda found: found[0] + self.marker, text)
+            text = _replaced(text, typed, mark)
+        for first in firsts:
+            text = _replaced(text, first, first + self.marker)
+        return text
 
     def removed(self, text: str) -> str:
         """The text as it was typed."""
         for mark, typed in ((self.marker, ""), *((mark, typed) for typed, mark in self._single.items())):
-            text = text.replace(mark, typed).replace(_escaped(mark), typed)
+            text = _replaced(text, mark, typed).replace(_escaped(mark), typed)
         return text
 
 
@@ -241,6 +250,30 @@ def _finder(tokens: Iterable[AddedToken]) -> Tokenizer:
     return finder
 
 
+def _pattern(tokens: Collection[AddedToken]) -> re.Pattern[str] | None:
+    """Finds the longest of these tokens as the tokenizer does, which takes a second for some megabytes.
+
+    None where only the tokenizer can tell: what it takes for a part of a word is not what Python does.
+    """
+    contents = sorted(token.content for token in tokens)
+    if not contents or any(token.single_word for token in tokens):
+        return None
+    try:
+        return re.compile(_any_of(contents))
+    except RecursionError:  # tokens that each go on where another one ends, hundreds of times
+        return None
+
+
+def _any_of(words: list[str]) -> str:
+    """A pattern for the longest of some sorted words, in which no two ways begin alike."""
+    start = "".join(a for a, b in takewhile(lambda pair: pair[0] == pair[1], zip(words[0], words[-1], strict=False)))
+    ends = [word[len(start) :] for word in words]
+    ways = "|".join(_any_of(list(each)) for _, each in groupby(filter(None, ends), lambda end: end[0]))
+    if not ways:
+        return re.escape(start)
+    return f"{re.escape(start)}(?:{ways}){'' if all(ends) else '?'}"
+
+
 def _pieces(model: Any, piece: str, without: set[int]) -> Iterator[int]:
     """A piece's ids in a model's vocabulary that are none of these."""
     for found in model.tokenize(piece):
@@ -279,6 +312,26 @@ def _unused(texts: Iterable[str], number: int) -> list[str]:
     if len(found) < number:
         raise ChatTemplateError("these messages use every private character of Unicode's basic plane")
     return found
+
+
+def _spans(pattern: re.Pattern[str], text: str, longest: int) -> Iterator[tuple[int, int]]:
+    """Where a pattern is in a text, looked for piece by piece. `longest`: characters that it matches at most."""
+    at = 0
+    while at < len(text):
+        end = at + PIECE
+        for match in pattern.finditer(text, at, end + longest):
+            if match.start() >= end:
+                break
+            yield match.span()
+            at = match.end()
+        at = max(at, end)
+
+
+def _replaced(text: str, character: str, instead: str) -> str:
+    """A text with something else for a character, replaced piece by piece."""
+    if character not in text:
+        return text
+    return "".join(text[at : at + PIECE].replace(character, instead) for at in range(0, len(text), PIECE))
 
 
 def _escaped(character: str) -> str:

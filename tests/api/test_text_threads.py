@@ -121,6 +121,29 @@ def test_more_than_can_wait_are_refused(
         assert running.post("/tokenize", {"prompt": LONG}).status_code == 200, "there is room again"
 
 
+def test_chats_that_take_long_hold_up_no_texts(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, pool: ThreadPoolExecutor
+) -> None:
+    """A template is a program, which each chat may keep busy up to its limit."""
+    monkeypatch.setattr(text_threads, "SHORT_THREADS", 1)
+    let_go = threading.Event()
+    inner = text.TextCodec.encode_chat
+
+    def held(*arguments: Any, **named: Any) -> Any:
+        let_go.wait(60)
+        return inner(*arguments, **named)
+
+    monkeypatch.setattr(text.TextCodec, "encode_chat", held)
+    messages = {"messages": [{"role": "user", "content": "a"}]}
+    with serving(tiny_model) as running:
+        asked = [pool.submit(running.post, path, messages) for path in (CHAT, "/tokenize") for _ in range(2)]
+        assert running.complete(max_tokens=1)["usage"]
+        assert running.post("/tokenize", {"prompt": "short"}).status_code == 200
+        assert not any(each.done() for each in asked)
+        let_go.set()
+        assert all(each.result() for each in asked)
+
+
 def test_what_waits_does_not_hold_up_the_end(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, pool: ThreadPoolExecutor
 ) -> None:
@@ -128,7 +151,7 @@ def test_what_waits_does_not_hold_up_the_end(
     held, entered = Held(monkeypatch, "apples"), Heard(monkeypatch, text_threads.TextThreads, "run")
     with serving(tiny_model) as running:
         asked = [pool.submit(running.post, "/tokenize", {"prompt": LONG}) for _ in range(4)]
-        until(lambda: held.inside == 1 and entered.calls[0][0]._lanes[False, True].inside == 4)
+        until(lambda: held.inside == 1 and entered.calls[0][0]._lanes[text_threads.Work.TEXT, True].line.inside == 4)
         running.engine.drain()
         assert running.get("/ready").status_code == 503
         held.let_go.set()

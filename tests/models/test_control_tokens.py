@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
+from server.models import control_tokens
 from server.models.chat_template import ChatTemplate
-from server.models.text import ChatTemplateError, TextCodec
+from server.models.encoding import one_encoding
+from server.models.text import ChatTemplateError, TextCodec, TextTooLongError
 from tests.kinds_of_tokenizers import KINDS, SPECIAL, THINK
 from tests.models.templates import AS_JSON, EITHER, NAMES, OF_PARTS, PARTS_ONLY, TEMPLATES, TURNS
 
@@ -218,6 +220,48 @@ def test_thousands_of_control_tokens_and_a_long_message_take_no_time() -> None:
     middle = time.process_time()
     codec.encode_chat(hostile)
     assert time.process_time() - middle < 20 * (middle - began) + 1
+
+
+@settings(max_examples=200)
+@given(
+    words=st.sets(st.text("<a|é.", min_size=1, max_size=5), min_size=1, max_size=6), text=st.text("<a|é. ", max_size=60)
+)
+def test_control_tokens_are_found_as_the_library_finds_them(words: set[str], text: str) -> None:
+    tokens = [AddedToken(word, normalized=False, special=True) for word in sorted(words)]
+    encoding = one_encoding(control_tokens._finder(tokens), text, named=True)
+    expected = [where for id, where in zip(encoding.ids, encoding.offsets, strict=True) if id]
+    pattern = control_tokens._pattern(tokens)
+    assert pattern is not None
+    for piece in (7, 1 << 16):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(control_tokens, "PIECE", piece)
+            assert list(control_tokens._spans(pattern, text, max(map(len, words)))) == expected
+
+
+def test_tokens_that_nest_too_deep_for_a_pattern_are_left_to_the_library() -> None:
+    tokenizer = KINDS["byte_level"]()
+    tokenizer.add_special_tokens([AddedToken("<" + "a" * i, normalized=False) for i in range(1, 1500)])
+    codec = TextCodec(tokenizer, ChatTemplate("<aa{{ messages[0].content }}", NAMED), NAMED)
+    assert codec._control is not None and codec._control._pattern is None
+    ids = codec.encode_chat([{"role": "user", "content": "<aaa x"}])
+    assert ids.count(codec.token_id("<aa") or -1) == 1 and codec.token_id("<aaa") not in ids
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "embedded"])
+def test_a_long_chat_is_refused_before_the_library_looks_through_it(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    codec = codec_of(kind)
+    monkeypatch.setattr(control_tokens, "one_encoding", lambda *_, **__: pytest.fail("the library looks through it"))
+    for content in ("hello " * 100_000, "<mask> < " * 50_000):
+        with pytest.raises(TextTooLongError):
+            codec.encode_chat([{"role": "user", "content": content}], most=2048)
+
+
+def test_what_a_template_leaves_out_does_not_count() -> None:
+    codec = codec_of("byte_level", "<bos>{{ messages[0].content.split('</think>')[-1] }}")
+    chat = [{"role": "user", "content": "<think>" + "hello " * 20_000 + "</think>hello"}]
+    assert len(codec.encode_chat(chat, most=50)) <= 50
+    with pytest.raises(TextTooLongError):
+        codec.encode_chat([{"role": "user", "content": "hello " * 20_000}], most=50)
 
 
 @settings(max_examples=40)
