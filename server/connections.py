@@ -9,6 +9,8 @@ from typing import Protocol
 
 import structlog
 
+from server.incoming import Bodies, Sender
+
 log = structlog.get_logger(__name__)
 
 MOST_CONNECTIONS = 1024
@@ -23,7 +25,7 @@ class TooFewDescriptorsError(Exception):
     """The limit on open files leaves too few of them for connections."""
 
 
-class Watched(Protocol):
+class Watched(Sender, Protocol):
     """A connection, as its watch sees it."""
 
     def check(self, now: float) -> None:
@@ -42,7 +44,7 @@ class ConnectionLimits:
 
     Attributes:
         header_timeout: to send its first request once it is connected, or the head of a request it has begun.
-        body_timeout: to send a body, beside the time that it takes at the slowest rate.
+        body_timeout: to send a body, or as much of it as comes at the slowest rate.
         write_timeout: to take anything of what is there for it.
         keep_alive: between requests.
         connections: how many there may be.
@@ -63,6 +65,7 @@ class Watch:
         rejected: counts a refusal by its reason.
         open: every connection.
         owing: those whose client owes a request or the rest of one, in the order in which they began to.
+        bodies: those that are coming in.
         cut: answers that were not sent in full because the server ended their connection.
     """
 
@@ -70,6 +73,7 @@ class Watch:
     rejected: Callable[[str], None]
     open: set[Watched] = field(default_factory=set)
     owing: dict[Watched, None] = field(default_factory=dict)
+    bodies: Bodies = field(default_factory=Bodies)
     cut: int = 0
 
     def welcome(self, connection: Watched) -> bool:
@@ -96,6 +100,7 @@ class Watch:
         """A connection has ended."""
         self.open.discard(connection)
         self.owing.pop(connection, None)
+        self.bodies.holds(connection, 0)
 
     async def run(self) -> None:
         """Look at all connections again and again. One timer for all costs a request nothing."""
@@ -108,6 +113,7 @@ class Watch:
                     connection.check(now)
                 except Exception:  # the others are looked at all the same
                     log.exception("a connection cannot be watched")
+            self.bodies.look(now, self.limits.body_timeout)
 
 
 def check_connections(asked: int | None) -> None:

@@ -4,6 +4,7 @@ Apart from limits it differs in upgrades, half-closed clients and what is no req
 """
 
 import asyncio
+import math
 from collections.abc import Iterator
 from http import HTTPStatus
 from typing import Any
@@ -17,6 +18,7 @@ from server.api.errors import (
     BadHeaderError,
     HeadersTooLargeError,
     SlowRequestError,
+    TooManyBodiesError,
     TooManyConnectionsError,
     UrlTooLongError,
     error_response,
@@ -36,8 +38,12 @@ AHEAD = 4
 """Requests that are read before the one in front of them is answered."""
 SLICE = 1024
 """Bytes that are parsed at a time, so that not many requests are parsed before their number is looked at."""
+FRAMED = 16
+"""Bytes that may come for each of a chunked body's own, in all; chunks of a byte each take six."""
 BODY_RATE = 4096
 """Bytes a second that give a body more time than its timeout."""
+PACE = 2.0
+"""Seconds over which it is measured how fast a body comes."""
 LINGER = 1.0
 """Seconds in which a refused client can read why; ending the connection while it sends would take that from it."""
 LEFTOVER = 1 << 20
@@ -76,7 +82,11 @@ class Protocol(HttpToolsProtocol):
     _in_head = True
     _head = 0  # bytes of the head that comes in
     _framing = 0  # bytes of a body's frame since the last that belonged to the body
+    _received = 0  # bytes of the body that comes in, with all that frames it
     _body = 0  # bytes of the body that comes in
+    _due = math.inf  # when more of it, or all, must be here
+    _paced = (0.0, 0)  # when its pace was last measured, and how many bytes there were then
+    pace = math.inf
     _leftover = 0  # bytes of a refused client
     _leaves_by: float | None = None  # when a refused client's time is up
     _taken = 0  # bytes that the client has taken
@@ -101,18 +111,25 @@ class Protocol(HttpToolsProtocol):
         if self._deaf:
             self._leftover += len(data)
             if self._leftover > LEFTOVER:
-                self.flow.hold()
+                self.flow.hold("refused")
             return
         self._held = self._held[self._at :] + data
         self._at = 0
         self._parse()
+        self._account()
+
+    def _account(self) -> None:
+        """Tell how much is kept of a body that is not complete. What waits in the pipeline is bounded by itself."""
+        cycle = self.cycle
+        kept = not (self._in_head or self._deaf or cycle is not self._running or cycle.response_complete)
+        self._watch.bodies.holds(self, self._body if kept else 0)
 
     def _parse(self) -> None:
         """Parse what is held, up to where enough requests wait."""
         data, end = self._held, len(self._held)
         while self._at < end and not self._deaf:
             if self._enough_waits():
-                self.flow.hold()
+                self.flow.hold("pipeline")
                 return
             until = min(end, self._at + SLICE)
             if self._in_head:
@@ -126,18 +143,19 @@ class Protocol(HttpToolsProtocol):
                     return
             else:
                 self._framing += until - self._at
+                self._received += until - self._at
             part, self._at = data[self._at : until], until
             try:
                 self._feed(part)
             except httptools.HttpParserError:
                 self.send_400_response("this is not HTTP")
                 return
-            if self._framing > MAX_HEAD:
+            if self._framing > MAX_HEAD or self._received > MAX_HEAD + FRAMED * self._body:
                 self._refuse_head()
             elif self.headers and len(self.headers) > MAX_HEADERS and not self._deaf:
                 self._refuse_number()
         self._held, self._at = b"", 0
-        self.flow.release()
+        self.flow.release("pipeline")
 
     def _enough_waits(self) -> bool:
         return len(self.pipeline) >= AHEAD
@@ -164,8 +182,9 @@ class Protocol(HttpToolsProtocol):
             self._refuse_number()
             return
         if not self.parser.should_upgrade():
-            self._in_head, self._framing, self._body = False, 0, 0
-            self._since = self.loop.time()
+            self._in_head, self._framing, self._received, self._body = False, 0, 0, 0
+            now = self.loop.time()
+            self._due, self._paced, self.pace = now + self._limits.body_timeout, (now, 0), math.inf
             super().on_headers_complete()
             self.headers = []  # trailers are no headers of the request
         elif (method := self.parser.get_method()) != b"CONNECT":
@@ -178,12 +197,15 @@ class Protocol(HttpToolsProtocol):
             return
         self._framing = 0
         self._body += len(body)
+        if not self.cycle.response_complete:
+            latest = self.loop.time() + self._limits.body_timeout
+            self._due = min(latest, self._due + len(body) / BODY_RATE)
         super().on_body(body)
 
     def on_message_complete(self) -> None:
         if not self._deaf and not self.parser.should_upgrade():
             super().on_message_complete()
-            self._in_head, self._head, self._framing = True, 0, 0
+            self._in_head, self._head, self._framing, self._received = True, 0, 0, 0
             if not self.cycle.response_complete:
                 self._watch.owes(self, False)
             else:
@@ -211,6 +233,7 @@ class Protocol(HttpToolsProtocol):
             self._watch.owes(self, True)
         if self._held:
             self._parse()
+        self._account()
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what is no request, in our errors' shape, after the answers to the requests before it."""
@@ -237,6 +260,7 @@ class Protocol(HttpToolsProtocol):
     def _refuse(self, error: Exception) -> None:
         """Answer what comes in with an error, after the answers to the requests before it, and end the connection."""
         self._watch.owes(self, False)
+        self._watch.bodies.holds(self, 0)
         self._held, self._at = b"", 0
         if self.transport.is_closing():
             return
@@ -277,27 +301,46 @@ class Protocol(HttpToolsProtocol):
         if self._leaves_by is not None:
             if now > self._leaves_by and not waiting:
                 self.transport.close()
-        elif not (self._deaf or self._held or waiting or self.transport.is_closing()):
+        elif not (self._deaf or self._held or (waiting and self._in_head) or self.transport.is_closing()):
             self._check_reading(now)
 
     def _check_reading(self, now: float) -> None:
+        limits = self._limits
         if self.flow.read_paused:  # what the client still has to send is not read: it is not to blame
-            self._since = now
-        waits, limits = now - self._since, self._limits
+            self._since, self._due, self._paced = now, now + limits.body_timeout, (now, self._body)
+        elif now - self._paced[0] >= PACE:
+            self.pace, self._paced = (self._body - self._paced[1]) / (now - self._paced[0]), (now, self._body)
+        waits = now - self._since
         if self._head and self._in_head:
             if waits > limits.header_timeout:
                 seconds = f"{limits.header_timeout:g} s (--header-timeout)"
                 self._reject("slow_request", SlowRequestError(f"the request's head took longer than {seconds}"))
         elif not self._in_head:
-            if waits > limits.body_timeout + (0 if self.cycle.response_complete else self._body / BODY_RATE):
-                seconds = f"{limits.body_timeout:g} s (--body-timeout), and one for each {BODY_RATE} bytes"
-                self._reject("slow_request", SlowRequestError(f"the request's body took longer than {seconds}"))
+            if now > self._due:
+                rate = f"{BODY_RATE} bytes a second over {limits.body_timeout:g} s (--body-timeout)"
+                self._reject("slow_request", SlowRequestError(f"the request's body came slower than {rate}"))
         elif self.cycle is None:
             if waits > limits.header_timeout:
                 self._watch.rejected("slow_request")
                 self.transport.close()
         elif self.cycle.response_complete and waits > limits.keep_alive:
             self.transport.close()
+
+    def hold_body(self) -> None:
+        """Read nothing more of a body for now."""
+        self.flow.hold("bodies")
+
+    def read_body(self) -> None:
+        """Read on."""
+        self.flow.release("bodies")
+
+    def end_slow_body(self) -> None:
+        """End the connection for the sake of other bodies, since its own comes more slowly."""
+        self._reject("slow_request", SlowRequestError("the request's body came too slowly for a server this busy"))
+
+    def end_waiting_body(self) -> None:
+        """End the connection, whose body has waited for others for too long."""
+        self._reject("bodies", TooManyBodiesError("too many long bodies are being sent: try again later"))
 
     def make_room(self) -> None:
         """End a connection whose client owes a request, in favour of another's."""
@@ -366,19 +409,21 @@ class Protocol(HttpToolsProtocol):
 
 
 class Flow(FlowControl):
-    """Flow control in which whoever reads a body cannot make the connection read on while it holds something back."""
+    """Flow control in which whoever reads a body cannot make the connection read on while something holds it."""
 
-    _holds = False
+    def __init__(self, transport: asyncio.Transport) -> None:
+        super().__init__(transport)
+        self._holds: set[str] = set()
 
-    def hold(self) -> None:
-        """Read nothing until `release`."""
-        self._holds = True
+    def hold(self, why: str) -> None:
+        """Read nothing until this is released."""
+        self._holds.add(why)
         self.pause_reading()
 
-    def release(self) -> None:
-        """Read on, if that was wanted meanwhile."""
+    def release(self, *why: str) -> None:
+        """Read on, if nothing else holds the connection; without a reason, whatever holds it."""
         if self._holds:
-            self._holds = False
+            self._holds = self._holds.difference(why) if why else set()
             self.resume_reading()
 
     def resume_reading(self) -> None:
