@@ -89,7 +89,7 @@ class Bodies:
 
     def _read_on(self) -> None:
         """Read on those that have waited longest: as many as there is room for, and one in any case."""
-        room = max(0, self.most - self.total) // READ
+        room = (self.most - self.total) // READ + 1 if self.total <= self.most else 0
         while self._waiting and (room > 0 or self._first is None):
             sender = next(iter(self._waiting))
             del self._waiting[sender]

@@ -120,6 +120,19 @@ def test_many_small_chunks_are_no_long_frame(server: Running) -> None:
         assert Answers(connection).next()[0] == 200
 
 
+@pytest.mark.asyncio
+async def test_what_frames_a_body_is_in_proportion_to_it() -> None:
+    fake = Connection()
+    chunk = b"1;" + b"v" * 1000 + b"\r\n \r\n"
+    sent = 0
+    fake.protocol.data_received(head("Transfer-Encoding: chunked"))
+    while not fake.transport.closed and b"HTTP/1.1 431 " not in fake.transport.sent and sent < 4 * MAX_HEAD:
+        fake.protocol.data_received(chunk)
+        sent += len(chunk)
+    assert MAX_HEAD < sent < 1.1 * MAX_HEAD
+    assert fake.counted == ["headers"]
+
+
 def test_thousands_of_requests_at_once_are_answered_in_order(server: Running) -> None:
     paths = ["/health", "/version", "/v1/models/tiny"]
     count = 600
@@ -334,16 +347,39 @@ def test_who_waits_for_an_answer_is_not_slow(hasty: Running) -> None:
 
 
 @pytest.mark.asyncio
-async def test_a_body_that_comes_steadily_may_take_longer() -> None:
+@pytest.mark.parametrize(
+    ("size", "until_then", "then", "is_cut"),
+    [
+        (5000, 200, 5000, False),  # slow, but steady
+        (100_000, 10, 1, True),  # fast at first
+        (1_000, 200, 1000, True),
+        (1, 28, 1, False),  # its time is not up
+    ],
+)
+async def test_a_body_may_take_long_if_it_comes_steadily(
+    monkeypatch: pytest.MonkeyPatch, size: int, until_then: int, then: int, is_cut: bool
+) -> None:
     fake = Connection(ConnectionLimits(body_timeout=30))
-    fake.answer.set()
     fake.protocol.data_received(head("Content-Length: 3000000"))
     now = asyncio.get_running_loop().time()
-    for second in range(1, 200):
-        fake.protocol.data_received(b" " * 5000)
-        await soon()
+    monkeypatch.setattr(fake.protocol, "loop", Clock())
+    later = until_then + (32 if is_cut else 1)
+    for second in range(1, later):
+        fake.protocol.loop.now = now + second  # type: ignore[attr-defined]
+        fake.protocol.data_received(b" " * (size if second < until_then else then))
+        fake.protocol.flow.resume_reading()
         fake.protocol.check(now + second)
-    assert fake.counted == ["slow_request"] or not fake.transport.closed
+    assert fake.counted == ["slow_request"] * is_cut
+    assert (b"HTTP/1.1 408 " in fake.transport.sent) == is_cut
+
+
+class Clock:
+    """An event loop of which only the time is asked for."""
+
+    now = 0.0
+
+    def time(self) -> float:
+        return self.now
 
 
 @pytest.fixture
