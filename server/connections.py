@@ -5,6 +5,7 @@ import os
 import resource
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import structlog
@@ -17,6 +18,12 @@ MOST_CONNECTIONS = 1024
 """Connections by default, where the limit on open files allows them."""
 RESERVE = 64
 """Descriptors, beyond those that are open, that are left to the server's own files: models, policies, /proc."""
+MOST_UNREAD = 256 << 20
+"""Bytes of answers, over all connections, that clients have not taken."""
+LITTLE = 64 * 1024
+"""Bytes of an answer that may wait for a client as slow as it likes."""
+SLOW = 2.0
+"""Seconds after which a client that does not take enough may go, if it must be."""
 PERIOD = 0.25
 """Seconds between two looks at all connections."""
 
@@ -26,7 +33,19 @@ class TooFewDescriptorsError(Exception):
 
 
 class Watched(Sender, Protocol):
-    """A connection, as its watch sees it."""
+    """A connection, as its watch sees it.
+
+    Attributes:
+        worth: how fast what it owes is coming; 0 as long as no body is.
+        unread: bytes that its client has not taken.
+        taken_at: the time up to which it has taken enough of them.
+    """
+
+    unread: int
+    taken_at: float
+
+    @property
+    def worth(self) -> float: ...
 
     def check(self, now: float) -> None:
         """End it if it has kept the server waiting for too long."""
@@ -77,15 +96,19 @@ class Watch:
     cut: int = 0
 
     def welcome(self, connection: Watched) -> bool:
-        """Take a new connection in, if need be for the one that has owed a request longest; whether there is room."""
+        """Take a new connection in; whether there is room.
+
+        If need be, it takes the place of the one that has owed a request longest; of those whose bodies come only where
+        there are no others.
+        """
         self.open.add(connection)
         if len(self.open) > self.limits.connections:
             self.rejected("connections")
             if not self.owing:
                 return False
-            oldest = next(iter(self.owing))
-            self.owes(oldest, False)
-            oldest.make_room()
+            least = min(self.owing, key=lambda connection: connection.worth)
+            self.owes(least, False)
+            least.make_room()
         self.owes(connection, True)
         return True
 
@@ -108,12 +131,24 @@ class Watch:
         while True:
             await asyncio.sleep(PERIOD)
             now = loop.time()
-            for connection in list(self.open):
+            looks: list[Callable[[float], None]] = [connection.check for connection in self.open]
+            bodies = partial(self.bodies.look, patience=self.limits.body_timeout)
+            for look in [*looks, bodies, self._end_unread]:
                 try:
-                    connection.check(now)
+                    look(now)
                 except Exception:  # the others are looked at all the same
                     log.exception("a connection cannot be watched")
-            self.bodies.look(now, self.limits.body_timeout)
+
+    def _end_unread(self, now: float) -> None:
+        """End the connections that take their answers most slowly, while there is too much of what nobody takes."""
+        unread = sum(connection.unread for connection in self.open)
+        for connection in sorted(self.open, key=lambda connection: connection.taken_at):
+            if unread <= MOST_UNREAD or now - connection.taken_at < SLOW:
+                break
+            if connection.unread > LITTLE:
+                unread -= connection.unread
+                self.rejected("slow_reader")
+                connection.end()
 
 
 def check_connections(asked: int | None) -> None:

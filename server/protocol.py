@@ -23,7 +23,7 @@ from server.api.errors import (
     UrlTooLongError,
     error_response,
 )
-from server.connections import Watch
+from server.connections import LITTLE, Watch
 from server.engine import NotServingError
 
 STATUS_LINE = b"HTTP/1.1 "
@@ -40,8 +40,8 @@ SLICE = 1024
 """Bytes that are parsed at a time, so that not many requests are parsed before their number is looked at."""
 FRAMED = 16
 """Bytes that may come for each of a chunked body's own, in all; chunks of a byte each take six."""
-BODY_RATE = 4096
-"""Bytes a second that give a body more time than its timeout."""
+RATE = 4096
+"""Bytes a second with which a body, or a long answer, is not slow."""
 PACE = 2.0
 """Seconds over which it is measured how fast a body comes."""
 LINGER = 1.0
@@ -83,10 +83,12 @@ class Protocol(HttpToolsProtocol):
     _head = 0  # bytes of the head that comes in
     _framing = 0  # bytes of a body's frame since the last that belonged to the body
     _received = 0  # bytes of the body that comes in, with all that frames it
+    _length = 0  # bytes of the body, as far as its head says
     _body = 0  # bytes of the body that comes in
     _due = math.inf  # when more of it, or all, must be here
     _paced = (0.0, 0)  # when its pace was last measured, and how many bytes there were then
     pace = math.inf
+    unread = 0
     _leftover = 0  # bytes of a refused client
     _leaves_by: float | None = None  # when a refused client's time is up
     _taken = 0  # bytes that the client has taken
@@ -95,7 +97,7 @@ class Protocol(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         self._watch = watch
         self._limits = watch.limits
-        self._since = self._taken_at = self.loop.time()
+        self._since = self.taken_at = self.loop.time()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -142,6 +144,8 @@ class Protocol(HttpToolsProtocol):
                     self._refuse_head()
                     return
             else:
+                # What is known to be body is parsed at once.
+                until = max(until, min(end, self._at + self._length - self._body))
                 self._framing += until - self._at
                 self._received += until - self._at
             part, self._at = data[self._at : until], until
@@ -184,6 +188,8 @@ class Protocol(HttpToolsProtocol):
         if not self.parser.should_upgrade():
             self._in_head, self._framing, self._received, self._body = False, 0, 0, 0
             now = self.loop.time()
+            length = next((value for name, value in self.headers if name == b"content-length"), b"0")
+            self._length = int(length) if length.isdigit() and len(length) < 18 else 0
             self._due, self._paced, self.pace = now + self._limits.body_timeout, (now, 0), math.inf
             super().on_headers_complete()
             self.headers = []  # trailers are no headers of the request
@@ -199,7 +205,7 @@ class Protocol(HttpToolsProtocol):
         self._body += len(body)
         if not self.cycle.response_complete:
             latest = self.loop.time() + self._limits.body_timeout
-            self._due = min(latest, self._due + len(body) / BODY_RATE)
+            self._due = min(latest, self._due + len(body) / RATE)
         super().on_body(body)
 
     def on_message_complete(self) -> None:
@@ -292,9 +298,12 @@ class Protocol(HttpToolsProtocol):
     def check(self, now: float) -> None:
         """End the connection if the client takes too long to send what it owes, or to take what is there for it."""
         waiting = self.transport.get_write_buffer_size()
-        if not waiting or self._output.written - waiting > self._taken:
-            self._taken, self._taken_at = self._output.written - waiting, now
-        elif now - self._taken_at > self._limits.write_timeout:
+        taken, self._taken, self.unread = self._taken, self._output.written - waiting, waiting
+        if not waiting or (waiting <= LITTLE and self._taken > taken):
+            self.taken_at = now
+        elif self._taken > taken:
+            self.taken_at = min(now, self.taken_at + (self._taken - taken) / RATE)
+        if now - self.taken_at > self._limits.write_timeout:
             self._watch.rejected("slow_reader")
             self.end()
             return
@@ -303,6 +312,13 @@ class Protocol(HttpToolsProtocol):
                 self.transport.close()
         elif not (self._deaf or self._held or (waiting and self._in_head) or self.transport.is_closing()):
             self._check_reading(now)
+
+    @property
+    def worth(self) -> float:
+        """Bytes a second of the body that is coming in; 0 while none is."""
+        if self._in_head:
+            return 0
+        return self._body if self.pace == math.inf else self.pace
 
     def _check_reading(self, now: float) -> None:
         limits = self._limits
@@ -317,7 +333,7 @@ class Protocol(HttpToolsProtocol):
                 self._reject("slow_request", SlowRequestError(f"the request's head took longer than {seconds}"))
         elif not self._in_head:
             if now > self._due:
-                rate = f"{BODY_RATE} bytes a second over {limits.body_timeout:g} s (--body-timeout)"
+                rate = f"{RATE} bytes a second over {limits.body_timeout:g} s (--body-timeout)"
                 self._reject("slow_request", SlowRequestError(f"the request's body came slower than {rate}"))
         elif self.cycle is None:
             if waits > limits.header_timeout:

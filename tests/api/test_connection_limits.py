@@ -18,6 +18,7 @@ from uvicorn.server import ServerState
 
 from server.api.text_threads import SHORT_THREADS
 from server.connections import (
+    LITTLE,
     RESERVE,
     ConnectionLimits,
     TooFewDescriptorsError,
@@ -45,6 +46,7 @@ ENDLESS = {
     "an upgrade's headers": (UPGRADE, b"x-some: %s\r\n" % (b"v" * 990), 431),
     "trailers": (CHUNKED + b"0\r\n", b"x-some: %s\r\n" % (b"v" * 990), 431),
     "short trailers": (CHUNKED + b"0\r\n", b"a:\r\n" * 250, 431),
+    "trailers of a body": (CHUNKED + b"4000\r\n" + b" " * 0x4000 + b"\r\n0\r\n", b"x-some: %s\r\n" % (b"v" * 990), 431),
     "a chunk's extension": (CHUNKED + b"1;", b"v" * 1000, 431),
 }
 
@@ -501,6 +503,13 @@ def test_prompts_that_wait_for_a_thread_are_not_made_tokens_once_the_server_stop
     assert not made
 
 
+def test_texts_are_not_made_tokens_once_the_server_stops(tiny_model: Path) -> None:
+    with serving(tiny_model) as running:
+        running.engine.drain()
+        assert running.post("/tokenize", {"prompt": PROMPT}).status_code == 503
+        assert running.post("/tokenize", {"messages": [{"role": "user", "content": "a"}]}).status_code == 503
+
+
 def test_a_body_that_is_not_complete_does_not_hold_up_the_end(tiny_model: Path) -> None:
     with serving(tiny_model) as running, connected(running) as connection:
         connection.sendall(POST + b"content-length: 900\r\n\r\n{")
@@ -529,7 +538,7 @@ async def test_a_connection_that_cannot_be_looked_at_takes_no_other_with_it(monk
     other = Protocol(fake.protocol.config, ServerState(), {}, asyncio.get_running_loop(), watch=fake.watch)
     other.connection_made(fake.transport)
     watching = asyncio.create_task(fake.watch.run())
-    while not good.closed:
+    while not (good.closed or watching.done()):
         await asyncio.sleep(0.01)
     assert not watching.done()
     watching.cancel()
@@ -558,3 +567,75 @@ async def test_short_headers_are_counted_while_they_come() -> None:
     fake = Connection()
     fake.protocol.data_received(GET[:-2] + b"a:\r\n" * 2 * MAX_HEADERS)
     assert b"HTTP/1.1 431 " in fake.transport.sent
+
+
+@pytest.mark.asyncio
+async def test_a_long_answer_must_be_taken_at_some_rate_and_the_end_of_it_as_slowly_as_one_likes() -> None:
+    fake = Connection(ConnectionLimits(write_timeout=30))
+    fake.protocol.data_received(GET)
+    fake.answer.set()
+    await soon()
+    now = asyncio.get_running_loop().time()
+    fake.protocol._output.written = 10 * LITTLE
+    for left, step in ((10 * LITTLE, 0), (5 * LITTLE, 25), (LITTLE + 1, 25), (LITTLE, 29), (LITTLE - 1, 29)):
+        now += step
+        fake.transport.waiting = left
+        fake.protocol.check(now)
+    assert not fake.transport.aborted
+    fake.protocol._output.written += 10 * LITTLE
+    fake.transport.waiting = 10 * LITTLE
+    for second in range(32):
+        assert not fake.transport.aborted
+        fake.transport.waiting -= 10
+        fake.protocol.check(now + second)
+    assert fake.transport.aborted and fake.counted == ["slow_reader"]
+
+
+def test_answers_that_nobody_takes_have_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Reader:
+        ended = False
+
+        def __init__(self, unread: int, taken_at: float) -> None:
+            self.unread, self.taken_at = unread, taken_at
+
+        def end(self) -> None:
+            self.ended = True
+
+    monkeypatch.setattr("server.connections.MOST_UNREAD", 4 * LITTLE)
+    watch = Watch(ConnectionLimits(), (counted := []).append)  # type: ignore[var-annotated]
+    given = ((2 * LITTLE, 3), (2 * LITTLE, 1), (LITTLE, 0), (2 * LITTLE, 9.5), (2 * LITTLE, 2))
+    readers = [Reader(*each) for each in given]
+    watch.open = set(readers)  # type: ignore[arg-type]
+    watch._end_unread(10)
+    assert [reader.ended for reader in readers] == [True, True, False, False, True]
+    assert counted == ["slow_reader"] * 3
+    readers = [Reader(9 * LITTLE, 9), Reader(LITTLE, 0)]
+    watch.open = set(readers)  # type: ignore[arg-type]
+    watch._end_unread(10)
+    assert not any(reader.ended for reader in readers), "who takes it fast is not cut off"
+
+
+def test_silent_connections_do_not_cost_another_its_body(narrow: Running) -> None:
+    with ExitStack() as stack:
+        sender = stack.enter_context(connected(narrow))
+        sender.sendall(head(f"Content-Length: {len(BODY)}") + BODY[:-1])
+        until(lambda: narrow.server._watch.bodies.total)
+        for _ in range(12):
+            stack.enter_context(connected(narrow))
+        assert narrow.get("/health").status_code == 200
+        sender.sendall(BODY[-1:])
+        assert Answers(sender).next()[0] == 200
+
+
+@pytest.mark.asyncio
+async def test_what_is_known_to_be_body_is_parsed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[int] = []
+    feed = Protocol._feed
+    monkeypatch.setattr(Protocol, "_feed", lambda self, data: (parsed.append(len(data)), feed(self, data)))
+    fake = Connection()
+    fake.protocol.data_received(head("Content-Length: 200000"))
+    del parsed[:]
+    fake.protocol.data_received(b" " * 150_000)
+    fake.protocol.data_received(b" " * 50_000 + GET * 200)
+    assert parsed[:3] == [150_000, 50_000, len(GET)]
+    assert len(fake.protocol.pipeline) < 2 * SLICE / len(GET)
