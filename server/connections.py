@@ -132,8 +132,8 @@ class Watch:
             await asyncio.sleep(PERIOD)
             now = loop.time()
             looks: list[Callable[[float], None]] = [connection.check for connection in self.open]
-            bodies = partial(self.bodies.look, patience=self.limits.body_timeout)
-            for look in [*looks, bodies, self._end_unread]:
+            looks += [partial(self.bodies.look, patience=self.limits.body_timeout), self._end_unread]
+            for look in looks:
                 try:
                     look(now)
                 except Exception:  # the others are looked at all the same

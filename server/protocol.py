@@ -121,10 +121,9 @@ class Protocol(HttpToolsProtocol):
         self._account()
 
     def _account(self) -> None:
-        """Tell how much is kept of a body that is not complete. What waits in the pipeline is bounded by itself."""
-        cycle = self.cycle
-        kept = not (self._in_head or self._deaf or cycle is not self._running or cycle.response_complete)
-        self._watch.bodies.holds(self, self._body if kept else 0)
+        """Tell how much of a body that is not complete is in the app's hands. What is not is bounded by itself."""
+        nothing = self._in_head or self._deaf or self.cycle.response_complete
+        self._watch.bodies.holds(self, 0 if nothing else self._body - len(self.cycle.body))
 
     def _parse(self) -> None:
         """Parse what is held, up to where enough requests wait."""

@@ -11,7 +11,7 @@ from server.connections import ConnectionLimits
 from server.incoming import FAST, READ, SMALL, Bodies
 from server.protocol import PACE
 from tests.api.serving import serving, until
-from tests.api.test_connection_limits import POST, Connection, rejected
+from tests.api.test_connection_limits import GET, POST, Connection, rejected, soon
 from tests.api.test_connections import BODY, Answers, connected, head, sized
 
 BIG = 10 * SMALL
@@ -102,21 +102,27 @@ def test_nobody_waits_for_ever() -> None:
 
 
 @pytest.mark.asyncio
-async def test_what_a_connection_holds_is_counted_until_it_is_complete_or_refused() -> None:
-    fake = Connection()
-    bodies = fake.watch.bodies
-    fake.protocol.data_received(head(f"Content-Length: {BIG}") + b" " * 500)
-    assert bodies.total == 500
-    fake.protocol.data_received(b" " * (BIG - 501))
-    assert bodies.total == BIG - 1
-    fake.protocol.data_received(b" ")
-    assert bodies.total == 0
-    for end in ("connection_lost", "_refuse"):
+async def test_what_the_app_has_of_a_body_is_counted_until_it_is_complete_or_refused() -> None:
+    for end in (
+        lambda fake: fake.protocol.data_received(b" " * (BIG - 501)),
+        lambda fake: fake.protocol.connection_lost(None),
+        lambda fake: fake.protocol.make_room(),
+    ):
         fake = Connection()
         fake.protocol.data_received(head(f"Content-Length: {BIG}") + b" " * 500)
+        await soon()
+        fake.protocol.data_received(b" ")
         assert fake.watch.bodies.total == 500
-        getattr(fake.protocol, end)(OSError())
+        end(fake)
         assert fake.watch.bodies.total == 0
+
+
+@pytest.mark.asyncio
+async def test_a_body_that_the_app_does_not_want_yet_is_not_counted() -> None:
+    fake = Connection()
+    fake.protocol.data_received(GET + head(f"Content-Length: {BIG}") + b" " * 2 * SMALL)
+    await soon()
+    assert fake.watch.bodies.total == 0
 
 
 @pytest.mark.asyncio
