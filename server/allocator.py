@@ -63,7 +63,13 @@ def give_back_freed_memory(device: torch.device) -> None:
     """Give the system what is free."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    elif platform.libc_ver()[0] == "glibc":
+    else:
+        give_back_heap()
+
+
+def give_back_heap() -> None:
+    """Give the system what is free of the heap. Takes a while, without the interpreter's lock."""
+    if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
 
 

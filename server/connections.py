@@ -5,9 +5,12 @@ import os
 import resource
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import structlog
+
+from server.incoming import Bodies, Sender
 
 log = structlog.get_logger(__name__)
 
@@ -15,6 +18,12 @@ MOST_CONNECTIONS = 1024
 """Connections by default, where the limit on open files allows them."""
 RESERVE = 64
 """Descriptors, beyond those that are open, that are left to the server's own files: models, policies, /proc."""
+MOST_UNREAD = 256 << 20
+"""Bytes of answers, over all connections, that clients have not taken."""
+LITTLE = 64 * 1024
+"""Bytes of an answer that may wait for a client as slow as it likes."""
+SLOW = 2.0
+"""Seconds after which a client that does not take enough may go, if it must be."""
 PERIOD = 0.25
 """Seconds between two looks at all connections."""
 
@@ -23,8 +32,20 @@ class TooFewDescriptorsError(Exception):
     """The limit on open files leaves too few of them for connections."""
 
 
-class Watched(Protocol):
-    """A connection, as its watch sees it."""
+class Watched(Sender, Protocol):
+    """A connection, as its watch sees it.
+
+    Attributes:
+        worth: how fast what it owes is coming; 0 as long as no body is.
+        unread: bytes that its client has not taken.
+        taken_at: the time up to which it has taken enough of them.
+    """
+
+    unread: int
+    taken_at: float
+
+    @property
+    def worth(self) -> float: ...
 
     def check(self, now: float) -> None:
         """End it if it has kept the server waiting for too long."""
@@ -42,7 +63,7 @@ class ConnectionLimits:
 
     Attributes:
         header_timeout: to send its first request once it is connected, or the head of a request it has begun.
-        body_timeout: to send a body, beside the time that it takes at the slowest rate.
+        body_timeout: to send a body, or as much of it as comes at the slowest rate.
         write_timeout: to take anything of what is there for it.
         keep_alive: between requests.
         connections: how many there may be.
@@ -63,6 +84,7 @@ class Watch:
         rejected: counts a refusal by its reason.
         open: every connection.
         owing: those whose client owes a request or the rest of one, in the order in which they began to.
+        bodies: those that are coming in.
         cut: answers that were not sent in full because the server ended their connection.
     """
 
@@ -70,18 +92,23 @@ class Watch:
     rejected: Callable[[str], None]
     open: set[Watched] = field(default_factory=set)
     owing: dict[Watched, None] = field(default_factory=dict)
+    bodies: Bodies = field(default_factory=Bodies)
     cut: int = 0
 
     def welcome(self, connection: Watched) -> bool:
-        """Take a new connection in, if need be for the one that has owed a request longest; whether there is room."""
+        """Take a new connection in; whether there is room.
+
+        If need be, it takes the place of the one that has owed a request longest; of those whose bodies come only where
+        there are no others.
+        """
         self.open.add(connection)
         if len(self.open) > self.limits.connections:
             self.rejected("connections")
             if not self.owing:
                 return False
-            oldest = next(iter(self.owing))
-            self.owes(oldest, False)
-            oldest.make_room()
+            least = min(self.owing, key=lambda connection: connection.worth)
+            self.owes(least, False)
+            least.make_room()
         self.owes(connection, True)
         return True
 
@@ -96,6 +123,7 @@ class Watch:
         """A connection has ended."""
         self.open.discard(connection)
         self.owing.pop(connection, None)
+        self.bodies.holds(connection, 0)
 
     async def run(self) -> None:
         """Look at all connections again and again. One timer for all costs a request nothing."""
@@ -103,11 +131,24 @@ class Watch:
         while True:
             await asyncio.sleep(PERIOD)
             now = loop.time()
-            for connection in list(self.open):
+            looks: list[Callable[[float], None]] = [connection.check for connection in self.open]
+            looks += [partial(self.bodies.look, patience=self.limits.body_timeout), self._end_unread]
+            for look in looks:
                 try:
-                    connection.check(now)
+                    look(now)
                 except Exception:  # the others are looked at all the same
                     log.exception("a connection cannot be watched")
+
+    def _end_unread(self, now: float) -> None:
+        """End the connections that take their answers most slowly, while there is too much of what nobody takes."""
+        unread = sum(connection.unread for connection in self.open)
+        for connection in sorted(self.open, key=lambda connection: connection.taken_at):
+            if unread <= MOST_UNREAD or now - connection.taken_at < SLOW:
+                break
+            if connection.unread > LITTLE:
+                unread -= connection.unread
+                self.rejected("slow_reader")
+                connection.end()
 
 
 def check_connections(asked: int | None) -> None:

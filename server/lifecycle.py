@@ -14,6 +14,7 @@ import structlog
 import uvicorn
 from fastapi import FastAPI
 
+from server.allocator import give_back_heap
 from server.connections import ConnectionLimits, Watch, most_connections
 from server.engine import Engine
 from server.protocol import Protocol
@@ -50,6 +51,10 @@ LAST_ANSWERS = 1
 """Seconds that it then leaves to answers which are on their way."""
 LEAVE_WITHIN = 5.0
 """Seconds after which a process whose engine died, or whose time for draining is up, ends, whatever hangs."""
+FREED = 64 << 20
+"""Bytes of bodies after which the heap's free memory goes back to the system, once no more of them come."""
+QUIET = 30
+"""Ticks without one of them."""
 LOOK = 0.02
 """Seconds between two looks at whether all is done."""
 
@@ -91,6 +96,7 @@ class DrainingServer(uvicorn.Server):
         self._deadline = 0.0
         self._died: float | None = None
         self._cut_before = 0
+        self._freed = (0, 0, 0)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         # Not the parent's: it closes the socket at once, and ends the process by the signal.
@@ -115,7 +121,18 @@ class DrainingServer(uvicorn.Server):
         if self._died is not None and time.monotonic() - self._died > DEATH_NOTICE:
             self._deadline = time.monotonic() + LAST_ANSWERS
             return True
+        self._give_back()
         return await super().on_tick(counter)
+
+    def _give_back(self) -> None:
+        """Give memory back that long bodies took: freed memory otherwise stays, for the next forward."""
+        given, seen, quiet = self._freed
+        freed = self._watch.bodies.freed
+        quiet = quiet + 1 if freed == seen else 0
+        if quiet == QUIET and freed - given > FREED:
+            asyncio.get_running_loop().run_in_executor(None, give_back_heap)
+            given = freed
+        self._freed = (given, freed, quiet)
 
     async def _drain_and_exit(self) -> None:
         self._deadline = time.monotonic() + self._timeout

@@ -4,6 +4,7 @@ Apart from limits it differs in upgrades, half-closed clients and what is no req
 """
 
 import asyncio
+import math
 from collections.abc import Iterator
 from http import HTTPStatus
 from typing import Any
@@ -17,11 +18,12 @@ from server.api.errors import (
     BadHeaderError,
     HeadersTooLargeError,
     SlowRequestError,
+    TooManyBodiesError,
     TooManyConnectionsError,
     UrlTooLongError,
     error_response,
 )
-from server.connections import Watch
+from server.connections import LITTLE, Watch
 from server.engine import NotServingError
 
 STATUS_LINE = b"HTTP/1.1 "
@@ -36,8 +38,12 @@ AHEAD = 4
 """Requests that are read before the one in front of them is answered."""
 SLICE = 1024
 """Bytes that are parsed at a time, so that not many requests are parsed before their number is looked at."""
-BODY_RATE = 4096
-"""Bytes a second that give a body more time than its timeout."""
+FRAMED = 16
+"""Bytes that may come for each of a chunked body's own, in all; chunks of a byte each take six."""
+RATE = 4096
+"""Bytes a second with which a body, or a long answer, is not slow."""
+PACE = 2.0
+"""Seconds over which it is measured how fast a body comes."""
 LINGER = 1.0
 """Seconds in which a refused client can read why; ending the connection while it sends would take that from it."""
 LEFTOVER = 1 << 20
@@ -76,7 +82,13 @@ class Protocol(HttpToolsProtocol):
     _in_head = True
     _head = 0  # bytes of the head that comes in
     _framing = 0  # bytes of a body's frame since the last that belonged to the body
+    _received = 0  # bytes of the body that comes in, with all that frames it
+    _length = 0  # bytes of the body, as far as its head says
     _body = 0  # bytes of the body that comes in
+    _due = math.inf  # when more of it, or all, must be here
+    _paced = (0.0, 0)  # when its pace was last measured, and how many bytes there were then
+    pace = math.inf
+    unread = 0
     _leftover = 0  # bytes of a refused client
     _leaves_by: float | None = None  # when a refused client's time is up
     _taken = 0  # bytes that the client has taken
@@ -85,7 +97,7 @@ class Protocol(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         self._watch = watch
         self._limits = watch.limits
-        self._since = self._taken_at = self.loop.time()
+        self._since = self.taken_at = self.loop.time()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -101,18 +113,24 @@ class Protocol(HttpToolsProtocol):
         if self._deaf:
             self._leftover += len(data)
             if self._leftover > LEFTOVER:
-                self.flow.hold()
+                self.flow.hold("refused")
             return
         self._held = self._held[self._at :] + data
         self._at = 0
         self._parse()
+        self._account()
+
+    def _account(self) -> None:
+        """Tell how much of a body that is not complete is in the app's hands. What is not is bounded by itself."""
+        nothing = self._in_head or self._deaf or self.cycle.response_complete
+        self._watch.bodies.holds(self, 0 if nothing else self._body - len(self.cycle.body))
 
     def _parse(self) -> None:
         """Parse what is held, up to where enough requests wait."""
         data, end = self._held, len(self._held)
         while self._at < end and not self._deaf:
             if self._enough_waits():
-                self.flow.hold()
+                self.flow.hold("pipeline")
                 return
             until = min(end, self._at + SLICE)
             if self._in_head:
@@ -125,19 +143,22 @@ class Protocol(HttpToolsProtocol):
                     self._refuse_head()
                     return
             else:
+                # What is known to be body is parsed at once.
+                until = max(until, min(end, self._at + self._length - self._body))
                 self._framing += until - self._at
+                self._received += until - self._at
             part, self._at = data[self._at : until], until
             try:
                 self._feed(part)
             except httptools.HttpParserError:
                 self.send_400_response("this is not HTTP")
                 return
-            if self._framing > MAX_HEAD:
+            if self._framing > MAX_HEAD or self._received > MAX_HEAD + FRAMED * self._body:
                 self._refuse_head()
             elif self.headers and len(self.headers) > MAX_HEADERS and not self._deaf:
                 self._refuse_number()
         self._held, self._at = b"", 0
-        self.flow.release()
+        self.flow.release("pipeline")
 
     def _enough_waits(self) -> bool:
         return len(self.pipeline) >= AHEAD
@@ -164,8 +185,11 @@ class Protocol(HttpToolsProtocol):
             self._refuse_number()
             return
         if not self.parser.should_upgrade():
-            self._in_head, self._framing, self._body = False, 0, 0
-            self._since = self.loop.time()
+            self._in_head, self._framing, self._received, self._body = False, 0, 0, 0
+            now = self.loop.time()
+            length = next((value for name, value in self.headers if name == b"content-length"), b"0")
+            self._length = int(length) if length.isdigit() and len(length) < 18 else 0
+            self._due, self._paced, self.pace = now + self._limits.body_timeout, (now, 0), math.inf
             super().on_headers_complete()
             self.headers = []  # trailers are no headers of the request
         elif (method := self.parser.get_method()) != b"CONNECT":
@@ -178,12 +202,15 @@ class Protocol(HttpToolsProtocol):
             return
         self._framing = 0
         self._body += len(body)
+        if not self.cycle.response_complete:
+            latest = self.loop.time() + self._limits.body_timeout
+            self._due = min(latest, self._due + len(body) / RATE)
         super().on_body(body)
 
     def on_message_complete(self) -> None:
         if not self._deaf and not self.parser.should_upgrade():
             super().on_message_complete()
-            self._in_head, self._head, self._framing = True, 0, 0
+            self._in_head, self._head, self._framing, self._received = True, 0, 0, 0
             if not self.cycle.response_complete:
                 self._watch.owes(self, False)
             else:
@@ -211,6 +238,7 @@ class Protocol(HttpToolsProtocol):
             self._watch.owes(self, True)
         if self._held:
             self._parse()
+        self._account()
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what is no request, in our errors' shape, after the answers to the requests before it."""
@@ -237,6 +265,7 @@ class Protocol(HttpToolsProtocol):
     def _refuse(self, error: Exception) -> None:
         """Answer what comes in with an error, after the answers to the requests before it, and end the connection."""
         self._watch.owes(self, False)
+        self._watch.bodies.holds(self, 0)
         self._held, self._at = b"", 0
         if self.transport.is_closing():
             return
@@ -268,36 +297,65 @@ class Protocol(HttpToolsProtocol):
     def check(self, now: float) -> None:
         """End the connection if the client takes too long to send what it owes, or to take what is there for it."""
         waiting = self.transport.get_write_buffer_size()
-        if not waiting or self._output.written - waiting > self._taken:
-            self._taken, self._taken_at = self._output.written - waiting, now
-        elif now - self._taken_at > self._limits.write_timeout:
+        taken, self._taken, self.unread = self._taken, self._output.written - waiting, waiting
+        if not waiting or (waiting <= LITTLE and self._taken > taken):
+            self.taken_at = now
+        elif self._taken > taken:
+            self.taken_at = min(now, self.taken_at + (self._taken - taken) / RATE)
+        if now - self.taken_at > self._limits.write_timeout:
             self._watch.rejected("slow_reader")
             self.end()
             return
         if self._leaves_by is not None:
             if now > self._leaves_by and not waiting:
                 self.transport.close()
-        elif not (self._deaf or self._held or waiting or self.transport.is_closing()):
+        elif not (self._deaf or self._held or (waiting and self._in_head) or self.transport.is_closing()):
             self._check_reading(now)
 
+    @property
+    def worth(self) -> float:
+        """Bytes a second of the body that is coming in; 0 while none is."""
+        if self._in_head:
+            return 0
+        return self._body if self.pace == math.inf else self.pace
+
     def _check_reading(self, now: float) -> None:
+        limits = self._limits
         if self.flow.read_paused:  # what the client still has to send is not read: it is not to blame
-            self._since = now
-        waits, limits = now - self._since, self._limits
+            self._since, self._due, self._paced = now, now + limits.body_timeout, (now, self._body)
+        elif now - self._paced[0] >= PACE:
+            self.pace, self._paced = (self._body - self._paced[1]) / (now - self._paced[0]), (now, self._body)
+        waits = now - self._since
         if self._head and self._in_head:
             if waits > limits.header_timeout:
                 seconds = f"{limits.header_timeout:g} s (--header-timeout)"
                 self._reject("slow_request", SlowRequestError(f"the request's head took longer than {seconds}"))
         elif not self._in_head:
-            if waits > limits.body_timeout + (0 if self.cycle.response_complete else self._body / BODY_RATE):
-                seconds = f"{limits.body_timeout:g} s (--body-timeout), and one for each {BODY_RATE} bytes"
-                self._reject("slow_request", SlowRequestError(f"the request's body took longer than {seconds}"))
+            if now > self._due:
+                rate = f"{RATE} bytes a second over {limits.body_timeout:g} s (--body-timeout)"
+                self._reject("slow_request", SlowRequestError(f"the request's body came slower than {rate}"))
         elif self.cycle is None:
             if waits > limits.header_timeout:
                 self._watch.rejected("slow_request")
                 self.transport.close()
         elif self.cycle.response_complete and waits > limits.keep_alive:
             self.transport.close()
+
+    def hold_body(self) -> None:
+        """Read nothing more of a body for now."""
+        self.flow.hold("bodies")
+
+    def read_body(self) -> None:
+        """Read on."""
+        self.flow.release("bodies")
+
+    def end_slow_body(self) -> None:
+        """End the connection for the sake of other bodies, since its own comes more slowly."""
+        self._reject("slow_request", SlowRequestError("the request's body came too slowly for a server this busy"))
+
+    def end_waiting_body(self) -> None:
+        """End the connection, whose body has waited for others for too long."""
+        self._reject("bodies", TooManyBodiesError("too many long bodies are being sent: try again later"))
 
     def make_room(self) -> None:
         """End a connection whose client owes a request, in favour of another's."""
@@ -366,19 +424,21 @@ class Protocol(HttpToolsProtocol):
 
 
 class Flow(FlowControl):
-    """Flow control in which whoever reads a body cannot make the connection read on while it holds something back."""
+    """Flow control in which whoever reads a body cannot make the connection read on while something holds it."""
 
-    _holds = False
+    def __init__(self, transport: asyncio.Transport) -> None:
+        super().__init__(transport)
+        self._holds: set[str] = set()
 
-    def hold(self) -> None:
-        """Read nothing until `release`."""
-        self._holds = True
+    def hold(self, why: str) -> None:
+        """Read nothing until this is released."""
+        self._holds.add(why)
         self.pause_reading()
 
-    def release(self) -> None:
-        """Read on, if that was wanted meanwhile."""
+    def release(self, *why: str) -> None:
+        """Read on, if nothing else holds the connection; without a reason, whatever holds it."""
         if self._holds:
-            self._holds = False
+            self._holds = self._holds.difference(why) if why else set()
             self.resume_reading()
 
     def resume_reading(self) -> None:

@@ -250,7 +250,7 @@ class Settings(BaseSettings):
         30.0,
         gt=0,
         le=MOST_SECONDS,
-        description="Seconds in which a request's body must come, and one more for each 4096 bytes of it.",
+        description="Seconds in which a request's body must come, or 4096 bytes of it for each.",
     )
     write_timeout: float = Field(
         30.0,

@@ -66,6 +66,10 @@ class TooManyConnectionsError(Exception):
     """The server has as many connections as it takes."""
 
 
+class TooManyBodiesError(Exception):
+    """Long bodies are being sent on more connections than the server reads them from at once."""
+
+
 class UnsupportedEncodingError(Exception):
     """A body that is compressed."""
 
@@ -108,6 +112,7 @@ ERRORS: list[tuple[type[Exception], int, str, str | None]] = [
     (KeyLimitError, 429, "rate_limit_error", None),
     (ClientDisconnect, 499, INVALID, "client_disconnected"),
     (TooManyConnectionsError, 503, "service_unavailable_error", "too_many_connections"),
+    (TooManyBodiesError, 503, "service_unavailable_error", "too_many_bodies"),
     (NotServingError, 503, "service_unavailable_error", "not_serving"),
     (GenerationEndedError, 503, "service_unavailable_error", "not_serving"),
     (GenerationTimeoutError, 504, "timeout_error", "timeout"),

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import TypeAdapter, ValidationError
 
 from server.api import bodies, fields, samplers
-from server.api.bodies import MAX_CONTAINERS, MAX_MEMBERS, MAX_VALUES, parse_body
+from server.api.bodies import MAX_CONTAINERS, MAX_MEMBERS, MAX_VALUES, parse_body, request_error
 from server.api.errors import MAX_MESSAGE, MAX_PARAM, describe
 from server.api.requests import Body, ChatBody, CompletionBody, DetokenizeBody, PolicyBody, TokenizeBody
 from server.engine import RequestError
@@ -127,6 +128,13 @@ def test_paths_and_headers_come_back_in_part_only(
     assert answer.text.count(MARK) + str(answer.headers).count(MARK) <= 200
     told = [record.getMessage() for record in caplog.records if record.name.startswith("server")]
     assert told and all(line.count(MARK) <= 200 for line in told)
+
+
+def test_a_wrong_field_is_named_in_part() -> None:
+    with pytest.raises(ValidationError) as caught:
+        TypeAdapter(dict[str, int]).validate_python({LONG: "a"})
+    error = request_error(caught.value.errors()[0])
+    assert str(error).count(MARK) <= 200
 
 
 def test_whatever_an_error_says_is_short() -> None:

@@ -18,6 +18,7 @@ from uvicorn.server import ServerState
 
 from server.api.text_threads import SHORT_THREADS
 from server.connections import (
+    LITTLE,
     RESERVE,
     ConnectionLimits,
     TooFewDescriptorsError,
@@ -45,6 +46,7 @@ ENDLESS = {
     "an upgrade's headers": (UPGRADE, b"x-some: %s\r\n" % (b"v" * 990), 431),
     "trailers": (CHUNKED + b"0\r\n", b"x-some: %s\r\n" % (b"v" * 990), 431),
     "short trailers": (CHUNKED + b"0\r\n", b"a:\r\n" * 250, 431),
+    "trailers of a body": (CHUNKED + b"4000\r\n" + b" " * 0x4000 + b"\r\n0\r\n", b"x-some: %s\r\n" % (b"v" * 990), 431),
     "a chunk's extension": (CHUNKED + b"1;", b"v" * 1000, 431),
 }
 
@@ -118,6 +120,19 @@ def test_many_small_chunks_are_no_long_frame(server: Running) -> None:
         connection.sendall(head("Transfer-Encoding: chunked") + b"".join(b"1\r\n%c\r\n" % byte for byte in body))
         connection.sendall(b"0\r\n\r\n")
         assert Answers(connection).next()[0] == 200
+
+
+@pytest.mark.asyncio
+async def test_what_frames_a_body_is_in_proportion_to_it() -> None:
+    fake = Connection()
+    chunk = b"1;" + b"v" * 1000 + b"\r\n \r\n"
+    sent = 0
+    fake.protocol.data_received(head("Transfer-Encoding: chunked"))
+    while not fake.transport.closed and b"HTTP/1.1 431 " not in fake.transport.sent and sent < 4 * MAX_HEAD:
+        fake.protocol.data_received(chunk)
+        sent += len(chunk)
+    assert MAX_HEAD < sent < 1.1 * MAX_HEAD
+    assert fake.counted == ["headers"]
 
 
 def test_thousands_of_requests_at_once_are_answered_in_order(server: Running) -> None:
@@ -334,16 +349,39 @@ def test_who_waits_for_an_answer_is_not_slow(hasty: Running) -> None:
 
 
 @pytest.mark.asyncio
-async def test_a_body_that_comes_steadily_may_take_longer() -> None:
+@pytest.mark.parametrize(
+    ("size", "until_then", "then", "is_cut"),
+    [
+        (5000, 200, 5000, False),  # slow, but steady
+        (100_000, 10, 1, True),  # fast at first
+        (1_000, 200, 1000, True),
+        (1, 28, 1, False),  # its time is not up
+    ],
+)
+async def test_a_body_may_take_long_if_it_comes_steadily(
+    monkeypatch: pytest.MonkeyPatch, size: int, until_then: int, then: int, is_cut: bool
+) -> None:
     fake = Connection(ConnectionLimits(body_timeout=30))
-    fake.answer.set()
     fake.protocol.data_received(head("Content-Length: 3000000"))
     now = asyncio.get_running_loop().time()
-    for second in range(1, 200):
-        fake.protocol.data_received(b" " * 5000)
-        await soon()
+    monkeypatch.setattr(fake.protocol, "loop", Clock())
+    later = until_then + (32 if is_cut else 1)
+    for second in range(1, later):
+        fake.protocol.loop.now = now + second  # type: ignore[attr-defined]
+        fake.protocol.data_received(b" " * (size if second < until_then else then))
+        fake.protocol.flow.resume_reading()
         fake.protocol.check(now + second)
-    assert fake.counted == ["slow_request"] or not fake.transport.closed
+    assert fake.counted == ["slow_request"] * is_cut
+    assert (b"HTTP/1.1 408 " in fake.transport.sent) == is_cut
+
+
+class Clock:
+    """An event loop of which only the time is asked for."""
+
+    now = 0.0
+
+    def time(self) -> float:
+        return self.now
 
 
 @pytest.fixture
@@ -465,6 +503,13 @@ def test_prompts_that_wait_for_a_thread_are_not_made_tokens_once_the_server_stop
     assert not made
 
 
+def test_texts_are_not_made_tokens_once_the_server_stops(tiny_model: Path) -> None:
+    with serving(tiny_model) as running:
+        running.engine.drain()
+        assert running.post("/tokenize", {"prompt": PROMPT}).status_code == 503
+        assert running.post("/tokenize", {"messages": [{"role": "user", "content": "a"}]}).status_code == 503
+
+
 def test_a_body_that_is_not_complete_does_not_hold_up_the_end(tiny_model: Path) -> None:
     with serving(tiny_model) as running, connected(running) as connection:
         connection.sendall(POST + b"content-length: 900\r\n\r\n{")
@@ -500,7 +545,7 @@ async def test_a_connection_that_cannot_be_looked_at_takes_no_other_with_it(monk
     other = Protocol(fake.protocol.config, ServerState(), {}, asyncio.get_running_loop(), watch=fake.watch)
     other.connection_made(fake.transport)
     watching = asyncio.create_task(fake.watch.run())
-    while not good.closed:
+    while not (good.closed or watching.done()):
         await asyncio.sleep(0.01)
     assert not watching.done()
     watching.cancel()
@@ -529,3 +574,75 @@ async def test_short_headers_are_counted_while_they_come() -> None:
     fake = Connection()
     fake.protocol.data_received(GET[:-2] + b"a:\r\n" * 2 * MAX_HEADERS)
     assert b"HTTP/1.1 431 " in fake.transport.sent
+
+
+@pytest.mark.asyncio
+async def test_a_long_answer_must_be_taken_at_some_rate_and_the_end_of_it_as_slowly_as_one_likes() -> None:
+    fake = Connection(ConnectionLimits(write_timeout=30))
+    fake.protocol.data_received(GET)
+    fake.answer.set()
+    await soon()
+    now = asyncio.get_running_loop().time()
+    fake.protocol._output.written = 10 * LITTLE
+    for left, step in ((10 * LITTLE, 0), (5 * LITTLE, 25), (LITTLE + 1, 25), (LITTLE, 29), (LITTLE - 1, 29)):
+        now += step
+        fake.transport.waiting = left
+        fake.protocol.check(now)
+    assert not fake.transport.aborted
+    fake.protocol._output.written += 10 * LITTLE
+    fake.transport.waiting = 10 * LITTLE
+    for second in range(32):
+        assert not fake.transport.aborted
+        fake.transport.waiting -= 10
+        fake.protocol.check(now + second)
+    assert fake.transport.aborted and fake.counted == ["slow_reader"]
+
+
+def test_answers_that_nobody_takes_have_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Reader:
+        ended = False
+
+        def __init__(self, unread: int, taken_at: float) -> None:
+            self.unread, self.taken_at = unread, taken_at
+
+        def end(self) -> None:
+            self.ended = True
+
+    monkeypatch.setattr("server.connections.MOST_UNREAD", 4 * LITTLE)
+    watch = Watch(ConnectionLimits(), (counted := []).append)  # type: ignore[var-annotated]
+    given = ((2 * LITTLE, 3), (2 * LITTLE, 1), (LITTLE, 0), (2 * LITTLE, 9.5), (2 * LITTLE, 2))
+    readers = [Reader(*each) for each in given]
+    watch.open = set(readers)  # type: ignore[arg-type]
+    watch._end_unread(10)
+    assert [reader.ended for reader in readers] == [True, True, False, False, True]
+    assert counted == ["slow_reader"] * 3
+    readers = [Reader(9 * LITTLE, 9), Reader(LITTLE, 0)]
+    watch.open = set(readers)  # type: ignore[arg-type]
+    watch._end_unread(10)
+    assert not any(reader.ended for reader in readers), "who takes it fast is not cut off"
+
+
+def test_silent_connections_do_not_cost_another_its_body(narrow: Running) -> None:
+    with ExitStack() as stack:
+        sender = stack.enter_context(connected(narrow))
+        sender.sendall(head(f"Content-Length: {len(BODY)}") + BODY[:-1])
+        until(lambda: narrow.server._watch.bodies.total)
+        for _ in range(12):
+            stack.enter_context(connected(narrow))
+        assert narrow.get("/health").status_code == 200
+        sender.sendall(BODY[-1:])
+        assert Answers(sender).next()[0] == 200
+
+
+@pytest.mark.asyncio
+async def test_what_is_known_to_be_body_is_parsed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[int] = []
+    feed = Protocol._feed
+    monkeypatch.setattr(Protocol, "_feed", lambda self, data: (parsed.append(len(data)), feed(self, data)))
+    fake = Connection()
+    fake.protocol.data_received(head("Content-Length: 200000"))
+    del parsed[:]
+    fake.protocol.data_received(b" " * 150_000)
+    fake.protocol.data_received(b" " * 50_000 + GET * 200)
+    assert parsed[:3] == [150_000, 50_000, len(GET)]
+    assert len(fake.protocol.pipeline) < 2 * SLICE / len(GET)

@@ -9,6 +9,7 @@ from openai.types import completion_create_params as completion_params
 from openai.types.chat import completion_create_params as chat_params
 
 from samplers import list_samplers
+from server.api.bodies import MAX_UNKNOWN
 from server.api.fields import HARMLESS, REFUSED
 from server.api.requests import ChatBody, CompletionBody
 from tests.api.serving import PROMPT, Running, error_of
@@ -341,6 +342,13 @@ def test_errors_repeat_little_of_what_was_sent(server: Running, path: str, body:
     assert max(len(run) for run in error["message"].split()) <= 210
     assert error["message"].count("x") + error["message"].count("0") < 260
     assert len(error["param"] or "") <= 210
+
+
+def test_few_fields_may_be_unknown(server: Running) -> None:
+    names = [f"{i}quite_{i}_another" for i in range(MAX_UNKNOWN + 1)]
+    assert server.post(COMPLETE, RIGHT[COMPLETE] | dict.fromkeys(names[1:], 1)).status_code == 200
+    error = error_of(server.post(COMPLETE, RIGHT[COMPLETE] | dict.fromkeys(names, 1)), 400)
+    assert error["code"] == "unknown_parameter" and error["param"] == "body"
 
 
 def test_many_unknown_fields_take_no_time(server: Running) -> None:

@@ -39,6 +39,7 @@ FAILED = 1
 
 
 ARGUMENTS = ("-x", "-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning")
+ARGUMENTS += ("-W", "ignore::ResourceWarning")  # a test that fails leaves sockets open: that is no verdict on pytest
 NO_VERDICT = 99
 """Exit status where pytest itself ended badly."""
 
