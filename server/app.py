@@ -56,7 +56,7 @@ def create_app(engine: Engine, text: TextCodec, metrics: Metrics, settings: Sett
     # The last one added is the first to see a request.
     app.add_middleware(PlainPaths)
     app.add_middleware(HeadAsGet)
-    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, owner_of=serving.owners.of)
     open_paths: frozenset[str] | None = None
     if keys := [key.get_secret_value() for key in settings.api_key]:
         if settings.admin_key is not None:

@@ -1,8 +1,8 @@
 """The line of those whose texts are worked on: whose turn it is, and who has to go."""
 
 import asyncio
-from collections.abc import Callable, Coroutine
-from typing import Any
+
+import pytest
 
 from server.api.fair_line import FairLine
 from server.engine import Owner
@@ -43,18 +43,10 @@ class Hall:
         assert self.line.inside == 0 and not self.line._groups.accounts
 
 
-def ran(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:
-    def run() -> None:
-        asyncio.run(test())
-
-    run.__name__ = test.__name__
-    return run
-
-
 HEAVY, LIGHT, OTHER = Owner("heavy", "a"), Owner("light", "b"), Owner("other", "a")
 
 
-@ran
+@pytest.mark.asyncio
 async def test_groups_take_turns_by_bytes() -> None:
     hall = Hall()
     for i in range(6):
@@ -66,7 +58,7 @@ async def test_groups_take_turns_by_bytes() -> None:
     assert hall.served[4:] == [f"heavy {i}" for i in range(1, 6)]
 
 
-@ran
+@pytest.mark.asyncio
 async def test_who_brings_little_is_served_before_those_who_bring_much() -> None:
     hall = Hall()
     for i in range(6):
@@ -76,7 +68,7 @@ async def test_who_brings_little_is_served_before_those_who_bring_much() -> None
     assert hall.served[:2] == ["heavy 0", "other"]
 
 
-@ran
+@pytest.mark.asyncio
 async def test_what_is_long_is_served_while_short_ones_keep_coming() -> None:
     hall = Hall()
     await hall.come("first", HEAVY, 100)
@@ -88,7 +80,7 @@ async def test_what_is_long_is_served_while_short_ones_keep_coming() -> None:
     assert hall.served.index("long") < 10
 
 
-@ran
+@pytest.mark.asyncio
 async def test_where_it_is_full_the_largest_group_gives_way() -> None:
     hall = Hall(most=4)
     for i in range(6):
@@ -101,7 +93,7 @@ async def test_where_it_is_full_the_largest_group_gives_way() -> None:
     assert len(hall.served) == 4
 
 
-@ran
+@pytest.mark.asyncio
 async def test_within_a_group_who_would_be_last_gives_way() -> None:
     hall = Hall(most=3)
     for i in range(3):
@@ -112,7 +104,7 @@ async def test_within_a_group_who_would_be_last_gives_way() -> None:
     assert hall.served == ["heavy 0", "other", "heavy 1"]
 
 
-@ran
+@pytest.mark.asyncio
 async def test_as_many_are_served_at_once_as_there_are_threads() -> None:
     hall = Hall(at_once=2)
     for i in range(4):
@@ -123,7 +115,7 @@ async def test_as_many_are_served_at_once_as_there_are_threads() -> None:
     assert hall.served == ["0", "1", "2", "3"]
 
 
-@ran
+@pytest.mark.asyncio
 async def test_who_is_ended_takes_no_place() -> None:
     hall = Hall()
     for i in range(5):

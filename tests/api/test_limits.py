@@ -14,6 +14,7 @@ import pytest
 from starlette.types import Message
 
 from server.api.middleware.body_limit import BodyLimit
+from server.engine import Owner
 from tests.api.serving import PROMPT, Running, error_of, serving, until
 
 LIMIT = 2000
@@ -68,7 +69,7 @@ async def _ask(length: bytes) -> int:
         raise AssertionError("nothing of the body may be read")
 
     scope = {"type": "http", "headers": [(b"content-length", length)]}
-    await BodyLimit(app, LIMIT)(scope, receive, send)
+    await BodyLimit(app, LIMIT, lambda _: Owner())(scope, receive, send)
     status: int = sent[0]["status"]
     return status
 
