@@ -50,7 +50,7 @@ FAULTS = {
     "long": PARAMS + VALIDATES.format("raise ValueError('y' * 10_000_000)"),
     "moody": "",
     "says_much": PARAMS + DUMPS.format("return {'k': 'x' * 20_000}"),
-    "blocks": PARAMS + VALIDATES.format("INSIDE.append(k); GO.wait(60); return k"),
+    "blocks": PARAMS + VALIDATES.format("INSIDE.append(k); GO.wait(10); return k"),
     "renamed": PARAMS,
 }
 """By name of a sampler: what is wrong with it."""

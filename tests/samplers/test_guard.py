@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from samplers import Canvas, Sampler, SamplerError, SamplerParams, Scheme, Selection, Step, TokenChoice
 from samplers.denoising import Denoising, advance, ask, denoise
-from samplers.guard import MOST_NUMBERS, MOST_STEPS, Traits, shown, told
+from samplers.guard import MOST_NUMBERS, MOST_STEPS, Traits, shown, told, why_not
 from tests.samplers.models import MASK, VOCAB, predictor
 
 PREDICT = predictor()
@@ -221,6 +221,16 @@ def test_only_a_users_interrupt_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BaseException) as caught:  # whatever it is
         told(Changes(), interrupted)
     assert str(caught.value) == "sampler changes failed: KeyboardInterrupt: "
+
+
+def test_one_that_cannot_say_whether_it_fits_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise SystemExit("not today")
+
+    sampler = Changes()
+    assert why_not(sampler, Scheme()) is None
+    monkeypatch.setattr(sampler, "misfit", fails)
+    assert why_not(sampler, Scheme()) == "sampler changes failed: SystemExit: not today"
 
 
 class Refuses(TorchFunctionMode):
