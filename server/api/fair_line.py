@@ -9,6 +9,9 @@ from itertools import count
 from server.engine import Owner
 from server.engine.ledger import Account, Ledger
 
+FEW = 16
+"""Owners who are remembered, beside as many as wait."""
+
 
 @dataclass(order=True)
 class Turn:
@@ -32,8 +35,8 @@ class Group(Account):
 
     Attributes:
         waiting: a heap.
-        had: bytes that each owner could have had so far.
-        ends: the last turn's end of owners who wait.
+        had: bytes that an owner could have had so far who always wanted more.
+        ends: the last turn's end of owners who wait, or have had more than that.
     """
 
     def __init__(self, served: int) -> None:
@@ -101,9 +104,9 @@ class FairLine:
             group = min(groups, key=lambda each: each.served + each.waiting[0].size)
             turn = heappop(group.waiting)
             group.served += turn.size
-            group.had = turn.end
-            if group.ends[turn.owner.name] == turn.end:
-                del group.ends[turn.owner.name]  # as good as one who was never there
+            group.had += -(-turn.size // max(1, len(group.ends)))
+            if len(group.ends) > 2 * len(group.waiting) + FEW:  # who has had no more is as one who was never there
+                group.ends = {name: end for name, end in group.ends.items() if end > group.had}
             self._free -= 1
             turn.served = True
             if not turn.called.done():
@@ -120,11 +123,8 @@ class FairLine:
         group = self._groups.accounts[turn.owner.group]
         group.waiting.remove(turn)
         heapify(group.waiting)
-        others = [each.end for each in group.waiting if each.owner.name == turn.owner.name]
-        if others:
-            group.ends[turn.owner.name] = max(others)
-        else:
-            group.ends.pop(turn.owner.name, None)
+        if group.ends.get(turn.owner.name) == turn.end:
+            group.ends[turn.owner.name] = turn.end - turn.size
         self._gone(turn)
 
     def _gone(self, turn: Turn) -> None:

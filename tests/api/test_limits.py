@@ -84,6 +84,48 @@ async def test_content_lengths(length: bytes, status: int) -> None:
     assert await _ask(length) == status
 
 
+@pytest.mark.asyncio
+async def test_long_bodies_are_read_by_turns() -> None:
+    """One part of one of them in a round of the event loop, and a client that is slow to send keeps nobody waiting."""
+    rounds, parts, whole = 0, [], []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        while (await receive())["more_body"]:
+            pass
+        whole.append(scope["name"])
+
+    def sender(name: str) -> Any:
+        sent = 0
+
+        async def receive() -> Message:
+            nonlocal sent
+            if name == "slow" and sent:
+                await asyncio.Event().wait()
+            sent += 1
+            if sent > 1:
+                parts.append(rounds)
+            return {"type": "http.request", "body": b"x" * 100_000, "more_body": sent < 5}
+
+        return receive
+
+    async def count() -> None:
+        nonlocal rounds
+        while True:
+            rounds += 1
+            await asyncio.sleep(0)
+
+    limit = BodyLimit(app, 1_000_000, lambda _: Owner())
+    names = ["slow", *"abcdefgh"]
+    scopes = [{"type": "http", "headers": [], "name": name} for name in names]
+    counting = asyncio.create_task(count())
+    asked = [asyncio.create_task(limit(scope, sender(str(scope["name"])), print)) for scope in scopes]  # type: ignore[arg-type]
+    await asyncio.wait(asked[1:], timeout=10)
+    for task in (counting, asked[0]):
+        task.cancel()
+    assert sorted(whole) == names[1:]
+    assert len(parts) == 8 * 4 and max(parts.count(each) for each in parts) <= 2
+
+
 def test_a_full_queue_is_a_429_and_nothing_hangs(tiny_model: Path) -> None:
     with serving(tiny_model, max_queue=8, max_batch=2) as running, ThreadPoolExecutor(100) as pool:
         with running.gate.closed():

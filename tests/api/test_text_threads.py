@@ -144,6 +144,27 @@ def test_chats_that_take_long_hold_up_no_texts(
         assert all(each.result() for each in asked)
 
 
+def test_who_sends_many_long_texts_does_not_shut_others_out(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, pool: ThreadPoolExecutor
+) -> None:
+    monkeypatch.setattr(text_threads, "MOST_LONG", 3)
+    monkeypatch.setattr(text_threads, "LONG_THREADS", 1)
+    held = Held(monkeypatch, "apples")
+    with serving(tiny_model, api_key=["heavy", "light"]) as running:
+
+        def ask(key: str) -> int:
+            headers = {"authorization": f"Bearer {key}"}
+            return running.post("/tokenize", {"prompt": LONG}, headers=headers).status_code
+
+        heavy = [pool.submit(ask, "heavy") for _ in range(5)]
+        until(lambda: sum(each.done() for each in heavy) == 2 and held.inside == 1)
+        light = pool.submit(ask, "light")
+        until(lambda: sum(each.done() for each in heavy) == 3)
+        held.let_go.set()
+        assert light.result() == 200
+        assert sorted(each.result() for each in heavy) == [200, 200, 429, 429, 429]
+
+
 def test_what_waits_does_not_hold_up_the_end(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, pool: ThreadPoolExecutor
 ) -> None:
