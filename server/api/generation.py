@@ -92,6 +92,7 @@ async def start(
             f"{count} prompts with {number} choices each are {total} generations, more than the queue takes "
             f"({serving.settings.max_queue}, --max-queue): send fewer at a time",
         )
+    serving.engine.check_room(owner, total)  # before its prompts are made tokens and its rows are made
     streams = [EventStream(serving.engine, every_pass=bool(body.return_trajectory)) for _ in range(total)]
     job, used = await serving.threads.run(partial(_submit, serving, body, owner, rule, read, streams), size)
     choices = [

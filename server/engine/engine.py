@@ -2,6 +2,8 @@
 
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import structlog
@@ -223,19 +225,28 @@ class Engine:
             for request, deliver in zip(requests, delivers, strict=True)
         ]
         self._check_work(generations)
+        with self._counting_refusals(), self._change:
+            self._queue(generations)
+        for request in requests:
+            if request.counts_prompt:
+                self._metrics.prompt_tokens(len(request.prompt) + len(request.suffix))
+        return generations
+
+    def check_room(self, owner: Owner, count: int) -> None:
+        """Raise QueueFullError or KeyLimitError if so many more may not wait, which costs nothing to find out now."""
+        with self._counting_refusals(), self._change:
+            self._scheduler.check(owner, count)
+
+    @contextmanager
+    def _counting_refusals(self) -> Iterator[None]:
         try:
-            with self._change:
-                self._queue(generations)
+            yield
         except QueueFullError:
             self._metrics.rejected("queue_full")
             raise
         except KeyLimitError as error:
             self._metrics.rejected(f"key_{error.limit}")
             raise
-        for request in requests:
-            if request.counts_prompt:
-                self._metrics.prompt_tokens(len(request.prompt) + len(request.suffix))
-        return generations
 
     def _check_work(self, generations: list[Generation]) -> None:
         """Refuse what would take more than any request may."""
