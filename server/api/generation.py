@@ -92,7 +92,6 @@ async def start(
             f"{count} prompts with {number} choices each are {total} generations, more than the queue takes "
             f"({serving.settings.max_queue}, --max-queue): send fewer at a time",
         )
-    serving.engine.check_room(owner, total)  # before its prompts are made tokens and its rows are made
     streams = [EventStream(serving.engine, every_pass=bool(body.return_trajectory)) for _ in range(total)]
     job, used = await serving.threads.run(partial(_submit, serving, body, owner, rule, read, streams), size)
     choices = [
@@ -106,6 +105,7 @@ def _submit(
     serving: Serving, body: B, owner: Owner, rule: Rule, read: Callable[[B], Job], streams: list[EventStream]
 ) -> tuple[Job, Used]:
     serving.engine.check_accepting()  # before work that can take long, for which this may have waited long
+    serving.engine.check_room(owner, len(streams))
     job = read(body)
     requests, used = _requests(serving, body, owner, rule, job)
     try:
