@@ -256,7 +256,8 @@ class Settings(BaseSettings):
         30.0,
         gt=0,
         le=MOST_SECONDS,
-        description="Seconds after which a client that takes nothing of its answer is cut off.",
+        description="Seconds after which a client that takes nothing of its answer is cut off, or of a long one less "
+        "than 4096 bytes for each.",
     )
     keep_alive: float = Field(
         75.0,

@@ -42,11 +42,11 @@ def asking(running: Running, *bodies: dict[str, Any]) -> Iterator[list[threading
 
     with ThreadPoolExecutor(len(bodies)) as pool:
         with running.gate.closed():
-            there = 0
+            total = 0
             for body, end in zip(bodies, ended, strict=True):
+                total += len(body["prompt"]) * body["n"]
                 pool.submit(ask, body, end)
-                there += len(body["prompt"]) * body["n"]
-                until(lambda there=there: sum(running.gauges()) == there)  # in this order, whatever the machine does
+                until(lambda total=total: sum(running.gauges()) == total)
         yield ended
         for generation in running.engine._scheduler.all():
             running.engine.cancel(generation)
@@ -141,6 +141,12 @@ def test_a_keys_rows_and_queue_are_bounded(limited: Running) -> None:
         assert first.result().status_code == second.result().status_code == 200
     found = limited.metrics()
     assert found[("dllm_rejected_total", "key_rows")] == found[("dllm_rejected_total", "key_queued")] == 1
+
+
+def test_what_there_is_no_room_for_is_not_worked_on(limited: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.api.completions.read_job", lambda *_: pytest.fail("the prompts were read"))
+    with connection(limited, "b") as client:
+        error_of(client.post("/v1/completions", json={"prompt": ["a"] * 6, "max_tokens": 2}), 429)
 
 
 def test_a_keys_tokens_a_minute_are_bounded(limited: Running) -> None:
