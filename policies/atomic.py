@@ -170,6 +170,7 @@ def _exchange_for(folder: Path, contents: Mapping[str, bytes]) -> None:
         with ExitStack() as stack:
             # Whoever waits for this folder then waits for the one that takes its place, until the old one is gone.
             stack.enter_context(held(other, alone=True))
+            stack.callback(shutil.rmtree, other, ignore_errors=True)
             for place, _, _ in os.walk(folder):
                 if place != str(folder):
                     stack.enter_context(held(Path(place), alone=True))
@@ -180,13 +181,9 @@ def _exchange_for(folder: Path, contents: Mapping[str, bytes]) -> None:
             _exchange(folder, other)
             _carry(other, folder, before, contents)
             flush(folder.parent)
-            shutil.rmtree(other, ignore_errors=True)
     except shutil.Error as error:  # several of other files; the first one says enough
         source, _, why = error.args[0][0]
         raise OSError(errno.EXDEV, str(why), str(source)) from None
-    except BaseException:
-        shutil.rmtree(other, ignore_errors=True)
-        raise
 
 
 def _link_all(folder: Path, other: Path, but: Collection[str]) -> None:
@@ -205,7 +202,11 @@ def _link_all(folder: Path, other: Path, but: Collection[str]) -> None:
 def _files(folder: Path) -> dict[Path, int]:
     """The inodes of all that is no folder, by place."""
     paths = (Path(place, name) for place, _, names in os.walk(folder) for name in names)
-    return {path.relative_to(folder): path.lstat().st_ino for path in paths}
+    found = {}
+    for path in paths:
+        with suppress(FileNotFoundError):  # others may remove what they like
+            found[path.relative_to(folder)] = path.lstat().st_ino
+    return found
 
 
 def _carry(old: Path, folder: Path, before: Mapping[Path, int], but: Collection[str]) -> None:

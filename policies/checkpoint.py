@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -81,7 +82,8 @@ class PolicyCard(BaseModel):
     @model_validator(mode="after")
     def _is_short(self) -> "PolicyCard":
         if len(self.model_dump_json(include={"trained_on", "measured"}).encode()) > MOST_SAID:
-            raise ValueError(f"trained_on and measured have more than {MOST_SAID} bytes as JSON")
+            said = f"trained_on and measured have more than {MOST_SAID} bytes as JSON"
+            raise PydanticCustomError("too_long", "{said}", {"said": said})
         return self
 
 

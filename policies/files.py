@@ -15,7 +15,6 @@ MOST_LISTED, MOST_WORD = 100, 1024
 """Entries of a list, and characters of a name, in what files say that is said again elsewhere."""
 KINDS = {
     stat.S_IFIFO: "a named pipe",
-    stat.S_IFSOCK: "a socket",
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
@@ -31,7 +30,12 @@ class UnsuitableFileError(OSError):
 def open_regular(path: Path) -> BufferedReader:
     """Open a regular file, or a link to one, for reading. Raises OSError."""
     # Not blocking: opening a pipe would wait for a writer. What it is, is asked of what was opened.
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            raise UnsuitableFileError(path, "a socket, or a device that is not there, not a file") from None
+        raise
     try:
         mode = os.fstat(handle).st_mode
         if not stat.S_ISREG(mode):

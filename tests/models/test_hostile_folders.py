@@ -64,7 +64,7 @@ def endless(path: Path) -> None:
 SPECIAL: dict[str, tuple[Callable[[Path], object], str]] = {
     "pipe": (os.mkfifo, "a named pipe, not a file"),
     "link to a pipe": (link_to_pipe, "a named pipe, not a file"),
-    "socket": (bind_socket, ": "),  # the system does not even open one
+    "socket": (bind_socket, "a socket, or a device"),
     "link to a device": (lambda path: path.symlink_to("/dev/zero"), "a device, not a file"),
     "folder": (Path.mkdir, "Is a directory"),
     "file without an end": (endless, "more than"),
