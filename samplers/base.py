@@ -135,7 +135,7 @@ class Sampler(ABC):
 
     Whatever a sampler raises, or answers that this contract does not allow, ends the generation that it was asked for,
     and no other (see `samplers.guard`). It runs in the thread that serves everybody: what takes it long takes all long.
-    Its attributes are read once, when a generation begins.
+    Its attributes are read once, when a generation begins, and answers repeat at most 16 KiB of its parameters.
 
     Attributes:
         statistics: numbers that it wants beside token and confidence.
