@@ -18,7 +18,7 @@ from server.models.template_process import ANSWER, CALL, LIMIT, REFUSED, SYNTAX
 
 PROCESSES = 3
 """Templates that run at once; the processes are started when they are needed, and stay."""
-SECONDS = 2.0
+SECONDS = 1.0
 """Processor time of one call."""
 PATIENCE = 20.0
 """Seconds that a call may take in all, where others keep the processors busy or the process does not get on at all."""
