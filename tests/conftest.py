@@ -12,7 +12,7 @@ from tests.tiny import write_tiny_model
 
 # Fresh examples in every run, so that a property is tried on what nobody thought of; none fails because the machine is
 # busy. `--hypothesis-profile=repeatable` gives the same examples each time, `--hypothesis-seed=N` those of one run.
-PATIENT = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "print_blob": True}
+PATIENT = {"max_examples": 50, "deadline": None, "suppress_health_check": [HealthCheck.too_slow], "print_blob": True}
 settings.register_profile("default", **PATIENT)
 settings.register_profile("repeatable", derandomize=True, **PATIENT)
 settings.load_profile("default")

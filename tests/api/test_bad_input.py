@@ -261,7 +261,7 @@ BODIES = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None)
 @given(body=BODIES, path=st.sampled_from([COMPLETE, CHAT, "/tokenize", "/detokenize"]))
 def test_no_body_makes_the_server_fail(server: Running, body: dict[str, Any], path: str) -> None:
     content = json.dumps({"prompt": "a", "messages": [MESSAGE], "tokens": [5]} | body)

@@ -265,9 +265,7 @@ def test_processes_share_prompts_evenly_or_not_at_all(tmp_path: Path) -> None:
         trainer(recipe(GRPO), tmp_path, world=World(0, 3))
 
 
-@pytest.mark.parametrize(
-    ("label", "takes_speed"), [("outcome", False), ("outcome", True), ("oracle", True), ("imitation", False)]
-)
+@pytest.mark.parametrize(("label", "takes_speed"), [("outcome", True), ("oracle", True), ("imitation", False)])
 def test_labels_teach_the_ready_set(tmp_path: Path, label: str, takes_speed: bool) -> None:
     """A level a forward is the optimum: 4 forwards, always right. Outcome labels tell only which runs were right.
 
