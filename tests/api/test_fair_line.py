@@ -13,13 +13,22 @@ class FullError(Exception):
 
 
 class Hall:
-    """A line, and what became of those who came, by name."""
+    """A line, and what became of those who came, by name.
 
-    def __init__(self, most: int = 100, at_once: int = 1) -> None:
+    Args:
+        seconds: what each takes.
+        opened: whether they are served as they come, or all once `end` is called, whatever the machine does meanwhile.
+    """
+
+    def __init__(self, most: int = 100, at_once: int = 1, seconds: float = 0.001, opened: bool = True) -> None:
         self.line = FairLine(at_once, most, FullError)
         self.served: list[str] = []
         self.sent_away: list[str] = []
         self.tasks: dict[str, asyncio.Task[None]] = {}
+        self.seconds = seconds
+        self.open = asyncio.Event()
+        if opened:
+            self.open.set()
 
     async def come(self, name: str, owner: Owner, size: int = 1) -> None:
         self.tasks[name] = asyncio.create_task(self._one(name, owner, size))
@@ -34,11 +43,13 @@ class Hall:
             return
         self.served.append(name)
         try:
-            await asyncio.sleep(0.001)
+            await self.open.wait()
+            await asyncio.sleep(self.seconds)
         finally:
             self.line.leave(turn)
 
     async def end(self) -> None:
+        self.open.set()
         await asyncio.gather(*self.tasks.values(), return_exceptions=True)
         assert self.line.inside == 0 and not self.line._groups.accounts
 
@@ -48,7 +59,7 @@ HEAVY, LIGHT, OTHER = Owner("heavy", "a"), Owner("light", "b"), Owner("other", "
 
 @pytest.mark.asyncio
 async def test_groups_take_turns_by_bytes() -> None:
-    hall = Hall()
+    hall = Hall(opened=False)
     for i in range(6):
         await hall.come(f"heavy {i}", HEAVY, 4000)
     for i in range(3):
@@ -60,7 +71,7 @@ async def test_groups_take_turns_by_bytes() -> None:
 
 @pytest.mark.asyncio
 async def test_who_brings_little_is_served_before_those_who_bring_much() -> None:
-    hall = Hall()
+    hall = Hall(seconds=0.05)
     for i in range(6):
         await hall.come(f"heavy {i}", Owner(f"connection {i}", "a"), 4000)
     await asyncio.wait([hall.tasks["heavy 1"]])
@@ -84,7 +95,7 @@ async def test_what_is_long_is_served_while_short_ones_keep_coming() -> None:
 
 @pytest.mark.asyncio
 async def test_where_it_is_full_the_largest_group_gives_way() -> None:
-    hall = Hall(most=4)
+    hall = Hall(most=4, opened=False)
     for i in range(6):
         await hall.come(f"heavy {i}", HEAVY, 4000)
     assert hall.sent_away == ["heavy 4", "heavy 5"]
@@ -97,7 +108,7 @@ async def test_where_it_is_full_the_largest_group_gives_way() -> None:
 
 @pytest.mark.asyncio
 async def test_within_a_group_who_would_be_last_gives_way() -> None:
-    hall = Hall(most=3)
+    hall = Hall(most=3, opened=False)
     for i in range(3):
         await hall.come(f"heavy {i}", Owner(f"connection {i}", "a"), 4000)
     await hall.come("other", OTHER, 70)
@@ -108,7 +119,7 @@ async def test_within_a_group_who_would_be_last_gives_way() -> None:
 
 @pytest.mark.asyncio
 async def test_as_many_are_served_at_once_as_there_are_threads() -> None:
-    hall = Hall(at_once=2)
+    hall = Hall(at_once=2, opened=False)
     for i in range(4):
         await hall.come(str(i), HEAVY)
     await asyncio.sleep(0)
@@ -119,7 +130,7 @@ async def test_as_many_are_served_at_once_as_there_are_threads() -> None:
 
 @pytest.mark.asyncio
 async def test_who_is_ended_takes_no_place() -> None:
-    hall = Hall()
+    hall = Hall(opened=False)
     for i in range(5):
         await hall.come(str(i), HEAVY)
     hall.tasks["2"].cancel()  # waits
