@@ -89,7 +89,6 @@ class Scheduler:
 
     def check(self, owner: Owner, more: int) -> None:
         """Raise QueueFullError or KeyLimitError unless so many more of this owner's may wait."""
-        groups = {name for ledger in self._ranks.values() for name in ledger.accounts}
         mine = [group for ledger in self._ranks.values() if (group := ledger.accounts.get(owner.group))]
         if not owner.ahead:
             self._check_quota(owner, mine, more)
@@ -97,6 +96,7 @@ class Scheduler:
             return
         # The queue is full, but not with what is this owner's: as many places again are for such, and half of those
         # that are left for each of them, so that whoever comes later finds some too.
+        groups = {name for ledger in self._ranks.values() for name in ledger.accounts}
         owners = {name for group in mine for name in group.owners.accounts}
         share = self.limits.queue // len(groups | {owner.group}) // len(owners | {owner.name})
         held = sum(each.request.owner == owner for each in self.waiting)

@@ -8,7 +8,7 @@ import torch
 
 from samplers.denoising import Query
 from samplers.prediction import Prediction
-from server.engine import Committed, Event, Finished, ModelInfo
+from server.engine import Committed, Engine, Event, Finished, GenerationRequest, ModelInfo
 from tests.samplers.models import MASK, VOCAB, Logits, predictor, random_logits
 
 Tokens = list[int]
@@ -120,3 +120,12 @@ class Listener:
     def text(self) -> Tokens:
         """The text put together from the events."""
         return [token for event in self.commits for token in event.text_tokens]
+
+
+def run(engine: Engine, requests: list[GenerationRequest]) -> list[Listener]:
+    """Submit all at once and wait for all."""
+    listeners = [Listener() for _ in requests]
+    engine.submit_all(requests, list(listeners))
+    for listener in listeners:
+        listener.finish()
+    return listeners

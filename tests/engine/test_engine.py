@@ -41,7 +41,7 @@ from server.engine import (
 from server.engine import engine as engine_module
 from server.engine.backend import BackendDeadError
 from server.metrics import Metrics
-from tests.engine.backends import CheapBackend, Gate, Listener
+from tests.engine.backends import CheapBackend, Gate, Listener, run
 from tests.samplers.models import MASK, random_logits
 
 Serve = Callable[..., Engine]
@@ -81,15 +81,6 @@ def request(number: int, sampler: str | None = None, **changes: Any) -> Generati
         "seed": number,
     }
     return GenerationRequest(**(fields | changes))
-
-
-def run(engine: Engine, requests: list[GenerationRequest]) -> list[Listener]:
-    """Submit all at once and wait for all."""
-    listeners = [Listener() for _ in requests]
-    engine.submit_all(requests, list(listeners))
-    for listener in listeners:
-        listener.finish()
-    return listeners
 
 
 def tokens_alone(number: int, **changes: Any) -> list[int]:

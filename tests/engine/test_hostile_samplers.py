@@ -14,7 +14,7 @@ from samplers import Canvas, Sampler, SamplerError, get_sampler, registry
 from server.engine import Engine, FinishReason, GenerationRequest, RequestError
 from server.engine import engine as engine_module
 from server.metrics import Metrics
-from tests.engine.backends import CheapBackend, Listener
+from tests.engine.backends import CheapBackend, Listener, run
 from tests.engine.hostile import HARMLESS, NAME, SINGLE, WHOLE, Leftmost
 from tests.samplers.models import VOCAB, random_logits
 
@@ -68,14 +68,6 @@ def others(twin: bool) -> list[GenerationRequest]:
     """Seven generations, or six without the hostile sampler's own that is to go well."""
     found = [ask_for(name, i, **({"penalty": 1.0} if name == "edit" else {})) for i, name in enumerate(NEIGHBOURS)]
     return [*found, ask_for(NAME, 6)] if twin else found
-
-
-def run(engine: Engine, requests: list[GenerationRequest]) -> list[Listener]:
-    listeners = [Listener() for _ in requests]
-    engine.submit_all(requests, list(listeners))
-    for listener in listeners:
-        listener.finish()
-    return listeners
 
 
 def told(listener: Listener) -> Told:

@@ -6,9 +6,7 @@ python -m tests.guards [PART OF AN AREA OR A NAME ...] [--share 1/2] [--table]
 import argparse
 import importlib
 import os
-import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -18,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.deploy.checkout import copy_checkout
 from tests.guards.listed import ROOT, Guard, guards
 
 OURS = ("samplers", "policies", "server", "tests")
@@ -42,21 +41,6 @@ ARGUMENTS = ("-x", "-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestA
 ARGUMENTS += ("-W", "ignore::ResourceWarning")  # a test that fails leaves sockets open: that is no verdict on pytest
 NO_VERDICT = 99
 """Exit status where pytest itself ended badly."""
-
-
-def copy_checkout(to: Path) -> None:
-    """Copy what git knows of and does not ignore."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    for name in filter(None, listed.stdout.split("\0")):
-        if (ROOT / name).is_file():
-            (to / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, to / name)
 
 
 def noticed(guard: Guard, copy: Path) -> str:
