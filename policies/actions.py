@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from samplers.policy import STOP, bernoulli_draw, commit_at_least_one, dpls_draw
+from samplers.learned.policy import STOP, bernoulli_draw, commit_at_least_one, dpls_draw
 
 __all__ = [
     "STOP",

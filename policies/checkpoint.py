@@ -16,7 +16,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from policies.atomic import flush, held, write_files
-from policies.evaluate import Row
+from policies.evaluate import Measurement
 from policies.files import MOST_LISTED, MOST_WORD, check_header, open_regular, read_file, read_open
 from policies.network import PolicyConfig, UnmaskingPolicy
 
@@ -76,7 +76,7 @@ class PolicyCard(BaseModel):
     config: PolicyConfig
     trained_on: TrainedOn
     recipe: dict[str, Any] = Field(default_factory=dict, description="the training recipe, as it was read")
-    measured: list[Row] = Field(default_factory=list, max_length=1000, description="held-out results")
+    measured: list[Measurement] = Field(default_factory=list, max_length=1000, description="held-out results")
     licence: Text = "Apache-2.0"
 
     @model_validator(mode="after")

@@ -9,7 +9,7 @@ from torch import Tensor
 from policies.environment import Chooser, Decision
 from policies.network import LoadedPolicy, UnmaskingPolicy
 from samplers import Sampler, SamplerParams, Statistic, Step
-from samplers.policy import bernoulli_draw, commit_at_least_one, dpls_draw, step_gumbel
+from samplers.learned.policy import bernoulli_draw, commit_at_least_one, dpls_draw, step_gumbel
 
 
 class PolicyChooser:

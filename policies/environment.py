@@ -16,7 +16,8 @@ from policies.oracle import Oracle
 from policies.subject import Subject
 from policies.tasks import Problem, Task
 from samplers import Sampler, Selection, Statistic, Step
-from samplers.denoising import Denoising, advance, ask
+from samplers.loop.denoising import advance, ask
+from samplers.loop.row import Row
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ def rollout(
         prompt = prompt[-(prompt_length or len(prompt)) :]
         subject.check_length(task.name, len(prompt), gen_length)
         canvas = subject.canvas(prompt, gen_length, block_length)
-        rows.append(Denoising(canvas, recorder, recorder.Params(), seed=seed, end_ids=subject.end_ids))
+        rows.append(Row(canvas, recorder, recorder.Params(), seed=seed, end_ids=subject.end_ids))
         if ask_oracle:
             recorder.oracles.append(Oracle.for_problem(task, problem, canvas, subject.encode, subject.end_ids))
     stuck: set[int] = set()

@@ -14,8 +14,10 @@ from policies.statistics import wilson
 from policies.subject import Subject
 from policies.tasks import Problem, Task
 from samplers import CacheMode, Layout, Sampler, get_sampler
-from samplers.denoising import Denoising, Predict, advance, ask
-from samplers.policy import Policy
+from samplers.forward.query import Predict
+from samplers.learned.policy import Policy
+from samplers.loop.denoising import advance, ask
+from samplers.loop.row import Row
 
 FRONTIER = (
     "random",
@@ -75,7 +77,7 @@ Whole = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 """Rows come from files too, and a number of thousands of digits is nothing that anybody counted."""
 
 
-class Row(BaseModel):
+class Measurement(BaseModel):
     """What a trial measured. Accuracy in 0..1 with Wilson 95 % bounds; `tpf` is sum of tokens / sum of forwards."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -121,7 +123,7 @@ def evaluate(
     batch: int,
     solved: Callable[[], None] = lambda: None,
     choose: Callable[[SamplerSpec], Sampler] = registered,
-) -> Row:
+) -> Measurement:
     """Run a trial with at most `batch` canvases in a forward.
 
     Args:
@@ -138,7 +140,7 @@ def evaluate(
         forwards += row.forwards
         solved()
     low, high = wilson(correct, trial.count)
-    return Row(
+    return Measurement(
         **trial.settings(),
         correct=correct,
         accuracy=correct / trial.count,
@@ -156,9 +158,7 @@ def check_trial(subject: Subject, trial: Trial, choose: Callable[[SamplerSpec], 
     next(_start(subject, trial, choose))
 
 
-def _start(
-    subject: Subject, trial: Trial, choose: Callable[[SamplerSpec], Sampler]
-) -> Iterator[tuple[Problem, Denoising]]:
+def _start(subject: Subject, trial: Trial, choose: Callable[[SamplerSpec], Sampler]) -> Iterator[tuple[Problem, Row]]:
     """The trial's generations, the shortest prompt first: canvases of one length share a forward without padding."""
     try:
         problems = trial.task.problems(trial.count, trial.seed, "heldout")
@@ -178,7 +178,7 @@ def _start(
             sampler = choose(spec)
         yield (
             problem,
-            Denoising(
+            Row(
                 canvas,
                 sampler,
                 spec.params,
@@ -190,11 +190,9 @@ def _start(
         )
 
 
-def _finish(
-    rows: Iterator[tuple[Problem, Denoising]], predict: Predict, batch: int
-) -> Iterator[tuple[Problem, Denoising]]:
+def _finish(rows: Iterator[tuple[Problem, Row]], predict: Predict, batch: int) -> Iterator[tuple[Problem, Row]]:
     """Run generations to their end, as many in each forward as `batch` allows, and yield each when it is finished."""
-    running: list[tuple[Problem, Denoising]] = []
+    running: list[tuple[Problem, Row]] = []
     while True:
         running += islice(rows, batch - len(running))
         if not running:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from policies import inputs
 from policies.inputs import Feature
 from samplers import Statistic, Step
-from samplers.policy import Action
+from samplers.learned.policy import Action
 
 TIME_WIDTH = 128
 

@@ -8,7 +8,7 @@ from policies.settings import Setting, settings_of
 from policies.subject import Subject
 from policies.tasks import Problem, Task
 from samplers import Canvas
-from samplers.policy import Policy
+from samplers.learned.policy import Policy
 
 CHECK_SEED = 11
 """Held-out problems that checkpoints are chosen on; published figures must come from other seeds."""
@@ -29,11 +29,11 @@ def check_problems(recipe: PolicyRecipe) -> None:
 
 def check_model(recipe: PolicyRecipe, settings: list[Setting], subject: Subject) -> None:
     """Raise ValueError if the model cannot be decoded as the recipe says, or prompts do not fit into its context."""
-    if misfit := Policy().misfit(subject.scheme):
-        raise ValueError(misfit)
+    if incompatibility := Policy().incompatibility(subject.pattern):
+        raise ValueError(incompatibility)
     for setting in settings:
         try:
-            Canvas.blank([], setting.gen_length, subject.mask_id, setting.block_length, scheme=subject.scheme)
+            Canvas.blank([], setting.gen_length, subject.mask_id, setting.block_length, pattern=subject.pattern)
         except ValueError as error:
             raise ValueError(f"block_lengths: {error}") from None
     longest = {setting.task.name: setting for setting in sorted(settings, key=lambda setting: setting.gen_length)}

@@ -8,7 +8,7 @@ from policies.checkpoint import NAME, PolicyCard, PolicyError, load_policy
 from policies.network import LoadedPolicy, parameters
 from policies.settings import within
 from samplers import Sampler, SamplerParams, get_sampler
-from samplers.policy import Policy, PolicyParams
+from samplers.learned.policy import Policy, PolicyParams
 
 ZOO = Path(__file__).parent / "zoo"
 """Policies that ship with the project: one folder each."""

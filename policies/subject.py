@@ -3,15 +3,15 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from samplers import BIDIRECTIONAL, Canvas, Scheme
-from samplers.denoising import Predict
+from samplers import BIDIRECTIONAL, AttentionPattern, Canvas
+from samplers.forward.query import Predict
 
 
 @dataclass(frozen=True)
 class Subject:
     """A model under test: a forward pass, its text codec, its special tokens, its longest canvas.
 
-    `prompt` makes a problem's text the model's prompt, such as the message of a chat; None: as `encode` does. `scheme`
+    `prompt` makes a problem's text the model's prompt, such as the message of a chat; None: as `encode` does. `pattern`
     is how the model reads a canvas.
     """
 
@@ -22,7 +22,7 @@ class Subject:
     end_ids: frozenset[int]
     max_length: int
     prompt: Callable[[str], list[int]] | None = None
-    scheme: Scheme = BIDIRECTIONAL
+    pattern: AttentionPattern = BIDIRECTIONAL
 
     def encode_prompt(self, text: str) -> list[int]:
         """Token ids of a problem's prompt."""
@@ -31,7 +31,7 @@ class Subject:
     def canvas(self, prompt: list[int], gen_length: int, block_length: int | None) -> Canvas:
         """A canvas with everything to generate masked, no longer than the model's context."""
         return Canvas.blank(
-            prompt, gen_length, self.mask_id, block_length, scheme=self.scheme, max_length=self.max_length
+            prompt, gen_length, self.mask_id, block_length, pattern=self.pattern, max_length=self.max_length
         )
 
     def check_length(self, task: str, prompt_length: int, gen_length: int) -> None:

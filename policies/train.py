@@ -26,8 +26,8 @@ from policies.subject import Subject
 from policies.supervised import Runs, fit
 from policies.tasks import Problem
 from policies.world import World
-from samplers.policy import Policy, PolicyParams
-from samplers.threshold import Threshold
+from samplers.learned.policy import Policy, PolicyParams
+from samplers.rules.threshold import Threshold
 
 Report = Callable[[dict[str, Any]], None]
 

@@ -1,10 +1,13 @@
 """How a canvas is denoised: pure torch and pydantic, no server, no HTTP, no model."""
 
-from samplers.base import ParameterError, Sampler, SamplerError, SamplerParams, Selection, Step
-from samplers.cache import CacheMode
-from samplers.canvas import BIDIRECTIONAL, Canvas, Layout, Scheme
+from samplers.attention_pattern import BIDIRECTIONAL, AttentionPattern
+from samplers.canvas import Canvas, Layout
+from samplers.contract import ParameterError, Sampler, SamplerError, SamplerParams, Selection, Step
+from samplers.forward.prediction import Prediction
+from samplers.forward.span import CacheMode
+from samplers.forward.statistics import Statistic
+from samplers.forward.token_choice import TokenChoice
 from samplers.plugins import BrokenPlugin
-from samplers.prediction import Prediction, Statistic, TokenChoice
 from samplers.registry import (
     UnknownSamplerError,
     describe,
@@ -17,6 +20,7 @@ from samplers.registry import (
 
 __all__ = [
     "BIDIRECTIONAL",
+    "AttentionPattern",
     "BrokenPlugin",
     "CacheMode",
     "Canvas",
@@ -26,7 +30,6 @@ __all__ = [
     "Sampler",
     "SamplerError",
     "SamplerParams",
-    "Scheme",
     "Selection",
     "Statistic",
     "Step",

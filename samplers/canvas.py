@@ -6,63 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Scheme:
-    """How a model reads a canvas.
-
-    Attributes:
-        causal_block: length of the blocks, counted from the canvas's first position, of which a later one is never
-            seen by an earlier one; within a block all see all. None: everything sees everything.
-        fixed: whether that length is the model's alone. If not, it is always that of the blocks denoised together.
-        shifted: whether the output at a position is about the next position. The first then stands for itself.
-        noise: of a model without a mask token, how many tokens there are: positions that are not settled hold any of
-            them at random, and are all drafted anew each step until the whole block is settled. Such a model reads all
-            before the block causally, token by token. None: positions that are not settled hold the mask token.
-        drafted: length of the blocks of such a model unless somebody says otherwise.
-        judges_drawn: whether a drawn token's confidence is its probability after temperature, top-k and top-p, as in
-            the family's own program. If not, it is that of the model's unmodified distribution.
-        strict: whether the family's own program commits what is surer than a threshold, and not what is just as sure.
-    """
-
-    causal_block: int | None = None
-    fixed: bool = False
-    shifted: bool = False
-    noise: int | None = None
-    drafted: int | None = None
-    judges_drawn: bool = False
-    strict: bool = False
-
-    @property
-    def causal(self) -> bool:
-        """Whether no block sees what comes after it."""
-        return self.causal_block is not None or self.noise is not None
-
-    def with_blocks(self, block_length: int | None) -> "Scheme":
-        """As it is for canvases of this block length. Raises ValueError if the model cannot have it."""
-        if self.causal_block is None:
-            return self
-        if not self.fixed:
-            return replace(self, causal_block=block_length or self.causal_block)
-        if block_length is not None and self.causal_block % block_length:
-            raise ValueError(f"block_length {block_length} does not divide the model's blocks of {self.causal_block}")
-        return self
-
-    def region_length(self, prompt_length: int, text_length: int, block_length: int | None) -> int:
-        """Positions to denoise for a text of `text_length` tokens.
-
-        The generation programs of models that write block by block denoise whole blocks and cut the text, and what a
-        position becomes depends on all of its block. So the region ends with the block that holds the text's last
-        token; in a model that sees everything the region is the text.
-        """
-        if self.noise is not None:
-            size = block_length or self.drafted or text_length
-            return -(-text_length // size) * size
-        size = self.with_blocks(block_length).causal_block or 1
-        return -(-(prompt_length + text_length) // size) * size - prompt_length
-
-
-BIDIRECTIONAL = Scheme()
+from samplers.attention_pattern import BIDIRECTIONAL, AttentionPattern
 
 
 @dataclass(frozen=True)
@@ -74,9 +18,9 @@ class Layout:
         gen_length: positions of the generation region.
         suffix_length: given tokens after it (infilling).
         block_length: positions denoised together, blocks go left to right; `gen_length` is full diffusion. Blocks are
-            counted from the generation region's start, but from the canvas's where the scheme is block-causal: the
+            counted from the generation region's start, but from the canvas's where the pattern is block-causal: the
             first then holds the end of the prompt.
-        scheme: how the model reads it.
+        pattern: how the model reads it.
         cut: positions at the region's end that are denoised with their block and are no part of the text.
     """
 
@@ -84,7 +28,7 @@ class Layout:
     gen_length: int
     block_length: int
     suffix_length: int = 0
-    scheme: Scheme = BIDIRECTIONAL
+    pattern: AttentionPattern = BIDIRECTIONAL
     cut: int = 0
 
     def __post_init__(self) -> None:
@@ -96,13 +40,13 @@ class Layout:
             raise ValueError(f"block_length must be at least 1, got {self.block_length}")
         if not 0 <= self.cut < self.gen_length:
             raise ValueError(f"{self.cut} of {self.gen_length} positions cannot be cut off")
-        if self.scheme.causal_block is not None and self.scheme.causal_block % self.block_length:
-            raise ValueError(f"blocks of {self.block_length} do not divide those of {self.scheme.causal_block}")
+        if self.pattern.causal_block is not None and self.pattern.causal_block % self.block_length:
+            raise ValueError(f"blocks of {self.block_length} do not divide those of {self.pattern.causal_block}")
 
     @cached_property
     def twin(self) -> "Layout":
         """An equal one for samplers to see, made once: nothing that they do to it changes this one."""
-        return replace(self, scheme=replace(self.scheme))
+        return replace(self, pattern=replace(self.pattern))
 
     @property
     def length(self) -> int:
@@ -112,7 +56,7 @@ class Layout:
     @property
     def denoised_length(self) -> int:
         """Positions of all blocks, where they are whole; what a schedule of one position a step takes for steps."""
-        return self.gen_length if self.scheme.causal_block is None else self.blocks * self.block_length
+        return self.gen_length if self.pattern.causal_block is None else self.blocks * self.block_length
 
     @property
     def text_length(self) -> int:
@@ -122,12 +66,12 @@ class Layout:
     @property
     def missing(self) -> int:
         """Positions that the last block lacks of a whole one, because the context ended."""
-        return self.scheme.region_length(self.prompt_length, self.text_length, self.block_length) - self.gen_length
+        return self.pattern.region_length(self.prompt_length, self.text_length, self.block_length) - self.gen_length
 
     @property
     def _shared(self) -> int:
         """Positions of the first block that belong to the prompt."""
-        return 0 if self.scheme.causal_block is None else self.prompt_length % self.block_length
+        return 0 if self.pattern.causal_block is None else self.prompt_length % self.block_length
 
     @property
     def blocks(self) -> int:
@@ -178,13 +122,13 @@ class Canvas:
         mask_id: int | None,
         block_length: int | None = None,
         suffix: list[int] | None = None,
-        scheme: Scheme = BIDIRECTIONAL,
+        pattern: AttentionPattern = BIDIRECTIONAL,
         max_length: int | None = None,
     ) -> "Canvas":
         """A canvas whose whole generation region is masked.
 
         Args:
-            text_length: longest text; the region may be longer (see `Scheme.region_length`).
+            text_length: longest text; the region may be longer (see `AttentionPattern.region_length`).
             mask_id: None for a model without a mask token: what its blocks begin with is drawn when their turn comes.
             block_length: None is full diffusion; with a causal model, that model's blocks.
             max_length: longest canvas; where whole blocks do not fit, the last one ends here.
@@ -193,14 +137,14 @@ class Canvas:
         given = len(prompt) + len(suffix)
         if text_length < 1:
             raise ValueError(f"gen_length must be at least 1, got {text_length}")
-        gen_length = scheme.region_length(len(prompt), text_length, block_length)
+        gen_length = pattern.region_length(len(prompt), text_length, block_length)
         if max_length is not None:
             gen_length = max(text_length, min(gen_length, max_length - given))
-        scheme = scheme.with_blocks(block_length)
-        length = block_length or scheme.causal_block or scheme.drafted or gen_length
-        if not scheme.causal:
+        pattern = pattern.with_blocks(block_length)
+        length = block_length or pattern.causal_block or pattern.drafted or gen_length
+        if not pattern.causal:
             length = min(length, gen_length)
-        layout = Layout(len(prompt), gen_length, length, len(suffix), scheme, cut=gen_length - text_length)
+        layout = Layout(len(prompt), gen_length, length, len(suffix), pattern, cut=gen_length - text_length)
         filler = 0 if mask_id is None else mask_id
         tokens = torch.tensor([*prompt, *[filler] * gen_length, *suffix], dtype=torch.int64)
         return cls(layout, tokens, torch.ones(gen_length, dtype=torch.bool))

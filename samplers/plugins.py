@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib.metadata import EntryPoint, EntryPoints, entry_points
 from typing import Generic, TypeVar
 
-from samplers.guard import is_interrupt, shown
+from samplers.loop.guard import is_interrupt, shown
 
 log = logging.getLogger(__name__)
 

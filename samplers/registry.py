@@ -6,24 +6,24 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from samplers.base import Sampler, SamplerParams
-from samplers.canvas import BIDIRECTIONAL, Scheme
-from samplers.credit import Credit
-from samplers.diffusion_gemma import DiffusionGemma
-from samplers.dream import Dream
-from samplers.edit import Edit
-from samplers.entropy import Entropy
-from samplers.entropy_bound import EntropyBound
-from samplers.factor import Factor
-from samplers.guard import Traits, misfit
-from samplers.hierarchy import Hierarchy, HierarchyRemask
-from samplers.margin import Margin
+from samplers.attention_pattern import BIDIRECTIONAL, AttentionPattern
+from samplers.contract import Sampler, SamplerParams
+from samplers.drafting.diffusion_gemma import DiffusionGemma
+from samplers.learned.policy import Policy
+from samplers.loop.guard import Traits, incompatibility
+from samplers.modifiers.credit import Credit
 from samplers.plugins import BrokenPlugin, Plugins, load_plugins
-from samplers.policy import Policy
-from samplers.random import Random
-from samplers.sequential import Sequential
-from samplers.threshold import Threshold
-from samplers.topk import TopK
+from samplers.revising.edit import Edit
+from samplers.rules.dream import Dream
+from samplers.rules.entropy import Entropy
+from samplers.rules.entropy_bound import EntropyBound
+from samplers.rules.factor import Factor
+from samplers.rules.hierarchy import Hierarchy, HierarchyRemask
+from samplers.rules.margin import Margin
+from samplers.rules.random import Random
+from samplers.rules.sequential import Sequential
+from samplers.rules.threshold import Threshold
+from samplers.rules.topk import TopK
 
 _OURS: tuple[type[Sampler], ...] = (
     Random,
@@ -118,8 +118,13 @@ def _check(sampler: Sampler) -> None:
         raise TypeError("Params is not a SamplerParams class")
     _descriptions()[sampler.name] = Description.of(sampler)
     Traits.of(sampler)
-    for scheme in (BIDIRECTIONAL, Scheme(causal_block=4), Scheme(shifted=True), Scheme(noise=4)):
-        misfit(sampler, scheme)
+    for pattern in (
+        BIDIRECTIONAL,
+        AttentionPattern(causal_block=4),
+        AttentionPattern(shifted=True),
+        AttentionPattern(noise=4),
+    ):
+        incompatibility(sampler, pattern)
 
 
 @cache

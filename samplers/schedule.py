@@ -6,8 +6,9 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from samplers.base import ParameterError, Sampler, SamplerParams, Selection, Step, best
 from samplers.canvas import Layout
+from samplers.contract import ParameterError, Sampler, SamplerParams, Selection, Step
+from samplers.ranking import best
 
 
 class ScheduledParams(SamplerParams):
@@ -68,7 +69,7 @@ def check_steps(params: SamplerParams, layout: Layout) -> None:
 def scheduled_forwards(params: SamplerParams, layout: Layout) -> int:
     """Most forwards where each commits what the schedule says, or more."""
     # Where outputs are about the next position, a block's first forward may decide that position only.
-    opening = layout.blocks if layout.scheme.shifted else 0
+    opening = layout.blocks if layout.pattern.shifted else 0
     steps, k = getattr(params, "steps", None), getattr(params, "k", None)
     if steps is not None:
         return opening + int(steps)

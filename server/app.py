@@ -34,7 +34,7 @@ def create_app(engine: Engine, text: TextCodec, metrics: Metrics, settings: Sett
     Raises RequestError for `sampler` or `sampler_params` if the settings' default sampler does not exist or fit.
     """
     info = engine.info
-    catalogue = Catalogue(metrics.model_name, default_rule(settings, info), engine.policies, info.scheme)
+    catalogue = Catalogue(metrics.model_name, default_rule(settings, info), engine.policies, info.pattern)
     metrics.policies(len(engine.policies.list()))
     serving = Serving(engine, text, metrics, settings, catalogue, TextThreads(engine, metrics), Owners(settings))
     app = FastAPI(

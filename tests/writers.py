@@ -13,7 +13,7 @@ from torch import nn
 
 from policies.checkpoint import load_policy, save_policy
 from policies.environment import Records
-from policies.evaluate import Row
+from policies.evaluate import Measurement
 from policies.network import Observation
 from policies.recipe import PolicyRecipe
 from policies.run_state import RunState
@@ -136,11 +136,11 @@ def exports(trainer: Trainer) -> Writer:
     return Writer("an exported model", write, read)
 
 
-def row(number: int) -> Row:
+def row(number: int) -> Measurement:
     numbers = {"count": 1, "correct": 1, "accuracy": 1, "accuracy_low": 0, "accuracy_high": 1}
     settings = {"task": "a", "sampler": "topk", "params": {}, "block_length": None, "gen_length": 1}
     done = {"tokens": 1, "forwards": 1, "tpf": 1, "seconds": 1, "fill_after_end": True}
-    return Row.model_validate({"seed": number, **settings, **numbers, **done})
+    return Measurement.model_validate({"seed": number, **settings, **numbers, **done})
 
 
 def results() -> Writer:

@@ -10,16 +10,16 @@ from pydantic_core import to_json
 from policies.store import PolicyStore, Stored, UnknownPolicyError
 from samplers import (
     BIDIRECTIONAL,
+    AttentionPattern,
     Sampler,
     SamplerError,
     SamplerParams,
-    Scheme,
     UnknownSamplerError,
     get_sampler,
     named_samplers,
 )
-from samplers.guard import SHOWN, ContractError, failure, name_of, shown, told, why_not
-from samplers.policy import Policy, PolicyParams
+from samplers.learned.policy import Policy, PolicyParams
+from samplers.loop.guard import SHOWN, ContractError, failure, name_of, shown, told, why_not
 from server.api.bodies import request_error, show
 from server.api.errors import NotFoundError
 from server.api.requests import GenerationBody
@@ -63,7 +63,7 @@ def default_rule(settings: Settings, info: ModelInfo) -> Rule:
     """What requests get that choose nothing. Raises RequestError for `sampler` or `sampler_params`."""
     name = settings.sampler or info.sampler
     sampler = _sampler(name, "sampler")
-    if reason := why_not(sampler, info.scheme):
+    if reason := why_not(sampler, info.pattern):
         raise RequestError("sampler", reason)
     return Rule(sampler, _default_params(sampler, settings), name)
 
@@ -92,16 +92,18 @@ class Catalogue:
         name: the served model.
         default: what requests get that choose neither sampler nor parameters.
         policies: the policies that are loaded, which may change at any time.
-        scheme: how the model reads a canvas.
+        pattern: how the model reads a canvas.
     """
 
-    def __init__(self, name: str, default: Rule, policies: PolicyStore, scheme: Scheme = BIDIRECTIONAL) -> None:
+    def __init__(
+        self, name: str, default: Rule, policies: PolicyStore, pattern: AttentionPattern = BIDIRECTIONAL
+    ) -> None:
         self.name = name
-        self.scheme = scheme
+        self.pattern = pattern
         self.policies = policies
         self._default = default
         # Asked once: a third party's answer may take any time, and is needed on the event loop.
-        self._reasons = {each: why_not(sampler, scheme) for each, sampler in named_samplers().items()}
+        self._reasons = {each: why_not(sampler, pattern) for each, sampler in named_samplers().items()}
 
     def why_not(self, sampler: str) -> str | None:
         """Why the model cannot be denoised by a sampler; None if it can."""

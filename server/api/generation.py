@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from policies.store import UnknownPolicyError
 from samplers import CacheMode, Layout, TokenChoice, is_ours
-from samplers.policy import Policy, PolicyParams
+from samplers.learned.policy import Policy, PolicyParams
 from server.api.catalogue import Rule, Wish, stated
 from server.api.choices import Choice
 from server.api.errors import budget_headers

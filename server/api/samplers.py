@@ -5,7 +5,7 @@ from functools import lru_cache
 from fastapi import FastAPI, Response
 
 from samplers import BrokenPlugin, describe, list_unavailable, named_samplers
-from samplers.policy import Policy
+from samplers.learned.policy import Policy
 from server.api.bodies import show
 from server.api.errors import NotFoundError
 from server.api.openapi import ERRORS, LOOKUP_ERRORS

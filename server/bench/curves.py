@@ -4,7 +4,9 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from samplers import Canvas, get_sampler
-from samplers.denoising import Denoising, Query, ask
+from samplers.forward.query import Query
+from samplers.loop.denoising import ask
+from samplers.loop.row import Row
 from server.bench.results import Measure, Result, spread, timed
 from server.bench.subjects import RANDOM, random_network
 from server.engine.torch_backend import TorchBackend
@@ -51,7 +53,7 @@ def _forward(backend: TorchBackend, query: Query) -> Measure:
 def _query(lengths: list[int]) -> Query:
     topk = get_sampler("topk")
     canvases = [Canvas.blank([5] * (length - BLOCK), BLOCK, 0) for length in lengths]
-    return ask([Denoising(canvas, topk, topk.Params()) for canvas in canvases])
+    return ask([Row(canvas, topk, topk.Params()) for canvas in canvases])
 
 
 def _model(vocabulary: int) -> TorchBackend:

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 from samplers import Canvas, get_sampler
-from samplers.denoising import Denoising, Query, ask
+from samplers.forward.query import Query
+from samplers.loop.denoising import ask
+from samplers.loop.row import Row
 from server.bench.products import bare_products
 from server.bench.reference import generate
 from server.bench.results import Result, alternate, ratio_of, spread, timed
@@ -176,7 +178,7 @@ def _first_step(subject: Subject, count: int) -> Query:
         Canvas.blank(prompt, subject.gen_length, subject.backend.info.mask_id, subject.block_length)
         for prompt in subject.prompts[:count]
     ]
-    return ask([Denoising(canvas, topk, topk.Params()) for canvas in canvases])
+    return ask([Row(canvas, topk, topk.Params()) for canvas in canvases])
 
 
 def _invariant(subject: Subject, rounds: int, detail: dict[str, Any]) -> Result:

@@ -168,10 +168,10 @@ def _for_model(trial: "Trial", info: "ModelInfo", cache: str | None) -> "Trial":
     from samplers import CacheMode
 
     block_length = trial.block_length
-    if info.scheme.causal_block is not None:
+    if info.pattern.causal_block is not None:
         block_length = block_length or info.block_length
     try:
-        info.scheme.with_blocks(block_length)
+        info.pattern.with_blocks(block_length)
     except ValueError as error:
         wrong("--block-length", error)
     return replace(trial, block_length=block_length, cache=CacheMode(cache or info.cache))

@@ -31,7 +31,9 @@ from server.commands.options import (
 
 if TYPE_CHECKING:
     from policies.specs import SamplerSpec
-    from samplers.denoising import Denoising, Outcome, Predict
+    from samplers.forward.query import Predict
+    from samplers.loop.denoising import Outcome
+    from samplers.loop.row import Row
 
 
 def register(app: typer.Typer) -> None:
@@ -78,7 +80,7 @@ def generate(
         wrong("--top-p", "must be above 0")
     from policies.store import UnknownPolicyError
     from samplers import CacheMode, Canvas, ParameterError, SamplerError, TokenChoice
-    from samplers.denoising import Denoising
+    from samplers.loop.row import Row
 
     use_threads(threads)
     loaded = open_model(model, device, dtype)
@@ -92,7 +94,7 @@ def generate(
         wrong("--max-tokens", f"{max_tokens} and a prompt of {len(ids)} tokens exceed the model's {info.max_length}")
     block = info.blocks(info.block_length if block_length is None else block)
     try:
-        canvas = Canvas.blank(ids, max_tokens, info.mask_id, block, scheme=info.scheme, max_length=info.max_length)
+        canvas = Canvas.blank(ids, max_tokens, info.mask_id, block, pattern=info.pattern, max_length=info.max_length)
     except ValueError as error:
         wrong("--block-length", error)
     choice = TokenChoice(temperature, top_p, top_k)
@@ -100,7 +102,7 @@ def generate(
     try:
         rule = policies.sampler(spec.name, spec.params)
         mode = CacheMode(cache or info.cache)
-        row = Denoising(canvas, rule, spec.params, choice, seed, info.end_ids, fill_after_end, mode, info.vocab_size)
+        row = Row(canvas, rule, spec.params, choice, seed, info.end_ids, fill_after_end, mode, info.vocab_size)
     except (ParameterError, UnknownPolicyError) as error:
         wrong("--sampler" if getattr(error, "field", None) == "sampler" else "--sampler-params", error)
     except SamplerError as error:
@@ -117,10 +119,10 @@ def generate(
     )
 
 
-def steps(row: "Denoising", predict: "Predict") -> "Iterator[tuple[Outcome, float]]":
+def steps(row: "Row", predict: "Predict") -> "Iterator[tuple[Outcome, float]]":
     """Denoise a generation to its end; what each forward did, and the seconds it took."""
     from samplers import SamplerError
-    from samplers.denoising import advance, ask
+    from samplers.loop.denoising import advance, ask
 
     while not row.finished:
         began = time.monotonic()
@@ -134,7 +136,7 @@ def steps(row: "Denoising", predict: "Predict") -> "Iterator[tuple[Outcome, floa
         yield outcome, time.monotonic() - began
 
 
-def _watch(row: "Denoising", predict: "Predict", token: Callable[[int], str], pause: float) -> float:
+def _watch(row: "Row", predict: "Predict", token: Callable[[int], str], pause: float) -> float:
     """Denoise in a live view; seconds spent on the steps alone."""
     from rich.live import Live
 

@@ -205,5 +205,5 @@ def subject_of(loaded: "LoadedModel", chat: bool = False) -> "Subject":
         end_ids,
         info.max_length,
         prompt,
-        info.scheme,
+        info.pattern,
     )

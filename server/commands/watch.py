@@ -5,7 +5,8 @@ from collections.abc import Callable
 from rich.panel import Panel
 from rich.text import Text
 
-from samplers.denoising import Denoising, Outcome
+from samplers.loop.denoising import Outcome
+from samplers.loop.row import Row
 
 # Unsure to sure, in hues that colour-blind readers tell apart (Okabe and Ito).
 SHADES = ("#D55E00", "#E69F00", "#CC79A7", "#56B4E9", "#009E73")
@@ -30,7 +31,7 @@ class CanvasView:
         token: the text of one token.
     """
 
-    def __init__(self, row: Denoising, token: Callable[[int], str]) -> None:
+    def __init__(self, row: Row, token: Callable[[int], str]) -> None:
         self._row = row
         self._token = token
         self._confidence: dict[int, float] = {}

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Protocol
 
-from samplers import BIDIRECTIONAL, CacheMode, Scheme
-from samplers.denoising import Query
-from samplers.prediction import Prediction
+from samplers import BIDIRECTIONAL, AttentionPattern, CacheMode
+from samplers.forward.prediction import Prediction
+from samplers.forward.query import Query
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class ModelInfo:
         device, dtype: where and how it computes.
         parameters: number of weights.
         caches: what a backend can keep between forwards.
-        scheme: how it reads a canvas.
+        pattern: how it reads a canvas.
     """
 
     architecture: str
@@ -34,23 +34,23 @@ class ModelInfo:
     device: str
     dtype: str
     parameters: int
-    scheme: Scheme = BIDIRECTIONAL
+    pattern: AttentionPattern = BIDIRECTIONAL
     caches: frozenset[CacheMode] = frozenset(CacheMode)
     length_limit: str | None = None
 
     def blocks(self, asked: int | None) -> int | None:
         """The block length that a request's comes to; for a causal model, none asked for is the model's own."""
-        return asked or self.block_length if self.scheme.causal else asked
+        return asked or self.block_length if self.pattern.causal else asked
 
     @property
     def cache(self) -> CacheMode:
         """What is kept between forwards unless somebody chooses: all that can be kept exactly."""
-        return CacheMode.PREFIX if self.scheme.causal else CacheMode.NONE
+        return CacheMode.PREFIX if self.pattern.causal else CacheMode.NONE
 
     @property
     def sampler(self) -> str:
         """What denoises unless somebody chooses."""
-        return "threshold" if self.scheme.noise is None else "diffusion_gemma"
+        return "threshold" if self.pattern.noise is None else "diffusion_gemma"
 
 
 class BackendDeadError(Exception):

@@ -10,9 +10,11 @@ import structlog
 
 from policies.store import Host, PolicyStore, UnknownPolicyError
 from samplers import CacheMode, Canvas, ParameterError, Prediction, SamplerError, UnknownSamplerError
-from samplers.denoising import Denoising, Outcome, Query, advance, ask
-from samplers.guard import Traits, misfit, own_params
-from samplers.work import work
+from samplers.forward.query import Query
+from samplers.loop.denoising import Outcome, advance, ask
+from samplers.loop.guard import Traits, incompatibility, own_params
+from samplers.loop.row import Row
+from samplers.loop.work import work
 from server.engine.backend import Backend, BackendDeadError, ModelInfo
 from server.engine.generation import Deliver, Generation
 from server.engine.quota import Buckets
@@ -150,7 +152,7 @@ class Engine:
         if not self.accepting:
             raise NotServingError("the server is shutting down" if self.alive else "the engine is not running")
 
-    def check(self, request: GenerationRequest) -> tuple[Denoising, int]:
+    def check(self, request: GenerationRequest) -> tuple[Row, int]:
         """The request as a row of the loop, and its work.
 
         Raises RequestError if it does not fit model or sampler, SamplerError if the sampler fails when it is asked.
@@ -167,7 +169,7 @@ class Engine:
         if request.cache not in self.info.caches:
             modes = ", ".join(mode for mode in CacheMode if mode in self.info.caches)
             raise RequestError("cache", f"this server's engine has no {request.cache} cache; choose from {modes}")
-        if request.suffix and self.info.scheme.causal:
+        if request.suffix and self.info.pattern.causal:
             raise RequestError("suffix", "this model cannot see what comes after the text that it writes")
         try:
             canvas = Canvas.blank(
@@ -176,19 +178,19 @@ class Engine:
                 self.info.mask_id,
                 request.block_length,
                 request.suffix,
-                self.info.scheme,
+                self.info.pattern,
                 self.info.max_length,
             )
         except ValueError as error:
             raise RequestError("block_length", str(error)) from None
         try:
             sampler = self.policies.sampler(request.sampler, request.params)
-            if reason := misfit(sampler, self.info.scheme):
+            if reason := incompatibility(sampler, self.info.pattern):
                 raise RequestError("sampler", reason)
             if Traits.of(sampler).greedy and request.choice.temperature > 0:
                 raise RequestError("temperature", f"sampler {request.sampler} chooses tokens itself; use temperature 0")
             params = own_params(sampler, request.params)
-            row = Denoising(
+            row = Row(
                 canvas,
                 sampler,
                 params,

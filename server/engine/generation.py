@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from samplers.denoising import Denoising
+from samplers.loop.row import Row
 from server.engine.request import Event, GenerationRequest
 
 Deliver = Callable[[Event], None]
@@ -26,7 +26,7 @@ class Generation:
 
     request: GenerationRequest
     deliver: Deliver
-    row: Denoising
+    row: Row
     work: int = 0
     submitted: float = field(default_factory=time.monotonic)
     first_token: float | None = None
@@ -44,10 +44,10 @@ class Generation:
     @property
     def cost(self) -> int:
         """Tokens that its next forward computes."""
-        fed = self.row.feed()
+        fed = self.row.span()
         return fed.stop - fed.start
 
     @property
     def keeps(self) -> bool:
         """Whether something is kept of it between forwards beside its canvas: keys and values."""
-        return self.row.feed().memory is not None
+        return self.row.span().memory is not None

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from samplers import Canvas, get_sampler
-from samplers.denoising import Denoising, ask
+from samplers.loop.denoising import ask
+from samplers.loop.row import Row
 from server.allocator import available_memory, give_back_freed_memory, peak_memory
 from server.engine.scheduler import Limits
 from server.engine.torch_backend import TorchBackend
@@ -56,19 +57,21 @@ def bound_memory(backend: TorchBackend, limits: Limits) -> MemoryBound:
 
 def _largest_forward(backend: TorchBackend, limits: Limits, longest: int) -> int:
     """Peak bytes of forwards over few long and many short canvases, as empty as the model lets them be, measured."""
-    sampler, scheme = get_sampler(backend.info.sampler), backend.info.scheme
+    sampler, pattern = get_sampler(backend.info.sampler), backend.info.pattern
     shapes = [
         (max(1, min(limits.rows, limits.tokens // length)), length) for length in (longest, _share(limits, longest))
     ]
     with peak_memory(backend.device) as peak:
         for count, length in shapes:
-            given = 0 if scheme.causal_block is None else length - 1  # only a prompt is computed at once
-            block = None if scheme.noise is None else length  # what is drafted may be all that there is
+            given = 0 if pattern.causal_block is None else length - 1  # only a prompt is computed at once
+            block = None if pattern.noise is None else length  # what is drafted may be all that there is
             canvases = [
-                Canvas.blank([0] * given, length - given, backend.info.mask_id, block, scheme=scheme, max_length=length)
+                Canvas.blank(
+                    [0] * given, length - given, backend.info.mask_id, block, pattern=pattern, max_length=length
+                )
                 for _ in range(count)
             ]
-            backend.predict(ask([Denoising(canvas, sampler, sampler.Params()) for canvas in canvases]))
+            backend.predict(ask([Row(canvas, sampler, sampler.Params()) for canvas in canvases]))
     give_back_freed_memory(backend.device)
     return int(peak.grown * HOLES) if backend.device.type == "cpu" else peak.grown
 

@@ -4,21 +4,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from samplers.cache import Memory
-from samplers.denoising import Query
-from samplers.prediction import Prediction, Wanted
-from samplers.summary import summarise
+from samplers.forward.prediction import Prediction
+from samplers.forward.query import Query
+from samplers.forward.span import KVSlot
+from samplers.forward.statistics import StatisticsRequest
+from samplers.forward.summary import summarise
 from server.engine.backend import ModelInfo
 from server.models.compiling import padded_size
 from server.models.network import Network
-from server.models.packed import KeyValues, Packed, Row
+from server.models.packed import KeyValues, RaggedBatch, Segment
 
 LOGIT_ELEMENTS = 1 << 24
 """Logits held at a time: candidates are worked off in chunks of at most this many elements."""
 
 
 class TorchBackend:
-    """What each canvas feeds, packed into one forward; last outputs, head and statistics for candidates only.
+    """What each canvas spans, packed into one forward; last outputs, head and statistics for candidates only.
 
     Args:
         batch_invariant: compute each canvas on its own, since matrix products round differently with their size.
@@ -59,23 +60,23 @@ class TorchBackend:
             self._keep(query, torch.cat(kept))
         return Prediction.join(parts)
 
-    def say(self, logits: Tensor, wanted: Wanted) -> Prediction:
+    def say(self, logits: Tensor, wanted: StatisticsRequest) -> Prediction:
         """What there is to say of logits [n, vocabulary]."""
         return summarise(logits, self.info.mask_id, wanted)
 
     def _keep(self, query: Query, said: Tensor) -> None:
         """Note what a forward said of each canvas for the next one, once all of it has succeeded."""
         counts = torch.bincount(query.row, minlength=len(query.canvases)).tolist()
-        for feed, part in zip(query.feeds, torch.split(said, counts), strict=True):
+        for feed, part in zip(query.spans, torch.split(said, counts), strict=True):
             if feed.memory is not None and feed.draft is not None:
                 assert isinstance(feed.memory.content, KeyValues)
                 feed.memory.content.said = feed.draft, part
 
-    def pack(self, query: Query) -> tuple[Packed, Tensor]:
+    def pack(self, query: Query) -> tuple[RaggedBatch, Tensor]:
         """The forward of a query, and where in what it gives each of the query's positions is, [n]."""
         counts = torch.bincount(query.row, minlength=len(query.canvases)).tolist()
         rows = [
-            Row(
+            Segment(
                 feed.start,
                 feed.stop,
                 count,
@@ -84,7 +85,7 @@ class TorchBackend:
                 feed.causal_block,
                 feed.draft or 0,
             )
-            for canvas, feed, count in zip(query.canvases, query.feeds, counts, strict=True)
+            for canvas, feed, count in zip(query.canvases, query.spans, counts, strict=True)
         ]
         order = sorted(range(len(rows)), key=lambda i: (rows[i].shape, rows[i].wanted))
         first, asked = [0] * len(rows), [0] * len(rows)
@@ -98,20 +99,20 @@ class TorchBackend:
         back = place + torch.tensor(asked)[query.row]
         wanted = torch.empty_like(back)
         output = query.position
-        if self.network.scheme.shifted:
+        if self.network.pattern.shifted:
             output = (output - 1).maximum(torch.tensor([row.start for row in rows])[query.row])
         wanted[back] = output + torch.tensor(first)[query.row]
         ids = torch.cat([query.canvases[i].tokens[rows[i].start : rows[i].stop] for i in order])
         if self.static_shapes:
             ids, wanted = (F.pad(each, (0, padded_size(len(each)) - len(each))) for each in (ids, wanted))
-        batch = Packed(
+        batch = RaggedBatch(
             [rows[i] for i in order],
             ids.to(self.device, non_blocking=True),
             wanted.to(self.device, non_blocking=True),
         )
         return batch, back
 
-    def _memory(self, memory: Memory | None, length: int) -> KeyValues | None:
+    def _memory(self, memory: KVSlot | None, length: int) -> KeyValues | None:
         """Room for the keys and values of a canvas, made when it is first needed."""
         if memory is None:
             return None

@@ -6,7 +6,7 @@ import time
 import traceback
 
 from samplers import Sampler
-from samplers.guard import FRAMES, name_of
+from samplers.loop.guard import FRAMES, name_of
 
 PATIENCE = 60.0
 """Seconds that samplers may take for a step; they take milliseconds."""

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from policies.atomic import write_file
-from policies.evaluate import Row
+from policies.evaluate import Measurement
 from policies.oracle import Oracle
 from server.evaluation.report import by_setting, column
 
@@ -18,22 +18,22 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p")
 
 
-def series(row: Row) -> str:
+def series(row: Measurement) -> str:
     """What one line of the picture joins: a sampler, each policy for itself."""
     policy = row.params.get("policy")
     return f"{row.sampler} {policy}" if policy else row.sampler
 
 
-def pareto_front(rows: list[Row]) -> list[Row]:
+def pareto_front(rows: list[Measurement]) -> list[Measurement]:
     """The rows that no other beats in both accuracy and tokens per forward, the slowest first."""
-    front: list[Row] = []
+    front: list[Measurement] = []
     for row in sorted(rows, key=lambda r: (-r.tpf, -r.accuracy)):
         if not front or row.accuracy > front[-1].accuracy:
             front.append(row)
     return front[::-1]
 
 
-def draw(rows: list[Row], model: str, path: Path) -> None:
+def draw(rows: list[Measurement], model: str, path: Path) -> None:
     """Write a PNG: a panel for each setting (down) and task (across). The oracle is shown, but is on no front."""
     settings = by_setting(rows)
     columns = list(dict.fromkeys(map(column, rows)))
@@ -59,7 +59,7 @@ def draw(rows: list[Row], model: str, path: Path) -> None:
     write_file(path, picture.getvalue())
 
 
-def _panel(axes: Axes, rows: list[Row], names: list[str]) -> None:
+def _panel(axes: Axes, rows: list[Measurement], names: list[str]) -> None:
     front = pareto_front([row for row in rows if row.sampler != Oracle.name])
     if front:
         axes.plot(

@@ -6,7 +6,7 @@ from itertools import groupby
 
 from rich.table import Table
 
-from policies.evaluate import Row
+from policies.evaluate import Measurement
 from policies.specs import sampler_label
 from samplers import CacheMode
 
@@ -22,7 +22,7 @@ class Setting:
     cache: CacheMode
 
     @classmethod
-    def of(cls, row: Row) -> "Setting":
+    def of(cls, row: Measurement) -> "Setting":
         return cls(row.block_length, row.fill_after_end, row.count, row.seed, row.cache)
 
     def title(self) -> str:
@@ -36,25 +36,25 @@ def kept(cache: CacheMode) -> str:
     return "" if cache is CacheMode.NONE else f", {cache} cache"
 
 
-def by_setting(rows: list[Row]) -> dict[Setting, list[Row]]:
+def by_setting(rows: list[Measurement]) -> dict[Setting, list[Measurement]]:
     """Rows of each setting, settings and rows in the order in which they were measured."""
-    groups: dict[Setting, list[Row]] = {}
+    groups: dict[Setting, list[Measurement]] = {}
     for row in rows:
         groups.setdefault(Setting.of(row), []).append(row)
     return groups
 
 
-def column(row: Row) -> str:
+def column(row: Measurement) -> str:
     """The task and how many positions it was given."""
     return f"{row.task} ({row.gen_length})"
 
 
-def label(row: Row) -> str:
+def label(row: Measurement) -> str:
     """The sampler and its parameters."""
     return sampler_label(row.sampler, row.params)
 
 
-def all_at_once(rows: Iterable[Row]) -> str:
+def all_at_once(rows: Iterable[Measurement]) -> str:
     """A remark on a `k` that is no limit in any of these rows."""
     unlimited = (row.sampler in ("random", "topk") and row.params.get("k", 1) >= row.gen_length for row in rows)
     return " (all at once)" if all(unlimited) else ""
@@ -65,13 +65,13 @@ EXPLANATION = (
 )
 
 
-def cell(row: Row) -> str:
+def cell(row: Measurement) -> str:
     """Accuracy in % with its 95 % interval / tokens per forward."""
     accuracy, low, high = (100 * share for share in (row.accuracy, row.accuracy_low, row.accuracy_high))
     return f"{accuracy:.1f} [{low:.1f}-{high:.1f}] / {row.tpf:.2f}"
 
 
-def markdown(rows: list[Row]) -> str:
+def markdown(rows: list[Measurement]) -> str:
     """One table a setting: samplers down, tasks across, each cell as `cell` has it."""
     parts = [EXPLANATION]
     for setting, group in by_setting(rows).items():
@@ -82,7 +82,7 @@ def markdown(rows: list[Row]) -> str:
             f"| sampler | {' | '.join(columns)} |",
             "|---" * (len(columns) + 1) + "|",
         ]
-        samplers: dict[str, dict[str, Row]] = {}
+        samplers: dict[str, dict[str, Measurement]] = {}
         for row in group:
             samplers.setdefault(label(row), {})[column(row)] = row
         for name, found in samplers.items():
@@ -92,7 +92,7 @@ def markdown(rows: list[Row]) -> str:
     return "\n".join(parts)
 
 
-def table(rows: list[Row]) -> Table:
+def table(rows: list[Measurement]) -> Table:
     """One line a row, for the terminal."""
     shown = Table("task", "block", "sampler", title="accuracy against tokens per forward")
     for name in ("correct", "accuracy %", "95 %", "tokens", "forwards", "TPF", "seconds"):

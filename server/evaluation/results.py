@@ -6,7 +6,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from policies.atomic import write_file
-from policies.evaluate import Row, Trial
+from policies.evaluate import Measurement, Trial
 from policies.files import open_regular, read_file
 
 MOST_BYTES = 64 << 20
@@ -20,9 +20,9 @@ class Results(BaseModel):
     model: str
     digest: str
     dtype: str
-    rows: list[Row] = []
+    rows: list[Measurement] = []
 
-    def find(self, trial: Trial) -> Row | None:
+    def find(self, trial: Trial) -> Measurement | None:
         """The row of this trial, if it was measured."""
         settings = trial.settings()
         return next((row for row in self.rows if row.settings() == settings), None)
@@ -54,7 +54,7 @@ def open_results(path: Path | None, fresh: Results) -> Results:
     return found
 
 
-def add_row(path: Path | None, results: Results, row: Row) -> None:
+def add_row(path: Path | None, results: Results, row: Measurement) -> None:
     """Add a row, and write all rows to `path` if there is one; a kill at any point leaves the old file or the new one.
 
     Rows that another run has added to the file meanwhile are kept, and taken over. Raises ResultsError, OSError.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from server.models.config import Count, Layers, RotaryConfig
 from server.models.layers import RMSNorm, RotaryTables, gated, rotate, split_heads
 from server.models.network import Network
-from server.models.packed import Packed
+from server.models.packed import RaggedBatch
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Queries, keys and values [tokens, heads, head_dim] to what each query reads, of the queries' shape."""
@@ -257,7 +257,7 @@ class DecoderNetwork(Network):
         cos, sin = self._tables(length, self.embedding.weight.device)
         return cos.to(dtype), sin.to(dtype)
 
-    def packed(self, batch: Packed) -> Tensor:
+    def packed(self, batch: RaggedBatch) -> Tensor:
         x = self.embedding(batch.tokens)
         longest = max(row.visible for row in batch.rows)
         cos, sin = (table[batch.position] for table in self._rotation(longest, x.dtype))

@@ -16,14 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from samplers import Scheme
-from samplers.prediction import Wanted
+from samplers import AttentionPattern
+from samplers.forward.statistics import StatisticsRequest
 from server.models.decoder import Attend, GatedMLP
 from server.models.diffusion_gemma_config import DiffusionGemmaConfig, Kind, TextConfig
 from server.models.experts import highest, mix
 from server.models.layers import rotate, split_heads
 from server.models.network import Network
-from server.models.packed import Packed
+from server.models.packed import RaggedBatch
 
 DECODER, ENCODER, FACTOR = "model.decoder.", "model.encoder.language_model.", ".layer_scalar"
 """Names of tensors: beginnings of those of the two ways to read, and the end of what they do not share."""
@@ -227,7 +227,7 @@ class DiffusionGemma(Network):
         super().__init__()
         self.config = config
         text = config.text_config
-        self.scheme = Scheme(noise=text.vocab_size, drafted=config.canvas_length)
+        self.pattern = AttentionPattern(noise=text.vocab_size, drafted=config.canvas_length)
         self.block_length = config.canvas_length
         self.model = Model(text)
         self._tables: dict[Kind, tuple[Tensor, Tensor]] = {}
@@ -271,7 +271,7 @@ class DiffusionGemma(Network):
             known = self._tables[kind] = angle.cos(), angle.sin()
         return known[0].to(dtype), known[1].to(dtype)
 
-    def packed(self, batch: Packed) -> Tensor:
+    def packed(self, batch: RaggedBatch) -> Tensor:
         text = self.config.text_config
         drafted = torch.cat([torch.arange(row.start, row.stop) >= row.draft for row in batch.rows])
         drafted = F.pad(drafted, (0, len(batch.tokens) - len(drafted)))
@@ -292,7 +292,7 @@ class DiffusionGemma(Network):
         out: Tensor = self.decoder.norm(x)
         return out
 
-    def _embedded(self, batch: Packed, drafted: Tensor) -> Tensor:
+    def _embedded(self, batch: RaggedBatch, drafted: Tensor) -> Tensor:
         """What goes into the first layer: of a draft, with what was said of it before."""
         x: Tensor = self.decoder.embed_tokens(batch.tokens) * self._factor
         enter = self.decoder.self_conditioning
@@ -312,7 +312,7 @@ class DiffusionGemma(Network):
         capped: Tensor = (logits / cap).tanh() * cap
         return capped
 
-    def remembered(self, logits: Tensor, wanted: Wanted) -> Tensor:
+    def remembered(self, logits: Tensor, wanted: StatisticsRequest) -> Tensor:
         """The mean embedding under the probabilities that tokens are drawn with, which is all the next forward needs.
 
         Far smaller than the logits; filters of tokens do not count.

@@ -5,7 +5,7 @@ Its outputs are still about the next position.
 
 from torch import nn
 
-from samplers import Scheme
+from samplers import AttentionPattern
 from server.models.decoder import Attention, DecoderConfig, DecoderNetwork, GatedMLP, Layer
 
 
@@ -17,7 +17,7 @@ class Dream(DecoderNetwork):
     """The network."""
 
     Config = DreamConfig
-    scheme = Scheme(shifted=True)
+    pattern = AttentionPattern(shifted=True)
 
     def make_layer(self, index: int) -> nn.Module:
         mlp = GatedMLP(self.config.hidden_size, self.config.intermediate_size)

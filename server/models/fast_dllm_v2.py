@@ -5,7 +5,7 @@ Its outputs are still about the next position.
 
 from torch import nn
 
-from samplers import Scheme
+from samplers import AttentionPattern
 from server.models.config import Count
 from server.models.decoder import Attention, DecoderConfig, DecoderNetwork, GatedMLP, Layer
 
@@ -26,7 +26,9 @@ class FastDLLM(DecoderNetwork):
 
     def __init__(self, config: FastDLLMConfig) -> None:
         super().__init__(config)
-        self.scheme = Scheme(causal_block=config.bd_size, fixed=True, shifted=True, judges_drawn=True, strict=True)
+        self.pattern = AttentionPattern(
+            causal_block=config.bd_size, fixed=True, shifted=True, judges_drawn=True, strict=True
+        )
         self.block_length = config.bd_size if config.bd_size % SMALL_BLOCK else SMALL_BLOCK
 
     def make_layer(self, index: int) -> nn.Module:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from server.models.config import Count, Layers, RotaryConfig
 from server.models.layers import RMSNorm, RotaryTables, attention, gated, rotate, split_heads
 from server.models.network import Network
-from server.models.packed import Packed
+from server.models.packed import RaggedBatch
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Queries, keys and values [..., heads, head_dim] to what each query reads, of the queries' shape; several heads of
@@ -209,7 +209,7 @@ class LLaDA(Network):
         out: Tensor = self.transformer.ln_f(x)
         return out
 
-    def packed(self, batch: Packed) -> Tensor:
+    def packed(self, batch: RaggedBatch) -> Tensor:
         x = self.transformer.wte(batch.tokens)
         longest = max(row.visible for row in batch.rows)
         cos, sin = (table[batch.position] for table in self._rotation(longest, x.dtype))

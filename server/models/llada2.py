@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from samplers import Scheme
+from samplers import AttentionPattern
 from server.models.config import MOST_EXPERTS, Count
 from server.models.decoder import DecoderConfig, DecoderNetwork, GatedMLP, Layer
 from server.models.experts import highest, mix
@@ -171,7 +171,7 @@ class LLaDA2(DecoderNetwork):
     config: LLaDA2Config
     embedding_name: ClassVar[str] = "word_embeddings"
     float32: ClassVar[tuple[str, ...]] = ("*.mlp.gate.expert_bias",)
-    scheme = Scheme(causal_block=BLOCK_LENGTH, judges_drawn=True, strict=True)
+    pattern = AttentionPattern(causal_block=BLOCK_LENGTH, judges_drawn=True, strict=True)
     block_length = BLOCK_LENGTH
 
     @classmethod

@@ -157,7 +157,7 @@ def describe(architecture: str, network: Network) -> ModelInfo:
         device="cpu",
         dtype="float32",
         parameters=sum(p.numel() for p in network.parameters()),
-        scheme=network.scheme,
+        pattern=network.pattern,
     )
 
 

@@ -9,9 +9,9 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
-from samplers import BIDIRECTIONAL, Scheme
-from samplers.prediction import Wanted
-from server.models.packed import KeyValues, Packed, Row
+from samplers import BIDIRECTIONAL, AttentionPattern
+from samplers.forward.statistics import StatisticsRequest
+from server.models.packed import KeyValues, RaggedBatch, Segment
 
 
 def matches(name: str, patterns: tuple[str, ...]) -> bool:
@@ -28,7 +28,7 @@ class ModelConfig(Protocol):
 
     @property
     def mask_token_id(self) -> int | None:
-        """The mask token; None of a model without one, whose scheme says what is there instead."""
+        """The mask token; None of a model without one, whose pattern says what is there instead."""
 
     @property
     def end_ids(self) -> frozenset[int]:
@@ -44,7 +44,7 @@ class Network(nn.Module):
 
     Attributes:
         Config: validates `config.json`.
-        scheme: how it reads a canvas.
+        pattern: how it reads a canvas.
         block_length: what is denoised together unless a request says otherwise; None is full diffusion.
         ignored: patterns of names of tensors that are in checkpoints and not used.
         float32: patterns of names of tensors that stay float32 whatever type the others have: a rounded bias of a
@@ -53,7 +53,7 @@ class Network(nn.Module):
 
     Config: ClassVar[type[BaseModel]]
     config: ModelConfig
-    scheme: Scheme = BIDIRECTIONAL
+    pattern: AttentionPattern = BIDIRECTIONAL
     block_length: int | None = None
     ignored: ClassVar[tuple[str, ...]] = ("*rotary_emb.*",)
     float32: ClassVar[tuple[str, ...]] = ()
@@ -101,7 +101,7 @@ class Network(nn.Module):
         kept = [(2, length, *shape) for shape in self.cache_shapes]
         return KeyValues([torch.empty(shape, dtype=dtype, device=device) for shape in kept])
 
-    def remembered(self, logits: Tensor, wanted: Wanted) -> Tensor | None:
+    def remembered(self, logits: Tensor, wanted: StatisticsRequest) -> Tensor | None:
         """What the next forward of a canvas is to know of this one's logits [n, rows], if anything.
 
         [n, width], which comes back in the memory of the packed rows.
@@ -109,7 +109,7 @@ class Network(nn.Module):
         return None
 
     @abstractmethod
-    def packed(self, batch: Packed) -> Tensor:
+    def packed(self, batch: RaggedBatch) -> Tensor:
         """Normed last hidden states of the tokens that a packed batch wants, [wanted, width]."""
 
     @abstractmethod
@@ -119,9 +119,9 @@ class Network(nn.Module):
     def hidden(self, tokens: Tensor) -> Tensor:
         """Normed last hidden states [batch, length, width] of rows of one length, ids [batch, length]."""
         count, length = tokens.shape
-        row = Row(0, length, length, length, None, self.scheme.causal_block)
+        row = Segment(0, length, length, length, None, self.pattern.causal_block)
         everything = torch.arange(tokens.numel(), device=tokens.device)
-        return self.packed(Packed([row] * count, tokens.flatten(), everything)).view(count, length, -1)
+        return self.packed(RaggedBatch([row] * count, tokens.flatten(), everything)).view(count, length, -1)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits [batch, length, rows], where a `shifted` model says what comes next."""

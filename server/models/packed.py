@@ -24,15 +24,15 @@ class KeyValues:
 
 
 @dataclass(frozen=True)
-class Row:
+class Segment:
     """A canvas in a packed forward.
 
     Attributes:
         start, stop: positions of the canvas that are fed; the others are known from `memory`.
         wanted: how many of them are asked for.
         visible: length of the part of the canvas that attention reads.
-        memory: what is kept of this canvas. A row that feeds all that is visible fills it, any other one reads it, with
-            the part that it feeds put in its place.
+        memory: what is kept of this canvas. A row that spans all that is visible fills it, any other one reads it, with
+            the part that it spans put in its place.
         causal_block: a position sees no block of so many after its own; None: it sees everything visible.
         draft: a position before this one sees nothing after itself.
     """
@@ -60,13 +60,13 @@ class Row:
 
 
 @dataclass(frozen=True)
-class _Run:
+class AttentionGroup:
     """Rows of one shape side by side, how many queries each has, and where those are, [rows, 1, count, 1].
 
     `masks` are which keys they see from the first on, [rows, 1, count, keys], for each window that was asked for.
     """
 
-    rows: Sequence[Row]
+    rows: Sequence[Segment]
     count: int
     places: Tensor
     masks: dict[int | None, Tensor | None] = field(default_factory=dict)
@@ -82,7 +82,7 @@ class _Run:
         return self.masks[window]
 
 
-class Packed:
+class RaggedBatch:
     """One forward's rows. Rows of equal shape should be neighbours: their attention is one call.
 
     Args:
@@ -93,7 +93,7 @@ class Packed:
     `tokens` and `wanted` may be longer, so that few shapes occur; what is beyond is computed for nothing.
     """
 
-    def __init__(self, rows: Sequence[Row], tokens: Tensor, wanted: Tensor) -> None:
+    def __init__(self, rows: Sequence[Segment], tokens: Tensor, wanted: Tensor) -> None:
         self.rows = rows
         self.tokens = tokens
         self.wanted = wanted
@@ -160,25 +160,25 @@ def _heads_first(x: Tensor, rows: int) -> Tensor:
     return x.view(rows, len(x) // rows, *x.shape[1:]).transpose(1, 2)  # there may be no token
 
 
-def _runs(rows: Sequence[Row], queries: Sequence[int], position: Tensor) -> list[_Run]:
+def _runs(rows: Sequence[Segment], queries: Sequence[int], position: Tensor) -> list[AttentionGroup]:
     """Neighbours that share a shape; a row with a past of its own stands alone.
 
     Args:
         queries: how many each row has.
         position: of every query on its canvas.
     """
-    runs: list[_Run] = []
+    runs: list[AttentionGroup] = []
     first = 0
     for (_, count), same in groupby(zip(rows, queries, strict=True), key=lambda each: (each[0].shape, each[1])):
         members = [row for row, _ in same]
         for batch in [members] if members[0].whole else [[row] for row in members]:
             places = position[first : first + count * len(batch)].view(len(batch), 1, count, 1)
             first += count * len(batch)
-            runs.append(_Run(batch, count, places))
+            runs.append(AttentionGroup(batch, count, places))
     return runs
 
 
-def _mask(row: Row, places: Tensor, window: int | None, first: int) -> Tensor | None:
+def _mask(row: Segment, places: Tensor, window: int | None, first: int) -> Tensor | None:
     """Which of the visible positions from the first on each of these places sees; None where that is all of them."""
     size = row.causal_block
     if size is not None and row.start // size == (row.visible - 1) // size:

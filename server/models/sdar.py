@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 from pydantic import model_validator
 from torch import nn
 
-from samplers import Scheme
+from samplers import AttentionPattern
 from server.models.config import Count
 from server.models.decoder import Attention, DecoderConfig, DecoderNetwork, GatedMLP, Layer
 from server.models.layers import RMSNorm, WideRMSNorm
@@ -43,7 +43,7 @@ class SDAR(DecoderNetwork):
     def __init__(self, config: SDARConfig) -> None:
         super().__init__(config)
         self.block_length = config.block_size
-        self.scheme = Scheme(causal_block=config.block_size, judges_drawn=True, strict=True)
+        self.pattern = AttentionPattern(causal_block=config.block_size, judges_drawn=True, strict=True)
 
     def make_layer(self, index: int) -> nn.Module:
         mlp = GatedMLP(self.config.hidden_size, self.config.intermediate_size)

@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 
 from samplers import Prediction
-from samplers.denoising import Query
+from samplers.forward.query import Query
 from server.engine import Backend
 from server.models.loading import LoadedModel, load_model
 

@@ -14,7 +14,7 @@ from openai import AsyncOpenAI, OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
 from samplers import Prediction
-from samplers.denoising import Query
+from samplers.forward.query import Query
 from server.app import create_app, limits_of
 from server.engine import Backend, Engine
 from server.lifecycle import DrainingServer, listen

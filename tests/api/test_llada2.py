@@ -50,7 +50,7 @@ def test_samplers_give_the_same_with_the_exact_cache(llada2: Running, rule: dict
     told = []
     for answer in answers:
         (choice,) = answer["choices"]
-        # Confidences are rounded differently where a forward feeds fewer positions.
+        # Confidences are rounded differently where a forward spans fewer positions.
         steps = [(step["forward"], step["positions"], step["tokens"]) for step in choice["trajectory"]]
         told.append((choice["text"], choice["finish_reason"], steps, answer["usage"]))
     assert told[0] == told[1] == told[2]

@@ -116,7 +116,7 @@ def test_one_that_fails_later_does_not_take_the_list_with_it(hostile: Running, m
     def fails(*_: object) -> None:
         raise SystemExit("not today")
 
-    for name in ("misfit", "summary", "schema"):
+    for name in ("incompatibility", "summary", "schema"):
         monkeypatch.setattr(sampler, name, fails, raising=False)
     again = hostile.get("/v1/samplers").json()["data"]
     assert [card for card in again if card["id"] != "moody"] == [card for card in listed if card["id"] != "moody"]
@@ -163,7 +163,7 @@ def test_its_own_checks_hold_up_nobody_else(hostile: Running) -> None:
 
 def test_no_list_asks_it_again(hostile: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
-    monkeypatch.setattr(get_sampler("moody"), "misfit", asked.append, raising=False)
+    monkeypatch.setattr(get_sampler("moody"), "incompatibility", asked.append, raising=False)
     for path in ("samplers", "models", "models/tiny", "models/tiny:moody"):
         assert hostile.get(f"/v1/{path}").status_code == 200
     assert asked == []

@@ -71,7 +71,7 @@ def test_a_short_text_is_how_a_long_one_begins(blocks: Running) -> None:
     names = [sampler for sampler in samplers(blocks) if sampler != "dream"]
     every = list(zip(names, cycle([PROMPT, PROMPT[:9]]), strict=False))
     # A random model that drafts amplifies the last bits of sums, which differ with who shares a forward.
-    side_by_side(check, every, at_once=1 if blocks.engine.info.scheme.noise else 16)
+    side_by_side(check, every, at_once=1 if blocks.engine.info.pattern.noise else 16)
 
 
 def test_an_end_of_text_beyond_the_text_does_not_end_it(blocks: Running) -> None:

@@ -9,7 +9,8 @@ import httpx
 import pytest
 
 from samplers import Canvas, get_sampler, list_samplers
-from samplers.denoising import Denoising, denoise
+from samplers.loop.denoising import denoise
+from samplers.loop.row import Row
 from server.api.catalogue import default_rule
 from server.engine import RequestError
 from server.models.loading import load_model
@@ -39,8 +40,8 @@ def test_a_completion_is_what_the_loop_alone_writes(gemma: Running, folder: Path
     """Text, tokens and forwards of the loop on a backend of its own, without a server or a cache."""
     loaded = load_model(str(folder), device="cpu", dtype="float32")
     sampler = get_sampler("diffusion_gemma")
-    canvas = Canvas.blank(loaded.text.encode(PROMPT), 20, None, scheme=loaded.backend.info.scheme)
-    row = Denoising(canvas, sampler, sampler.Params(max_denoising_steps=5), seed=7)
+    canvas = Canvas.blank(loaded.text.encode(PROMPT), 20, None, pattern=loaded.backend.info.pattern)
+    row = Row(canvas, sampler, sampler.Params(max_denoising_steps=5), seed=7)
     denoise([row], loaded.backend.predict)
     answer = gemma.complete(seed=7, **LONG)
     assert answer["choices"][0]["text"] == loaded.text.decode(row.text_tokens())

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from samplers import Canvas, get_sampler
-from samplers.denoising import Denoising, denoise
+from samplers.loop.denoising import denoise
+from samplers.loop.row import Row
 from server.bench.curves import measure_growth
 from server.bench.engine import measure_engine
 from server.bench.machine import in_words, instructions, machine
@@ -37,9 +38,7 @@ def test_the_plain_loop_gives_the_engines_tokens(tiny_model: Path) -> None:
     info = subject.backend.info
     canvases, forwards = generate(subject.plain, torch.tensor(subject.prompts), 16, 8, 8, info.mask_id)
     topk = get_sampler("topk")
-    rows = [
-        Denoising(Canvas.blank(prompt, 16, info.mask_id, 8), topk, topk.Params(steps=8)) for prompt in subject.prompts
-    ]
+    rows = [Row(Canvas.blank(prompt, 16, info.mask_id, 8), topk, topk.Params(steps=8)) for prompt in subject.prompts]
     denoise(rows, subject.backend.predict)
     assert canvases.tolist() == [row.canvas.tokens.tolist() for row in rows]
     assert forwards == 8 == rows[0].forwards

@@ -19,7 +19,8 @@ import torch
 
 from policies.tasks import get_task
 from samplers import Canvas, Statistic, get_sampler
-from samplers.denoising import Denoising, denoise
+from samplers.loop.denoising import denoise
+from samplers.loop.row import Row
 from server.bench.machine import in_words, machine
 from server.engine import Backend
 from server.engine.vllm.backend import VllmBackend
@@ -53,18 +54,18 @@ class Traffic:
         client.encoder.encode, client.decoder.decode = encoded, decoded
 
 
-def rows(loaded: LoadedModel, count: int, sampler_name: str) -> list[Denoising]:
+def rows(loaded: LoadedModel, count: int, sampler_name: str) -> list[Row]:
     problems = get_task("chain").problems(count, 0, "heldout")
     sampler = get_sampler(sampler_name)
     params = sampler.Params(steps=STEPS) if "steps" in sampler.Params.model_fields else sampler.Params()
     mask_id = loaded.backend.info.mask_id
     return [
-        Denoising(Canvas.blank(loaded.text.encode(each.prompt), GEN_LENGTH, mask_id), sampler, params, seed=i)
+        Row(Canvas.blank(loaded.text.encode(each.prompt), GEN_LENGTH, mask_id), sampler, params, seed=i)
         for i, each in enumerate(problems)
     ]
 
 
-def timed(backend: Backend, work: list[Denoising]) -> tuple[float, int]:
+def timed(backend: Backend, work: list[Row]) -> tuple[float, int]:
     """Seconds, and forwards of all canvases."""
     began = time.perf_counter()
     denoise(work, backend.predict)

@@ -17,8 +17,10 @@ from pathlib import Path
 import torch
 
 from samplers import Canvas, get_sampler
-from samplers.denoising import Denoising, Query, ask
-from samplers.summary import summarise
+from samplers.forward.query import Query
+from samplers.forward.summary import summarise
+from samplers.loop.denoising import ask
+from samplers.loop.row import Row
 from server.bench.machine import in_words, machine
 from server.bench.products import bare_products
 from server.bench.results import timed
@@ -58,7 +60,7 @@ def first_step(backend: Backend, count: int) -> Query:
     """Prompts of three quarters of the canvas, and the rest masked."""
     topk = get_sampler("topk")
     canvases = [Canvas.blank([5] * (LENGTH - BLOCK), BLOCK, backend.info.mask_id) for _ in range(count)]
-    return ask([Denoising(canvas, topk, topk.Params()) for canvas in canvases])
+    return ask([Row(canvas, topk, topk.Params()) for canvas in canvases])
 
 
 def parts(backend: TorchBackend, count: int, rounds: int) -> str:

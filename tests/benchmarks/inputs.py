@@ -21,7 +21,7 @@ from policies.specs import SamplerSpec
 from policies.subject import Subject
 from policies.supervised import Runs, fit
 from policies.tasks import Task, get_task
-from samplers.policy import Policy
+from samplers.learned.policy import Policy
 from server.commands.options import open_model, subject_of
 
 ALL: tuple[Feature, ...] = (

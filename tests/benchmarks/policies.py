@@ -13,8 +13,9 @@ import torch
 from policies.network import LoadedPolicy, PolicyConfig, UnmaskingPolicy
 from policies.tasks import get_task
 from samplers import Canvas, Sampler, get_sampler
-from samplers.denoising import Denoising, advance, ask
-from samplers.policy import Policy
+from samplers.learned.policy import Policy
+from samplers.loop.denoising import advance, ask
+from samplers.loop.row import Row
 from server.models.loading import load_model
 
 CONFIG = PolicyConfig(features=("top", "doubt", "top_logs", "entropy"), top=4, region=False, hidden=64, feedforward=128)
@@ -42,7 +43,7 @@ def main() -> None:
             for i, problem in enumerate(problems):
                 canvas = Canvas.blank(loaded.text.encode(problem.prompt), 64, info.mask_id)
                 sampler = samplers[i % len(samplers)]
-                rows.append(Denoising(canvas, sampler, sampler.Params(), seed=i, end_ids=info.end_ids))
+                rows.append(Row(canvas, sampler, sampler.Params(), seed=i, end_ids=info.end_ids))
             began = time.perf_counter()
             query = ask(rows)
             advance(rows, query, backend.predict(query))

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from samplers import CacheMode, Canvas, get_sampler
-from samplers.denoising import Denoising, denoise
+from samplers.loop.denoising import denoise
+from samplers.loop.row import Row
 from server.models.loading import load_model
 from tests.commands.application import read_json, refused, right
 from tests.decoders import FAST_DLLM, SDAR, write_decoder
@@ -23,9 +24,9 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def test_a_completion_of_the_models_own_blocks(model: Path) -> None:
     loaded = load_model(str(model))
     info = loaded.backend.info
-    canvas = Canvas.blank(loaded.text.encode(PROMPT), 12, info.mask_id, info.block_length, scheme=info.scheme)
+    canvas = Canvas.blank(loaded.text.encode(PROMPT), 12, info.mask_id, info.block_length, pattern=info.pattern)
     topk = get_sampler("topk")
-    row = Denoising(canvas, topk, topk.Params(), end_ids=info.end_ids)
+    row = Row(canvas, topk, topk.Params(), end_ids=info.end_ids)
     denoise([row], loaded.backend.predict)
     common = ("generate", PROMPT, "--model", model, "--max-tokens", 12, "--sampler", "topk")
     for options in ((), ("--cache", "none"), ("--cache", "prefix"), ("--block-length", "full")):
@@ -53,7 +54,7 @@ def test_a_cache_of_a_model_that_sees_both_ways(tiny_model: Path, tmp_path: Path
     loaded = load_model(str(tiny_model))
     canvas = Canvas.blank(loaded.text.encode(PROMPT), 24, loaded.backend.info.mask_id, 8)
     topk = get_sampler("topk")
-    row = Denoising(canvas, topk, topk.Params(), end_ids=loaded.backend.info.end_ids, cache=CacheMode.DUAL)
+    row = Row(canvas, topk, topk.Params(), end_ids=loaded.backend.info.end_ids, cache=CacheMode.DUAL)
     denoise([row], loaded.backend.predict)
     common = ("generate", PROMPT, "--model", tiny_model, "--max-tokens", 24, "--block-length", 8, "--sampler", "topk")
     assert right(*common, "--cache", "dual").stdout == loaded.text.decode(row.text_tokens()) + "\n"

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from policies.evaluate import Row
+from policies.evaluate import Measurement
 from policies.statistics import wilson
 from server.commands.options import subject_of
 from server.evaluation.card import place
@@ -22,7 +22,7 @@ ROW_KEYS = {
 QUICK = ("--task", "sort", "--sampler", "topk:k=8", "--sampler", "oracle", "--count", 3, "--gen-length", 8)
 
 
-def row(sampler: str, accuracy: float, tpf: float, **changes: object) -> Row:
+def row(sampler: str, accuracy: float, tpf: float, **changes: object) -> Measurement:
     correct = round(100 * accuracy)
     low, high = wilson(correct, 100)
     values: dict[str, object] = {
@@ -30,7 +30,7 @@ def row(sampler: str, accuracy: float, tpf: float, **changes: object) -> Row:
         **{"seed": 0, "fill_after_end": True, "correct": correct, "accuracy": accuracy, "accuracy_low": low},
         **{"accuracy_high": high, "tokens": round(1000 * tpf), "forwards": 1000, "tpf": tpf, "seconds": 1.0},
     }
-    return Row.model_validate(values | changes)
+    return Measurement.model_validate(values | changes)
 
 
 def test_rows_are_what_programs_read(tiny_model: Path, tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import torch
 from tokenizers import processors
 
 from samplers import Canvas, get_sampler
-from samplers.denoising import Denoising, Outcome, denoise
+from samplers.loop.denoising import Outcome, denoise
+from samplers.loop.row import Row
 from server.commands.generate import steps
 from server.commands.watch import CanvasView, shade
 from server.models.loading import load_model
@@ -20,12 +21,12 @@ from tests.tiny import tiny_tokenizer, write_tiny_model
 PROMPT = "Tom has 3 apples."
 
 
-def expected(folder: Path, prompt: str, sampler: str, block_length: int | None, max_tokens: int) -> Denoising:
+def expected(folder: Path, prompt: str, sampler: str, block_length: int | None, max_tokens: int) -> Row:
     loaded = load_model(str(folder))
     info = loaded.backend.info
     canvas = Canvas.blank(loaded.text.encode(prompt), max_tokens, info.mask_id, block_length)
     chosen = get_sampler(sampler)
-    row = Denoising(canvas, chosen, chosen.Params(), end_ids=info.end_ids)
+    row = Row(canvas, chosen, chosen.Params(), end_ids=info.end_ids)
     denoise([row], loaded.backend.predict)
     return row
 
@@ -153,7 +154,7 @@ def test_the_view_shows_masks_confidence_and_the_newest(tiny_model: Path) -> Non
     loaded = load_model(str(tiny_model))
     canvas = Canvas.blank(loaded.text.encode(PROMPT), 6, loaded.backend.info.mask_id)
     topk = get_sampler("topk")
-    row = Denoising(canvas, topk, topk.Params.model_validate({"k": 2}), end_ids=loaded.backend.info.end_ids)
+    row = Row(canvas, topk, topk.Params.model_validate({"k": 2}), end_ids=loaded.backend.info.end_ids)
     view = CanvasView(row, loaded.text.token)
     assert view.text().plain == " ░░" * 6
     seen = []
@@ -172,7 +173,7 @@ def test_the_view_shows_masks_confidence_and_the_newest(tiny_model: Path) -> Non
 
 def test_the_view_ends_the_text_at_its_end() -> None:
     topk = get_sampler("topk")
-    row = Denoising(Canvas.blank([], 6, 0), topk, topk.Params(), end_ids=frozenset({1}))
+    row = Row(Canvas.blank([], 6, 0), topk, topk.Params(), end_ids=frozenset({1}))
     view = CanvasView(row, {1: "never shown", 7: " seven", 8: "\x1b[2J"}.__getitem__)
     positions, tokens = [0, 1, 3], [7, 8, 1]
     filled = row.commit(torch.tensor(positions), torch.tensor(tokens))

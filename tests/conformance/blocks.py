@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from samplers import Selection, Step
-from samplers.base import best
-from samplers.cache import Feed, Memory
+from samplers.forward.span import ForwardSpan, KVSlot
+from samplers.ranking import best
+from samplers.rules.threshold import Threshold
 from samplers.schedule import ScheduledParams, quota
-from samplers.threshold import Threshold
 from server.engine.torch_backend import TorchBackend
 from tests.conformance.decoders import filtered
 from tests.conformance.forwards import Tensors, compare, given
@@ -21,7 +21,7 @@ from tests.conformance.report import Difference, NotBuilt
 def block_causal(backend: TorchBackend, ids: Tensor, size: int, expected: Tensor) -> None:
     """A whole forward in which no position sees a block of so many after its own."""
     length = ids.shape[1]
-    found = fed_logits(backend, [given(row) for row in ids], [Feed(0, length, None, length, size)] * len(ids))
+    found = fed_logits(backend, [given(row) for row in ids], [ForwardSpan(0, length, None, length, size)] * len(ids))
     compare("logits", found, expected)
 
 
@@ -47,9 +47,9 @@ def cached_prefix(backend: TorchBackend, tensors: Tensors, size: int) -> None:
     start, length = int(tensors["cached_prefix.prefix_len"]), len(ids)
     block_causal(backend, ids[None], size, tensors["cached_prefix.full_logits"])
     stop = start + tensors["cached_prefix.block_logits_with_cache"].shape[1]
-    memory = Memory()
-    fed_logits(backend, [given(ids)], [Feed(0, start, memory, start, size)])
-    found = fed_logits(backend, [given(ids)], [Feed(start, stop, memory, min(stop, length), size)])
+    memory = KVSlot()
+    fed_logits(backend, [given(ids)], [ForwardSpan(0, start, memory, start, size)])
+    found = fed_logits(backend, [given(ids)], [ForwardSpan(start, stop, memory, min(stop, length), size)])
     compare("logits with a cache", found, tensors["cached_prefix.block_logits_with_cache"])
 
 

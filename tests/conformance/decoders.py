@@ -7,30 +7,32 @@ import torch
 from torch import Tensor
 
 from samplers import Canvas, Layout, Sampler, TokenChoice, get_sampler
-from samplers.denoising import Denoising, Query
-from samplers.prediction import Prediction, Wanted
-from samplers.summary import choosable
+from samplers.forward.prediction import Prediction
+from samplers.forward.query import Query
+from samplers.forward.statistics import StatisticsRequest
+from samplers.forward.summary import choosable
+from samplers.loop.row import Row
 from tests.conformance.originals import InferCredit, InferThreshold, without_ban
 from tests.conformance.replay import compare_states, distinct, replay
 from tests.conformance.report import Difference
 
 Tensors = dict[str, Tensor]
-Say = Callable[[Tensor, Wanted], Prediction]
+Say = Callable[[Tensor, StatisticsRequest], Prediction]
 
 
 def rows_of(
     tokens: Tensor, mask_id: int, sampler: Sampler, params: dict[str, Any], start: int = 0, stop: int | None = None
-) -> list[Denoising]:
+) -> list[Row]:
     """Generations whose region is positions `start` to `stop` of each row, one block, masks where the mask token is."""
     stop = tokens.shape[1] if stop is None else stop
     layout = Layout(start, stop - start, stop - start, tokens.shape[1] - stop)
     return [
-        Denoising(Canvas(layout, row.clone(), row[start:stop] == mask_id), sampler, sampler.Params(**params))
+        Row(Canvas(layout, row.clone(), row[start:stop] == mask_id), sampler, sampler.Params(**params))
         for row in tokens
     ]
 
 
-def run(rows: Sequence[Denoising], calls: Tensor, after: Tensor, say: Say = without_ban) -> int:
+def run(rows: Sequence[Row], calls: Tensor, after: Tensor, say: Say = without_ban) -> int:
     """Replay with logits [calls, rows, region, vocab]; every state must be that of the record [calls, rows, length].
 
     Returns the number of forwards.
@@ -87,7 +89,7 @@ def joint_threshold(case: dict[str, Any], tensors: Tensors) -> None:
     count_calls(rows, tensors, slack=1)
 
 
-def count_calls(rows: list[Denoising], tensors: Tensors, slack: int = 0) -> None:
+def count_calls(rows: list[Row], tensors: Tensors, slack: int = 0) -> None:
     after = tensors["out/input_ids_after_each_step"]
     calls = tensors["in/logits_per_step"].view(len(after), *after.shape[1:], -1)
     forwards = run(rows, calls, after)
@@ -132,7 +134,7 @@ def sdar(case: dict[str, Any], tensors: Tensors) -> None:
         sampler, params = strategy(args, {"steps": args["denoising_steps"]})
         row = FixedQuota.make(canvas[start : start + length], args["mask_id"], sampler, params, length)
 
-        def predict(query: Query, row: Denoising = row) -> Prediction:
+        def predict(query: Query, row: Row = row) -> Prediction:
             if not row.canvas.tokens.equal(next(before)[0]):
                 raise Difference(f"forward {row.forwards}: {row.canvas.tokens.tolist()}")
             token, confidence = draw(next(left)[0], args, generator)
@@ -144,7 +146,7 @@ def sdar(case: dict[str, Any], tensors: Tensors) -> None:
         raise Difference(f"{canvas.tolist()}, not {tensors['out/output'][0].tolist()}")
 
 
-class FixedQuota(Denoising):
+class FixedQuota(Row):
     """A block whose schedule is that of a whole block, however many masks it begins with."""
 
     @classmethod

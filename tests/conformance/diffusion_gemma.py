@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from samplers import CacheMode, Canvas, Prediction, Selection, Step, get_sampler
-from samplers.cache import Feed, Memory
 from samplers.canvas import Layout
-from samplers.denoising import Denoising, advance, ask
-from samplers.diffusion_gemma import DiffusionGemma
-from samplers.prediction import NOTHING, Wanted
+from samplers.drafting.diffusion_gemma import DiffusionGemma
+from samplers.forward.span import ForwardSpan, KVSlot
+from samplers.forward.statistics import NOTHING, StatisticsRequest
+from samplers.loop.denoising import advance, ask
+from samplers.loop.row import Row
 from server.engine.torch_backend import TorchBackend
-from server.models.packed import Packed, Row
+from server.models.packed import RaggedBatch, Segment
 from tests.conformance.forwards import compare
 from tests.conformance.generation import Family
 from tests.conformance.models import fed_logits
@@ -43,7 +44,7 @@ class OriginalDraws(TorchBackend):
     batch: int = 0
     places: list[int]
 
-    def say(self, logits: Tensor, wanted: Wanted) -> Prediction:
+    def say(self, logits: Tensor, wanted: StatisticsRequest) -> Prediction:
         found = super().say(logits, wanted)
         assert wanted.choices is not None
         temperature = torch.tensor([choice.temperature for choice in wanted.choices])
@@ -76,17 +77,17 @@ class OriginalNoise(DiffusionGemma):
         return torch.zeros_like(step.token).masked_scatter(step.candidate, fresh[self._backend.places])
 
 
-class Encoded(Denoising):
+class Encoded(Row):
     """A generation whose forwards feed the draft alone, since what is before it was encoded."""
 
-    def feed(self) -> Feed:
-        whole = super().feed()
+    def span(self) -> ForwardSpan:
+        whole = super().span()
         assert whole.draft is not None
         return replace(whole, start=whole.draft)
 
-    def unencoded(self) -> Feed:
+    def unencoded(self) -> ForwardSpan:
         """What is to be encoded before the block's first step."""
-        whole = super().feed()
+        whole = super().span()
         assert whole.draft is not None
         return replace(whole, stop=whole.draft, visible=whole.draft)
 
@@ -130,17 +131,17 @@ class GemmaFamily(Family):
 
     def _encoded(self, prompt: Tensor) -> Tensor:
         count = len(prompt)
-        row = Row(0, count, count, count, draft=count)
-        return self.backend().network.packed(Packed([row], prompt, torch.arange(count)))
+        row = Segment(0, count, count, count, draft=count)
+        return self.backend().network.packed(RaggedBatch([row], prompt, torch.arange(count)))
 
     def _logits(self, prompt: Tensor, draft: Tensor, said: Tensor | None) -> Tensor:
         backend = self.backend()
         first, length = len(prompt), len(prompt) + len(draft)
         canvas = Canvas(Layout(first, len(draft), len(draft)), torch.cat([prompt, draft]), draft == draft)
-        memory = Memory(backend.network.room(length, torch.float32, torch.device("cpu")))
+        memory = KVSlot(backend.network.room(length, torch.float32, torch.device("cpu")))
         if said is not None:
             memory.content.said = first, backend.network.remembered(said, NOTHING)  # type: ignore[attr-defined]
-        return fed_logits(backend, [canvas], [Feed(0, length, memory, length, draft=first)])[0][first:]
+        return fed_logits(backend, [canvas], [ForwardSpan(0, length, memory, length, draft=first)])[0][first:]
 
     def _generate(self, case: dict[str, Any]) -> None:
         """Canvases fed and drafted in every step, the texts, and the number of forwards."""
@@ -163,7 +164,7 @@ class GemmaFamily(Family):
         rule = get_sampler("diffusion_gemma").Params(**chosen)
 
         def begin(prompt: Tokens, text_length: int) -> Encoded:
-            canvas = Canvas.blank(prompt, text_length, None, scheme=backend.info.scheme)
+            canvas = Canvas.blank(prompt, text_length, None, pattern=backend.info.pattern)
             return Encoded(canvas, sampler, rule, end_ids=end_ids, cache=CacheMode.PREFIX)
 
         cuts = [row.index(1) for row in case["attention_mask"] or [[1]] * backend.batch]

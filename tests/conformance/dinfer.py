@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from samplers import CacheMode, Canvas, Layout, Sampler, get_sampler
-from samplers.cache import Feed
-from samplers.denoising import Denoising, advance, ask
+from samplers.forward.span import ForwardSpan
+from samplers.loop.denoising import advance, ask
+from samplers.loop.row import Row
 from tests.conformance.generation import Check, Family
 from tests.conformance.models import check_cache
 from tests.conformance.originals import InferCredit, InferThreshold
@@ -20,8 +21,8 @@ CACHES = {None: CacheMode.NONE, "prefix": CacheMode.PREFIX, "dual": CacheMode.DU
 
 
 @dataclass(eq=False)
-class InferRow(Denoising):
-    """A generation that feeds what dInfer feeds.
+class InferRow(Row):
+    """A generation that spans what dInfer spans.
 
     Attributes:
         before, after: positions around the block that are fed with it (`prefix_look`, `after_look`).
@@ -33,18 +34,18 @@ class InferRow(Denoising):
     warmup: int = 0
     fresh: bool = field(default=True, init=False)
 
-    def feed(self) -> Feed:
+    def span(self) -> ForwardSpan:
         length = self.canvas.layout.length
         if self.cache is CacheMode.NONE or self.warmup:
-            return Feed(0, length)
+            return ForwardSpan(0, length)
         if self.fresh:
-            return Feed(0, length, self._cache.memory)
+            return ForwardSpan(0, length, self._cache.memory)
         layout = self.canvas.layout
         start = layout.prompt_length + self.block * layout.block_length
         stop = start + layout.block_size(self.block)
         if self.cache is CacheMode.PREFIX:
-            return Feed(start, length, self._cache.memory)
-        return Feed(max(0, start - self.before), min(length, stop + self.after), self._cache.memory)
+            return ForwardSpan(start, length, self._cache.memory)
+        return ForwardSpan(max(0, start - self.before), min(length, stop + self.after), self._cache.memory)
 
 
 class InferFamily(Family):

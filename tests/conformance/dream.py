@@ -45,14 +45,14 @@ class DreamFamily(Family):
         draws = Draws(self.backend(), params, stream_of(case["manual_seed"]), length)
         sampler, chosen = rule(draws, in_blocks)
         block_length = params.get("block_length") if in_blocks else None
-        scheme = self.backend().info.scheme
+        pattern = self.backend().info.pattern
         limit = None
         if params["alg"] != BOUNDED:
             blocks = (length - given) // block_length if block_length else 1
             limit = params["steps"] // blocks + in_blocks
         draws.rows = rows = [
             ReleasedRow(
-                Canvas.blank(prompt[cut:], length - given, mask_id, block_length, scheme=scheme),
+                Canvas.blank(prompt[cut:], length - given, mask_id, block_length, pattern=pattern),
                 sampler,
                 sampler.Params(**chosen),
                 fill_after_end=False,

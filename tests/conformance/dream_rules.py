@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from samplers import CacheMode, Prediction, Selection, Statistic, Step, TokenChoice
-from samplers.base import best
-from samplers.denoising import Denoising, Query
-from samplers.dream import Dream, share_at
-from samplers.prediction import CHOSEN, Wanted
+from samplers.forward.query import Query
+from samplers.forward.statistics import CHOSEN, StatisticsRequest
+from samplers.loop.row import Row
+from samplers.ranking import best
+from samplers.rules.dream import Dream, share_at
+from samplers.rules.threshold import Threshold
 from samplers.schedule import ScheduledParams
-from samplers.threshold import Threshold
 from server.engine import Backend
 from tests.conformance.decoders import dream_filtered
 from tests.conformance.models import query_logits
@@ -32,7 +33,7 @@ BOUNDED = "confidence_threshold"
 
 
 @dataclass(eq=False)
-class ReleasedRow(Denoising):
+class ReleasedRow(Row):
     """A generation as the originals have it: the mask token can be drawn, and a block can be given up.
 
     Attributes:
@@ -69,7 +70,7 @@ class Draws:
     params: dict[str, Any]
     stream: torch.Generator | None
     length: int
-    rows: Sequence[Denoising] = ()
+    rows: Sequence[Row] = ()
     uniform: Tensor = field(init=False)
     _query: Query = field(init=False)
 
@@ -88,14 +89,14 @@ class Draws:
             found = self._drawn(dream_filtered(logits, temperature, top_p, top_k), drawn)
         else:
             choices = [TokenChoice(0.0, top_p, top_k or 0)] * len(logits)
-            found = without_ban(logits, Wanted(CHOSEN, choices=choices))
+            found = without_ban(logits, StatisticsRequest(CHOSEN, choices=choices))
         place = query.row * self.length + query.position
         kept = torch.isin(wide.row * self.length + wide.position, place)
         extra = {name: values[kept] for name, values in found.extra.items()}
         return Prediction(found.token[kept], extra[Statistic.CHOSEN_CONFIDENCE], extra)
 
     @property
-    def running(self) -> list[Denoising]:
+    def running(self) -> list[Row]:
         """The rows of the query."""
         return [row for row in self.rows if any(row.canvas is canvas for canvas in self._query.canvases)]
 
@@ -116,7 +117,7 @@ class Draws:
     def _widened(self) -> Query:
         """The query with all positions that tokens are drawn for, whether they are used or not."""
         query, each = self._query, []
-        for i, (row, feed) in enumerate(zip(self.running, query.feeds, strict=True)):
+        for i, (row, feed) in enumerate(zip(self.running, query.spans, strict=True)):
             start = row.canvas.layout.prompt_length
             if self.opens:
                 each.append(torch.arange(feed.start, feed.stop))
@@ -180,7 +181,7 @@ class Draws:
 
     def _places(self) -> tuple[int, slice, slice]:
         """Length of what the original looks at in this forward, and which of the regions' positions are where in it."""
-        feed, layout = self._query.feeds[0], self._query.canvases[0].layout
+        feed, layout = self._query.spans[0], self._query.canvases[0].layout
         if feed.start == 0:
             return self.length, slice(0, layout.gen_length), slice(self.length - layout.gen_length, self.length)
         first, width = feed.start - layout.prompt_length, feed.stop - feed.start

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 
 from samplers import CacheMode, Canvas, get_sampler
-from samplers.cache import Feed, Memory
-from samplers.denoising import Denoising, Outcome, Query, advance, ask
-from samplers.prediction import Prediction
-from samplers.summary import summarise
+from samplers.forward.prediction import Prediction
+from samplers.forward.query import Query
+from samplers.forward.span import ForwardSpan, KVSlot
+from samplers.forward.summary import summarise
+from samplers.loop.denoising import Outcome, advance, ask
+from samplers.loop.row import Row
 from server.engine.torch_backend import TorchBackend
 from tests.conformance.blocks import Drawer, block_causal, cached_prefix, parameters, within_range
 from tests.conformance.forwards import Tensors, compare, given
@@ -36,19 +38,19 @@ Tokens = list[int]
 
 
 @dataclass(eq=False)
-class Row(Denoising):
+class SmallBlockRow(Row):
     """A generation that can do what `batch_sample` does to a row of its batch.
 
     Attributes:
-        wide: whether the next forward feeds the model's whole block, because another row's does.
+        wide: whether the next forward spans the model's whole block, because another row's does.
         own: place of a block's first position that nobody opens: its own output decides it. -1: there is none.
     """
 
     wide: bool = field(default=False, kw_only=True)
     own: int = field(default=-1, kw_only=True)
 
-    def feed(self) -> Feed:
-        fed = super().feed()
+    def span(self) -> ForwardSpan:
+        fed = super().span()
         if not self.wide or fed.memory is None or fed.visible is None:
             return fed
         return replace(fed, start=self._cache.final, stop=fed.visible)
@@ -89,13 +91,13 @@ class Run:
         self.canvases.append(canvases)
         self.stores.append(stores)
 
-    def forward(self, rows: Sequence[Row]) -> list[Outcome]:
+    def forward(self, rows: Sequence[SmallBlockRow]) -> list[Outcome]:
         """One step of these rows: what serves requests does it, unless one of them needs a quirk."""
         if self.draw is None and all(row.place != row.own for row in rows):
             return self._step(rows)
         return [outcome for row in rows for outcome in self._step([row])]
 
-    def _step(self, rows: Sequence[Row]) -> list[Outcome]:
+    def _step(self, rows: Sequence[SmallBlockRow]) -> list[Outcome]:
         if not rows:
             return []
         query = ask(rows)
@@ -106,17 +108,17 @@ class Run:
                 raise outcome.error
         return outcomes
 
-    def _plain(self, rows: Sequence[Row]) -> bool:
+    def _plain(self, rows: Sequence[SmallBlockRow]) -> bool:
         """Whether the likeliest token is what the original takes; it never draws the one that opens a block."""
         return all(row.opens or (self.draw is None and row.place != row.own) for row in rows)
 
-    def _quirky(self, query: Query, row: Row) -> Prediction:
+    def _quirky(self, query: Query, row: SmallBlockRow) -> Prediction:
         """Tokens drawn for the whole small block, decided or not; what nobody opened is decided by its own output."""
-        (fed,) = query.feeds
+        (fed,) = query.spans
         places = torch.arange(row.place, row.place + row.canvas.layout.block_length)
         before = (places - 1).clamp(min=fed.start)
         before[places == row.own] = row.own
-        logits = fed_logits(self.backend, query.canvases, query.feeds)[0, before - fed.start]
+        logits = fed_logits(self.backend, query.canvases, query.spans)[0, before - fed.start]
         at = query.position - row.place
         if self.draw is None:
             return summarise(logits[at], self.backend.info.mask_id)
@@ -157,14 +159,16 @@ class FastDLLMFamily(Family):
             compare_runs(run, output, case, cache)
 
 
-def row_of(prompt: Tokens, length: int, params: dict[str, Any], cache: CacheMode, run: Run, own: int = -1) -> Row:
+def row_of(
+    prompt: Tokens, length: int, params: dict[str, Any], cache: CacheMode, run: Run, own: int = -1
+) -> SmallBlockRow:
     """A generation up to a canvas of this length."""
     # Its block can be shorter than the model's own: the original is told so at each call.
-    scheme = replace(run.backend.info.scheme, causal_block=params["block_size"])
-    canvas = Canvas.blank(prompt, length - len(prompt), params["mask_id"], params["small_block_size"], scheme=scheme)
+    pattern = replace(run.backend.info.pattern, causal_block=params["block_size"])
+    canvas = Canvas.blank(prompt, length - len(prompt), params["mask_id"], params["small_block_size"], pattern=pattern)
     sampler = get_sampler("threshold")
     rule = sampler.Params(threshold=within_range(params["threshold"]))
-    return Row(canvas, sampler, rule, cache=cache, own=own)
+    return SmallBlockRow(canvas, sampler, rule, cache=cache, own=own)
 
 
 def generate(run: Run, case: dict[str, Any], params: dict[str, Any], cache: CacheMode) -> list[Tokens]:
@@ -256,14 +260,14 @@ def block_cache(backend: TorchBackend, tensors: Tensors) -> None:
     """A forward over a block after its prefix, and one over a part of it, the rest known from the first."""
     (ids,) = tensors["cached_prefix.input_ids"]
     start, size = int(tensors["cached_prefix.prefix_len"]), int(tensors["cached_prefix.block_size"])
-    memory = Memory()
-    fed_logits(backend, [given(ids)], [Feed(0, start, memory, start, size)])
+    memory = KVSlot()
+    fed_logits(backend, [given(ids)], [ForwardSpan(0, start, memory, start, size)])
     stop = start + tensors["block_cache.first_full_block_logits"].shape[1]
-    found = fed_logits(backend, [given(ids)], [Feed(start, stop, memory, stop, size)])
+    found = fed_logits(backend, [given(ids)], [ForwardSpan(start, stop, memory, stop, size)])
     compare("logits of the block", found, tensors["block_cache.first_full_block_logits"])
     first = start + int(tensors["block_cache.replace_position"])
     (part,) = tensors["block_cache.sub_block_input_ids"]
     changed = ids.clone()
     changed[first : first + len(part)] = part
-    found = fed_logits(backend, [given(changed)], [Feed(first, first + len(part), memory, stop, size)])
+    found = fed_logits(backend, [given(changed)], [ForwardSpan(first, first + len(part), memory, stop, size)])
     compare("logits of a part", found, tensors["block_cache.sub_block_logits"])

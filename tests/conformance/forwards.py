@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from samplers import Canvas, Layout
-from samplers.cache import Feed, Memory
+from samplers.forward.span import ForwardSpan, KVSlot
 from server.engine import Backend
 from server.engine.torch_backend import TorchBackend
 from server.models.layers import rotate
@@ -34,7 +34,7 @@ def whole(backend: Backend, name: str, tensors: Tensors) -> None:
     mask = tensors.get(f"{name}.attention_mask", torch.ones_like(tokens))
     for ids, valid, expected in zip(tokens, mask.bool(), tensors[f"{name}.logits"], strict=True):
         canvas, logits = given(ids[valid]), expected[valid]
-        found = fed_logits(backend, [canvas], [Feed(0, len(canvas.tokens))])[0]
+        found = fed_logits(backend, [canvas], [ForwardSpan(0, len(canvas.tokens))])[0]
         if isinstance(backend, TorchBackend):
             compare("logits", found, logits)
         else:
@@ -70,7 +70,7 @@ def part(backend: Backend, name: str, tensors: Tensors) -> None:
     replaced = tensors.get(f"{name}.replace_position")
     start = int(tensors[f"{name}.prefix_len"]) if replaced is None else int(replaced[0].int().argmax())
     tokens[start : start + len(fed)] = fed
-    found = fed_logits(backend, [given(tokens)], [Feed(start, start + len(fed), memory)])[0]
+    found = fed_logits(backend, [given(tokens)], [ForwardSpan(start, start + len(fed), memory)])[0]
     compare("logits", found, tensors[f"{name}.logits"][0])
 
 
@@ -81,9 +81,9 @@ def _keeping(backend: Backend) -> TorchBackend:
     return backend
 
 
-def _remember(backend: TorchBackend, tensors: Tensors) -> tuple[Tensor, Memory]:
-    canvas, memory = given(tensors["cached.full_input_ids"][0]), Memory()
-    return fed_logits(backend, [canvas], [Feed(0, len(canvas.tokens), memory)])[0], memory
+def _remember(backend: TorchBackend, tensors: Tensors) -> tuple[Tensor, KVSlot]:
+    canvas, memory = given(tensors["cached.full_input_ids"][0]), KVSlot()
+    return fed_logits(backend, [canvas], [ForwardSpan(0, len(canvas.tokens), memory)])[0], memory
 
 
 def compare(what: str, ours: Tensor, originals: Tensor) -> None:

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from samplers import CacheMode, Canvas, Sampler, get_sampler
-from samplers.denoising import Denoising, Predict
+from samplers.forward.query import Predict
+from samplers.loop.row import Row
 from server.engine import Backend
 from tests.conformance.forwards import CHECKS, ForwardCheck
 from tests.conformance.models import check_cache, fed_logits, open_backend
@@ -98,7 +99,7 @@ class Family:
         # Our canvases have no padding: what the original pads at the left is cut off, here and from its record.
         cuts = [row.index(1) for row in case.get("attention_mask") or [[1]] * len(case["prompt"])]
         rows = [
-            Denoising(
+            Row(
                 Canvas.blank(prompt[cut:], params["gen_length"], params["mask_id"], params["block_length"]),
                 sampler,
                 sampler.Params(**chosen),

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from samplers import CacheMode, Canvas, Sampler, get_sampler
-from samplers.cache import Feed, Memory
-from samplers.denoising import Denoising, Predict, Query, advance, ask
-from samplers.prediction import Prediction
+from samplers.forward.prediction import Prediction
+from samplers.forward.query import Predict, Query
+from samplers.forward.span import ForwardSpan, KVSlot
+from samplers.loop.denoising import advance, ask
+from samplers.loop.row import Row
 from server.engine.torch_backend import TorchBackend
 from server.models.llada2 import Router
 from tests.conformance.blocks import within_range
@@ -43,7 +45,7 @@ def blocks(backend: TorchBackend, name: str, tensors: Tensors) -> None:
         for router in routers
     ]
     try:
-        logits = fed_logits(backend, canvases, [Feed(0, len(mask), None, len(mask), size)] * len(canvases))
+        logits = fed_logits(backend, canvases, [ForwardSpan(0, len(mask), None, len(mask), size)] * len(canvases))
     finally:
         for hook in hooks:
             hook.remove()
@@ -61,11 +63,11 @@ def cached_prefix(backend: TorchBackend, name: str, tensors: Tensors) -> None:
     canvas = given(tensors[f"{name}.input_ids"][0])
     length, prefix = len(canvas.tokens), int(tensors[f"{name}.prefix_len"])
     size = length - prefix
-    whole = fed_logits(backend, [canvas], [Feed(0, length, None, length, size)])[0]
+    whole = fed_logits(backend, [canvas], [ForwardSpan(0, length, None, length, size)])[0]
     compare("logits", whole, tensors[f"{name}.full_logits"][0])
-    memory = Memory()
-    fed_logits(backend, [canvas], [Feed(0, prefix, memory, prefix, size)])
-    block = fed_logits(backend, [canvas], [Feed(prefix, length, memory, length, size)])[0]
+    memory = KVSlot()
+    fed_logits(backend, [canvas], [ForwardSpan(0, prefix, memory, prefix, size)])
+    block = fed_logits(backend, [canvas], [ForwardSpan(prefix, length, memory, length, size)])[0]
     compare("logits of the block", block, tensors[f"{name}.block_logits_with_cache"][0])
 
 
@@ -98,10 +100,10 @@ class LLaDA2Family(Family):
     def _replay(self, case: dict[str, Any], params: dict[str, Any], edits: bool, cache: CacheMode) -> None:
         (prompt,) = case["prompt"]
         length, end = params["block_length"], params["eos_id"]
-        scheme = self.backend().info.scheme
-        canvas = Canvas.blank(prompt, params["gen_length"], params["mask_id"], length, scheme=scheme)
+        pattern = self.backend().info.pattern
+        canvas = Canvas.blank(prompt, params["gen_length"], params["mask_id"], length, pattern=pattern)
         sampler, chosen = editing(params) if edits else schedule(params, canvas.layout.blocks)
-        row = Denoising(canvas, sampler, sampler.Params(**chosen), cache=cache)
+        row = Row(canvas, sampler, sampler.Params(**chosen), cache=cache)
         predict = self._draws(case["manual_seed"], params)
         states: list[list[int]] = []
         output: list[int] | None = None
@@ -155,9 +157,9 @@ class LLaDA2Family(Family):
 
         @torch.inference_mode()
         def predict(query: Query) -> Prediction:
-            (feed,) = query.feeds
+            (feed,) = query.spans
             assert feed.visible is not None
-            logits = fed_logits(backend, query.canvases, query.feeds)[0, -params["block_length"] :]
+            logits = fed_logits(backend, query.canvases, query.spans)[0, -params["block_length"] :]
             token, confidence = draw(logits, args, stream)
             at = query.position - (feed.visible - params["block_length"])
             return Prediction(token[at], confidence[at], {})

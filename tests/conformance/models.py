@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from samplers import CacheMode, Canvas
-from samplers.cache import Feed
-from samplers.denoising import Query
-from samplers.prediction import Wanted
+from samplers.forward.query import Query
+from samplers.forward.span import ForwardSpan
+from samplers.forward.statistics import StatisticsRequest
 from server.engine import Backend
 from server.engine.torch_backend import TorchBackend
 from server.engine.vllm.backend import VllmBackend, VllmError
@@ -53,18 +53,18 @@ def query_logits(backend: Backend, query: Query) -> Tensor:
         batch, back = backend.pack(query)
         return backend.network.head(backend.network.packed(batch)[back])
     named = torch.arange(backend.info.vocab_size).expand(len(query.row), -1)
-    said = backend.predict(replace(query, wanted=Wanted(named=named))).named
+    said = backend.predict(replace(query, wanted=StatisticsRequest(named=named))).named
     assert said is not None
     return said.log()
 
 
-def fed_logits(backend: Backend, canvases: Sequence[Canvas], feeds: Sequence[Feed]) -> Tensor:
+def fed_logits(backend: Backend, canvases: Sequence[Canvas], spans: Sequence[ForwardSpan]) -> Tensor:
     """Logits of everything that is fed, [rows, most fed, vocab], filled up with zeros at the right.
 
     They are the outputs at those positions, also where a model's output is about the next one.
     """
-    counts = [feed.stop - feed.start for feed in feeds]
-    row = torch.arange(len(feeds)).repeat_interleave(torch.tensor(counts))
-    position = torch.cat([torch.arange(feed.start, feed.stop) for feed in feeds])
-    query = Query(list(canvases), list(feeds), row, position + int(backend.info.scheme.shifted))
+    counts = [feed.stop - feed.start for feed in spans]
+    row = torch.arange(len(spans)).repeat_interleave(torch.tensor(counts))
+    position = torch.cat([torch.arange(feed.start, feed.stop) for feed in spans])
+    query = Query(list(canvases), list(spans), row, position + int(backend.info.pattern.shifted))
     return torch.nn.utils.rnn.pad_sequence(query_logits(backend, query).split(counts), batch_first=True)

@@ -12,18 +12,19 @@ import torch
 from torch import Tensor
 
 from samplers import CacheMode, Selection, Statistic, Step
-from samplers.cache import Feed
 from samplers.canvas import Canvas
-from samplers.credit import Credit
-from samplers.denoising import Query
-from samplers.entropy import Entropy
-from samplers.factor import Factor
-from samplers.prediction import NOTHING, Prediction, Wanted
+from samplers.forward.prediction import Prediction
+from samplers.forward.query import Query
+from samplers.forward.span import ForwardSpan
+from samplers.forward.statistics import NOTHING, StatisticsRequest
+from samplers.forward.summary import summarise
+from samplers.modifiers.credit import Credit
+from samplers.rules.entropy import Entropy
+from samplers.rules.factor import Factor
+from samplers.rules.threshold import Threshold
 from samplers.schedule import passing_or_best
-from samplers.summary import summarise
-from samplers.threshold import Threshold
 
-Logits = Callable[[Sequence[Canvas], Sequence[Feed]], Tensor]
+Logits = Callable[[Sequence[Canvas], Sequence[ForwardSpan]], Tensor]
 """Canvases, and what to compute of each, to logits [rows, fed, vocab]; all feed equally many positions."""
 
 
@@ -35,7 +36,7 @@ def gumbel(logits: Tensor, temperature: float, stream: torch.Generator | None) -
     return logits.double().exp() / (-noise.log()) ** temperature
 
 
-def without_ban(logits: Tensor, wanted: Wanted = NOTHING) -> Prediction:
+def without_ban(logits: Tensor, wanted: StatisticsRequest = NOTHING) -> Prediction:
     """Our statistics, with a token that does not exist in the mask token's place.
 
     The originals let the mask token win; ours never do.
@@ -124,7 +125,7 @@ class Original:
     _first_of: Query | None = None
 
     def __call__(self, query: Query) -> Prediction:
-        if self.feeds_twice and query.feeds[0].start == 0:
+        if self.feeds_twice and query.spans[0].start == 0:
             if self._first_of is not None:
                 self._waste(self._first_of)
             self._first_of = query
@@ -134,7 +135,7 @@ class Original:
         if self.params.get("logits_eos_inf"):
             everywhere[:, :, self.eos_id] = -torch.inf
         temperature = self.params.get("temperature", 0.0)
-        starts = torch.tensor([feed.start for feed in query.feeds])
+        starts = torch.tensor([feed.start for feed in query.spans])
         at = query.row, query.position - starts[query.row]
         if self.cache is CacheMode.PREFIX and starts[0]:
             gumbel(everywhere, temperature, self.stream)  # drawn, and never used
@@ -151,7 +152,7 @@ class Original:
     def _waste(self, query: Query) -> None:
         """The random numbers of a second forward over a finished block."""
         start, stop = int(query.position.min()), int(query.position.max()) + 1
-        fed = stop - start if self.cache is CacheMode.DUAL else query.feeds[0].stop - start
+        fed = stop - start if self.cache is CacheMode.DUAL else query.spans[0].stop - start
         temperature = self.params.get("temperature", 0.0)
         for _ in range(2 if self.cache is CacheMode.PREFIX else 1):
             gumbel(torch.zeros(len(query.canvases), fed, self.vocabulary), temperature, self.stream)
@@ -160,10 +161,10 @@ class Original:
 
     def _guided(self, query: Query) -> Tensor:
         scale = self.params.get("cfg_scale", 0.0)
-        conditional = self.logits(query.canvases, query.feeds)
+        conditional = self.logits(query.canvases, query.spans)
         if not scale:
             return conditional
-        unconditional = self.logits([self._prompt_free(canvas) for canvas in query.canvases], query.feeds)
+        unconditional = self.logits([self._prompt_free(canvas) for canvas in query.canvases], query.spans)
         return unconditional + (scale + 1) * (conditional - unconditional)
 
     def _prompt_free(self, canvas: Canvas) -> Canvas:

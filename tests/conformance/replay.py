@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from samplers.denoising import Denoising, Predict, Query, advance, ask
-from samplers.prediction import Prediction
+from samplers.forward.prediction import Prediction
+from samplers.forward.query import Predict, Query
+from samplers.loop.denoising import advance, ask
+from samplers.loop.row import Row
 from tests.conformance.report import Difference
 
 Tokens = list[int]
@@ -27,7 +29,7 @@ class Recording:
         return sum(max(least, *(row.count(block) for row in self.blocks)) for block in range(last + 1))
 
 
-def replay(rows: Sequence[Denoising], predict: Predict, most: int | None = None) -> Recording:
+def replay(rows: Sequence[Row], predict: Predict, most: int | None = None) -> Recording:
     """Run the loop to the end of all rows, or for so many forwards, and write down what it did."""
     recording = Recording([[] for _ in rows], [[] for _ in rows])
     index = {id(row.canvas): i for i, row in enumerate(rows)}

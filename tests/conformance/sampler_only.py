@@ -11,8 +11,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from samplers import Canvas, Layout, Sampler, Step, get_sampler
-from samplers.denoising import Denoising, Query, advance, ask
-from samplers.prediction import Prediction
+from samplers.forward.prediction import Prediction
+from samplers.forward.query import Query
+from samplers.loop.denoising import advance, ask
+from samplers.loop.row import Row
 from samplers.schedule import ScheduledParams, quota
 from tests.conformance.decoders import (
     dream_filtered,
@@ -113,7 +115,7 @@ def transfer(case: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         layout = Layout(0, masked.shape[1], masked.shape[1])
         canvas = Canvas(layout, tensors["in/x"][i].clone(), masked[i].clone())
         canvas.masked[args.get("block_end", masked.shape[1]) :] = False
-        rows.append(Denoising(canvas, sampler, sampler.Params(**params)))
+        rows.append(Row(canvas, sampler, sampler.Params(**params)))
     query = ask(rows)
     prediction = predict(query)
     committed = torch.zeros_like(masked)

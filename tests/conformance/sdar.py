@@ -6,12 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from samplers import CacheMode, Canvas, Sampler, Scheme, Selection, Step, get_sampler
-from samplers.base import best
-from samplers.denoising import Denoising, Query, advance, ask
-from samplers.prediction import Prediction
+from samplers import AttentionPattern, CacheMode, Canvas, Sampler, Selection, Step, get_sampler
+from samplers.forward.prediction import Prediction
+from samplers.forward.query import Query
+from samplers.loop.denoising import advance, ask
+from samplers.loop.row import Row
+from samplers.ranking import best
+from samplers.rules.topk import TopK
 from samplers.schedule import quota
-from samplers.topk import TopK
 from server.engine.torch_backend import TorchBackend
 from tests.conformance.blocks import Drawer, Strict, cached_prefix, masked, parameters
 from tests.conformance.forwards import Tensors, whole
@@ -75,14 +77,14 @@ class Draws:
     """A `predict` for our loop that draws a token for every position of the block, decided or not."""
 
     backend: TorchBackend
-    row: Denoising
+    row: Row
     draw: Drawer
 
     def __call__(self, query: Query) -> Prediction:
         layout = self.row.canvas.layout
         place = layout.block_place(self.row.block)
-        first = place - query.feeds[0].start
-        logits = fed_logits(self.backend, query.canvases, query.feeds)[0, first : first + layout.block_length]
+        first = place - query.spans[0].start
+        logits = fed_logits(self.backend, query.canvases, query.spans)[0, first : first + layout.block_length]
         token, confidence = self.draw(logits)
         at = query.position - place
         return Prediction(token[at], confidence[at], {})
@@ -114,10 +116,10 @@ class SDARFamily(Family):
         (prompt,) = case["prompt"]
         length, stops = params["block_length"], params["stopping_criteria_idx"] or []
         canvas = Canvas.blank(
-            prompt, params["gen_length"], params["mask_id"], length, scheme=Scheme(causal_block=length)
+            prompt, params["gen_length"], params["mask_id"], length, pattern=AttentionPattern(causal_block=length)
         )
         sampler, chosen = strategy(params, canvas.layout.blocks)
-        row = Denoising(canvas, sampler, sampler.Params(**chosen), cache=cache)
+        row = Row(canvas, sampler, sampler.Params(**chosen), cache=cache)
         draw = Drawer(case["manual_seed"], params["temperature"], params["top_k"], params["top_p"])
         predict = Draws(self.backend(), row, draw)
         states: list[list[int]] = []

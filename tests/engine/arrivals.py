@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 
-from samplers.denoising import Denoising, advance, ask
+from samplers.loop.denoising import advance, ask
+from samplers.loop.row import Row
 from server.engine import Backend
 
 
-def finish(rows: Sequence[Denoising], arrivals: Sequence[int], backend: Backend) -> None:
+def finish(rows: Sequence[Row], arrivals: Sequence[int], backend: Backend) -> None:
     """Run generations together, each from its own turn on."""
     turn = 0
     while not all(row.finished for row in rows):

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from samplers.denoising import Query
-from samplers.prediction import Prediction
+from samplers.forward.prediction import Prediction
+from samplers.forward.query import Query
 from server.engine import Committed, Engine, Event, Finished, GenerationRequest, ModelInfo
 from tests.samplers.models import MASK, VOCAB, Logits, predictor, random_logits
 

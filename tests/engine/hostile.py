@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from samplers import ParameterError, Sampler, SamplerParams, Selection, Step, TokenChoice
-from samplers.base import best
+from samplers.ranking import best
 from tests.samplers.models import MASK, VOCAB
 
 NAME = "hostile"
@@ -345,9 +345,9 @@ WHOLE: dict[str, type[Sampler]] = {
     "greedy tensor": attributes(greedy=torch.ones(2)),
     "drafts here": attributes(drafts=True),
     "nameless": attributes(name=property(THROWN["exit"]), select=THROWN["exit"]),
-    "misfit number": attributes(misfit=lambda self, scheme: 5),
-    "misfit raises": attributes(misfit=THROWN["exit"]),
-    "misfit at length": attributes(misfit=lambda self, scheme: "x" * 10_000_000),
+    "incompatibility number": attributes(incompatibility=lambda self, pattern: 5),
+    "incompatibility raises": attributes(incompatibility=THROWN["exit"]),
+    "incompatibility at length": attributes(incompatibility=lambda self, pattern: "x" * 10_000_000),
     "checks oddly": attributes(check=throwing(lambda: ParameterError(Speechless(), "y" * 10_000_000))),  # type: ignore[arg-type]
     "post steps far": attributes(Reviser, post_steps=lambda self, params: FAR),
     "post steps negative": attributes(Reviser, post_steps=lambda self, params: -1),
@@ -387,7 +387,7 @@ def rewrite(*found: object) -> None:
 
 
 def rewriting(step: Step) -> Selection:
-    rewrite(*(layout.scheme for layout in step.layouts), *step.layouts)
+    rewrite(*(layout.pattern for layout in step.layouts), *step.layouts)
     return leftmost(step)
 
 
@@ -418,11 +418,11 @@ HARMLESS: dict[str, type[Sampler]] = {
     "spoils its step": hook("select", spoil),
     "keeps and changes": Keeper,
     "rewrites layouts": hook("select", rewriting),
-    "rewrites the layout it checks": hook("check", lambda params, layout: rewrite(layout.scheme, layout)),
+    "rewrites the layout it checks": hook("check", lambda params, layout: rewrite(layout.pattern, layout)),
     "rewrites the layout it counts by": hook(
-        "most_forwards", lambda params, layout: (rewrite(layout.scheme, layout), 1)[1]
+        "most_forwards", lambda params, layout: (rewrite(layout.pattern, layout), 1)[1]
     ),
-    "rewrites the scheme": attributes(misfit=lambda self, scheme: rewrite(scheme)),
+    "rewrites the pattern": attributes(incompatibility=lambda self, pattern: rewrite(pattern)),
     "overwrites the canvas": hook("bonus", overwriting),
     "overwrites positions": hook("name_tokens", overwriting_positions),
     "changes its mind": attributes(Reviser, region=changing(), drafts=changing(), greedy=changing()),

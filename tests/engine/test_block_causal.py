@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from samplers import CacheMode, Canvas, Sampler, TokenChoice, get_sampler
-from samplers.denoising import Denoising, Outcome, advance, ask, denoise
+from samplers.loop.denoising import Outcome, advance, ask, denoise
+from samplers.loop.row import Row
 from server.engine import Engine, Event, FinishReason, GenerationRequest
 from server.engine.torch_backend import TorchBackend
 from server.metrics import Metrics
@@ -76,13 +77,13 @@ class Case:
     fill: bool
 
     def canvas(self) -> Canvas:
-        scheme = MODELS[self.model].info.scheme
-        return Canvas.blank(self.prompt, self.gen_length, MASK, self.block_length, scheme=scheme)
+        pattern = MODELS[self.model].info.pattern
+        return Canvas.blank(self.prompt, self.gen_length, MASK, self.block_length, pattern=pattern)
 
-    def row(self, cache: CacheMode) -> Denoising:
+    def row(self, cache: CacheMode) -> Row:
         sampler = rule(self.sampler)
         params = {"policy": "p"} | self.params if self.sampler == "policy" else self.params
-        return Denoising(
+        return Row(
             self.canvas(),
             sampler,
             sampler.Params(**params),
@@ -99,7 +100,7 @@ tokens = st.integers(1, VOCABULARY - 1)
 
 def cases(model: str, samplers: dict[str, list[dict[str, Any]]], warm: bool = False) -> st.SearchStrategy[Case]:
     """Prompts that end within a block, at its end, or not at all; canvases that end within a block or at its end."""
-    lengths = [None, 1, 2, 4, 8] if MODELS[model].info.scheme.fixed else [None, 1, 3, 4, 5]
+    lengths = [None, 1, 2, 4, 8] if MODELS[model].info.pattern.fixed else [None, 1, 3, 4, 5]
     return st.sampled_from(sorted(samplers)).flatmap(
         lambda name: st.builds(
             Case,
@@ -120,8 +121,8 @@ def cases(model: str, samplers: dict[str, list[dict[str, Any]]], warm: bool = Fa
 
 def slow(case: Case) -> tuple[list[int], int]:
     """The canvas at the end, and the number of forwards."""
-    scheme, layout = MODELS[case.model].info.scheme, case.canvas().layout
-    size = scheme.causal_block if scheme.fixed else layout.block_length
+    pattern, layout = MODELS[case.model].info.pattern, case.canvas().layout
+    size = pattern.causal_block if pattern.fixed else layout.block_length
     assert size is not None
     sampler = get_sampler(case.sampler)
     params = sampler.Params(**case.params)
@@ -136,10 +137,10 @@ def slow(case: Case) -> tuple[list[int], int]:
         places = sorted(p for p in open_places if p // layout.block_length == now)
         if now != block:
             block, block_step, masks = now, 0, layout.block_length
-        if scheme.shifted and block_step == 0 and places[0] > 0 and places[0] % size == 0:
+        if pattern.shifted and block_step == 0 and places[0] > 0 and places[0] % size == 0:
             places = places[:1]  # what stands before a block of the model decides its first position, and nothing else
         logits = TWINS[case.model](torch.tensor([canvas]), attention_mask=block_mask(len(canvas), size)).logits[0]
-        said = [statistics_of(logits[max(0, p - scheme.shifted)].double()) for p in places]
+        said = [statistics_of(logits[max(0, p - pattern.shifted)].double()) for p in places]
         here = [p - first for p in places]
         counters = (case.seed, forwards, block - first // layout.block_length, block_step, masks)
         chosen = sampler.select(naive_step(here, said, layout, params, counters)).commit[0].nonzero()[:, 0].tolist()
@@ -160,7 +161,7 @@ def slow(case: Case) -> tuple[list[int], int]:
     return canvas, forwards
 
 
-def told(row: Denoising) -> tuple[list[int], int]:
+def told(row: Row) -> tuple[list[int], int]:
     return row.canvas.tokens.tolist(), row.forwards
 
 
@@ -207,23 +208,23 @@ def test_where_blocks_are_the_models_own_the_cache_of_all_but_the_block_is_exact
     assert told(rows[0]) == told(rows[1])
 
 
-def row_of(model: str, prompt: int, gen_length: int, cache: CacheMode, block_length: int | None = None) -> Denoising:
+def row_of(model: str, prompt: int, gen_length: int, cache: CacheMode, block_length: int | None = None) -> Row:
     """A generation after a prompt of so many tokens, one token a forward."""
     topk = get_sampler("topk")
-    scheme = MODELS[model].info.scheme
-    canvas = Canvas.blank(list(range(5, 5 + prompt)), gen_length, MASK, block_length, scheme=scheme)
-    return Denoising(canvas, topk, topk.Params(), cache=cache)
+    pattern = MODELS[model].info.pattern
+    canvas = Canvas.blank(list(range(5, 5 + prompt)), gen_length, MASK, block_length, pattern=pattern)
+    return Row(canvas, topk, topk.Params(), cache=cache)
 
 
-def watched(backend: TorchBackend, row: Denoising) -> list[int]:
-    """Tokens that the network computes in each forward of a generation; what the loop says it feeds is just that."""
+def watched(backend: TorchBackend, row: Row) -> list[int]:
+    """Tokens that the network computes in each forward of a generation; what the loop says it spans is just that."""
     computed: list[int] = []
     embedding = backend.network.get_submodule("model.embed_tokens")
     hook = embedding.register_forward_hook(lambda _, __, out: computed.append(len(out)))
     said = []
     while not row.finished:
         query = ask([row])
-        said += [fed.stop - fed.start for fed in query.feeds]
+        said += [fed.stop - fed.start for fed in query.spans]
         advance([row], query, backend.predict(query))
     hook.remove()
     assert computed == said
@@ -266,7 +267,7 @@ def test_small_blocks_are_computed_alone_once_their_first_token_is_there() -> No
         query = ask([row])
         place = row.canvas.layout.block_place(row.block)
         known = place < 9 or not bool(row.canvas.masked[place - 9])
-        block.append((place, known, query.feeds[0].stop - query.feeds[0].start))
+        block.append((place, known, query.spans[0].stop - query.spans[0].start))
         advance([row], query, MODELS["fast_dllm_v2"].predict(query))
     first = block.index(next(each for each in block if each[0] == 12))
     assert block[0] == (8, True, 16), "everything, since nothing is known"

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from samplers import CacheMode, Canvas, TokenChoice, list_samplers
-from samplers.denoising import Denoising, Query, ask
-from samplers.prediction import Prediction
+from samplers.forward.prediction import Prediction
+from samplers.forward.query import Query
+from samplers.loop.denoising import ask
+from samplers.loop.row import Row
 from server.engine.torch_backend import TorchBackend
 from server.models.loading import describe, load_network
 
@@ -40,7 +42,7 @@ def test_nothing_waits_for_the_device(empty: Watched, cache: CacheMode, temperat
             continue
         choice = TokenChoice() if sampler.greedy else TokenChoice(temperature, 0.9, 5)
         canvas = Canvas.blank([5] * (4 + i % 3), 12 + i % 2, 0, 4)
-        rows.append(Denoising(canvas, sampler, sampler.Params(), choice, seed=i, cache=cache))
+        rows.append(Row(canvas, sampler, sampler.Params(), choice, seed=i, cache=cache))
     query = ask(rows)
     said = empty.predict(query)
     assert said.token.device.type == said.confidence.device.type == "meta"

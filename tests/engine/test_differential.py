@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from samplers import CacheMode, Canvas, Layout, Scheme, Statistic, Step, get_sampler
-from samplers.denoising import Denoising
+from samplers import AttentionPattern, CacheMode, Canvas, Layout, Statistic, Step, get_sampler
+from samplers.loop.row import Row
 from server.engine.backend import ModelInfo
 from server.engine.torch_backend import TorchBackend
 from server.models.loading import describe as describe_model
@@ -66,12 +66,12 @@ class Case:
     ends: bool
     fill: bool
 
-    def row(self, scheme: Scheme, cache: CacheMode = CacheMode.NONE) -> Denoising:
+    def row(self, pattern: AttentionPattern, cache: CacheMode = CacheMode.NONE) -> Row:
         sampler = get_sampler(self.sampler)
         ends = frozenset({END}) if self.ends else frozenset[int]()
-        canvas = Canvas.blank(self.prompt, self.gen_length, MASK, self.block_length, self.suffix, scheme)
+        canvas = Canvas.blank(self.prompt, self.gen_length, MASK, self.block_length, self.suffix, pattern)
         params = sampler.Params(**self.params)
-        return Denoising(canvas, sampler, params, seed=self.seed, end_ids=ends, fill_after_end=self.fill, cache=cache)
+        return Row(canvas, sampler, params, seed=self.seed, end_ids=ends, fill_after_end=self.fill, cache=cache)
 
 
 tokens = st.integers(1, VOCABULARY - 1)
@@ -112,7 +112,7 @@ def slow(network: Network, case: Case) -> tuple[list[int], int]:
             masks = len([p for p in open_positions if p // block_length == block])
         candidates = [p for p in range(length) if p in open_positions and p // block_length == block]
         logits = network(torch.tensor([canvas]))[0].double()
-        said = [describe(logits[max(0, first + p - network.scheme.shifted)]) for p in candidates]
+        said = [describe(logits[max(0, first + p - network.pattern.shifted)]) for p in candidates]
         step = naive_step(candidates, said, layout, params, (case.seed, forwards, block, block_step, masks))
         chosen = sampler.select(step).commit[0].nonzero()[:, 0].tolist()
         if not chosen:
@@ -186,7 +186,7 @@ def naive_step(
 def test_the_same_tokens_as_the_slow_loop(number: int, batch: list[Case], arrivals: list[int]) -> None:
     """Rows of different samplers, lengths and ages in one forward, some arriving in the middle of others."""
     backend = MODELS[number]
-    rows = [case.row(backend.info.scheme) for case in batch]
+    rows = [case.row(backend.info.pattern) for case in batch]
     finish(rows, arrivals, backend)
     for case, row in zip(batch, rows, strict=True):
         assert (row.canvas.tokens.tolist(), row.forwards) == slow(backend.network, case)

@@ -26,7 +26,8 @@ from samplers import (
     get_sampler,
     registry,
 )
-from samplers.denoising import Query, advance
+from samplers.forward.query import Query
+from samplers.loop.denoising import advance
 from server.engine import (
     Backend,
     Engine,

@@ -155,7 +155,7 @@ def test_a_sampler_that_is_wrong_as_such_harms_no_other(
         ("bonus of two", "must be indices, tokens and values"),
         ("bonus nan", "is not finite"),
         ("chooses in words", "must be a TokenChoice or None"),
-        ("misfit number", "must say why in words"),
+        ("incompatibility number", "must say why in words"),
         ("never says done", "must say which blocks are done"),
     ],
 )

@@ -7,9 +7,12 @@ import torch
 from torch import Tensor
 
 from samplers import Canvas, Statistic, TokenChoice, get_sampler, list_samplers
-from samplers.denoising import Denoising, Query, ask
-from samplers.prediction import Bonus, Prediction, Wanted
-from samplers.summary import summarise
+from samplers.forward.prediction import Prediction
+from samplers.forward.query import Query
+from samplers.forward.statistics import LogitBonus, StatisticsRequest
+from samplers.forward.summary import summarise
+from samplers.loop.denoising import ask
+from samplers.loop.row import Row
 from server.engine.vllm.instructions import Instruction, answers, read, together
 from tests.samplers.models import MASK, VOCAB
 
@@ -18,19 +21,19 @@ DRAWN = TokenChoice(0.8, 0.9, 5)
 
 def wanted(
     count: int, statistics: Sequence[Statistic] = (), top: int = 0, named: int = 0, draws: bool = False, bonus: int = 0
-) -> Wanted:
+) -> StatisticsRequest:
     generator = torch.Generator().manual_seed(count + top)
     choices: list[TokenChoice] | None = None
     if draws:
         choices = [DRAWN] * (count - 1) + [TokenChoice(top_k=2)]
-    return Wanted(
+    return StatisticsRequest(
         statistics=frozenset(statistics),
         only={name: torch.arange(count) % 2 == 0 for name in [*statistics[:1], *(["top"] if top else [])]},
         choices=choices,
         uniform=torch.rand(count, dtype=torch.float64, generator=generator) if draws else None,
         top=top,
         named=torch.randint(-1, VOCAB, (count, named), generator=generator) if named else None,
-        bonus=Bonus(torch.arange(bonus), torch.arange(bonus) + 3, torch.full((bonus,), 2.5)) if bonus else None,
+        bonus=LogitBonus(torch.arange(bonus), torch.arange(bonus) + 3, torch.full((bonus,), 2.5)) if bonus else None,
     )
 
 
@@ -51,12 +54,12 @@ def logits_of(count: int, seed: int) -> Tensor:
     return torch.randn(count, VOCAB, generator=torch.Generator().manual_seed(seed)) * 3
 
 
-def rows_that_count(values: Tensor, wish: Wanted, name: str) -> Tensor:
+def rows_that_count(values: Tensor, wish: StatisticsRequest, name: str) -> Tensor:
     only = wish.only.get(name)
     return values if only is None else values[only]
 
 
-def compare(found: Prediction, expected: Prediction, wish: Wanted) -> None:
+def compare(found: Prediction, expected: Prediction, wish: StatisticsRequest) -> None:
     assert found.token.equal(expected.token)
     assert found.confidence.equal(expected.confidence)
     assert found.extra.keys() == expected.extra.keys() == wish.statistics
@@ -71,7 +74,7 @@ def compare(found: Prediction, expected: Prediction, wish: Wanted) -> None:
 
 
 @pytest.mark.parametrize(("count", "wish"), list(zip(COUNTS, WISHES, strict=True)))
-def test_an_instruction_survives_the_journey(count: int, wish: Wanted) -> None:
+def test_an_instruction_survives_the_journey(count: int, wish: StatisticsRequest) -> None:
     instruction = Instruction(torch.arange(count) * 7, wish)
     packed = instruction.pack()
     _check_plain(packed)
@@ -110,7 +113,7 @@ def test_every_sampler_gets_what_it_asked_for() -> None:
     rows = []
     for i, sampler in enumerate(each for each in list_samplers() if each.name != "policy" and not each.drafts):
         choice = TokenChoice(0.0 if sampler.greedy else 0.7)
-        rows.append(Denoising(Canvas.blank([5, 6 + i % 3], 6 + i % 4, MASK), sampler, sampler.Params(), choice, seed=i))
+        rows.append(Row(Canvas.blank([5, 6 + i % 3], 6 + i % 4, MASK), sampler, sampler.Params(), choice, seed=i))
     query = ask(rows)
     logits = logits_of(len(query.row), 3)
     parts = [query.one(i) for i in range(len(rows))]
@@ -122,7 +125,7 @@ def test_every_sampler_gets_what_it_asked_for() -> None:
 
 def test_a_query_of_one_canvas_is_its_own_part() -> None:
     sampler = get_sampler("entropy")
-    query: Query = ask([Denoising(Canvas.blank([5], 4, MASK), sampler, sampler.Params())])
+    query: Query = ask([Row(Canvas.blank([5], 4, MASK), sampler, sampler.Params())])
     packed = Instruction(query.position, query.wanted).pack()
     assert set(packed) == {"position", "statistics"}, "what nobody asked for must not travel"
     assert len(packed["position"]) == 4 * 4

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from samplers.denoising import Query
-from samplers.prediction import Prediction
+from samplers.forward.prediction import Prediction
+from samplers.forward.query import Query
 from server.allocator import KERNEL_CACHES, KERNELS, available_memory
 from server.engine import Limits
 from server.engine import memory as memory_module
@@ -129,7 +129,7 @@ def test_the_largest_forward_is_as_large_as_the_limits_allow(
         fed: list[int] = []
 
         def watched(query: Query, each: TorchBackend = each, fed: list[int] = fed) -> Prediction:
-            fed.append(sum(feed.stop - feed.start for feed in query.feeds))
+            fed.append(sum(feed.stop - feed.start for feed in query.spans))
             return TorchBackend.predict(each, query)
 
         monkeypatch.setattr(each, "predict", watched)

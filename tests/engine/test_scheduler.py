@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from samplers import CacheMode, Canvas, get_sampler
-from samplers.denoising import Denoising
-from samplers.work import work
+from samplers.loop.row import Row
+from samplers.loop.work import work
 from server.engine.generation import Generation
 from server.engine.quota import Quota
 from server.engine.request import GenerationRequest, Owner
@@ -25,7 +25,7 @@ def generation(
         owner = Owner(owner, owner)
     params = TOPK.Params(steps=steps)
     request = GenerationRequest([], length, "topk", params, priority=priority, owner=owner)
-    row = Denoising(Canvas.blank([], length, MASK, 8), TOPK, params, cache=cache)
+    row = Row(Canvas.blank([], length, MASK, 8), TOPK, params, cache=cache)
     return Generation(request, lambda event: None, row, work(TOPK, params, row.canvas.layout))
 
 

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from samplers import CacheMode, Canvas, Statistic, TokenChoice, get_sampler
-from samplers.cache import Feed, Memory
-from samplers.denoising import Denoising, Query, advance, ask, denoise
-from samplers.summary import summarise
+from samplers.forward.query import Query
+from samplers.forward.span import ForwardSpan, KVSlot
+from samplers.forward.summary import summarise
+from samplers.loop.denoising import advance, ask, denoise
+from samplers.loop.row import Row
 from server.engine import Backend, torch_backend
 from server.engine.torch_backend import TorchBackend
 from server.models.loading import load_model
@@ -24,13 +26,13 @@ def backend(tiny_model: Path) -> TorchBackend:
     return backend
 
 
-def rows(count: int, temperature: float = 0.0) -> list[Denoising]:
+def rows(count: int, temperature: float = 0.0) -> list[Row]:
     """Generations that differ in prompt, length, block, sampler and seed."""
     found = []
     for i in range(count):
         sampler = get_sampler(("topk", "threshold", "random")[i % 3])
         canvas = Canvas.blank(list(range(5, 8 + i)), 10 + 2 * i, 0, (None, 8)[i % 2])
-        found.append(Denoising(canvas, sampler, sampler.Params(), TokenChoice(temperature), seed=i))
+        found.append(Row(canvas, sampler, sampler.Params(), TokenChoice(temperature), seed=i))
     return found
 
 
@@ -124,7 +126,7 @@ def test_nothing_is_computed_of_padding_and_the_last_block_works_on_candidates_o
 @pytest.mark.parametrize("mode", [CacheMode.PREFIX, CacheMode.DUAL])
 def test_with_a_cache_only_a_block_or_what_follows_it_is_computed(backend: TorchBackend, mode: CacheMode) -> None:
     sampler = get_sampler("topk")
-    row = Denoising(Canvas.blank([5, 6, 7], 24, 0, 8), sampler, sampler.Params(k=3), cache=mode)
+    row = Row(Canvas.blank([5, 6, 7], 24, 0, 8), sampler, sampler.Params(k=3), cache=mode)
     fed: list[int] = []
     first = backend.network.transformer.blocks[0]
     hook = first.ff_out.register_forward_hook(lambda _, __, out: fed.append(len(out)))
@@ -137,10 +139,10 @@ def test_with_a_cache_only_a_block_or_what_follows_it_is_computed(backend: Torch
 def test_a_cache_that_knows_everything_is_exact(backend: TorchBackend) -> None:
     """What a forward left, unchanged: any part fed again gives the same prediction."""
     (row,) = rows(1)
-    query, memory = ask([row]), Memory()
+    query, memory = ask([row]), KVSlot()
     start, length = int(query.position[0]), row.canvas.layout.length
-    whole = backend.predict(replace(query, feeds=[Feed(0, length, memory)]))
-    again = backend.predict(replace(query, feeds=[Feed(start, length - 1, memory)], **_without_last(query)))
+    whole = backend.predict(replace(query, spans=[ForwardSpan(0, length, memory)]))
+    again = backend.predict(replace(query, spans=[ForwardSpan(start, length - 1, memory)], **_without_last(query)))
     assert again.token.equal(whole.token[:-1])
     assert torch.allclose(again.confidence, whole.confidence[:-1], atol=1e-6)
 
@@ -153,10 +155,10 @@ def test_caches_of_generations_that_began_at_different_times(backend: TorchBacke
     """Alone or together, whole forwards beside parts of others: the same tokens, the same number of forwards."""
     modes = [CacheMode.DUAL, CacheMode.NONE, CacheMode.PREFIX]
 
-    def made() -> list[Denoising]:
+    def made() -> list[Row]:
         found = rows(9, temperature=0.4)
         return [
-            Denoising(
+            Row(
                 Canvas.blank(row.canvas.tokens[: row.canvas.layout.prompt_length].tolist(), 20 + i, 0, 6),
                 row.sampler,
                 row.params,
@@ -185,9 +187,7 @@ def test_generations_end_at_the_models_end_of_text(ending_model: Path) -> None:
     for i in range(6):
         sampler = get_sampler(("topk", "threshold")[i % 2])
         canvas = Canvas.blank([5 + i] * 6, 40, 0, 8)
-        ended.append(
-            Denoising(canvas, sampler, sampler.Params(), TokenChoice(1.0), seed=i, end_ids=backend.info.end_ids)
-        )
+        ended.append(Row(canvas, sampler, sampler.Params(), TokenChoice(1.0), seed=i, end_ids=backend.info.end_ids))
     denoise(ended, backend.predict)
     assert sum(row.end is not None for row in ended) >= 4
     for row in ended:

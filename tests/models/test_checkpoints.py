@@ -382,7 +382,7 @@ def test_sdars_block_is_4_where_nothing_is_said(tmp_path: Path, null: bool) -> N
         if null:
             edit_json(folder / "config.json", block_size=None)
         info = load_model(str(folder)).backend.info
-        assert info.block_length == 4 and info.scheme.causal_block == 4
+        assert info.block_length == 4 and info.pattern.causal_block == 4
 
 
 @pytest.mark.parametrize("name", FAMILIES)

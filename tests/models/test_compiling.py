@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from samplers import Canvas, get_sampler
-from samplers.denoising import Denoising, ask
+from samplers.loop.denoising import ask
+from samplers.loop.row import Row
 from server.engine.torch_backend import TorchBackend
 from server.models.compiling import SMALLEST, compile_layers, padded_size, shapes_up_to
 from server.models.loading import describe, load_network
@@ -36,9 +37,9 @@ def backends(tiny_model: Path) -> tuple[TorchBackend, TorchBackend]:
     return TorchBackend(network, info), TorchBackend(traced, info, static_shapes=True)
 
 
-def rows(count: int, extra: int) -> list[Denoising]:
+def rows(count: int, extra: int) -> list[Row]:
     topk = get_sampler("topk")
-    return [Denoising(Canvas.blank([5 + i] * (3 + i + extra), 20 + i, 0, 8), topk, topk.Params()) for i in range(count)]
+    return [Row(Canvas.blank([5 + i] * (3 + i + extra), 20 + i, 0, 8), topk, topk.Params()) for i in range(count)]
 
 
 def test_compiled_forwards_say_the_same_with_few_shapes(backends: tuple[TorchBackend, TorchBackend]) -> None:

@@ -12,14 +12,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from samplers import CacheMode, Canvas, get_sampler
-from samplers.denoising import Denoising, advance, ask, denoise
-from samplers.prediction import NOTHING
+from samplers.forward.statistics import NOTHING
+from samplers.loop.denoising import advance, ask, denoise
+from samplers.loop.row import Row
 from server.engine.torch_backend import TorchBackend
 from server.models.compiling import compile_layers
 from server.models.diffusion_gemma import DiffusionGemma, DiffusionGemmaConfig
 from server.models.files import ModelError
 from server.models.loading import describe, load_model, load_network
-from server.models.packed import KeyValues, Packed, Row
+from server.models.packed import KeyValues, RaggedBatch, Segment
 from tests.tiny_gemma import CANVAS, WINDOW, tiny_gemma, tiny_gemma_config, write_tiny_gemma
 
 VOCABULARY = 90
@@ -36,8 +37,8 @@ def ours(network: DiffusionGemma, prompt: Tensor, draft: Tensor, said: Tensor | 
     memory = network.room(length, network.decoder.embed_tokens.weight.dtype, CPU)
     if said is not None:
         memory.said = first, network.remembered(said, NOTHING)
-    row = Row(0, length, len(draft), length, memory, draft=first)
-    hidden = network.packed(Packed([row], torch.cat([prompt, draft]), torch.arange(first, length)))
+    row = Segment(0, length, len(draft), length, memory, draft=first)
+    hidden = network.packed(RaggedBatch([row], torch.cat([prompt, draft]), torch.arange(first, length)))
     return network.head(hidden)
 
 
@@ -95,8 +96,8 @@ def test_logits_equal_those_of_transformers(theirs: tuple[Any, DiffusionGemma], 
         for i in range(2):
             found = ours(network, prompt[i], draft[i], None if said is None else said[i])
             assert torch.allclose(found, expected.logits[i], atol=1e-4)
-            row = Row(0, length, length, length, draft=length)
-            encoded = network.packed(Packed([row], prompt[i], torch.arange(length)))
+            row = Segment(0, length, length, length, draft=length)
+            encoded = network.packed(RaggedBatch([row], prompt[i], torch.arange(length)))
             assert torch.allclose(encoded, expected.encoder_last_hidden_state[i], atol=1e-4)
     assert expected.logits.std() > 1, "logits that are all alike would agree whatever the network does"
 
@@ -133,18 +134,18 @@ def small() -> TorchBackend:
     return TorchBackend(network, describe("DiffusionGemmaForBlockDiffusion", network))
 
 
-def row(backend: TorchBackend, seed: int, cache: CacheMode = CacheMode.PREFIX, gen_length: int = 20) -> Denoising:
+def row(backend: TorchBackend, seed: int, cache: CacheMode = CacheMode.PREFIX, gen_length: int = 20) -> Row:
     """A generation of three canvases, the last of which is cut."""
     sampler = get_sampler("diffusion_gemma")
-    canvas = Canvas.blank(tokens(5 + seed, seed=seed).tolist(), gen_length, None, scheme=backend.info.scheme)
+    canvas = Canvas.blank(tokens(5 + seed, seed=seed).tolist(), gen_length, None, pattern=backend.info.pattern)
     params = sampler.Params(max_denoising_steps=4, entropy_bound=3.0)
-    return Denoising(canvas, sampler, params, seed=seed, cache=cache)
+    return Row(canvas, sampler, params, seed=seed, cache=cache)
 
 
 def test_a_canvas_is_as_long_as_the_models_unless_somebody_says_otherwise() -> None:
     backend = small()
     assert [row(backend, 0).canvas.layout.block_size(b) for b in range(3)] == [CANVAS] * 3
-    canvas = Canvas.blank([1], 20, None, 5, scheme=backend.info.scheme)
+    canvas = Canvas.blank([1], 20, None, 5, pattern=backend.info.pattern)
     assert canvas.layout.blocks == 4
 
 
@@ -195,7 +196,7 @@ def test_what_was_said_before_counts_within_a_canvas_and_not_beyond(monkeypatch:
     """Without it the second step of a canvas says something else, and the first the same."""
     backend = small()
 
-    def confidences(each: Denoising) -> list[list[float]]:
+    def confidences(each: Row) -> list[list[float]]:
         found = []
         for _ in range(5):
             query = ask([each])
@@ -216,8 +217,8 @@ def test_what_was_said_of_a_block_that_began_elsewhere_is_of_no_interest(begins:
 
     def hidden(said: tuple[int, Tensor] | None) -> Tensor:
         memory = KeyValues(network.room(4 + CANVAS, torch.float32, CPU).states, said)
-        row = Row(0, 4 + CANVAS, CANVAS, 4 + CANVAS, memory, draft=4)
-        return network.packed(Packed([row], tokens(4 + CANVAS), torch.arange(4, 4 + CANVAS)))
+        row = Segment(0, 4 + CANVAS, CANVAS, 4 + CANVAS, memory, draft=4)
+        return network.packed(RaggedBatch([row], tokens(4 + CANVAS), torch.arange(4, 4 + CANVAS)))
 
     assert hidden((begins, torch.ones(CANVAS, 32))).equal(hidden(None)) is not counts
 
@@ -264,7 +265,9 @@ def test_half_precision_runs() -> None:
     wide = ours(network, tokens(9), tokens(CANVAS))
     half = tiny_gemma(tiny_gemma_config(VOCABULARY)).to(torch.bfloat16)
     memory = half.room(9 + CANVAS, torch.bfloat16, CPU)
-    batch = Packed([Row(0, 17, 8, 17, memory, draft=9)], torch.cat([tokens(9), tokens(CANVAS)]), torch.arange(9, 17))
+    batch = RaggedBatch(
+        [Segment(0, 17, 8, 17, memory, draft=9)], torch.cat([tokens(9), tokens(CANVAS)]), torch.arange(9, 17)
+    )
     logits = half.head(half.packed(batch))
     assert logits.dtype == torch.float32
     assert (logits - wide).abs().mean() < 0.1 * wide.std()

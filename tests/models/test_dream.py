@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from samplers import CacheMode, Canvas, get_sampler
-from samplers.denoising import Denoising, ask, denoise
+from samplers.loop.denoising import ask, denoise
+from samplers.loop.row import Row
 from server.engine.torch_backend import TorchBackend
 from server.models.dream import Dream, DreamConfig
 from server.models.loading import LoadedModel, ModelError, describe, load_model
@@ -90,7 +91,7 @@ def test_a_position_is_decided_by_the_output_before_it(backend: TorchBackend, pr
     """The first of the canvas by its own."""
     sampler = get_sampler("topk")
     # A token apart, or all positions of a canvas of masks would be alike.
-    row = Denoising(Canvas.blank(prompt, 6, 0, suffix=[5], scheme=backend.info.scheme), sampler, sampler.Params())
+    row = Row(Canvas.blank(prompt, 6, 0, suffix=[5], pattern=backend.info.pattern), sampler, sampler.Params())
     found = backend.predict(ask([row]))
     logits = backend.network(row.canvas.tokens[None])[0]
     deciding = [max(0, place - 1) for place in range(len(prompt), len(prompt) + 6)]
@@ -101,13 +102,13 @@ def test_a_position_is_decided_by_the_output_before_it(backend: TorchBackend, pr
     assert len(found.token.unique()) > 1
 
 
-def made(backend: TorchBackend, number: int, cache: CacheMode) -> Denoising:
+def made(backend: TorchBackend, number: int, cache: CacheMode) -> Row:
     """One of several generations that differ in everything."""
     name, params = [("threshold", {"threshold": 0.6}), ("dream", {"steps": 12}), ("topk", {"k": 2})][number % 3]
     sampler = get_sampler(name)
     prompt = tokens(1, 3 + number % 5)[0].tolist()
-    canvas = Canvas.blank(prompt, 14 + number, 0, 4 + number % 4, scheme=backend.info.scheme)
-    return Denoising(canvas, sampler, sampler.Params(**params), seed=number, cache=cache)
+    canvas = Canvas.blank(prompt, 14 + number, 0, 4 + number % 4, pattern=backend.info.pattern)
+    return Row(canvas, sampler, sampler.Params(**params), seed=number, cache=cache)
 
 
 def test_cached_generations_are_the_same_alone_and_in_a_batch(backend: TorchBackend) -> None:
@@ -126,7 +127,7 @@ def test_cached_generations_are_the_same_alone_and_in_a_batch(backend: TorchBack
     ), "caches that approximate nothing prove nothing"
 
 
-def finished(row: Denoising, backend: TorchBackend) -> Denoising:
+def finished(row: Row, backend: TorchBackend) -> Row:
     denoise([row], backend.predict)
     return row
 
@@ -135,15 +136,15 @@ def finished(row: Denoising, backend: TorchBackend) -> Denoising:
 def test_a_cached_blocks_first_forward_decides_its_first_position(backend: TorchBackend, mode: CacheMode) -> None:
     """Whose output is outside of what later forwards feed."""
     sampler = get_sampler("threshold")
-    canvas = Canvas.blank([7, 8, 9], 12, 0, 4, scheme=backend.info.scheme)
-    row = Denoising(canvas, sampler, sampler.Params(threshold=1e-9), cache=mode)
+    canvas = Canvas.blank([7, 8, 9], 12, 0, 4, pattern=backend.info.pattern)
+    row = Row(canvas, sampler, sampler.Params(threshold=1e-9), cache=mode)
     decided, fed = [], []
     while not row.finished:
         before, query = row.canvas.masked.clone(), ask([row])
         prediction = backend.predict(query)
         row.commit(row.candidates(), prediction.token)
         decided.append((before & ~row.canvas.masked).nonzero()[:, 0].tolist())
-        fed.append((query.feeds[0].start, query.feeds[0].stop))
+        fed.append((query.spans[0].start, query.spans[0].stop))
     assert decided == [[0], [1, 2, 3], [4], [5, 6, 7], [8], [9, 10, 11]]
     stops = [15, 15, 15] if mode is CacheMode.PREFIX else [7, 11, 15]
     assert fed == [(0, 15), (3, stops[0]), (0, 15), (7, stops[1]), (0, 15), (11, stops[2])]
@@ -157,8 +158,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def loop_alone(loaded: LoadedModel, prompt: str, seed: int, cache: CacheMode) -> list[int]:
     """The region that our loop makes of a prompt, without an engine."""
     info, sampler = loaded.backend.info, get_sampler("dream")
-    canvas = Canvas.blank(loaded.text.encode(prompt), 16, info.mask_id, 8, scheme=info.scheme)
-    row = Denoising(canvas, sampler, sampler.Params(), seed=seed, end_ids=info.end_ids, cache=cache)
+    canvas = Canvas.blank(loaded.text.encode(prompt), 16, info.mask_id, 8, pattern=info.pattern)
+    row = Row(canvas, sampler, sampler.Params(), seed=seed, end_ids=info.end_ids, cache=cache)
     denoise([row], loaded.backend.predict)
     return row.text_tokens()
 
@@ -188,7 +189,7 @@ def test_special_tokens_are_found(tmp_path: Path) -> None:
     info, text = named.backend.info, named.text
     assert info.mask_id == text.token_id("<|mask|>")
     assert info.end_ids == {text.token_id("<|endoftext|>"), text.token_id("<|im_end|>")}
-    assert (info.architecture, info.scheme.shifted, info.block_length) == ("DreamModel", True, None)
+    assert (info.architecture, info.pattern.shifted, info.block_length) == ("DreamModel", True, None)
     unnamed = load_model(str(write_tiny_dream(tmp_path / "unnamed", mask_token_id=None))).backend.info
     assert unnamed.mask_id == info.mask_id
     other = load_model(str(write_tiny_dream(tmp_path / "other", mask_token_id=7))).backend.info

@@ -6,8 +6,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from samplers import Canvas, Scheme, get_sampler
-from samplers.denoising import Denoising, ask
+from samplers import AttentionPattern, Canvas, get_sampler
+from samplers.loop.denoising import ask
+from samplers.loop.row import Row
 from server.engine.torch_backend import TorchBackend
 from server.models.fast_dllm_v2 import FastDLLMConfig
 from server.models.loading import describe
@@ -32,7 +33,9 @@ def test_logits_equal_those_of_qwen2_under_a_block_causal_mask(changes: dict[str
 @pytest.mark.parametrize(("size", "small"), [(32, 8), (16, 8), (8, 8), (12, 12)])
 def test_it_says_how_it_reads_a_canvas(size: int, small: int) -> None:
     network = decoder_network(decoder_config(FAST_DLLM, VOCABULARY, bd_size=size))
-    assert network.scheme == Scheme(causal_block=size, fixed=True, shifted=True, judges_drawn=True, strict=True)
+    assert network.pattern == AttentionPattern(
+        causal_block=size, fixed=True, shifted=True, judges_drawn=True, strict=True
+    )
     assert network.block_length == small
 
 
@@ -42,8 +45,8 @@ def test_a_position_is_decided_by_the_one_before_it() -> None:
     backend = TorchBackend(network, describe(FAST_DLLM, network))
     sampler = get_sampler("topk")
     for prompt, asked in ((list(range(5, 21)), [16]), (list(range(5, 18)), [13, 14, 15])):
-        canvas = Canvas.blank(prompt, 10, 0, 8, scheme=network.scheme)
-        query = ask([Denoising(canvas, sampler, sampler.Params())])
+        canvas = Canvas.blank(prompt, 10, 0, 8, pattern=network.pattern)
+        query = ask([Row(canvas, sampler, sampler.Params())])
         assert query.position.tolist() == asked
         logits = in_transformers(network)(canvas.tokens[None], attention_mask=block_mask(len(canvas.tokens), 16)).logits
         expected = logits[0, [p - 1 for p in asked]].softmax(dim=-1).max(dim=-1)

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from server.models.llada import LLaDA, LLaDAConfig
-from server.models.packed import Packed, Row
+from server.models.packed import RaggedBatch, Segment
 from tests.tiny import tiny_config, tiny_network
 
 VOCABULARY = 90
@@ -84,7 +84,7 @@ def test_logits_equal_those_of_llama_without_its_causal_mask(tied: bool, heads: 
         expected = llama(ids, attention_mask=torch.zeros(3, 1, 40, 40)).logits
         found = ours(ids)
         everything = torch.arange(ids.numel())
-        packed = ours.head(ours.packed(Packed([Row(0, 40, 40, 40)] * 3, ids.flatten(), everything)))
+        packed = ours.head(ours.packed(RaggedBatch([Segment(0, 40, 40, 40)] * 3, ids.flatten(), everything)))
     learnt = ours.requires_grad_(True)(ids).detach()
     for each in (found, packed.view_as(found), learnt):
         assert (each - expected).abs().max() <= 1e-5
@@ -125,10 +125,10 @@ def test_states_of_wanted_positions_are_those_of_the_whole_forward(network: LLaD
     ids = tokens(3, 15)
     lengths = (9, 15, 15)
     wanted = [[8, 0], [4, 0, 14, 3], [14, 13, 12, 11]]
-    rows = [Row(0, length, len(at), length) for length, at in zip(lengths, wanted, strict=True)]
+    rows = [Segment(0, length, len(at), length) for length, at in zip(lengths, wanted, strict=True)]
     parts = [row[:length] for row, length in zip(ids, lengths, strict=True)]
     flat = torch.tensor([start + p for start, at in zip((0, 9, 24), wanted, strict=True) for p in at])
-    found = network.packed(Packed(rows, torch.cat(parts), flat))
+    found = network.packed(RaggedBatch(rows, torch.cat(parts), flat))
     expected = [network.hidden(part[None])[0, at] for part, at in zip(parts, wanted, strict=True)]
     assert torch.allclose(found, torch.cat(expected), atol=1e-5)
 

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from samplers import CacheMode, Canvas, get_sampler
-from samplers.denoising import Denoising, advance, ask, denoise
+from samplers.loop.denoising import advance, ask, denoise
+from samplers.loop.row import Row
 from server.engine.torch_backend import TorchBackend
 from server.models import weights
 from server.models.llada2 import LLaDA2Config, Mixture, Router
@@ -151,7 +152,7 @@ def test_tensors_have_the_checkpoints_names() -> None:
 
 def test_a_block_sees_itself_and_what_is_before() -> None:
     network = llada2()
-    network.scheme = network.scheme.with_blocks(4)
+    network.pattern = network.pattern.with_blocks(4)
     ids = torch.arange(2, 14)[None]
     changed = ids.clone()
     changed[0, 6] = 80
@@ -168,20 +169,20 @@ RULES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def rows(cache: CacheMode, block_length: int | None) -> list[Denoising]:
+def rows(cache: CacheMode, block_length: int | None) -> list[Row]:
     """Generations that differ in prompt, length, rule and seed."""
     found = []
     for i, (name, params) in enumerate(RULES * 2):
         sampler = get_sampler(name)
-        scheme = llada2().scheme
-        canvas = Canvas.blank(list(range(5, 8 + 3 * i)), 14 + 3 * i, 0, block_length, scheme=scheme)
+        pattern = llada2().pattern
+        canvas = Canvas.blank(list(range(5, 8 + 3 * i)), 14 + 3 * i, 0, block_length, pattern=pattern)
         params = sampler.Params(**params)
         ends = frozenset({1} if i % 2 else ())
-        found.append(Denoising(canvas, sampler, params, seed=i, end_ids=ends, cache=cache))
+        found.append(Row(canvas, sampler, params, seed=i, end_ids=ends, cache=cache))
     return found
 
 
-def results(found: list[Denoising]) -> list[tuple[list[int], int]]:
+def results(found: list[Row]) -> list[tuple[list[int], int]]:
     return [(row.canvas.tokens.tolist(), row.forwards) for row in found]
 
 
@@ -218,12 +219,12 @@ def test_a_finished_block_is_computed_once() -> None:
     sampler = get_sampler("topk")
     fed: list[list[tuple[int, int]]] = []
     for cache in (CacheMode.NONE, CacheMode.PREFIX):
-        canvas = Canvas.blank(list(range(5, 15)), 22, 0, 8, scheme=network.scheme)
-        row = Denoising(canvas, sampler, sampler.Params(k=4), cache=cache)
+        canvas = Canvas.blank(list(range(5, 15)), 22, 0, 8, pattern=network.pattern)
+        row = Row(canvas, sampler, sampler.Params(k=4), cache=cache)
         fed.append([])
         while not row.finished:
             query = ask([row])
-            fed[-1].append((query.feeds[0].start, query.feeds[0].stop))
+            fed[-1].append((query.spans[0].start, query.spans[0].stop))
             advance([row], query, backend.predict(query))
     assert fed[0] == [(0, 16), (0, 16), (0, 24), (0, 24), (0, 32), (0, 32)]
     assert fed[1] == [(0, 16), (8, 16), (8, 24), (16, 24), (16, 32), (24, 32)]
@@ -235,10 +236,10 @@ def test_a_folder_generates(tmp_path: Path, dtype: str, cache: CacheMode) -> Non
     loaded = load_model(str(write_model(tmp_path / "m", llada2_config())), device="cpu", dtype=dtype)
     info = loaded.backend.info
     assert (info.architecture, info.block_length, info.cache) == ("LLaDA2MoeModelLM", 32, CacheMode.PREFIX)
-    assert info.end_ids == {1, loaded.text.token_id(ROLE_END)} and info.scheme.causal_block == 32
+    assert info.end_ids == {1, loaded.text.token_id(ROLE_END)} and info.pattern.causal_block == 32
     sampler = get_sampler("edit")
-    row = Denoising(
-        Canvas.blank([5, 6, 7], 40, info.mask_id, 16, scheme=info.scheme), sampler, sampler.Params(), cache=cache
+    row = Row(
+        Canvas.blank([5, 6, 7], 40, info.mask_id, 16, pattern=info.pattern), sampler, sampler.Params(), cache=cache
     )
     denoise([row], loaded.backend.predict)
     assert not row.canvas.masked.any() and 0 not in row.canvas.generated

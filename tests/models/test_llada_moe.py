@@ -9,7 +9,8 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from samplers import Canvas, get_sampler
-from samplers.denoising import Denoising, denoise
+from samplers.loop.denoising import denoise
+from samplers.loop.row import Row
 from server.engine.torch_backend import TorchBackend
 from server.models.experts import SoftmaxMixture, highest, mix
 from server.models.llada_moe import LLaDAMoE, LLaDAMoEConfig
@@ -148,10 +149,10 @@ def test_every_position_sees_every_other() -> None:
 def test_a_folder_generates(tmp_path: Path, dtype: str) -> None:
     loaded = load_model(str(write_model(tmp_path / "m", llada_moe_config())), device="cpu", dtype=dtype)
     info = loaded.backend.info
-    assert (info.architecture, info.block_length, info.scheme.causal_block) == ("LLaDAMoEModelLM", None, None)
+    assert (info.architecture, info.block_length, info.pattern.causal_block) == ("LLaDAMoEModelLM", None, None)
     assert info.end_ids == {1, loaded.text.token_id(ROLE_END)}
     sampler = get_sampler("topk")
-    row = Denoising(Canvas.blank([5, 6, 7], 12, info.mask_id, 4), sampler, sampler.Params(k=2))
+    row = Row(Canvas.blank([5, 6, 7], 12, info.mask_id, 4), sampler, sampler.Params(k=2))
     denoise([row], loaded.backend.predict)
     assert not row.canvas.masked.any() and 0 not in row.canvas.generated
 
@@ -161,9 +162,9 @@ def test_alone_and_in_a_batch_the_same_tokens() -> None:
     backend = TorchBackend(network, describe("LLaDAMoEModelLM", network))
     sampler = get_sampler("threshold")
 
-    def rows() -> list[Denoising]:
+    def rows() -> list[Row]:
         canvases = [Canvas.blank(list(range(5, 8 + i)), 10 + i, 0, 5) for i in range(5)]
-        return [Denoising(canvas, sampler, sampler.Params(threshold=0.6)) for canvas in canvases]
+        return [Row(canvas, sampler, sampler.Params(threshold=0.6)) for canvas in canvases]
 
     together = rows()
     denoise(together, backend.predict)

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from policies.atomic import write_together
 from samplers import Canvas, get_sampler
-from samplers.denoising import Denoising, ask
+from samplers.loop.denoising import ask
+from samplers.loop.row import Row
 from server.models import loading
 from server.models.loading import ModelError, choose_device, choose_dtype, load_model, load_network
 from tests.tiny import tiny_tokenizer, write_tiny_model
@@ -66,7 +67,7 @@ def test_a_folder(folder: Path) -> None:
     assert info.parameters == sum(tensor.numel() for tensor in load_file(folder / WEIGHTS).values())
     assert loaded.text.vocab_size == vocabulary
     sampler = get_sampler("topk")
-    row = Denoising(Canvas.blank(loaded.text.encode("Tom"), 4, 0), sampler, sampler.Params())
+    row = Row(Canvas.blank(loaded.text.encode("Tom"), 4, 0), sampler, sampler.Params())
     assert len(loaded.backend.predict(ask([row])).token) == 4
 
 

@@ -7,7 +7,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from samplers import Scheme
+from samplers import AttentionPattern
 from server.models.experts import SoftmaxMixture
 from server.models.registry import find_family
 from server.models.sdar import SDARConfig
@@ -62,7 +62,10 @@ def test_a_block_sees_itself_and_what_is_before_it() -> None:
 
 def test_it_says_how_it_reads_a_canvas() -> None:
     network = decoder_network(decoder_config(SDAR, VOCABULARY, block_size=8))
-    assert network.scheme == Scheme(causal_block=8, judges_drawn=True, strict=True) and network.block_length == 8
+    assert (
+        network.pattern == AttentionPattern(causal_block=8, judges_drawn=True, strict=True)
+        and network.block_length == 8
+    )
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 from policies.subject import Subject
 from policies.tasks import Problem, Task
 from samplers import Canvas, Prediction
-from samplers.denoising import Query
+from samplers.forward.query import Query
 from server.models.text import TextCodec
 from server.training.tokenizer import build_tokenizer
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from policies.checkpoint import CARD, MOST_CARD_BYTES, WEIGHTS, PolicyError, load_policy, save_policy
 from policies.store import Host, PolicyStore, UnknownPolicyError
 from samplers import get_sampler
-from samplers.policy import PolicyParams
+from samplers.learned.policy import PolicyParams
 from tests.policies.tiny import card, network
 
 HOST = Host("LLaDAModelLM", 12)

@@ -1,6 +1,6 @@
 import pytest
 
-from policies.evaluate import FRONTIER, Row, Trial, TrialError, evaluate
+from policies.evaluate import FRONTIER, Measurement, Trial, TrialError, evaluate
 from policies.specs import SamplerSpec
 from policies.tasks import get_task
 from policies.tasks.lists import Totals
@@ -14,7 +14,7 @@ LENGTHS = [len(problem.answer.split()) + 3 for problem in PROBLEMS]
 """Tokens that count: `Reversed`, `:`, the numbers, end-of-text."""
 
 
-def run(sampler: str, model: FakeModel, batch: int = 4, **changes: object) -> Row:
+def run(sampler: str, model: FakeModel, batch: int = 4, **changes: object) -> Measurement:
     settings: dict[str, object] = {"block_length": None, "gen_length": REVERSE.gen_length, "count": COUNT} | changes
     return evaluate(model.subject(), Trial(REVERSE, SamplerSpec.parse(sampler), **settings), batch)  # type: ignore[arg-type]
 
@@ -84,7 +84,7 @@ def test_the_batch_stays_full_and_rows_of_a_forward_are_of_like_length() -> None
 
 
 def test_seeds_choose_problems_and_random_order() -> None:
-    def first_rows(seed: int) -> Row:
+    def first_rows(seed: int) -> Measurement:
         problems = held_out(REVERSE, COUNT, seed)
         return run("random", FakeModel(REVERSE, problems, hazy), seed=seed).model_copy(update={"seconds": 0.0})
 

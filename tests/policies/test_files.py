@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from policies.evaluate import Row
+from policies.evaluate import Measurement
 from policies.files import check_safetensors, read_file, read_open
 from policies.recipe import PolicyRecipe
 from policies.run_state import RunState
@@ -107,7 +107,7 @@ def test_a_pipe_is_no_file_of_any_kind(tmp_path: Path, pipe: Path) -> None:
     with pytest.raises(OSError, match=why):
         model_digest(tmp_path)
     with pytest.raises(ResultsError, match=why):
-        add_row(pipe, fresh, Row.model_construct())
+        add_row(pipe, fresh, Measurement.model_construct())
 
 
 def test_a_line_without_an_end_is_refused(tmp_path: Path) -> None:

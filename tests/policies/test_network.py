@@ -9,18 +9,19 @@ from pydantic import ValidationError
 from policies import inputs
 from policies.network import LoadedPolicy, PolicyConfig, UnmaskingPolicy, parameters, waves
 from samplers import Canvas, Step
-from samplers.denoising import Denoising, ask
-from samplers.grid import Grid
+from samplers.loop.denoising import ask
+from samplers.loop.grid import Grid
+from samplers.loop.row import Row
 from tests.policies.tiny import RICH, network, sampler
 from tests.samplers.models import MASK, VOCAB, predictor
 
 
-def steps(count: int, **config: object) -> tuple[list[Denoising], Step]:
+def steps(count: int, **config: object) -> tuple[list[Row], Step]:
     """Rows of different lengths and ages that a policy of this configuration decides on, and their step."""
     rule = sampler(**config)
     rows = []
     for i in range(count):
-        row = Denoising(Canvas.blank([1 + i], 6 + 2 * i, MASK, (None, 4)[i % 2]), rule, rule.Params(), seed=i)
+        row = Row(Canvas.blank([1 + i], 6 + 2 * i, MASK, (None, 4)[i % 2]), rule, rule.Params(), seed=i)
         row.commit(torch.tensor([0, 2]), torch.tensor([3, 4]))
         row.forwards = 1 + i
         rows.append(row)

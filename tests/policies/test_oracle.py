@@ -1,6 +1,6 @@
 import random
 
-from policies.evaluate import Row, Trial, evaluate
+from policies.evaluate import Measurement, Trial, evaluate
 from policies.specs import SamplerSpec
 from policies.tasks import Task, get_task
 from samplers import Canvas
@@ -9,7 +9,7 @@ from tests.policies.fake import END_ID, Answer, FakeModel, held_out
 COUNT = 5
 
 
-def run(task: Task, answer: Answer) -> Row:
+def run(task: Task, answer: Answer) -> Measurement:
     trial = Trial(task, SamplerSpec.parse("oracle"), None, task.gen_length, COUNT)
     return evaluate(FakeModel(task, held_out(task, COUNT), answer).subject(), trial, COUNT)
 

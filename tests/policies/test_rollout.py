@@ -8,8 +8,8 @@ from policies.choosers import Experts, Explorer, PolicyChooser, RuleChooser
 from policies.environment import Chooser, Decision, Rollout, rollout
 from policies.network import PolicyConfig, score
 from samplers import Step
-from samplers.threshold import Threshold
-from samplers.topk import TopK
+from samplers.rules.threshold import Threshold
+from samplers.rules.topk import TopK
 from tests.policies.tiny import SMALL, network
 from tests.policies.toys import LENGTH, ReadySet
 

@@ -22,8 +22,8 @@ from policies.recipe import Grpo, PolicyRecipe, load_policy_recipe
 from policies.supervised import Runs
 from policies.train import PolicyTrainer, speed_of
 from policies.world import World
-from samplers import Scheme
-from samplers.policy import Policy, PolicyParams
+from samplers import AttentionPattern
+from samplers.learned.policy import Policy, PolicyParams
 from tests.policies.tiny import SMALL, recipe
 from tests.policies.toys import LENGTH, LEVELS, ReadySet
 
@@ -378,8 +378,12 @@ def test_what_the_model_cannot_do_is_found_when_the_run_is_made(tmp_path: Path) 
     origin = Origin(model="toy", model_digest="0" * 64, architecture="Toy", vocab_size=3)
     subject = ReadySet().subject(0.5)
     for changes, lengths, said in (
-        ({"scheme": Scheme(causal_block=4, fixed=True)}, (3,), "block_lengths: block_length 3 does not divide"),
-        ({"scheme": Scheme(noise=3)}, ("full",), "this model has no mask token"),
+        (
+            {"pattern": AttentionPattern(causal_block=4, fixed=True)},
+            (3,),
+            "block_lengths: block_length 3 does not divide",
+        ),
+        ({"pattern": AttentionPattern(noise=3)}, ("full",), "this model has no mask token"),
         ({"max_length": LENGTH}, ("full",), f"a prompt of task ready-set has 1 tokens, .* {LENGTH}"),
     ):
         run = recipe(COLLECT, FIT, block_lengths=lengths)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from policies.checkpoint import load_policy
-from policies.evaluate import Row, Trial, evaluate
+from policies.evaluate import Measurement, Trial, evaluate
 from policies.specs import SamplerSpec
 from policies.store import ZOO, Host, PolicyStore
 from policies.tasks import get_task
@@ -47,7 +47,7 @@ def test_word_problems_in_full_diffusion_take_less_than_half_a_thresholds_forwar
     store = PolicyStore(Host(info.architecture, info.vocab_size))
     store.load_zoo()
 
-    def measure(spec: str) -> Row:
+    def measure(spec: str) -> Measurement:
         trial = Trial(task, SamplerSpec.parse(spec), None, task.gen_length, 40, 4321)
         return evaluate(
             subject_of(embedded, False), trial, 40, choose=lambda spec: store.sampler(spec.name, spec.params)

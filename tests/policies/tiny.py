@@ -7,7 +7,7 @@ import torch
 from policies.checkpoint import PolicyCard, TrainedOn
 from policies.network import LoadedPolicy, PolicyConfig, UnmaskingPolicy
 from policies.recipe import PolicyRecipe
-from samplers.policy import Policy
+from samplers.learned.policy import Policy
 
 SMALL: dict[str, Any] = {"hidden": 16, "heads": 2, "feedforward": 24, "output_bias": 0.0}
 RICH: dict[str, Any] = SMALL | {

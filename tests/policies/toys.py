@@ -9,7 +9,7 @@ import torch
 from policies.subject import Subject
 from policies.tasks import Problem, Task
 from samplers import Canvas, Prediction, Statistic
-from samplers.denoising import Query
+from samplers.forward.query import Query
 
 MASK_ID, RIGHT, WRONG = 0, 1, 2
 LENGTH, LEVELS = 16, 4

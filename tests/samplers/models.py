@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from samplers.canvas import Canvas
-from samplers.denoising import Query
-from samplers.prediction import Prediction
-from samplers.summary import summarise
+from samplers.forward.prediction import Prediction
+from samplers.forward.query import Query
+from samplers.forward.summary import summarise
 
 MASK, VOCAB = 0, 12
 Logits = Callable[[Canvas], Tensor]

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from samplers import Statistic, TokenChoice
-from samplers.prediction import Wanted
+from samplers.forward.statistics import StatisticsRequest
+from samplers.forward.summary import choosable, draw_tokens, summarise
 from samplers.randomness import POSITIONS, TOKENS, uniform
-from samplers.summary import choosable, draw_tokens, summarise
 
 LOGITS = [2.0, 0.5, 1.0, 1.9, -1.0, 0.0]
 
@@ -96,7 +96,7 @@ def test_greedy_takes_the_likeliest_and_the_lower_of_equals() -> None:
 def test_the_mask_token_is_never_chosen_but_keeps_its_probability(choice: TokenChoice) -> None:
     logits = probabilities(0.02, 0.9, 0.05, 0.03).expand(200, -1)
     numbers = torch.arange(200, dtype=torch.float64) / 200
-    found = summarise(logits, 1, Wanted(choices=[choice] * 200, uniform=numbers))
+    found = summarise(logits, 1, StatisticsRequest(choices=[choice] * 200, uniform=numbers))
     assert 1 not in found.token.tolist()
     expected = torch.tensor([0.02, 0.9, 0.05, 0.03])[found.token]
     assert torch.allclose(found.confidence, expected), "confidence is the model's own probability of the token"
@@ -105,7 +105,7 @@ def test_the_mask_token_is_never_chosen_but_keeps_its_probability(choice: TokenC
 def test_confidence_of_a_drawn_token_is_the_unmodified_probability() -> None:
     logits = torch.tensor([LOGITS]).expand(100, -1)
     numbers = torch.arange(100, dtype=torch.float64) / 100
-    found = summarise(logits, 5, Wanted(choices=[TokenChoice(3.0, top_k=4)] * 100, uniform=numbers))
+    found = summarise(logits, 5, StatisticsRequest(choices=[TokenChoice(3.0, top_k=4)] * 100, uniform=numbers))
     assert len(found.token.unique()) == 4
     assert torch.allclose(found.confidence, torch.tensor(LOGITS).softmax(0)[found.token])
 
@@ -113,13 +113,17 @@ def test_confidence_of_a_drawn_token_is_the_unmodified_probability() -> None:
 def test_greedy_and_drawn_rows_share_a_batch() -> None:
     logits = torch.tensor([LOGITS]).expand(3, -1)
     choices = [TokenChoice(), TokenChoice(1.0), TokenChoice()]
-    found = summarise(logits, 5, Wanted(choices=choices, uniform=torch.tensor([0.99, 0.99, 0.99], dtype=torch.float64)))
+    found = summarise(
+        logits, 5, StatisticsRequest(choices=choices, uniform=torch.tensor([0.99, 0.99, 0.99], dtype=torch.float64))
+    )
     assert found.token.tolist() == [0, 4, 0]
 
 
 def test_statistics() -> None:
     wanted = frozenset({Statistic.ENTROPY, Statistic.MARGIN})
-    found = summarise(torch.cat([probabilities(0.5, 0.3, 0.2), probabilities(1.0, 0.0, 0.0)]), 2, Wanted(wanted))
+    found = summarise(
+        torch.cat([probabilities(0.5, 0.3, 0.2), probabilities(1.0, 0.0, 0.0)]), 2, StatisticsRequest(wanted)
+    )
     entropy = -(0.5 * math.log(0.5) + 0.3 * math.log(0.3) + 0.2 * math.log(0.2))
     assert found.extra[Statistic.ENTROPY].tolist() == pytest.approx([entropy, 0.0], abs=1e-6)
     assert found.extra[Statistic.MARGIN].tolist() == pytest.approx([0.2, 1.0], abs=1e-6)
@@ -187,7 +191,9 @@ def test_statistics_of_what_tokens_are_drawn_from() -> None:
         TokenChoice(1.5, 0.8, 6),
     ]
     found = summarise(
-        logits, 0, Wanted(frozenset(Statistic), choices=choices, uniform=torch.full((5,), 0.4, dtype=torch.float64))
+        logits,
+        0,
+        StatisticsRequest(frozenset(Statistic), choices=choices, uniform=torch.full((5,), 0.4, dtype=torch.float64)),
     )
     for i, choice in enumerate(choices):
         p = (logits[i] / (choice.temperature or 1.0)).double()

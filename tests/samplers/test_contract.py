@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from samplers import BIDIRECTIONAL, Canvas, Sampler, SamplerParams, Scheme, TokenChoice, list_samplers
-from samplers.denoising import Denoising, Predict, advance, ask, denoise
-from samplers.grid import Grid
+from samplers import BIDIRECTIONAL, AttentionPattern, Canvas, Sampler, SamplerParams, TokenChoice, list_samplers
+from samplers.forward.query import Predict
+from samplers.loop.denoising import advance, ask, denoise
+from samplers.loop.grid import Grid
+from samplers.loop.row import Row
 from tests.policies import tiny
 from tests.samplers.models import MASK, VOCAB, Logits, predictor, random_logits
 
@@ -133,21 +135,21 @@ class Start:
     end_ids: frozenset[int]
     fill_after_end: bool
 
-    def row(self, sampler: Sampler) -> Denoising:
+    def row(self, sampler: Sampler) -> Row:
         canvas = blank(sampler, self.prompt, self.gen_length, self.block_length, self.suffix)
         given = torch.zeros_like(canvas.masked)
         given[: self.gen_length] = torch.tensor(self.given[: self.gen_length])
         canvas.masked[given] = False
         canvas.generated[given] = 5
-        return Denoising(canvas, sampler, self.params, self.choice, self.seed, self.end_ids, self.fill_after_end)
+        return Row(canvas, sampler, self.params, self.choice, self.seed, self.end_ids, self.fill_after_end)
 
 
 def blank(
     sampler: Sampler, prompt: list[int], gen_length: int, block_length: int | None = None, suffix: Sequence[int] = ()
 ) -> Canvas:
     """A canvas of a model that this sampler is for."""
-    scheme = Scheme(noise=VOCAB) if sampler.drafts else BIDIRECTIONAL
-    return Canvas.blank(prompt, gen_length, None if sampler.drafts else MASK, block_length, list(suffix), scheme)
+    pattern = AttentionPattern(noise=VOCAB) if sampler.drafts else BIDIRECTIONAL
+    return Canvas.blank(prompt, gen_length, None if sampler.drafts else MASK, block_length, list(suffix), pattern)
 
 
 def predict_for(sampler: Sampler, logits: Logits = random_logits) -> Predict:
@@ -197,7 +199,7 @@ def test_each_step_keeps_the_contract(sampler: Sampler, data: st.DataObject) -> 
         candidates = [set(row.candidates().tolist()) for row in running]
         if sampler.revises:
             fixed = [set(row.given.nonzero()[:, 0].tolist()) for row in running]
-            candidates = [set(row.asked(row.feed()).tolist()) - g for row, g in zip(running, fixed, strict=True)]
+            candidates = [set(row.asked(row.span()).tolist()) - g for row, g in zip(running, fixed, strict=True)]
         query = ask(running)
         for row, old, allowed, outcome in zip(
             running, before, candidates, advance(running, query, predict(query)), strict=True
@@ -253,9 +255,9 @@ def test_select_changes_nothing_and_repeats_itself(sampler: Sampler, data: st.Da
 @each_sampler
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
 def test_a_row_of_broken_logits_is_refused_and_harms_no_other(sampler: Sampler, poison: float) -> None:
-    def row(number: int) -> Denoising:
+    def row(number: int) -> Row:
         choice = TokenChoice(0.0 if sampler.greedy else 0.5)
-        return Denoising(blank(sampler, [number + 1], 8), sampler, sampler.Params(), choice, seed=number)
+        return Row(blank(sampler, [number + 1], 8), sampler, sampler.Params(), choice, seed=number)
 
     def logits(canvas: Canvas) -> Tensor:
         out = random_logits(canvas)

@@ -8,13 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from samplers import Canvas, Sampler, SamplerError, SamplerParams, Selection, Step, TokenChoice, get_sampler
-from samplers.denoising import Denoising, advance, ask, denoise
-from samplers.summary import summarise
+from samplers.forward.summary import summarise
+from samplers.loop.denoising import advance, ask, denoise
+from samplers.loop.row import Row
 from tests.samplers.models import MASK, VOCAB, predictor, random_logits, scripted
 
 
 def plain_loop(prompt: list[int], gen: int, block: int, rule: str, number: float) -> tuple[list[int], int]:
-    """Denoising as a paper would write it down: tokens and forwards."""
+    """Row as a paper would write it down: tokens and forwards."""
     tokens, masked, forwards = [*prompt, *[MASK] * gen], set(range(gen)), 0
     for start in range(0, gen, block):
         while here := sorted(masked & set(range(start, start + block))):
@@ -44,7 +45,7 @@ def test_the_loop_does_what_a_plain_loop_does(prompt: list[int], gen: int, block
     name, number = rule
     sampler = get_sampler(name)
     params = sampler.Params(threshold=number) if name == "threshold" else sampler.Params(k=int(number))
-    row = Denoising(Canvas.blank(prompt, gen, MASK, block), sampler, params)
+    row = Row(Canvas.blank(prompt, gen, MASK, block), sampler, params)
     denoise([row], predictor())
     assert (row.canvas.tokens.tolist(), row.forwards) == plain_loop(prompt, gen, block, name, number)
     assert row.finished and row.completion_tokens == gen and not row.canvas.masked.any()
@@ -55,15 +56,15 @@ END, OTHER_END = 9, 10
 
 def start(
     script: dict[int, tuple[int, float]], gen: int = 6, block: int | None = None, sampler: str = "topk", **options: Any
-) -> Denoising:
+) -> Row:
     """A generation from a one-token prompt whose tokens and confidences are scripted."""
     rule = get_sampler(sampler)
     params = rule.Params(**options.pop("params", {}))
     options = {"end_ids": frozenset({END, OTHER_END})} | options
-    return Denoising(Canvas.blank([1], gen, MASK, block), rule, params, **options)
+    return Row(Canvas.blank([1], gen, MASK, block), rule, params, **options)
 
 
-def steps(row: Denoising, script: dict[int, tuple[int, float]]) -> list[tuple[list[int], list[int]]]:
+def steps(row: Row, script: dict[int, tuple[int, float]]) -> list[tuple[list[int], list[int]]]:
     """Run to the end: what each forward committed and what it filled."""
     done = []
     while not row.finished:
@@ -141,7 +142,7 @@ def test_without_end_tokens_the_whole_region_is_denoised() -> None:
 
 def test_an_end_in_the_prompt_is_just_a_token() -> None:
     sampler = get_sampler("topk")
-    row = Denoising(Canvas.blank([END, 1], 3, MASK), sampler, sampler.Params(), end_ids=frozenset({END}))
+    row = Row(Canvas.blank([END, 1], 3, MASK), sampler, sampler.Params(), end_ids=frozenset({END}))
     assert not row.finished and row.end is None
 
 
@@ -153,7 +154,7 @@ def test_blocks_go_left_to_right() -> None:
 def test_mask_tokens_in_the_prompt_and_suffix_are_just_tokens() -> None:
     sampler = get_sampler("threshold")
     canvas = Canvas.blank([MASK, 1, MASK], 4, MASK, suffix=[MASK, 3])
-    row = Denoising(canvas, sampler, sampler.Params(threshold=0.01))
+    row = Row(canvas, sampler, sampler.Params(threshold=0.01))
     assert ask([row]).position.tolist() == [3, 4, 5, 6]
     denoise([row], predictor())
     assert canvas.tokens[:3].tolist() == [MASK, 1, MASK] and canvas.tokens[-2:].tolist() == [MASK, 3]
@@ -164,7 +165,7 @@ def test_infilling_sees_the_suffix_and_keeps_it() -> None:
     sampler = get_sampler("topk")
     outcomes = []
     for suffix in ([3, 4], [5, 6]):
-        row = Denoising(Canvas.blank([1, 2], 8, MASK, suffix=suffix), sampler, sampler.Params())
+        row = Row(Canvas.blank([1, 2], 8, MASK, suffix=suffix), sampler, sampler.Params())
         denoise([row], predictor())
         assert row.canvas.tokens[-2:].tolist() == suffix
         outcomes.append(row.canvas.generated.tolist())
@@ -176,7 +177,7 @@ def test_given_positions_are_kept_and_their_block_is_skipped() -> None:
     canvas.generated[:2] = 7
     canvas.masked[:2] = False
     sampler = get_sampler("topk")
-    row = Denoising(canvas, sampler, sampler.Params())
+    row = Row(canvas, sampler, sampler.Params())
     assert (row.block, row.block_masks) == (1, 2)
     denoise([row], predictor())
     assert canvas.generated[:2].tolist() == [7, 7] and row.forwards == 4
@@ -219,8 +220,7 @@ class Misbehaving(Sampler):
 def test_a_failing_row_is_left_alone_and_harms_no_other(fault: str, message: str) -> None:
     sampler = Misbehaving()
     rows = [
-        Denoising(Canvas.blank([i + 1], 8, MASK, 4), sampler, sampler.Params(fault=fault if i == 2 else ""))
-        for i in range(5)
+        Row(Canvas.blank([i + 1], 8, MASK, 4), sampler, sampler.Params(fault=fault if i == 2 else "")) for i in range(5)
     ]
     query = ask(rows)
     outcomes = advance(rows, query, predictor()(query))
@@ -236,15 +236,15 @@ def test_a_failing_row_is_left_alone_and_harms_no_other(fault: str, message: str
 
 def test_a_sampler_that_selects_nothing_gets_the_surest_candidate() -> None:
     sampler = Misbehaving()
-    row = Denoising(Canvas.blank([1], 6, MASK), sampler, sampler.Params(fault="nothing"))
+    row = Row(Canvas.blank([1], 6, MASK), sampler, sampler.Params(fault="nothing"))
     assert [positions for positions, _ in steps(row, END_FIRST)] == [[2], [3], [4], [1], [0], [5]]
 
 
 def test_rows_of_different_samplers_and_lengths_share_a_step() -> None:
-    def make() -> list[Denoising]:
+    def make() -> list[Row]:
         names = ["topk", "random", "threshold"] * 3
         return [
-            Denoising(
+            Row(
                 Canvas.blank([1] * (i % 4), 3 + i, MASK, 1 + i % 5),
                 get_sampler(name),
                 get_sampler(name).Params(),
@@ -280,14 +280,14 @@ class Panic(BaseException):
 
 
 def test_a_sampler_that_changes_what_it_is_given_still_ends() -> None:
-    row = Denoising(Canvas.blank([1], 6, MASK), rule := Careless(), rule.Params())
+    row = Row(Canvas.blank([1], 6, MASK), rule := Careless(), rule.Params())
     denoise([row], predictor())
     assert row.finished and row.forwards == 6
 
 
 def test_a_sampler_that_panics_fails_its_own_generation() -> None:
     rule = Careless()
-    rows = [Denoising(Canvas.blank([i], 6, MASK), rule, rule.Params(fault="panic" * (i == 1))) for i in range(3)]
+    rows = [Row(Canvas.blank([i], 6, MASK), rule, rule.Params(fault="panic" * (i == 1))) for i in range(3)]
     query = ask(rows)
     outcomes = advance(rows, query, predictor()(query))
     assert ["Panic: native code" in str(outcome.error) for outcome in outcomes] == [False, True, False]

@@ -6,22 +6,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from samplers import Canvas, ParameterError, Scheme, Selection, Step, get_sampler, list_samplers
-from samplers.denoising import Denoising, Outcome, advance, ask, denoise
-from samplers.diffusion_gemma import DiffusionGemma
-from samplers.prediction import Statistic
+from samplers import AttentionPattern, Canvas, ParameterError, Selection, Step, get_sampler, list_samplers
+from samplers.drafting.diffusion_gemma import DiffusionGemma
+from samplers.forward.statistics import Statistic
+from samplers.loop.denoising import Outcome, advance, ask, denoise
+from samplers.loop.row import Row
 from tests.samplers.models import MASK, VOCAB, Logits, predictor, random_logits
 
 RULE = get_sampler("diffusion_gemma")
-SCHEME = Scheme(noise=VOCAB, drafted=6)
+SCHEME = AttentionPattern(noise=VOCAB, drafted=6)
 
 
-def row(seed: int = 0, gen_length: int = 15, block_length: int | None = None, **params: Any) -> Denoising:
-    canvas = Canvas.blank([3, 5], gen_length, None, block_length, scheme=SCHEME)
-    return Denoising(canvas, RULE, RULE.Params(**params), seed=seed)
+def row(seed: int = 0, gen_length: int = 15, block_length: int | None = None, **params: Any) -> Row:
+    canvas = Canvas.blank([3, 5], gen_length, None, block_length, pattern=SCHEME)
+    return Row(canvas, RULE, RULE.Params(**params), seed=seed)
 
 
-def turn(each: Denoising, logits: Logits = random_logits) -> Outcome:
+def turn(each: Row, logits: Logits = random_logits) -> Outcome:
     query = ask([each])
     (outcome,) = advance([each], query, predictor(logits, None)(query))
     assert outcome.error is None
@@ -160,11 +161,11 @@ def test_an_end_of_text_settles_what_follows() -> None:
 
 def test_models_and_samplers_that_do_not_fit_are_refused() -> None:
     masked = Canvas.blank([1], 8, MASK)
-    drafted = Canvas.blank([1], 8, None, scheme=SCHEME)
+    drafted = Canvas.blank([1], 8, None, pattern=SCHEME)
     for sampler in list_samplers():
         wrong = masked if sampler.drafts else drafted
         with pytest.raises(ParameterError, match="mask token") as caught:
-            Denoising(wrong, sampler, sampler.Params())
+            Row(wrong, sampler, sampler.Params())
         assert caught.value.field == "sampler"
 
 

@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from samplers import Canvas, Sampler, SamplerError, SamplerParams, Scheme, Selection, Step, TokenChoice
-from samplers.denoising import Denoising, advance, ask, denoise
-from samplers.guard import MOST_NUMBERS, MOST_STEPS, Traits, shown, told, why_not
+from samplers import AttentionPattern, Canvas, Sampler, SamplerError, SamplerParams, Selection, Step, TokenChoice
+from samplers.loop.denoising import advance, ask, denoise
+from samplers.loop.guard import MOST_NUMBERS, MOST_STEPS, Traits, shown, told, why_not
+from samplers.loop.row import Row
 from tests.samplers.models import MASK, VOCAB, predictor
 
 PREDICT = predictor()
@@ -93,12 +94,12 @@ class Rewrites(Sampler):
         return Selection(self.said[-1])
 
 
-def row(sampler: Sampler, length: int = 6, block: int | None = 3, **options: Any) -> Denoising:
-    mask, scheme = (None, Scheme(noise=VOCAB)) if sampler.drafts else (MASK, Scheme())
-    return Denoising(Canvas.blank([1], length, mask, block, scheme=scheme), sampler, SamplerParams(), **options)
+def row(sampler: Sampler, length: int = 6, block: int | None = 3, **options: Any) -> Row:
+    mask, pattern = (None, AttentionPattern(noise=VOCAB)) if sampler.drafts else (MASK, AttentionPattern())
+    return Row(Canvas.blank([1], length, mask, block, pattern=pattern), sampler, SamplerParams(), **options)
 
 
-def forwards(each: Denoising, most: int) -> int:
+def forwards(each: Row, most: int) -> int:
     """Forwards until the end, none beyond so many."""
     predict = predictor(mask_id=None if each.traits.drafts else MASK)
     while not each.finished and each.forwards < most:
@@ -133,7 +134,7 @@ def test_a_block_in_which_all_is_given_has_a_bound_too() -> None:
     each = row(NeverDone())
     canvas = Canvas.blank([1], 6, MASK, 3)
     canvas.generated[:3], canvas.masked[:3] = 7, False
-    each = Denoising(canvas, each.sampler, each.params)
+    each = Row(canvas, each.sampler, each.params)
     assert forwards(each, 100) == 2 * (2 * 3 + 3)
 
 
@@ -228,9 +229,9 @@ def test_one_that_cannot_say_whether_it_fits_does_not(monkeypatch: pytest.Monkey
         raise SystemExit("not today")
 
     sampler = Changes()
-    assert why_not(sampler, Scheme()) is None
-    monkeypatch.setattr(sampler, "misfit", fails)
-    assert why_not(sampler, Scheme()) == "sampler changes failed: SystemExit: not today"
+    assert why_not(sampler, AttentionPattern()) is None
+    monkeypatch.setattr(sampler, "incompatibility", fails)
+    assert why_not(sampler, AttentionPattern()) == "sampler changes failed: SystemExit: not today"
 
 
 class Refuses(TorchFunctionMode):

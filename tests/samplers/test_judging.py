@@ -5,25 +5,26 @@ from dataclasses import replace
 import pytest
 import torch
 
-from samplers import BIDIRECTIONAL, Canvas, Scheme, TokenChoice, get_sampler
-from samplers.denoising import Denoising, advance, ask
+from samplers import BIDIRECTIONAL, AttentionPattern, Canvas, TokenChoice, get_sampler
+from samplers.loop.denoising import advance, ask
+from samplers.loop.row import Row
 from tests.samplers.models import MASK, predictor, random_logits
 
-OWN = Scheme(causal_block=8)
+OWN = AttentionPattern(causal_block=8)
 
 
-def row(scheme: Scheme, choice: TokenChoice) -> Denoising:
+def row(pattern: AttentionPattern, choice: TokenChoice) -> Row:
     threshold = get_sampler("threshold")
-    canvas = Canvas.blank([], 8, MASK, scheme=scheme)
-    return Denoising(canvas, threshold, threshold.Params(threshold=0.9), choice, seed=3)
+    canvas = Canvas.blank([], 8, MASK, pattern=pattern)
+    return Row(canvas, threshold, threshold.Params(threshold=0.9), choice, seed=3)
 
 
-@pytest.mark.parametrize("scheme", [OWN, BIDIRECTIONAL])
-def test_one_choice_left_is_certain_where_the_family_judges_what_is_drawn(scheme: Scheme) -> None:
+@pytest.mark.parametrize("pattern", [OWN, BIDIRECTIONAL])
+def test_one_choice_left_is_certain_where_the_family_judges_what_is_drawn(pattern: AttentionPattern) -> None:
     """With top_k 1 every token has probability 1 after the filters, which is above any threshold."""
     choice = TokenChoice(1.0, top_k=1)
-    plain, judged = row(scheme, choice), row(replace(scheme, judges_drawn=True), choice)
-    batch = [plain, judged, row(replace(scheme, judges_drawn=True), TokenChoice())]
+    plain, judged = row(pattern, choice), row(replace(pattern, judges_drawn=True), choice)
+    batch = [plain, judged, row(replace(pattern, judges_drawn=True), TokenChoice())]
     query = ask(batch)
     outcomes = advance(batch, query, predictor()(query))
     assert [len(outcome.positions) for outcome in outcomes] == [1, 8, 1]
@@ -42,8 +43,8 @@ def test_what_is_told_is_the_models_own_probability() -> None:
 def test_at_a_threshold_of_one_block_causal_families_commit_one_a_forward() -> None:
     """Their programs ask for more than the threshold, Fast-dLLM's for as much: at top_k 1 all have exactly 1."""
     strict = replace(OWN, judges_drawn=True, strict=True)
-    for scheme, count in ((strict, 1), (replace(strict, strict=False), 8)):
-        each = row(scheme, TokenChoice(1.0, top_k=1))
+    for pattern, count in ((strict, 1), (replace(strict, strict=False), 8)):
+        each = row(pattern, TokenChoice(1.0, top_k=1))
         each.params = get_sampler("threshold").Params(threshold=1.0)
         query = ask([each])
         (outcome,) = advance([each], query, predictor()(query))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from samplers import Layout, ParameterError, SamplerError, Statistic, Step, get_sampler
-from samplers.policy import Action, Policy, PolicyParams
+from samplers.learned.policy import Action, Policy, PolicyParams
 
 
 class Written:

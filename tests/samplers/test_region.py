@@ -6,8 +6,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from samplers import BIDIRECTIONAL, Canvas, Layout, Sampler, SamplerError, Scheme, Selection, Step, get_sampler
-from samplers.denoising import Denoising, advance, ask, denoise
+from samplers import (
+    BIDIRECTIONAL,
+    AttentionPattern,
+    Canvas,
+    Layout,
+    Sampler,
+    SamplerError,
+    Selection,
+    Step,
+    get_sampler,
+)
+from samplers.loop.denoising import advance, ask, denoise
+from samplers.loop.row import Row
 from tests.samplers.models import MASK, VOCAB, predictor
 
 
@@ -22,14 +33,20 @@ def causal_logits(canvas: Canvas) -> Tensor:
     return torch.cat(out)
 
 
-def region(prompt: int, text: int, scheme: Scheme, block: int | None = None, longest: int | None = None) -> Layout:
-    mask = None if scheme.noise else MASK
-    return Canvas.blank([1] * prompt, text, mask, block, scheme=scheme, max_length=longest).layout
+def region(
+    prompt: int, text: int, pattern: AttentionPattern, block: int | None = None, longest: int | None = None
+) -> Layout:
+    mask = None if pattern.noise else MASK
+    return Canvas.blank([1] * prompt, text, mask, block, pattern=pattern, max_length=longest).layout
 
 
 def test_what_is_written_block_by_block_is_denoised_in_whole_blocks() -> None:
     """Blocks count from the canvas's start where the model is block-causal, from the region's where it drafts."""
-    own, fixed, drafting = Scheme(causal_block=32), Scheme(causal_block=32, fixed=True), Scheme(noise=99, drafted=256)
+    own, fixed, drafting = (
+        AttentionPattern(causal_block=32),
+        AttentionPattern(causal_block=32, fixed=True),
+        AttentionPattern(noise=99, drafted=256),
+    )
     assert [region(5, text, own).gen_length for text in (1, 3, 27, 28, 64)] == [27, 27, 27, 59, 91]
     assert region(5, 3, own, block=4).gen_length == 3, "the request's blocks are the model's"
     assert region(5, 4, own, block=4).gen_length == 7
@@ -44,10 +61,10 @@ def test_what_is_written_block_by_block_is_denoised_in_whole_blocks() -> None:
 
 
 def test_the_last_block_ends_with_the_context() -> None:
-    for scheme, whole in ((Scheme(causal_block=32), 27), (Scheme(noise=99, drafted=32), 32)):
-        layout = region(5, 3, scheme, longest=20)
+    for pattern, whole in ((AttentionPattern(causal_block=32), 27), (AttentionPattern(noise=99, drafted=32), 32)):
+        layout = region(5, 3, pattern, longest=20)
         assert (layout.length, layout.gen_length, layout.text_length, layout.missing) == (20, 15, 3, whole - 15)
-        assert region(5, 3, scheme, longest=99).missing == 0
+        assert region(5, 3, pattern, longest=99).missing == 0
 
 
 @pytest.mark.parametrize("name", ["threshold", "topk", "edit", "hierarchy_remask"])
@@ -55,9 +72,9 @@ def test_the_text_is_cut_and_ends_when_it_is_there(name: str) -> None:
     """Three tokens are those that 20 begin with; an end-of-text beyond the text does not end it."""
     sampler = get_sampler(name)
 
-    def run(text: int, ends: frozenset[int] = frozenset()) -> Denoising:
-        canvas = Canvas.blank([1, 2], text, MASK, scheme=Scheme(causal_block=8))
-        row = Denoising(canvas, sampler, sampler.Params(), end_ids=ends, fill_after_end=False)
+    def run(text: int, ends: frozenset[int] = frozenset()) -> Row:
+        canvas = Canvas.blank([1, 2], text, MASK, pattern=AttentionPattern(causal_block=8))
+        row = Row(canvas, sampler, sampler.Params(), end_ids=ends, fill_after_end=False)
         denoise([row], predictor(causal_logits))
         return row
 
@@ -88,7 +105,7 @@ class Forgetful(Sampler):
 
 @pytest.mark.parametrize("positions", [[0], [1], [3, 4]])
 def test_what_was_told_cannot_change(positions: list[int]) -> None:
-    row = Denoising(Canvas.blank([1], 6, MASK, 2), rule := Forgetful(positions), rule.Params())
+    row = Row(Canvas.blank([1], 6, MASK, 2), rule := Forgetful(positions), rule.Params())
     told: list[int] = []
     for _ in range(20):
         query = ask([row])
@@ -102,7 +119,7 @@ def test_what_was_told_cannot_change(positions: list[int]) -> None:
 
 def test_the_row_itself_refuses_to_change_what_is_settled() -> None:
     """Whatever a rule or the loop's own checks let through."""
-    row = Denoising(Canvas.blank([1], 6, MASK, 2), get_sampler("edit"), get_sampler("edit").Params())
+    row = Row(Canvas.blank([1], 6, MASK, 2), get_sampler("edit"), get_sampler("edit").Params())
     row.revise(torch.tensor([0, 1]), torch.tensor([4, 5]), torch.tensor([], dtype=torch.int64), done=True)
     assert row.told == [4, 5]
     nothing = torch.tensor([], dtype=torch.int64)

@@ -104,7 +104,10 @@ BROKEN = {
     "no text": (SAMPLER + "    paper = 3\n", "paper is not text"),
     "no sentence": (SAMPLER + "    def summary(self):\n        return 3\n", "summary is not text"),
     "a schema of another kind": (SAMPLER + "    def schema(self):\n        return [1]\n", "schema is not an object"),
-    "fits by raising": (SAMPLER + "    def misfit(self, scheme):\n        raise KeyError('x')\n", "KeyError: 'x'"),
+    "fits by raising": (
+        SAMPLER + "    def incompatibility(self, pattern):\n        raise KeyError('x')\n",
+        "KeyError: 'x'",
+    ),
 }
 
 

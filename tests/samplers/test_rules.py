@@ -9,9 +9,12 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from samplers import Canvas, Layout, ParameterError, Sampler, Step, get_sampler
-from samplers.base import best
-from samplers.denoising import Denoising, Query, advance, ask, denoise
-from samplers.prediction import CHOSEN, Prediction, Statistic
+from samplers.forward.prediction import Prediction
+from samplers.forward.query import Query
+from samplers.forward.statistics import CHOSEN, Statistic
+from samplers.loop.denoising import advance, ask, denoise
+from samplers.loop.row import Row
+from samplers.ranking import best
 from tests.samplers.models import MASK, predictor
 
 
@@ -57,7 +60,7 @@ def test_threshold_cuts(threshold: float, expected: list[int]) -> None:
 
 def test_below_the_threshold_the_surest_is_committed_all_the_same() -> None:
     sampler = get_sampler("threshold")
-    row = Denoising(Canvas.blank([1], 6, MASK), sampler, sampler.Params(threshold=1.0))
+    row = Row(Canvas.blank([1], 6, MASK), sampler, sampler.Params(threshold=1.0))
     denoise([row], predictor())
     assert row.forwards == 6
 
@@ -112,7 +115,7 @@ def test_steps_are_shared_out_over_the_blocks() -> None:
 
 def commits(sampler: Sampler, gen_length: int, block_length: int, steps: int) -> list[int]:
     """How many each forward commits."""
-    row = Denoising(Canvas.blank([1], gen_length, MASK, block_length), sampler, sampler.Params(steps=steps))
+    row = Row(Canvas.blank([1], gen_length, MASK, block_length), sampler, sampler.Params(steps=steps))
     left: list[int] = []
 
     def watched(query: Query) -> Prediction:
@@ -128,7 +131,7 @@ def commits(sampler: Sampler, gen_length: int, block_length: int, steps: int) ->
 def test_fewer_steps_than_blocks_are_refused(name: str) -> None:
     sampler = get_sampler(name)
     with pytest.raises(ParameterError, match="3 blocks need at least 3") as caught:
-        Denoising(Canvas.blank([1], 12, MASK, 4), sampler, sampler.Params(steps=2))
+        Row(Canvas.blank([1], 12, MASK, 4), sampler, sampler.Params(steps=2))
     assert caught.value.field == "steps"
 
 
@@ -326,7 +329,7 @@ def test_dream_ranks_by_what_it_is_told(alg: str, expected: list[int] | None) ->
 @pytest.mark.parametrize(("masks", "steps", "expected"), [(8, 4, [1, 2, 2, 3]), (16, 16, [1] * 16), (8, 1, [8])])
 def test_dreams_schedule(masks: int, steps: int, expected: list[int]) -> None:
     """The time that is left at the end makes the first shares round down; where one rounds to nothing, one goes."""
-    row = Denoising(
+    row = Row(
         Canvas.blank([1], masks, MASK), get_sampler("dream"), get_sampler("dream").Params(steps=steps, alg="entropy")
     )
     left = [masks]
@@ -340,7 +343,7 @@ def test_dreams_schedule(masks: int, steps: int, expected: list[int]) -> None:
 def test_dreams_random_shares_are_as_large_as_the_time_says() -> None:
     sizes = []
     for seed in range(300):
-        row = Denoising(
+        row = Row(
             Canvas.blank([1], 32, MASK),
             get_sampler("dream"),
             get_sampler("dream").Params(steps=4, alg="origin", eps=1e-6),

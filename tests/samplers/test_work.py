@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 
-from samplers import Canvas, Layout, Sampler, SamplerParams, Scheme, get_sampler, list_samplers
-from samplers.base import SamplerError
-from samplers.denoising import Denoising, denoise
-from samplers.work import work
+from samplers import AttentionPattern, Canvas, Layout, Sampler, SamplerParams, get_sampler, list_samplers
+from samplers.contract import SamplerError
+from samplers.loop.denoising import denoise
+from samplers.loop.row import Row
+from samplers.loop.work import work
 from tests.samplers.models import MASK, VOCAB, predictor, random_logits
 
 PARAMS: list[tuple[str, dict[str, Any]]] = [
@@ -31,11 +32,11 @@ PARAMS: list[tuple[str, dict[str, Any]]] = [
     ("diffusion_gemma", {"max_denoising_steps": 5}),
 ]
 SCHEMES = [
-    Scheme(),
-    Scheme(causal_block=8),
-    Scheme(shifted=True),
-    Scheme(causal_block=4, shifted=True),
-    Scheme(noise=VOCAB),
+    AttentionPattern(),
+    AttentionPattern(causal_block=8),
+    AttentionPattern(shifted=True),
+    AttentionPattern(causal_block=4, shifted=True),
+    AttentionPattern(noise=VOCAB),
 ]
 
 
@@ -52,13 +53,15 @@ def test_no_generation_takes_more_forwards_than_it_may(
     sampler = get_sampler(name)
     params = sampler.Params(**given)
     tried = 0
-    for scheme in SCHEMES:
-        if sampler.misfit(scheme) or (scheme.causal_block and block_length and scheme.causal_block % block_length):
+    for pattern in SCHEMES:
+        if sampler.incompatibility(pattern) or (
+            pattern.causal_block and block_length and pattern.causal_block % block_length
+        ):
             continue
         for length in (1, 13, 24):
-            canvas = Canvas.blank([2, 3, 4], length, None if scheme.noise else MASK, block_length, scheme=scheme)
+            canvas = Canvas.blank([2, 3, 4], length, None if pattern.noise else MASK, block_length, pattern=pattern)
             try:
-                row = Denoising(canvas, sampler, params)
+                row = Row(canvas, sampler, params)
             except ValueError:
                 continue  # fewer steps than blocks
             most = sampler.most_forwards(params, canvas.layout)

@@ -37,7 +37,7 @@ class Outcome:
 
     @property
     def growth(self) -> float:
-        """Memory at the end over what it was when warm, less one."""
+        """KVSlot at the end over what it was when warm, less one."""
         return self.end.memory / self.warm.memory - 1
 
 

@@ -20,7 +20,7 @@ CALM = Outcome("calm", WARM, WARM, WARM, {"whole": 10}, 7, {200: 9, 400: 1}, [])
 
 @needs_torch_engine
 def test_a_slice_of_the_soak() -> None:
-    """Memory has a bound of its own: a server of some seconds is not warm."""
+    """KVSlot has a bound of its own: a server of some seconds is not warm."""
     outcome = soak("llada", 2.0, seed=1, at_once=4)
     assert list(judge(outcome, growth=2.0)) == []
     assert sum(outcome.requests.values()) >= outcome.since > 0 and table(outcome)

@@ -7,8 +7,10 @@ import torch
 from prometheus_client import REGISTRY, Counter
 
 from samplers import CacheMode, Canvas, TokenChoice, get_sampler, list_samplers
-from samplers.denoising import Denoising, Query, ask, denoise
-from samplers.prediction import Bonus, Wanted
+from samplers.forward.query import Query
+from samplers.forward.statistics import LogitBonus, StatisticsRequest
+from samplers.loop.denoising import ask, denoise
+from samplers.loop.row import Row
 from server.engine import Backend, Engine, GenerationRequest, RequestError
 from server.engine.vllm.backend import VllmBackend
 from server.metrics import Metrics
@@ -20,14 +22,14 @@ CLOSE = 2e-5
 """How far apart both engines' probabilities may be; greedy runs part ways only where two choices are closer."""
 
 
-def row(name: str, i: int = 0, temperature: float = 0.0) -> Denoising:
+def row(name: str, i: int = 0, temperature: float = 0.0) -> Row:
     sampler = get_sampler(name)
     canvas = Canvas.blank(list(range(5, 9 + i)), 16 + i, 0, (None, 8)[i % 2], [7] * (i % 3))
     choice = TokenChoice(0.0 if sampler.greedy else temperature, 0.9, 40)
-    return Denoising(canvas, sampler, sampler.Params(), choice, seed=i)
+    return Row(canvas, sampler, sampler.Params(), choice, seed=i)
 
 
-def tokens_and_forwards(rows: list[Denoising], backend: Backend) -> list[tuple[list[int], int]]:
+def tokens_and_forwards(rows: list[Row], backend: Backend) -> list[tuple[list[int], int]]:
     denoise(rows, backend.predict)
     return [(each.canvas.tokens.tolist(), each.forwards) for each in rows]
 
@@ -41,7 +43,7 @@ def test_a_run_is_the_same(vllm_tiny: Backend, torch_tiny: Backend, name: str, t
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_eight_at_once_are_the_same_as_alone(vllm_tiny: Backend, torch_tiny: Backend, temperature: float) -> None:
-    def eight() -> list[Denoising]:
+    def eight() -> list[Row]:
         return [row(name, i, temperature) for i, name in enumerate(NAMES[:8])]
 
     expected = [tokens_and_forwards([each], torch_tiny)[0] for each in eight()]
@@ -64,9 +66,11 @@ def test_largest_named_and_bonus(vllm_tiny: Backend, torch_tiny: Backend) -> Non
     one = row("topk")
     plain = ask([one])
     count = len(plain.row)
-    bonus = Bonus(torch.tensor([0, 1]), torch.tensor([9, 9]), torch.tensor([30.0, 30.0]))
+    bonus = LogitBonus(torch.tensor([0, 1]), torch.tensor([9, 9]), torch.tensor([30.0, 30.0]))
     named = torch.tensor([[9, -1]]).expand(count, 2)
-    query = Query(plain.canvases, plain.feeds, plain.row, plain.position, Wanted(top=5, named=named, bonus=bonus))
+    query = Query(
+        plain.canvases, plain.spans, plain.row, plain.position, StatisticsRequest(top=5, named=named, bonus=bonus)
+    )
     found, expected = vllm_tiny.predict(query), torch_tiny.predict(query)
     assert found.token[:2].tolist() == [9, 9] and found.token.equal(expected.token)
     assert found.top is not None and found.named is not None
@@ -94,7 +98,7 @@ def test_more_canvases_than_rows(vllm_tiny: Backend, torch_tiny: Backend) -> Non
 def test_a_canvas_as_long_as_the_model_allows(vllm_tiny: Backend, torch_tiny: Backend) -> None:
     length = vllm_tiny.info.max_length
     sampler = get_sampler("topk")
-    query = ask([Denoising(Canvas.blank([5] * (length - 8), 8, 0), sampler, sampler.Params())])
+    query = ask([Row(Canvas.blank([5] * (length - 8), 8, 0), sampler, sampler.Params())])
     assert vllm_tiny.predict(query).token.equal(torch_tiny.predict(query).token)
 
 
@@ -112,7 +116,7 @@ def test_a_failed_step_leaves_the_next_one_alone(vllm_tiny: VllmBackend, torch_t
     too_long = Canvas.blank([5] * vllm_tiny.info.max_length, 8, 0)
     sampler = get_sampler("topk")
     with pytest.raises(Exception, match="maximum model length"):
-        vllm_tiny.predict(ask([good, Denoising(too_long, sampler, sampler.Params())]))
+        vllm_tiny.predict(ask([good, Row(too_long, sampler, sampler.Params())]))
     assert tokens_and_forwards([row("topk")], vllm_tiny) == tokens_and_forwards([row("topk")], torch_tiny)
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from samplers import Canvas, get_sampler
-from samplers.denoising import Denoising, denoise
+from samplers.loop.denoising import denoise
+from samplers.loop.row import Row
 from server.engine import Backend
 from server.models.loading import ModelError, load_model
 from tests.models.test_checkpoints import drop, tie
@@ -45,7 +46,7 @@ def test_the_same_tokens_as_on_our_own_engine(tmp_path: Path, write: Callable[[P
     def run(backend: Backend) -> tuple[list[int], int, frozenset[int], int | None]:
         sampler, info = get_sampler("threshold"), backend.info
         assert info.mask_id is not None
-        row = Denoising(Canvas.blank([5, 6, 7, 8], 24, info.mask_id, scheme=info.scheme), sampler, sampler.Params())
+        row = Row(Canvas.blank([5, 6, 7, 8], 24, info.mask_id, pattern=info.pattern), sampler, sampler.Params())
         denoise([row], backend.predict)
         return row.canvas.tokens.tolist(), row.forwards, info.end_ids, info.mask_id
 

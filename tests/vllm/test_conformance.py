@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from samplers import Canvas, get_sampler
-from samplers.denoising import Denoising
+from samplers.loop.row import Row
 from server.engine import Backend
 from tests.conformance.models import open_backend
 from tests.conformance.replay import compare_states, replay
@@ -60,7 +60,7 @@ def test_eight_cases_at_once(llada: Backend) -> None:
         for i, prompt in enumerate(case["prompt"]):
             cut = case["attention_mask"][i].index(1) if case["attention_mask"] else 0
             canvas = Canvas.blank(prompt[cut:], params["gen_length"], params["mask_id"], params["block_length"])
-            rows.append(Denoising(canvas, sampler, sampler.Params(**chosen), fill_after_end=False))
+            rows.append(Row(canvas, sampler, sampler.Params(**chosen), fill_after_end=False))
             records.append([state[i][cut:] for state in case["trajectory"]])
     assert len(rows) >= 8
     recording = replay(rows, llada.predict)

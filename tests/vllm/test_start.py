@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from samplers import Canvas, get_sampler
-from samplers.denoising import Denoising, denoise
+from samplers.loop.denoising import denoise
+from samplers.loop.row import Row
 from server.engine.vllm import backend as vllm_backend
 from server.engine.vllm.backend import VllmOptions
 from server.models.loading import ModelError, load_model
@@ -64,7 +65,7 @@ def test_random_weights_need_no_safetensors(tmp_path: Path) -> None:
         backend = load_model(str(folder), "vllm", device="cpu", dtype="float32", load_format="dummy").backend
     try:
         sampler = get_sampler("topk")
-        row = Denoising(Canvas.blank([5, 6], 8, 0), sampler, sampler.Params())
+        row = Row(Canvas.blank([5, 6], 8, 0), sampler, sampler.Params())
         denoise([row], backend.predict)
         assert row.finished and 0 not in row.canvas.generated.tolist()
     finally:

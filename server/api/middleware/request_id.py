@@ -9,7 +9,7 @@ import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from samplers.guard import is_interrupt
+from samplers.loop.guard import is_interrupt
 from server.api.errors import error_response
 
 log = structlog.get_logger(__name__)

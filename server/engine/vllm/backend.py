@@ -15,9 +15,9 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, TypeVar
 
-from samplers.cache import CacheMode
-from samplers.denoising import Query
-from samplers.prediction import Prediction
+from samplers.forward.prediction import Prediction
+from samplers.forward.query import Query
+from samplers.forward.span import CacheMode
 from server.engine.backend import BackendDeadError, ModelInfo
 from server.engine.vllm.instructions import INSTRUCTION, TASK, Instruction, read
 from server.engine.vllm.plugin import CONFIG_FORMAT, LAST_WORDS, MODELS, limit_log
@@ -160,7 +160,7 @@ class VllmBackend:
     def predict(self, query: Query) -> Prediction:
         """See `Backend`. Raises BackendDeadError if vLLM has ended."""
         parts = [query.one(i) for i in range(len(query.canvases))]
-        if any(feed.stop - feed.start != part.canvases[0].layout.length for part in parts for feed in part.feeds):
+        if any(feed.stop - feed.start != part.canvases[0].layout.length for part in parts for feed in part.spans):
             raise ValueError("the vllm engine computes whole canvases only")
         return Prediction.join(self._call(self._steps(parts)))
 

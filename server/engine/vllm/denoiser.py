@@ -15,8 +15,9 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.pooler import Pooler
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
-from samplers.prediction import Prediction, Wanted
-from samplers.summary import summarise
+from samplers.forward.prediction import Prediction
+from samplers.forward.statistics import StatisticsRequest
+from samplers.forward.summary import summarise
 from server.engine.torch_backend import LOGIT_ELEMENTS
 from server.engine.vllm.config import parse
 from server.engine.vllm.instructions import INSTRUCTION, TASK, Instruction, answers, together
@@ -110,7 +111,7 @@ class Denoiser(nn.Module):
             starts.append(first)
             first += length
         if not asked:
-            self.answer(hidden, Wanted())
+            self.answer(hidden, StatisticsRequest())
             return hidden.new_full((len(hidden), 2), torch.nan, dtype=torch.float32)
         if first > len(hidden):
             raise RuntimeError(f"a batch of {first} tokens came in parts: {len(hidden)} in one forward")
@@ -125,7 +126,7 @@ class Denoiser(nn.Module):
         """Whose output decides each of these positions of a canvas."""
         return (position - 1).clamp(min=0) if self.shifted else position
 
-    def answer(self, hidden: Tensor, wanted: Wanted) -> Prediction:
+    def answer(self, hidden: Tensor, wanted: StatisticsRequest) -> Prediction:
         """What is wanted of each of these rows of hidden states."""
         wanted = wanted.to(hidden.device)
         size = max(1, LOGIT_ELEMENTS // self.config.rows)

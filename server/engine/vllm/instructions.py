@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from samplers.prediction import Bonus, Prediction, Statistic, TokenChoice, Wanted
+from samplers.forward.prediction import Prediction
+from samplers.forward.statistics import LogitBonus, Statistic, StatisticsRequest
+from samplers.forward.token_choice import TokenChoice
 
 TASK = "token_classify"
 """vLLM's pooling task that gives numbers for single positions."""
@@ -33,7 +35,7 @@ class Instruction:
     """
 
     position: Tensor
-    wanted: Wanted
+    wanted: StatisticsRequest
 
     @property
     def columns(self) -> int:
@@ -84,10 +86,10 @@ class Instruction:
             named = _unpack(tokens, torch.int32).long().view(-1, width)
         if "bonus" in packed:
             index, token, value = packed["bonus"]
-            bonus = Bonus(
+            bonus = LogitBonus(
                 _unpack(index, torch.int32).long(), _unpack(token, torch.int32).long(), _unpack(value, torch.float32)
             )
-        wanted = Wanted(
+        wanted = StatisticsRequest(
             statistics=frozenset(Statistic(name) for name in packed.get("statistics", ())),
             only={name: _unpack(rows, torch.bool) for name, rows in packed.get("only", {}).items()},
             choices=choices,
@@ -99,9 +101,9 @@ class Instruction:
         return cls(position, wanted)
 
 
-def together(asked: Sequence[Instruction]) -> Wanted:
+def together(asked: Sequence[Instruction]) -> StatisticsRequest:
     """What to say of all the positions of several, one after the other."""
-    return Wanted.join([each.wanted for each in asked], [len(each.position) for each in asked])
+    return StatisticsRequest.join([each.wanted for each in asked], [len(each.position) for each in asked])
 
 
 def answers(asked: Sequence[Instruction], prediction: Prediction) -> list[Tensor]:
@@ -114,7 +116,7 @@ def answers(asked: Sequence[Instruction], prediction: Prediction) -> list[Tensor
     return found
 
 
-def read(answer: Tensor, wanted: Wanted) -> Prediction:
+def read(answer: Tensor, wanted: StatisticsRequest) -> Prediction:
     """An answer as a prediction of what was wanted."""
     named = None if wanted.named is None else wanted.named.shape[1]
     return Prediction.of_table(answer, wanted.statistics, wanted.top or None, named)

@@ -1,0 +1,140 @@
+"""What a forward is asked about each position."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+from samplers.forward.token_choice import TokenChoice
+
+
+class Statistic(StrEnum):
+    """A number per candidate that a sampler can ask for. Token and confidence are always computed.
+
+    Entropy is in nats; margin is the difference of the two largest probabilities. Those of `chosen_` are of the
+    distribution that the token is chosen from, after temperature, top-k and top-p, as is `chosen_confidence`. The
+    likeliest token is a number too, for those who draw tokens and still want to know.
+    """
+
+    ENTROPY = "entropy"
+    MARGIN = "margin"
+    CHOSEN_CONFIDENCE = "chosen_confidence"
+    CHOSEN_ENTROPY = "chosen_entropy"
+    CHOSEN_MARGIN = "chosen_margin"
+    LIKELIEST = "likeliest"
+
+
+CHOSEN = frozenset({Statistic.CHOSEN_CONFIDENCE, Statistic.CHOSEN_ENTROPY, Statistic.CHOSEN_MARGIN})
+
+
+@dataclass(frozen=True)
+class LogitBonus:
+    """Sparse additions to logits: int64 [b] rows of logits, int64 [b] tokens, float32 [b] values."""
+
+    index: Tensor
+    token: Tensor
+    value: Tensor
+
+    @classmethod
+    def join(cls, parts: "Sequence[LogitBonus]") -> "LogitBonus":
+        """All of several, whose rows are already counted from the same one."""
+        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in ("index", "token", "value")))
+
+    def part(self, start: int, stop: int) -> "LogitBonus":
+        """Of rows of logits from `start` to `stop`, counted from there."""
+        mine = (self.index >= start) & (self.index < stop)
+        return LogitBonus(self.index[mine] - start, self.token[mine], self.value[mine])
+
+    def to(self, device: torch.device) -> "LogitBonus":
+        return LogitBonus(*(each.to(device, non_blocking=True) for each in (self.index, self.token, self.value)))
+
+
+@dataclass(frozen=True)
+class StatisticsRequest:
+    """What to say of each of n rows of logits beside token and confidence, and how to choose the token.
+
+    Attributes:
+        statistics: further numbers.
+        only: bool [n] for a statistic (or "top") that not all rows want; what it is for the others is undefined.
+        choices: one per row; None chooses greedily everywhere.
+        uniform: float [n] in [0, 1), a number for each row, needed where a choice has a temperature.
+        top: how many of the largest probabilities to give; a vocabulary of fewer tokens is filled up with zeros.
+        named: int64 [n, m], tokens whose probabilities are wanted; those of -1 are 0.
+        bonus: what to add to the logits before anything else.
+    """
+
+    statistics: frozenset[Statistic] = frozenset()
+    only: Mapping[str, Tensor] = field(default_factory=dict)
+    choices: Sequence[TokenChoice] | None = None
+    uniform: Tensor | None = None
+    top: int = 0
+    named: Tensor | None = None
+    bonus: LogitBonus | None = None
+
+    @property
+    def columns(self) -> int:
+        """Columns of the table that a prediction of this makes."""
+        return 2 + len(self.statistics) + self.top + (0 if self.named is None else self.named.shape[1])
+
+    @classmethod
+    def join(cls, parts: "Sequence[StatisticsRequest]", counts: Sequence[int]) -> "StatisticsRequest":
+        """All rows of several, which have so many each. What only some of them want, the others get as well or not."""
+        if len(parts) == 1:
+            return parts[0]
+        statistics = frozenset[Statistic]().union(*(part.statistics for part in parts))
+        top, named = max(part.top for part in parts), None
+        if tokens := [part.named for part in parts if part.named is not None]:
+            named = torch.full((sum(counts), max(each.shape[1] for each in tokens)), -1)
+        only: dict[str, Tensor] = {
+            name: torch.zeros(sum(counts), dtype=torch.bool) for name in (*statistics, *(("top",) if top else ()))
+        }
+        choices: list[TokenChoice] = []
+        uniform = torch.zeros(sum(counts), dtype=torch.float64)
+        bonuses: list[LogitBonus] = []
+        first = 0
+        for part, count in zip(parts, counts, strict=True):
+            stop = first + count
+            for name, rows in only.items():
+                if part.top if name == "top" else name in part.statistics:
+                    rows[first:stop] = part.only.get(name, True)
+            choices += part.choices or [TokenChoice()] * count
+            if part.uniform is not None:
+                uniform[first:stop] = part.uniform
+            if named is not None and part.named is not None:
+                named[first:stop, : part.named.shape[1]] = part.named
+            if part.bonus is not None:
+                bonuses.append(replace(part.bonus, index=part.bonus.index + first))
+            first = stop
+        return cls(
+            statistics=statistics,
+            only={name: rows for name, rows in only.items() if not bool(rows.all())},
+            choices=choices if any(part.choices is not None for part in parts) else None,
+            uniform=uniform if any(part.uniform is not None for part in parts) else None,
+            top=top,
+            named=named,
+            bonus=LogitBonus.join(bonuses) if bonuses else None,
+        )
+
+    def part(self, start: int, stop: int) -> "StatisticsRequest":
+        """Of rows `start` to `stop`."""
+        return replace(
+            self,
+            only={name: rows[start:stop] for name, rows in self.only.items()},
+            choices=self.choices and self.choices[start:stop],
+            uniform=None if self.uniform is None else self.uniform[start:stop],
+            named=None if self.named is None else self.named[start:stop],
+            bonus=self.bonus and self.bonus.part(start, stop),
+        )
+
+    def to(self, device: torch.device) -> "StatisticsRequest":
+        """With its tensors there, but for those that are looked into, which would mean to wait for the device."""
+        return replace(
+            self,
+            uniform=None if self.uniform is None else self.uniform.to(device, non_blocking=True),
+            named=None if self.named is None else self.named.to(device, non_blocking=True),
+        )
+
+
+NOTHING = StatisticsRequest()

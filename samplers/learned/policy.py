@@ -1,0 +1,188 @@
+"""A trained network decides."""
+
+import math
+from typing import Literal, Protocol
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from samplers.canvas import Layout
+from samplers.contract import ParameterError, Sampler, SamplerError, SamplerParams, Selection, Step
+from samplers.forward.statistics import Statistic
+from samplers.randomness import FIRST, LATER, uniform
+from samplers.ranking import best
+
+Action = Literal["bernoulli", "dpls"]
+STOP = -1
+"""In an order of draws: no more."""
+
+
+class PolicyNetwork(Protocol):
+    """What the sampler needs of a loaded policy. `temperature` and `floor` hold where a request gives none.
+
+    Attributes:
+        statistics, top, region: what it reads (see `Sampler`).
+        action: how its logits become a set of positions.
+        stop_logit: dpls only, the logit of drawing no more.
+        takes_speed: whether it was trained to be told how fast to go.
+    """
+
+    statistics: frozenset[Statistic]
+    top: int
+    region: bool
+    action: Action
+    stop_logit: float
+    takes_speed: bool
+    temperature: float
+    floor: float
+
+    def score(self, step: Step, speed: Tensor | None) -> Tensor:
+        """Logits, float32 [rows, width]; `speed` is [rows, 1] in 0..1 for a network that takes it."""
+
+
+class PolicyParams(SamplerParams):
+    policy: str | None = Field(
+        None,
+        min_length=1,
+        max_length=100,
+        description="name of a loaded policy; may be left out where there is only one",
+    )
+    temperature: float | None = Field(
+        None,
+        ge=0,
+        le=100,
+        description="commit with probability sigmoid(logit / temperature); 0: commit where the logit is at least 0; "
+        "without it, what the policy's card says",
+    )
+    beta: float = Field(
+        1.0, gt=0, le=1000, description="factor on the probabilities, at most 1 each: above 1 is faster"
+    )
+    cut: float | None = Field(
+        None, gt=0, lt=1, description="commit where sigmoid(logit) is at least this, and draw nothing"
+    )
+    speed: float | None = Field(
+        None, ge=0, le=1, description="0 (careful) to 1 (fast), for policies that were trained to be told (default 0.5)"
+    )
+    floor: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="never commit below this confidence, save the one a forward needs; without it, the policy's own",
+    )
+
+
+class Policy(Sampler):
+    """Commit what a policy trained by reinforcement learning decides on, and always its surest candidate.
+
+    Jazbec et al., Learning Unmasking Policies for Diffusion Language Models, arXiv 2512.09106, section 3.2.
+    """
+
+    name = "policy"
+    paper = "https://arxiv.org/abs/2512.09106"
+    Params = PolicyParams
+
+    def __init__(self, network: PolicyNetwork | None = None) -> None:
+        self.network = network
+        if network is not None:
+            self.statistics, self.top, self.region = network.statistics, network.top, network.region
+
+    def check(self, params: SamplerParams, layout: Layout) -> None:
+        assert isinstance(params, PolicyParams)
+        if self.network is None:
+            raise ParameterError("policy", "no policy is loaded")
+        if params.speed is not None and not self.network.takes_speed:
+            raise ParameterError("speed", "this policy was not trained to be told a speed; leave speed out")
+        if params.cut is not None and params.temperature is not None:
+            raise ParameterError("cut", "give cut or temperature, not both")
+        if self.network.action == "dpls":
+            for field, given in (("cut", params.cut is not None), ("beta", params.beta != 1.0)):
+                if given:
+                    raise ParameterError(field, f"{field} is for policies with bernoulli actions; this one draws dpls")
+
+    def select(self, step: Step) -> Selection:
+        network = self.network
+        if network is None:
+            raise SamplerError("no policy is loaded")
+        params = [p for p in step.params if isinstance(p, PolicyParams)]
+
+        def column(values: list[float]) -> Tensor:
+            return torch.tensor(values, dtype=torch.float32, device=step.candidate.device)[:, None]
+
+        speed = column([0.5 if p.speed is None else p.speed for p in params]) if network.takes_speed else None
+        logits = network.score(step, speed)
+        if not bool(logits.isfinite().where(step.candidate, True).all()):
+            raise SamplerError("the policy's output is not finite")
+        temperature = column([network.temperature if p.temperature is None else p.temperature for p in params])
+        if network.action == "dpls":
+            gumbel = step_gumbel(step) * (temperature > 0)[..., None]
+            scaled = logits / temperature.where(temperature > 0, 1.0)
+            _, action = dpls_draw(scaled, step.candidate, gumbel, network.stop_logit)
+        else:
+            cut = column([p.cut if p.cut is not None else 0.5 for p in params])
+            fixed = (temperature == 0) | column([float(p.cut is not None) for p in params]).bool()
+            beta = column([p.beta for p in params])
+            drawn = bernoulli_draw(logits, step.candidate, step.uniform(), temperature.where(~fixed, 1.0), beta)
+            certain = step.candidate & ((torch.sigmoid(logits) * beta).clamp(max=1.0) >= cut)
+            action = drawn.where(~fixed, certain)
+        floor = column([network.floor if p.floor is None else p.floor for p in params])
+        action = action & (step.confidence >= floor)
+        return Selection(commit_at_least_one(action, logits, step.candidate))
+
+
+def step_gumbel(step: Step) -> Tensor:
+    """Gumbel noise from each row's own stream, [rows, 2, width + 1]: one for the first draw, one for all others."""
+    # Numbered by what they are for, STOP as -1: the width is that of the batch, and must not matter.
+    place = torch.arange(step.candidate.shape[1] + 1, device=step.candidate.device)
+    place[-1] = STOP
+    numbers = torch.stack([uniform(step.seed, step.forward, place, stream) for stream in (FIRST, LATER)], dim=1)
+    return (-(-numbers.clamp(min=2.0**-53).log()).log()).float()
+
+
+def bernoulli_draw(
+    logits: Tensor, candidates: Tensor, uniform: Tensor, temperature: Tensor | float = 1.0, scale: Tensor | float = 1.0
+) -> Tensor:
+    """Independent bits: each candidate with probability min(1, scale * sigmoid(logit / temperature)).
+
+    Args:
+        logits: [..., width].
+        candidates: bool [..., width]; nothing else is drawn.
+        uniform: numbers in [0, 1), [..., width].
+        temperature, scale: `tau` and `beta` of the paper (section 3.2), broadcastable.
+    """
+    return candidates & (uniform < scale * torch.sigmoid(logits / temperature))
+
+
+def commit_at_least_one(action: Tensor, logits: Tensor, candidates: Tensor) -> Tensor:
+    """The action, or the candidate of largest logit where it is empty (paper, algorithm 1); row by row."""
+    empty = ~action.any(dim=-1, keepdim=True)
+    width = action.shape[-1]
+    rows = (logits.reshape(-1, width), candidates.reshape(-1, width))
+    surest = best(*rows, torch.ones(len(rows[0]), 1, device=logits.device)).view(action.shape)
+    return action | (surest & empty)
+
+
+def dpls_draw(logits: Tensor, candidates: Tensor, gumbel: Tensor, stop_logit: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Dynamic Plackett-Luce: draw positions one after the other until STOP is drawn (paper, appendix E).
+
+    The first draw knows no STOP, so the action is never empty where there is a candidate. Drawing without replacement
+    is sorting by logit + Gumbel noise.
+
+    Args:
+        logits, candidates: [..., width].
+        gumbel: [..., 2, width + 1]; the first row for the first draw, the second for those after it, STOP last.
+
+    Returns:
+        order int64 [..., width], the positions as drawn and then STOP (-1), and the action, bool [..., width].
+    """
+    masked = logits.masked_fill(~candidates, -math.inf)
+    some = candidates.any(dim=-1, keepdim=True)
+    first = (masked + gumbel[..., 0, :-1]).argmax(dim=-1, keepdim=True)
+    left = candidates.scatter(-1, first, False)
+    score = (logits + gumbel[..., 1, :-1]).masked_fill(~left, -math.inf)
+    stop = stop_logit + gumbel[..., 1, -1:]
+    ranked, place = score.sort(dim=-1, descending=True, stable=True)
+    later = place.masked_fill(~(ranked > stop), STOP)
+    order = torch.cat([first, later[..., :-1]], dim=-1).masked_fill(~some, STOP)
+    action = (score > stop).scatter(-1, first, True) & candidates
+    return order, action

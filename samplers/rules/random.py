@@ -1,0 +1,15 @@
+"""Random order."""
+
+from samplers.contract import Selection, Step
+from samplers.ranking import best
+from samplers.schedule import ScheduledSampler, quota
+
+
+class Random(ScheduledSampler):
+    """Commit candidates in random order, a fixed number per forward pass; the baseline of every comparison."""
+
+    name = "random"
+    paper = "https://arxiv.org/abs/2502.09992"
+
+    def select(self, step: Step) -> Selection:
+        return Selection(commit=best(step.uniform(), step.candidate, quota(step)))

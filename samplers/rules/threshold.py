@@ -1,0 +1,32 @@
+"""Everything sure enough."""
+
+import torch
+from pydantic import Field
+
+from samplers.contract import Selection, Step
+from samplers.ranking import best
+from samplers.schedule import ScheduledParams, ScheduledSampler, quota
+
+
+class Threshold(ScheduledSampler):
+    """Commit every candidate at least as sure as a threshold, and always the surest one.
+
+    Fast-dLLM, arXiv 2505.22618, section 3.3. With `k` or `steps` at least so many a forward are committed: SDAR's
+    `low_confidence_dynamic` (arXiv 2510.06303) and the rule of LLaDA2.0. On these two and Fast-dLLM v2 a candidate must
+    be surer than the threshold, as in their own programs: at 1, one is committed a forward.
+    """
+
+    name = "threshold"
+    paper = "https://arxiv.org/abs/2505.22618"
+
+    class Params(ScheduledParams):
+        threshold: float = Field(
+            0.9, gt=0, le=1, description="commit candidates with confidence >= this; > on LLaDA2, SDAR and Fast-dLLM v2"
+        )
+
+    def select(self, step: Step) -> Selection:
+        least = best(step.confidence, step.candidate, quota(step))
+        threshold = step.param("threshold")
+        strict = torch.tensor([layout.pattern.strict for layout in step.layouts], device=threshold.device)[:, None]
+        sure = (step.confidence > threshold) | (~strict & (step.confidence == threshold))
+        return Selection(least | (step.candidate & sure))

@@ -1,0 +1,18 @@
+"""The surest first, a fixed number per forward."""
+
+from samplers.contract import Selection, Step
+from samplers.ranking import best
+from samplers.schedule import ScheduledSampler, quota
+
+
+class TopK(ScheduledSampler):
+    """Commit the surest candidates, a fixed number per forward pass (LLaDA's low-confidence remasking).
+
+    LLaDA, arXiv 2502.09992, algorithm 5; `steps` is its schedule.
+    """
+
+    name = "topk"
+    paper = "https://arxiv.org/abs/2502.09992"
+
+    def select(self, step: Step) -> Selection:
+        return Selection(commit=best(step.confidence, step.candidate, quota(step)))
