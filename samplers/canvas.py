@@ -69,30 +69,30 @@ class Layout:
         return self.pattern.region_length(self.prompt_length, self.text_length, self.block_length) - self.gen_length
 
     @property
-    def _shared(self) -> int:
+    def shared(self) -> int:
         """Positions of the first block that belong to the prompt."""
         return 0 if self.pattern.causal_block is None else self.prompt_length % self.block_length
 
     @property
     def blocks(self) -> int:
         """Number of blocks; the last one may be shorter."""
-        return -(-(self.gen_length + self._shared) // self.block_length)
+        return -(-(self.gen_length + self.shared) // self.block_length)
 
     def block_of(self, position: int) -> int:
         """The block of a position of the generation region."""
-        return (position + self._shared) // self.block_length
+        return (position + self.shared) // self.block_length
 
     def block_place(self, block: int) -> int:
         """First position of a block on the canvas; the prompt may hold it."""
-        return self.prompt_length - self._shared + block * self.block_length
+        return self.prompt_length - self.shared + block * self.block_length
 
     def block_start(self, block: int) -> int:
         """First position of a block, relative to the generation region."""
-        return max(0, block * self.block_length - self._shared)
+        return max(0, block * self.block_length - self.shared)
 
     def block_stop(self, block: int) -> int:
         """One past its last position."""
-        return min(self.gen_length, (block + 1) * self.block_length - self._shared)
+        return min(self.gen_length, (block + 1) * self.block_length - self.shared)
 
     def block_size(self, block: int) -> int:
         """Positions of one block."""

@@ -4,14 +4,15 @@ A counter-based stream (SplitMix64, Steele et al., OOPSLA 2014): no state to kee
 generation's numbers cannot change with who shares its batch.
 """
 
+import torch
 from torch import Tensor
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed integer
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
-TOKENS, POSITIONS, FIRST, LATER, NOISE = 1, 2, 3, 4, 5
+TOKENS, POSITIONS, FIRST, LATER, NOISE, BARRIER, SLOTS = 1, 2, 3, 4, 5, 6, 7
 """Streams: numbers that choose tokens, that choose positions, that order positions (the first, and those after it), and
-that a block without a mask token begins with."""
+that a block without a mask token begins with; that canvases are drawn with anew; and seeds of further canvases."""
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
@@ -31,3 +32,11 @@ def uniform(seed: Tensor, step: Tensor, position: Tensor, stream: int) -> Tensor
     # The seed is mixed before the stream is added, or one seed's second stream would be the next seed's first.
     x = _mix(_mix(_mix(_mix(seed) + stream) ^ step) ^ position)
     return _shift(x, 11).double() * 2.0**-53
+
+
+def slot_seed(seed: int, slot: int) -> int:
+    """Seed of one of a generation's canvases; the first has the generation's own."""
+    if slot == 0:
+        return seed
+    mixed = _mix(_mix(torch.tensor(seed, dtype=torch.int64)) + SLOTS + slot)
+    return int(mixed)

@@ -1,4 +1,4 @@
-"""Tensor tools for rules."""
+"""Tensor tools for rules: the best of each row, leading runs, gaps."""
 
 import torch
 from torch import Tensor
@@ -6,13 +6,48 @@ from torch import Tensor
 
 def best(score: Tensor, candidate: Tensor, count: Tensor) -> Tensor:
     """The `count` [rows, 1] candidates of highest score in each row; equal scores go to the lower position."""
+    if score.device.type == "cpu" and int(count.max()) <= 1:
+        return surest(score, candidate) & (count > 0)
     order = score.masked_fill(~candidate, -torch.inf).argsort(dim=1, descending=True, stable=True)
     rank = torch.empty_like(order)
     rank.scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
     return candidate & (rank < count)
 
 
+def surest(score: Tensor, candidate: Tensor) -> Tensor:
+    """The candidate of highest score in each row, bool [rows, width]; equal scores go to the lower position."""
+    score = score.masked_fill(~candidate, -torch.inf)
+    if score.device.type == "cpu":
+        place = score.max(dim=1, keepdim=True).indices  # the first of equals on the CPU; not promised elsewhere
+    else:
+        place = (score == score.amax(dim=1, keepdim=True)).byte().argmax(dim=1, keepdim=True)
+    return torch.zeros_like(candidate).scatter_(1, place, True) & candidate
+
+
 def prefix(passes: Tensor, order: Tensor) -> Tensor:
     """Positions, bool [rows, width], of the leading run of passes in an order, both [rows, width]."""
     leading = passes.int().cumprod(dim=1).bool()
     return torch.zeros_like(leading).scatter(1, order, leading)
+
+
+def leading_of_gaps(candidate: Tensor, score: Tensor) -> Tensor:
+    """The candidate of largest score in each run of neighbouring candidates, the first of equals; [rows, width]."""
+    rows, width = candidate.shape
+    before = torch.nn.functional.pad(candidate, (1, 0))[:, :-1]
+    gap = (candidate & ~before).cumsum(dim=1) * candidate
+    position = torch.arange(width, device=candidate.device).expand(rows, width)
+    score = score.masked_fill(~candidate, -torch.inf)
+    most = score.new_full((rows, width + 1), -torch.inf).scatter_reduce(1, gap, score, "amax")
+    leads = candidate & (score == most.gather(1, gap))
+    first = position.new_full((rows, width + 1), width)
+    first = first.scatter_reduce(1, gap, position.where(leads, width), "amin")
+    return candidate & (position == first.gather(1, gap))
+
+
+def distance_to(marked: Tensor) -> Tensor:
+    """Distance of each position to the nearest marked one, int64 [rows, width]; over 2 ** 40 where none is marked."""
+    far = 1 << 41
+    position = torch.arange(marked.shape[1], device=marked.device).expand(marked.shape)
+    left = position.where(marked, -far).cummax(dim=1).values
+    right = position.where(marked, far).flip(1).cummin(dim=1).values.flip(1)
+    return torch.minimum(position - left, right - position)

@@ -1,7 +1,7 @@
 """What one forward pass says about each candidate position."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ class Prediction:
         extra: further statistics that were asked for, float32 [n] each.
         top: the largest probabilities, descending, float32 [n, as many as were asked for]; None where none were.
         named: probabilities of the tokens that were named, float32 [n, as many]; None where none were.
+        failed: generations of the query whose own forward failed, by their place in it, and why. What is said of them
+            is undefined.
     """
 
     token: Tensor
@@ -26,6 +28,7 @@ class Prediction:
     extra: dict[Statistic, Tensor]
     top: Tensor | None = None
     named: Tensor | None = None
+    failed: Mapping[int, Exception] = field(default_factory=dict)
 
     @classmethod
     def join(cls, parts: "Sequence[Prediction]") -> "Prediction":

@@ -7,7 +7,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from samplers.forward.token_choice import TokenChoice
+from samplers.forward.token_choice import GREEDY, TokenChoices
 
 
 class Statistic(StrEnum):
@@ -67,7 +67,7 @@ class StatisticsRequest:
 
     statistics: frozenset[Statistic] = frozenset()
     only: Mapping[str, Tensor] = field(default_factory=dict)
-    choices: Sequence[TokenChoice] | None = None
+    choices: TokenChoices | None = None
     uniform: Tensor | None = None
     top: int = 0
     named: Tensor | None = None
@@ -90,7 +90,7 @@ class StatisticsRequest:
         only: dict[str, Tensor] = {
             name: torch.zeros(sum(counts), dtype=torch.bool) for name in (*statistics, *(("top",) if top else ()))
         }
-        choices: list[TokenChoice] = []
+        choices: list[TokenChoices] = []
         uniform = torch.zeros(sum(counts), dtype=torch.float64)
         bonuses: list[LogitBonus] = []
         first = 0
@@ -99,7 +99,7 @@ class StatisticsRequest:
             for name, rows in only.items():
                 if part.top if name == "top" else name in part.statistics:
                     rows[first:stop] = part.only.get(name, True)
-            choices += part.choices or [TokenChoice()] * count
+            choices.append(part.choices or TokenChoices.of([GREEDY] * count))
             if part.uniform is not None:
                 uniform[first:stop] = part.uniform
             if named is not None and part.named is not None:
@@ -110,7 +110,7 @@ class StatisticsRequest:
         return cls(
             statistics=statistics,
             only={name: rows for name, rows in only.items() if not bool(rows.all())},
-            choices=choices if any(part.choices is not None for part in parts) else None,
+            choices=TokenChoices.cat(choices) if any(part.choices is not None for part in parts) else None,
             uniform=uniform if any(part.uniform is not None for part in parts) else None,
             top=top,
             named=named,
@@ -122,10 +122,10 @@ class StatisticsRequest:
         return replace(
             self,
             only={name: rows[start:stop] for name, rows in self.only.items()},
-            choices=self.choices and self.choices[start:stop],
+            choices=None if self.choices is None else self.choices[start:stop],
             uniform=None if self.uniform is None else self.uniform[start:stop],
             named=None if self.named is None else self.named[start:stop],
-            bonus=self.bonus and self.bonus.part(start, stop),
+            bonus=None if self.bonus is None else self.bonus.part(start, stop),
         )
 
     def to(self, device: torch.device) -> "StatisticsRequest":

@@ -1,13 +1,14 @@
 """From logits to what a forward pass says about each position: one pass over each row for all that was asked."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from samplers.forward.prediction import Prediction
 from samplers.forward.statistics import CHOSEN, NOTHING, Statistic, StatisticsRequest
-from samplers.forward.token_choice import TokenChoice
+from samplers.forward.token_choice import TokenChoices
 
 PART = 1 << 20
 """Logits worked on at a time: what is written in one pass is still in the cache in the next."""
@@ -134,20 +135,24 @@ def _choose(
     logits: Tensor, token: Tensor, mask_id: int | None, wanted: StatisticsRequest
 ) -> tuple[Tensor, dict[Statistic, tuple[Tensor, Tensor]]]:
     """Tokens, those of rows with a temperature drawn, and statistics of rows whose distribution is shaped."""
-    greedy = TokenChoice()
-    choices = wanted.choices or ()
-    shaping = wanted.statistics & CHOSEN
-    # Without one of `CHOSEN`, a greedy row's shape does not matter.
-    shaped = [i for i, choice in enumerate(choices) if choice.temperature > 0 or (shaping and choice != greedy)]
-    if not shaped:
+    choices, shaping = wanted.choices, wanted.statistics & CHOSEN
+    if choices is None:
         return token, {}
-    rows = torch.tensor(shaped, device=logits.device)
+    # Without one of `CHOSEN`, a greedy row's shape does not matter.
+    shaped = choices.temperature > 0
+    if shaping:
+        shaped = shaped | ~choices.plain
+    if not bool(shaped.any()):
+        return token, {}
+    index = shaped.nonzero()[:, 0]
+    choices = choices[index]
+    rows = index.to(logits.device, non_blocking=True)
     scores = logits[rows]
     if mask_id is not None:
         scores[:, mask_id] = -torch.inf
-    p, order = choosable(scores, [choices[i] for i in shaped])
-    drawn = [n for n, i in enumerate(shaped) if choices[i].temperature > 0]
-    if drawn:
+    p, order = choosable(scores, choices)
+    drawn = (choices.temperature > 0).nonzero()[:, 0].to(logits.device, non_blocking=True)
+    if len(drawn):
         if wanted.uniform is None:
             raise ValueError("drawing tokens at a temperature needs random numbers")
         token[rows[drawn]] = draw_tokens(p[drawn], order[drawn], wanted.uniform[rows[drawn]])
@@ -164,7 +169,7 @@ def _choose(
     return token, {name: (rows, found[name]()) for name in shaping}
 
 
-def choosable(scores: Tensor, choices: Iterable[TokenChoice]) -> tuple[Tensor, Tensor]:
+def choosable(scores: Tensor, choices: TokenChoices) -> tuple[Tensor, Tensor]:
     """What tokens are drawn from: softmax(scores / temperature), filtered by top-k, then top-p, not normalised.
 
     Args:
@@ -175,24 +180,25 @@ def choosable(scores: Tensor, choices: Iterable[TokenChoice]) -> tuple[Tensor, T
         float64 [n, vocab], and which token each is of: the likeliest first where there are filters, which need that;
         in the tokens' own order where there are none, since sorting takes longer than all else.
     """
-    choices = list(choices)
-    filtered = [i for i, choice in enumerate(choices) if choice.top_k > 0 or choice.top_p < 1]
-    if filtered and len(filtered) < len(choices):
-        p, order = choosable(scores, [TokenChoice(choice.temperature) for choice in choices])
-        rows = torch.tensor(filtered, device=scores.device)
+    filtered = choices.filtered
+    if bool(filtered.any()) and not bool(filtered.all()):
+        none = replace(choices, top_p=torch.ones_like(choices.top_p), top_k=torch.zeros_like(choices.top_k))
+        p, order = choosable(scores, none)
+        index = filtered.nonzero()[:, 0]
+        rows = index.to(scores.device, non_blocking=True)
         order = order.clone()  # it was one row for all
-        p[rows], order[rows] = choosable(scores[rows], [choices[i] for i in filtered])
+        p[rows], order[rows] = choosable(scores[rows], choices[index])
         return p, order
 
-    def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=scores.dtype, device=scores.device)[:, None]
+    def column(values: Tensor) -> Tensor:
+        return values.to(scores.device, scores.dtype)[:, None]
 
-    heat = column([c.temperature or 1.0 for c in choices])
-    if not filtered:
+    heat = column(torch.where(choices.temperature > 0, choices.temperature, 1.0))
+    if not bool(filtered.any()):
         order = torch.arange(scores.shape[-1], device=scores.device).expand(scores.shape)
         return (scores / heat).softmax(dim=-1, dtype=torch.float64), order
-    top_k = column([c.top_k if c.top_k > 0 else scores.shape[-1] for c in choices])
-    top_p = column([c.top_p for c in choices])
+    top_k = column(torch.where(choices.top_k > 0, choices.top_k, scores.shape[-1]))
+    top_p = column(choices.top_p)
     ordered, order = scores.sort(dim=-1, descending=True, stable=True)
     p = (ordered / heat).softmax(dim=-1, dtype=torch.float64)
     rank = torch.arange(scores.shape[-1], device=scores.device)

@@ -1,5 +1,6 @@
 """Which positions of a canvas a forward computes anew, and which it knows from an earlier one."""
 
+from copy import deepcopy
 from dataclasses import dataclass, field
 
 from samplers.canvas import Layout
@@ -21,7 +22,7 @@ class CachePlan:
     final: int = 0
     known: int = 0
 
-    def feed(self, layout: Layout, block: int, block_step: int, opens: bool, first_open: bool) -> ForwardSpan:
+    def span(self, layout: Layout, block: int, block_step: int, opens: bool, first_open: bool) -> ForwardSpan:
         """What the next forward of a generation spans.
 
         Args:
@@ -49,6 +50,10 @@ class CachePlan:
         if self.mode is CacheMode.DUAL and block_step and self.known >= visible and not first_open:
             return ForwardSpan(layout.block_place(block), stop, self.memory, visible, size)
         return ForwardSpan(self.final, visible, self.memory, visible, size)
+
+    def forked(self) -> "CachePlan":
+        """A copy that can be changed apart, content included."""
+        return CachePlan(self.mode, KVSlot(deepcopy(self.memory.content)), self.final, self.known)
 
     def note(self, fed: ForwardSpan, layout: Layout, block: int) -> None:
         """That this feed was computed, `block` being the active one."""

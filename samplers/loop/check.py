@@ -1,152 +1,246 @@
-"""A sampler's selection, held against the contract."""
+"""What samplers and modifiers answer in a step, held against the contract."""
 
-from collections.abc import Sequence
-from dataclasses import fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from samplers.contract import Sampler, SamplerError, Selection, Step
-from samplers.loop.guard import INTEGERS, ContractError, Traits, plain, told
-from samplers.ranking import best
+from samplers.columns import Columns
+from samplers.contract import Adjustment, Modifier, Sampler, SamplerError, Selection, StateSpec, Step
+from samplers.loop.guard import INTEGERS, MOST_NUMBERS, ContractError, Traits, is_ours, plain, told
 
-_BOOLS = {"commit", "replace", "remask", "done"}
-_TOKENS = {"token", "draft"}
+_BOOLS = ("commit", "replace", "remask")
+_TOKENS = ("token", "draft")
 _ROUNDING = 1e-4
 """By how much a probability that was computed may be above 1."""
 
+States = list[Mapping[str, Tensor]]
+"""New state of a rule and of each of its modifiers."""
 
-def select(sampler: Sampler, traits: Traits, step: Step, may_wait: bool) -> list[Selection | SamplerError]:
-    """Per row what to do, or why its generation fails. Where all together fail, each row is asked on its own."""
+
+@dataclass(frozen=True)
+class Chosen:
+    """The decision for some rows: a checked selection, with the step as the rule saw it, and new states.
+
+    `adjusted`: whether modifiers changed tokens or confidences of the step.
+    """
+
+    selection: Selection
+    step: Step[Any]
+    states: States
+    adjusted: bool
+
+
+def choose(
+    sampler: Sampler[Any], modifiers: Sequence[Modifier[Any]], traits: Traits, steps: Sequence[Step[Any]], may_wait: bool
+) -> Chosen | list[Chosen | SamplerError]:
+    """What to do; where all rows together fail, a list of what each row's own question came to.
+
+    Args:
+        steps: the step as the rule, and as each of the modifiers sees it.
+    """
     try:
-        return [*_by_row(told(sampler, _checked, sampler, traits, step, may_wait))]
+        return _choose(sampler, modifiers, traits, steps, may_wait)
     except SamplerError as error:
         found = error
-    count = len(step.params)
-    if count == 1:
+    rows = len(steps[0].candidate)
+    if rows == 1:
         return [found]
-    return [each for i in range(count) for each in select(sampler, traits, _one(step, i), may_wait)]
+    each: list[Chosen | SamplerError] = []
+    for i in range(rows):
+        part = choose(sampler, modifiers, traits, [one(step, i) for step in steps], may_wait)
+        each += part if isinstance(part, list) else [part]
+    return each
 
 
-def check_told(tokens: list[int], confidences: list[float], vocabulary: int | None, mask_id: int | None) -> None:
-    """Raise ContractError for tokens of a sampler's own that cannot be committed, or confidences that are none."""
-    if tokens and (min(tokens) < 0 or (vocabulary is not None and max(tokens) >= vocabulary)):
-        raise ContractError("a token that does not exist was selected")
-    if mask_id is not None and mask_id in tokens:
-        raise ContractError("the mask token was selected")
-    if not all(0 <= confidence <= 1 + _ROUNDING for confidence in confidences):
-        raise ContractError("a confidence is no probability")
+def _choose(
+    sampler: Sampler[Any], modifiers: Sequence[Modifier[Any]], traits: Traits, steps: Sequence[Step[Any]], may_wait: bool
+) -> Chosen:
+    step, *around = steps
+    states: States = [{}]
+    adjusted = False
+    for i, (modifier, own) in enumerate(zip(modifiers, around, strict=True), 1):
+        states.append({})
+        if "adjust" in traits.hooks[i]:
+            seen = replace(own, token=step.token, confidence=step.confidence, candidate=step.candidate)
+            found = told(modifier, _adjusted, modifier, dict(traits.state[i]), seen)
+            if found is not None:
+                step = replace(step, **{name: each for name, each in _given(found).items() if name != "state"})
+                states[i] = found.state or {}
+                adjusted = adjusted or found.token is not None or found.confidence is not None
+    selection = told(sampler, _selected, sampler, dict(traits.state[0]), step)
+    states[0] = selection.state or {}
+    for i, (modifier, own) in enumerate(zip(modifiers, around, strict=True), 1):
+        if "after" in traits.hooks[i]:
+            seen = replace(own, token=step.token, confidence=step.confidence, candidate=step.candidate)
+            selection = told(modifier, _filtered, modifier, seen, selection)
+    return Chosen(told(sampler, _within_contract, traits, step, selection, may_wait), step, states, adjusted)
 
 
-def _tensors(step: Step) -> dict[str, Any]:
-    return {name: value for name, value in vars(step).items() if isinstance(value, Tensor)}
+def _given(found: Any) -> dict[str, Any]:
+    return {each.name: value for each in fields(found) if (value := getattr(found, each.name)) is not None}
 
 
-def _copied(step: Step) -> Step:
-    """A step that is the sampler's own: what it changes of it, now or later, is nothing to the loop."""
-    lists: dict[str, Any] = {name: list(getattr(step, name)) for name in ("params", "states")}
-    lists["layouts"] = [layout.twin for layout in step.layouts]
-    extra = {name: value.clone() for name, value in step.extra.items()}
-    return replace(step, **{name: value.clone() for name, value in _tensors(step).items()}, **lists, extra=extra)
+def _adjusted(modifier: Modifier[Any], specs: dict[str, StateSpec], step: Step[Any]) -> Adjustment | None:
+    ours = is_ours(type(modifier))
+    found: object = modifier.adjust(step if ours else copied(step))
+    if found is None or ours:
+        return found  # type: ignore[return-value]
+    if not isinstance(found, Adjustment):
+        raise ContractError("adjust must return an Adjustment or None")
+    shape, given = tuple(step.candidate.shape), _given(found)
+    for name in given.keys() - {"state"}:
+        given[name] = plain(given[name], f"an adjustment's {name}", step.candidate, shape)
+    if "token" in given and given["token"].dtype not in INTEGERS:
+        raise ContractError("an adjustment's tokens must be integers")
+    if "confidence" in given and not given["confidence"].is_floating_point():
+        raise ContractError("an adjustment's confidences must be floats")
+    if "candidate" in given and (given["candidate"].dtype != torch.bool or bool((given["candidate"] & ~step.candidate).any())):
+        raise ContractError("an adjustment's candidates must be bool, and some of those there were")
+    if "state" in given:
+        given["state"] = _state(given["state"], specs, step)
+    return Adjustment(**given)
 
 
-def _one(step: Step, i: int) -> Step:
-    """A step of a single one of its rows."""
-    lists: dict[str, Any] = {name: getattr(step, name)[i : i + 1] for name in ("params", "layouts", "states")}
-    extra = {name: value[i : i + 1] for name, value in step.extra.items()}
-    return replace(step, **{name: value[i : i + 1] for name, value in _tensors(step).items()}, **lists, extra=extra)
+def _selected(sampler: Sampler[Any], specs: dict[str, StateSpec], step: Step[Any]) -> Selection:
+    ours = is_ours(type(sampler))
+    found = sampler.select(step if ours else copied(step))
+    return found if ours else _own(found, specs, step)
 
 
-def _by_row(selection: Selection) -> list[Selection]:
-    """A selection row by row."""
-    given = {name: value for name, value in vars(selection).items() if value is not None and name != "waits"}
-    rows = zip(*(value.unbind() if isinstance(value, Tensor) else value for value in given.values()), strict=True)
-    return [Selection(**dict(zip(given, row, strict=True)), waits=selection.waits) for row in rows]
+def _filtered(modifier: Modifier[Any], step: Step[Any], selection: Selection) -> Selection:
+    if is_ours(type(modifier)):
+        return modifier.after(step, selection)
+    state = selection.state
+    shown = replace(selection, state=None)
+    shown = replace(shown, **{n: v.clone() for n, v in _given(shown).items() if isinstance(v, Tensor)})
+    return replace(_own(modifier.after(copied(step), shown), {}, step), state=state)
 
 
-def _own(selection: object, step: Step) -> Selection:
+def _own(selection: object, specs: dict[str, StateSpec], step: Step[Any]) -> Selection:
     """A sampler's selection as a plain one, each of its fields read once. Raises ContractError."""
     if not isinstance(selection, Selection):
         raise ContractError("select must return a Selection")
-    shape = tuple(step.candidate.shape)
-    given = {each.name: getattr(selection, each.name) for each in fields(Selection)}
-    found: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    for name in found.keys() - {"waits", "states", "done"}:
-        found[name] = plain(found[name], f"a selection's {name}", shape)
+    shape, found = tuple(step.candidate.shape), _given(selection)
+    for name in found.keys() - {"waits", "state", "done"}:
+        found[name] = plain(found[name], f"a selection's {name}", step.candidate, shape)
     if "done" in found:
-        found["done"] = plain(found["done"], "a selection's done", shape[:1])
-    if "commit" not in found or any(found[name].dtype != torch.bool for name in _BOOLS & found.keys()):
+        found["done"] = plain(found["done"], "a selection's done", step.candidate, shape[:1])
+    if "commit" not in found or any(found[name].dtype != torch.bool for name in (*_BOOLS, "done") if name in found):
         raise ContractError("a selection's commit must be there and bool; so must replace, remask and done, if given")
-    if any(found[name].dtype not in INTEGERS for name in _TOKENS & found.keys()):
+    if any(found[name].dtype not in INTEGERS for name in _TOKENS if name in found):
         raise ContractError("a selection's tokens must be integers")
     if "confidence" in found and not found["confidence"].is_floating_point():
         raise ContractError("a selection's confidences must be floats")
-    if "states" in found:
-        found["states"] = _states(found["states"], shape[0])
+    if "state" in found:
+        found["state"] = _state(found["state"], specs, step)
     found["waits"] = bool(found.get("waits"))
     return Selection(**found)
 
 
-def _states(states: Any, rows: int) -> Sequence[Any]:
-    if len(states) != rows:
-        raise ContractError(f"there must be a state for each of {rows} rows")
-    return [states[i] for i in range(rows)]
+def _state(state: object, specs: dict[str, StateSpec], step: Step[Any]) -> dict[str, Tensor]:
+    """New values of a rule's state, each a tensor of its spec's shape and type. Raises ContractError."""
+    if not isinstance(state, Mapping):
+        raise ContractError("a selection's state must be tensors by name")
+    rows, width = step.candidate.shape
+    found = {}
+    for name, value in dict(state).items():
+        if name not in specs:
+            raise ContractError("it keeps a state that it has not declared")
+        spec = specs[name]
+        tensor = plain(value, "a state", step.candidate)
+        first = (rows, width if spec.per == "position" else 1)
+        shape = tuple(tensor.shape)
+        last = shape[2:-1] == spec.shape[:-1] and (not spec.shape or shape[-1] >= spec.shape[-1])
+        if shape[:2] != first or len(shape) != 2 + len(spec.shape) or not last or shape[-1] > max(MOST_NUMBERS, width):
+            raise ContractError(f"a state must be of shape {[*first, *spec.shape]}")
+        if tensor.dtype != spec.dtype:
+            raise ContractError(f"a state must be of type {spec.dtype}")
+        found[name] = tensor
+    return found
 
 
-def _checked(sampler: Sampler, traits: Traits, step: Step, may_wait: bool) -> Selection:
-    """The sampler's selection, with the surest candidate where a row commits none."""
-    selection = _own(sampler.select(_copied(step)), step)
-    commit = selection.commit
-    if bool((commit & ~step.candidate).any()):
+def _within_contract(traits: Traits, step: Step[Any], selection: Selection, may_wait: bool) -> Selection:
+    """A selection that does what such a rule may do. Raises ContractError."""
+    if bool((selection.commit & ~step.candidate).any()):
         raise ContractError("a position that is no candidate was selected")
-    if bool((step.candidate & (step.confidence == -torch.inf)).any()):
-        raise ContractError("the forward pass said nothing of a candidate")
     if selection.waits and not may_wait:
         raise ContractError("it waits, which only training may: a generation that waits holds its place for ever")
     if traits.revises:
-        return _checked_revision(selection, step)
+        return _revision(selection, step)
     if not (selection.replace is selection.remask is selection.done is None):
         raise ContractError("this sampler does not say that it revises")
     if traits.drafts:
-        return _checked_draft(selection, step)
+        return _draft(selection, step)
     if selection.draft is not None:
         raise ContractError("this sampler does not say that it drafts")
-    if selection.waits:
-        return selection
-    return replace(selection, commit=_at_least_one(commit, step))
+    return selection
 
 
-def _at_least_one(commit: Tensor, step: Step) -> Tensor:
-    none = ~commit.any(dim=1, keepdim=True)
-    if not bool(none.any()):
-        return commit
-    return commit | (best(step.confidence, step.candidate, torch.ones_like(step.forward)) & none)
-
-
-def _checked_draft(selection: Selection, step: Step) -> Selection:
+def _draft(selection: Selection, step: Step[Any]) -> Selection:
     """A draft of the candidates is there, and of tokens that there are."""
     draft = selection.draft
     if draft is None:
         raise ContractError("a sampler that drafts must say what the candidates hold")
-    draft = draft.long()
-    sizes = torch.tensor([layout.pattern.noise or 0 for layout in step.layouts])[:, None]
-    if bool((((draft < 0) | (draft >= sizes)) & step.candidate).any()):
+    if bool((((draft < 0) | (draft >= step.layout.noise)) & step.candidate).any()):
         raise ContractError("a token that does not exist was drafted")
-    return replace(selection, draft=draft)
+    return selection
 
 
-def _checked_revision(selection: Selection, step: Step) -> Selection:
-    """Replacements and new masks stay within what was committed of the active block, and outside what was given."""
+def _revision(selection: Selection, step: Step[Any]) -> Selection:
+    """Replacements and new masks stay within what may change: what was told as settled is not `committed` any more."""
     nothing = torch.zeros_like(selection.commit)
     changed = selection.replace if selection.replace is not None else nothing
     masked = selection.remask if selection.remask is not None else nothing
-    may_change = (step.confidence > -torch.inf) & ~step.masked
-    assert step.given is not None
-    if bool(((changed | masked) & ~(may_change & ~step.given)).any()) or bool((changed & masked).any()):
+    may_change = step.committed & (step.confidence > -torch.inf)
+    if bool(((changed | masked) & ~may_change).any()) or bool((changed & masked).any()):
         raise ContractError("a position that cannot be revised was selected")
-    if selection.done is None:
-        raise ContractError("a sampler that revises must say which blocks are done")
-    commit = _at_least_one(selection.commit, step)
-    done = selection.done & ~((step.candidate & ~commit) | masked).any(dim=1)
-    return replace(selection, commit=commit, replace=changed, remask=masked, done=done)
+    done = selection.done
+    if done is None:
+        done = torch.ones(len(nothing), dtype=torch.bool, device=nothing.device)
+    return replace(selection, replace=changed, remask=masked, done=done)
+
+
+def check_told(token: Tensor, confidence: Tensor, vocabulary: Tensor, mask_id: Tensor) -> Tensor:
+    """Entries that cannot be committed: tokens outside the vocabulary, mask tokens, confidences that are none.
+
+    All are [n]; a vocabulary below 0 is not known, nor is a mask token below 0.
+    """
+    there = (token >= 0) & ((vocabulary < 0) | (token < vocabulary)) & ((mask_id < 0) | (token != mask_id))
+    return ~(there & (confidence >= 0) & (confidence <= 1 + _ROUNDING))
+
+
+C = Any
+
+
+def copied(context: C) -> C:
+    """A step, or its context, that is the sampler's own: what it changes of it is nothing to the loop."""
+    changes: dict[str, Any] = {n: v.clone() for n, v in vars(context).items() if isinstance(v, Tensor)}
+    changes["params"] = list(context.params)
+    changes["columns"] = Columns(context.columns.spec, context.columns.values.clone())
+    changes["state"] = {name: value.clone() for name, value in context.state.items()}
+    changes["layout"] = replace(context.layout, **{n: v.clone() for n, v in vars(context.layout).items()})
+    changes["canvas"] = context.canvas[context.row[:, 0]]
+    changes["row"] = torch.arange(len(context.row), device=context.row.device)[:, None]
+    if isinstance(context, Step):
+        changes["extra"] = {name: value.clone() for name, value in context.extra.items()}
+    return replace(context, **changes)
+
+
+def take(context: C, rows: Tensor) -> C:
+    """A step, or its context, of some of its rows, int64 [n]."""
+    changes: dict[str, Any] = {n: v[rows] for n, v in vars(context).items() if isinstance(v, Tensor) and n != "canvas"}
+    changes["params"] = [context.params[i] for i in rows.tolist()]
+    changes["columns"] = Columns(context.columns.spec, context.columns.values[rows])
+    changes["state"] = {name: value[rows] for name, value in context.state.items()}
+    changes["layout"] = replace(context.layout, **{n: v[rows] for n, v in vars(context.layout).items()})
+    if isinstance(context, Step):
+        changes["extra"] = {name: value[rows] for name, value in context.extra.items()}
+    return replace(context, **changes)
+
+
+def one(context: C, i: int) -> C:
+    """A step, or its context, of a single one of its rows."""
+    return take(context, torch.tensor([i], device=context.candidate.device))

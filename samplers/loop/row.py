@@ -1,25 +1,55 @@
 """One generation on its way from all masks to text."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from samplers.canvas import Canvas
-from samplers.contract import ParameterError, Sampler, SamplerParams
+from samplers.canvas import Canvas, Layout
+from samplers.columns import columns_of
+from samplers.contract import Modifier, ParameterError, Sampler, SamplerParams, View
 from samplers.forward.span import CacheMode, ForwardSpan
-from samplers.forward.statistics import LogitBonus, Statistic
 from samplers.forward.token_choice import GREEDY, TokenChoice
 from samplers.loop import guard
+from samplers.loop.batch import Batch
 from samplers.loop.cache_plan import CachePlan
-from samplers.loop.guard import ContractError, Traits
-from samplers.randomness import NOISE, uniform
+from samplers.loop.guard import Traits
+from samplers.loop.numbers import CHANGING, COUNT, NEVER, N
+from samplers.loop.particles import Particles, copies_of
+from samplers.loop.window import enter
+from samplers.randomness import slot_seed
+
+NARROW = 3
+"""Windows up to 4 ** 3 positions wide stand side by side whatever their width."""
+
+
+@dataclass(eq=False)
+class ViewCanvas:
+    """A further canvas as which the model sees a generation, and what is cached of it."""
+
+    canvas: Canvas
+    weight: float
+    plan: CachePlan
+
+    @classmethod
+    def of(cls, view: View, canvas: Canvas, given: Tensor, mask_id: int, cache: CacheMode) -> "ViewCanvas":
+        """The view of a canvas, in its own tensors."""
+        layout, tokens = canvas.layout, canvas.tokens.clone()
+        if view.prompt == "masked":
+            tokens[: layout.prompt_length] = mask_id
+            tokens[layout.prompt_length + layout.gen_length :] = mask_id
+        elif view.prompt is not None:
+            tokens = torch.cat([tokens.new_tensor(view.prompt), tokens[layout.prompt_length :]])
+            layout = replace(layout, prompt_length=len(view.prompt))
+        return cls(Canvas(layout, tokens, canvas.masked), view.weight, CachePlan(cache))
 
 
 @dataclass(eq=False)
 class Row:
-    """One generation on its way from all masks to text.
+    """One generation on its way from all masks to text. Its tensors are in a slot of a `Batch`.
 
     Raises ParameterError if the parameters do not fit, SamplerError if the sampler fails when it is asked about them.
 
@@ -33,21 +63,18 @@ class Row:
             those positions are denoised like any other until everything before the end is settled.
         cache: what is kept from a block's first forward for those after it.
         vocabulary: number of the model's tokens, if it is known: what a sampler may name and commit.
-        forwards: forward passes that this generation took part in.
-        block, block_step, block_masks: the active block, forwards spent on it, and how many masks a schedule shares out
-            over it: those it had when it became active. The programs of block-causal models count the whole block, also
-            where it holds the prompt's end.
-        settled: length of the committed prefix of the generation region: what can no longer change.
+        modifiers: what is around the rule, with parameters, in the order in which they apply.
+        slot_number: which of the generation's canvases this is (see `Sampler.slots`).
         told: the settled tokens that count as generated: those of the text, up to and including the first end-of-text.
-            Only ever appended to: a candidate is masked, so not settled, and a revision of what is settled is refused.
-        state: what the sampler keeps between steps.
-        traits: the sampler's attributes, as they were to begin with.
-        token_choice: how the next forward chooses tokens.
+            Only ever appended to: candidates are masked, so not settled, and rules may revise only what is not settled.
+        traits: the sampler's attributes, and its modifiers', as they were to begin with.
         given: bool [gen_length], positions that were not masked to begin with.
+        views: further canvases of every forward; `weight` is that of the canvas itself.
+        batch, slot: where the tensors are.
     """
 
     canvas: Canvas
-    sampler: Sampler
+    sampler: Sampler[Any]
     params: SamplerParams
     choice: TokenChoice = GREEDY
     seed: int = 0
@@ -55,123 +82,219 @@ class Row:
     fill_after_end: bool = True
     cache: CacheMode = CacheMode.NONE
     vocabulary: int | None = None
-    forwards: int = 0
-    block: int = field(default=0, init=False)
-    block_step: int = field(default=0, init=False)
-    block_masks: int = field(default=0, init=False)
-    settled: int = field(default=0, init=False)
+    modifiers: Sequence[tuple[Modifier[Any], SamplerParams]] = ()
+    slot_number: int = 0
     told: list[int] = field(default_factory=list, init=False)
-    state: Any = field(init=False, repr=False)
     traits: Traits = field(init=False, repr=False)
-    token_choice: TokenChoice = field(init=False, repr=False)
     given: Tensor = field(init=False, repr=False)
-    _closed: int = field(default=0, init=False)
-    _entered: int = field(default=-1, init=False)
+    views: list[ViewCanvas] = field(default_factory=list, init=False, repr=False)
+    weight: float = field(default=1.0, init=False)
+    particles: Particles | None = field(default=None, init=False, repr=False)
+    batch: Batch | None = field(default=None, init=False, repr=False)
+    slot: int = field(default=-1, init=False)
+    reported: int = field(default=0, init=False)
+    window_width: int = field(default=0, init=False)
+    key: Any = field(init=False, repr=False)
+    column_values: dict[int, list[float]] = field(default_factory=dict, init=False, repr=False)
     _most_steps: int = field(default=0, init=False)
     _mask_id: int = field(default=-1, init=False)
-    _cache: CachePlan = field(init=False, repr=False)
-    _opens: bool = field(default=False, init=False)
-    _feed: ForwardSpan = field(init=False, repr=False)
-    _candidates: Tensor = field(init=False, repr=False)
-    end: int | None = field(default=None, init=False)
-    """Position of the first committed end-of-text in the generation region."""
+    _text_length: int = field(default=0, init=False)
+    _plan: CachePlan = field(init=False, repr=False)
+    _now: list[int] = field(default_factory=list, init=False, repr=False)
+    _span: tuple[Any, ForwardSpan] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        sampler, params = self.sampler, self.params
-        if incompatibility := guard.incompatibility(sampler, self.canvas.layout.pattern):
-            raise ParameterError("sampler", incompatibility)
-        guard.check_params(sampler, params, self.canvas.layout)
-        self.traits = Traits.of(sampler)
-        if self.traits.greedy and self.choice.temperature > 0:
-            raise ParameterError(
-                "sampler", f"sampler {guard.name_of(sampler)} chooses tokens itself; use temperature 0"
-            )
+        sampler, params, layout = self.sampler, self.params, self.canvas.layout
+        modifiers = [modifier for modifier, _ in self.modifiers]
+        if reason := guard.incompatibility(sampler, layout.pattern, modifiers):
+            raise ParameterError("sampler", reason)
+        for owner, own in zip((sampler, *modifiers), self.all_params, strict=True):
+            guard.check_params(owner, own, layout)
+            self.column_values[id(own)] = guard.column_values(owner, columns_of(type(own)), own)
+        self.traits = Traits.of(sampler, modifiers)
+        self.key = (id(sampler), *map(id, modifiers), id(self.traits))
+        if self.traits.chooses_tokens and self.choice.temperature > 0:
+            name = guard.name_of(sampler)
+            raise ParameterError("sampler", f"sampler {name} chooses tokens itself; use temperature 0")
         self._most_steps = guard.most_steps(sampler, self.traits, params)
-        self.state = guard.start(sampler, params)
-        self.token_choice = self.choice
-        self._cache = CachePlan(self.cache)
+        self._plan = CachePlan(self.cache)
+        self._text_length = layout.text_length
         self.given = ~self.canvas.masked
+        _ = self.part_key
         open_tokens = self.canvas.generated[self.canvas.masked]
         self._mask_id = int(open_tokens[0]) if len(open_tokens) else -1
-        self._begin_step()
+        self._make_views()
+        Batch().admit(self)
+        assert self.batch is not None
+        enter(self.batch, torch.tensor([self.slot]))
+        self.read()
+        self.told += self.canvas.generated[: self._now[N.TOLD]].tolist()
+        if self.slot_number == 0:
+            self._make_particles()
 
-    def _begin_step(self) -> list[int]:
-        """Settle what follows an end-of-text, and find what the next forward is about; returns what became padding.
+    def _make_particles(self) -> None:
+        """Further canvases, if the rule denoises on several."""
+        count = guard.count(self.sampler, "slots", 1, guard.MOST_CANVASES, self.params)
+        if count > 1:
+            others = [
+                Row(
+                    canvas,
+                    self.sampler,
+                    self.params,
+                    self.choice,
+                    self.seed,
+                    self.end_ids,
+                    self.fill_after_end,
+                    self.cache,
+                    self.vocabulary,
+                    self.modifiers,
+                    slot_number=i,
+                )
+                for i, canvas in enumerate(copies_of(self.canvas, count - 1), 1)
+            ]
+            self.particles = Particles([self, *others])
 
-        A block of which a forward would say nothing any more is closed: where a block's first position is decided by
-        the position before it, it is not told again, and one block may hold no other.
-        """
-        filled = self._fill()
-        self._enter_block()
-        while (
-            self.traits.revises and not self.finished and not len(self._candidates) and not len(self.asked(self._feed))
-        ):
-            self._close_block()
-            filled += self._fill()
-            self._enter_block()
-        return filled
+    def _make_views(self) -> None:
+        """The canvases of every forward."""
+        first, *others = guard.views(self.sampler, self.modifiers)
+        self.weight = first.weight
+        self.views = [
+            ViewCanvas.of(view, self.canvas, self.given, self._mask_id, self.cache) for view in others
+        ]
 
-    def _enter_block(self) -> None:
-        """Make the first block with a mask the active one, and note what follows from the masks, once a step."""
-        layout = self.canvas.layout
-        self.settled = self.canvas.settled
-        if self.traits.revises:
-            self.settled = min(self.settled, self._closed)
-        self.told += self.canvas.generated[len(self.told) : self._told_stop].tolist()
-        block = min(layout.block_of(self.settled), layout.blocks - 1)
-        start = layout.block_start(block)
-        self._candidates = self.canvas.masked[start : layout.block_stop(block)].nonzero()[:, 0] + start
-        if block != self._entered:
-            self.block, self.block_step, self._entered = block, 0, block
-            whole = layout.pattern.causal_block is not None
-            self.block_masks = layout.block_length if whole else len(self._candidates)
-            if layout.pattern.noise is not None:
-                self.canvas.generated[self._candidates] = self._noise(layout.pattern.noise)
-        self._opens = self._opens_block()
-        if self._opens:
-            self._candidates = self._candidates[:1]
-        self._feed = self._cache.feed(layout, self.block, self.block_step, self._opens, self._first_open())
-
-    def _first_open(self) -> bool:
-        """Whether the block's first position is masked, and is decided by the output at the position before it."""
-        layout = self.canvas.layout
-        start, place = layout.block_start(self.block), layout.block_place(self.block)
-        given = place < layout.prompt_length + start
-        return layout.pattern.shifted and place > 0 and not given and bool(self.canvas.masked[start])
-
-    def _noise(self, vocabulary: int) -> Tensor:
-        """What the candidates of a new block hold where there is no mask token."""
-        numbers = uniform(torch.tensor(self.seed), torch.tensor(self.forwards), self._candidates, NOISE)
-        return (numbers * vocabulary).long()
-
-    def _opens_block(self) -> bool:
-        """Whether the next forward decides the block's first position only.
-
-        Where outputs are about the next position, that one is decided by the position before it, which forwards that
-        feed no more than the block do not compute (Fast-dLLM for Dream, and v2).
-        """
-        size = self.canvas.layout.pattern.causal_block
-        if self.block_step or not self._first_open():
-            return False
-        if size is None:
-            return self.cache is not CacheMode.NONE
-        return self.canvas.layout.block_place(self.block) % size == 0
+    @cached_property
+    def part_key(self) -> tuple[bool, int]:
+        """Rows with the same one take steps together: what they look at is of similar width, within a factor of four."""
+        traits = self.traits
+        region = traits.whole_region or traits.sees_region or "window" in traits.hooks[0]
+        self.window_width = self.canvas.layout.gen_length
+        if not region:
+            self.window_width = min(self.canvas.layout.block_length, self.window_width)
+        return region, max(NARROW, ((self.window_width - 1).bit_length() + 1) // 2)
 
     @property
-    def _told_stop(self) -> int:
-        """End of the settled text, end-of-text included."""
-        stop = min(self.settled, self.canvas.layout.text_length)
-        return stop if self.end is None else min(stop, self.end + 1)
+    def all_params(self) -> list[SamplerParams]:
+        """Parameters of the rule, and of the modifiers in their order."""
+        return [self.params, *(params for _, params in self.modifiers)]
+
+    def first_numbers(self) -> Tensor:
+        """The row's integers before it has entered a block, int64 [columns]."""
+        layout, pattern = self.canvas.layout, self.canvas.layout.pattern
+        n = [0] * COUNT
+        n[N.SEED], n[N.SLOT] = slot_seed(self.seed, self.slot_number), self.slot_number
+        n[N.LENGTH], n[N.PROMPT], n[N.GEN], n[N.TEXT] = (
+            layout.length,
+            layout.prompt_length,
+            layout.gen_length,
+            layout.text_length,
+        )
+        n[N.BLOCK_LENGTH], n[N.SHARED], n[N.BLOCKS] = layout.block_length, layout.shared, layout.blocks
+        n[N.DENOISED], n[N.CAUSAL], n[N.NOISE] = layout.denoised_length, pattern.causal_block or 0, pattern.noise or 0
+        n[N.STRICT], n[N.MASK_ID], n[N.FILL] = pattern.strict, self._mask_id, self.fill_after_end
+        n[N.REVISES], n[N.DRAFTS], n[N.MOST] = self.traits.revises, self.traits.drafts, self._most_steps
+        n[N.CONFINED] = self.cache is not CacheMode.NONE or pattern.causal
+        n[N.PASSES], n[N.VOCABULARY] = 1 + len(self.views), -1 if self.vocabulary is None else self.vocabulary
+        n[N.END], n[N.ENTERED] = NEVER, -1
+        return torch.tensor(n, dtype=torch.int64)
+
+    def read(self) -> None:
+        """Take note of the row's integers after they were changed in its batch."""
+        assert self.batch is not None
+        self._now = self.batch.numbers[self.slot, :CHANGING].tolist()
+
+    def show(self, now: list[int]) -> None:
+        """Note the row's changing integers, which are these."""
+        self._now = now
+
+    @property
+    def forwards(self) -> int:
+        """Forward passes that this generation took part in, every view counted."""
+        return self._now[N.FORWARDS] if self.particles is None else self.particles.forwards
+
+    @property
+    def block(self) -> int:
+        """The active block."""
+        return self._now[N.BLOCK]
+
+    @property
+    def block_step(self) -> int:
+        """Forwards spent on the active block."""
+        return self._now[N.BLOCK_STEP]
+
+    @property
+    def block_masks(self) -> int:
+        """Masks that a schedule shares out over the active block: those it had when it became active.
+
+        The programs of block-causal models count the whole block, also where it holds the prompt's end.
+        """
+        return self._now[N.BLOCK_MASKS]
+
+    @block_masks.setter
+    def block_masks(self, masks: int) -> None:
+        assert self.batch is not None
+        self.batch.numbers[self.slot, N.BLOCK_MASKS] = masks
+        self.read()
+
+    @property
+    def settled(self) -> int:
+        """Length of the committed prefix of the generation region: what can no longer change."""
+        return self._now[N.SETTLED]
+
+    @property
+    def end(self) -> int | None:
+        """Position of the first committed end-of-text in the generation region."""
+        end = self._now[N.END]
+        return None if end == NEVER else end
 
     @property
     def ended(self) -> bool:
         """Whether the text ends with a settled end-of-text."""
-        return self.end is not None and len(self.told) > self.end
+        return self._now[N.TOLD] > self._now[N.END]
 
     @property
     def finished(self) -> bool:
         """Everything up to the end of the text, or up to and including an end-of-text, is settled."""
-        return self.ended or self.settled >= self.canvas.layout.text_length
+        if self.particles is not None:
+            return self.particles.won is not None
+        return self.lane_finished
+
+    @property
+    def lane_finished(self) -> bool:
+        """Whether this canvas needs no further forward."""
+        return self.ended or self._now[N.SETTLED] >= self._text_length
+
+    @property
+    def lanes(self) -> "list[Row]":
+        """The canvases of the generation, this one among them."""
+        return [self] if self.particles is None else self.particles.lanes
+
+    @property
+    def passes(self) -> int:
+        """Canvases that its forwards compute at most, every view of every canvas."""
+        return len(self.lanes) * (1 + len(self.views))
+
+    @property
+    def cost(self) -> int:
+        """Tokens that its next forward computes."""
+        taking = [self] if self.particles is None else self.particles.active
+        return sum(span.stop - span.start for lane in taking for span in lane.spans())
+
+    def release(self) -> None:
+        """Leave the batch: its canvas stays readable."""
+        for lane in self.lanes:
+            if lane.batch is not None:
+                lane.batch.release(lane)
+                lane.batch = None
+
+    def forked(self) -> list[CachePlan]:
+        """Copies of what is cached of the canvas and of its views."""
+        return [plan.forked() for plan in (self._plan, *(view.plan for view in self.views))]
+
+    def take_plans(self, plans: list[CachePlan]) -> None:
+        """Go on with these caches, in the order of `forked`."""
+        self._plan = plans[0]
+        for view, plan in zip(self.views, plans[1:], strict=True):
+            view.plan = plan
 
     @property
     def completion_tokens(self) -> int:
@@ -182,139 +305,79 @@ class Row:
         """The settled tokens before the end-of-text."""
         return self.told[: self.end]
 
-    def span(self) -> ForwardSpan:
-        """What the next forward computes of this canvas."""
-        return self._feed
-
-    def asked(self, fed: ForwardSpan) -> Tensor:
-        """Positions that the sampler wants to be told of, of those that a forward decides."""
-        layout = self.canvas.layout
-        if self._opens or not (self.traits.region or self.traits.revises):
-            return self._candidates
-        first, stop = layout.block_start(self.block), layout.block_stop(self.block)
-        lowest = max(fed.start, self._model_block)
-        if self.traits.region:
-            first, stop = max(0, lowest - layout.prompt_length), min(layout.gen_length, fed.stop - layout.prompt_length)
-        if layout.pattern.shifted and layout.prompt_length + first == lowest > 0:
-            first += 1  # what the output before it says is not computed, or another block's to say
-        return torch.arange(first, stop)
-
-    @property
-    def _model_block(self) -> int:
-        """Place of the first of those positions that the active block sees, and that see it; all of them is 0."""
-        layout = self.canvas.layout
-        size = layout.pattern.causal_block
-        return 0 if size is None else layout.block_place(self.block) // size * size
-
-    def choose(self) -> None:
-        """Let the sampler say how the next forward chooses tokens. Raises SamplerError; then the request says it."""
-        self.token_choice = self.choice
-        if "choice" in self.traits.hooks:
-            self.token_choice = guard.choice(self.sampler, self.params, self.block_step) or self.choice
-
-    def named(self, positions: Tensor) -> Tensor | None:
-        """Tokens that the sampler names at these positions, int64 [n, m]. Raises SamplerError."""
-        if "name_tokens" not in self.traits.hooks:
-            return None
-        widest = max(guard.MOST_NUMBERS, self.canvas.layout.gen_length)
-        return guard.names(self.sampler, self.state, positions, widest, self.vocabulary)
-
-    def bonus(self, positions: Tensor) -> LogitBonus | None:
-        """What the sampler adds to the logits of these positions. Raises SamplerError."""
-        if "bonus" not in self.traits.hooks:
-            return None
-        places = positions + self.canvas.layout.prompt_length
-        return guard.bonus(self.sampler, self.params, self.canvas.tokens, places, self.vocabulary)
-
-    @property
-    def judges_drawn(self) -> bool:
-        """Whether the next forward's confidences are of the distributions that tokens are drawn from."""
-        return self.canvas.layout.pattern.judges_drawn and self.token_choice.temperature > 0
-
-    @property
-    def statistics(self) -> frozenset[Statistic]:
-        """Numbers that the next forward is to give beside token and confidence."""
-        own = self.traits.statistics
-        return own | {Statistic.CHOSEN_CONFIDENCE} if self.judges_drawn else own
-
-    @property
-    def last_chance(self) -> bool:
-        """Whether a block that is revised or drafted has had all the forwards it may have, but for the next."""
-        if self.traits.drafts:
-            return self.block_step + 1 >= self._most_steps
-        bound = 2 * self.canvas.layout.block_size(self.block) + self._most_steps
-        return self.traits.revises and self.block_step + 1 >= bound
-
     @property
     def mask_id(self) -> int | None:
         """The token that stands for a mask; None where there is none."""
         return self._mask_id if self.canvas.layout.pattern.noise is None else None
 
-    def candidates(self) -> Tensor:
-        """Masked positions of the active block, relative to the generation region."""
-        return self._candidates
+    @property
+    def plan(self) -> CachePlan:
+        """What is cached of the canvas."""
+        return self._plan
 
-    def draft(self, tokens: Tensor) -> None:
-        """Write tokens [gen_length or more] where the candidates are, which stay candidates."""
-        self.canvas.generated[self._candidates] = tokens[self._candidates]
+    @property
+    def keeps(self) -> bool:
+        """Whether something is kept of the canvas between forwards: keys and values."""
+        return self.cache is not CacheMode.NONE or self.canvas.layout.pattern.noise is not None
 
-    def commit(self, positions: Tensor, tokens: Tensor) -> list[int]:
-        """Fix positions to tokens; returns the positions after an end-of-text that this settles as padding."""
-        self._cache.note(self.span(), self.canvas.layout, self.block)
-        self._write(positions, tokens)
-        self._note_end(positions.tolist(), tokens.tolist())
-        return self._turn()
+    def first_open(self) -> bool:
+        """Whether the block's first position is masked, and is decided by the output at the position before it."""
+        layout, start = self.canvas.layout, self._now[N.START]
+        if not layout.pattern.shifted or not self._now[N.FIRST]:
+            return False
+        place = layout.block_place(self.block)
+        return place > 0 and place >= layout.prompt_length + start
 
-    def revise(self, positions: Tensor, tokens: Tensor, remask: Tensor, done: bool) -> list[int]:
-        """Fix positions to tokens, whatever is there, mask others again, and close the block if it is done.
+    def opens_block(self) -> bool:
+        """Whether the next forward decides the block's first position only.
 
-        What it holds counts from then on, end-of-text too; returns what that settles as padding.
+        Where outputs are about the next position, that one is decided by the position before it, which forwards that
+        feed no more than the block do not compute (Fast-dLLM for Dream, and v2).
         """
-        self._check_open(torch.cat([positions, remask]))
-        self._cache.note(self.span(), self.canvas.layout, self.block)
-        self._write(positions, tokens)
-        self.canvas.generated[remask] = self._mask_id
-        self.canvas.masked[remask] = True
-        layout = self.canvas.layout
-        if done and not bool(self.canvas.masked[layout.block_start(self.block) : layout.block_stop(self.block)].any()):
-            self._close_block()
-        return self._turn()
+        if self.block_step or not self.first_open():
+            return False
+        size = self.canvas.layout.pattern.causal_block
+        if size is None:
+            return self.cache is not CacheMode.NONE
+        return self.canvas.layout.block_place(self.block) % size == 0
 
-    def _close_block(self) -> None:
-        """Settle what the active block holds."""
-        start = self._closed
-        self._closed = self.canvas.layout.block_stop(self.block)
-        self._note_end(list(range(start, self._closed)), self.canvas.generated[start : self._closed].tolist())
+    def span(self) -> ForwardSpan:
+        """What the next forward computes of this canvas."""
+        return self._span_of(self._plan, self.canvas.layout)
 
-    def _check_open(self, positions: Tensor) -> None:
-        """Raise ContractError for a position outside the active block, or one that is settled: it was told."""
-        layout = self.canvas.layout
-        first, stop = max(self.settled, layout.block_start(self.block)), layout.block_stop(self.block)
-        if bool(((positions < first) | (positions >= stop)).any()):
-            raise ContractError(f"only positions {first} to {stop - 1} may change now, not all of {positions.tolist()}")
+    def _span_of(self, plan: CachePlan, layout: Layout) -> ForwardSpan:
+        return plan.span(layout, self.block, self.block_step, self.opens_block(), self.first_open())
 
-    def _write(self, positions: Tensor, tokens: Tensor) -> None:
-        self.canvas.generated[positions] = tokens
-        self.canvas.masked[positions] = False
+    def spans(self) -> list[ForwardSpan]:
+        """What the next forward computes of the canvas and of each further view."""
+        return [self.span(), *(self._span_of(view.plan, view.canvas.layout) for view in self.views)]
 
-    def _note_end(self, positions: list[int], tokens: list[int]) -> None:
-        ends = [p for p, t in zip(positions, tokens, strict=True) if t in self.end_ids]
-        if ends:
-            self.end = min(ends) if self.end is None else min(self.end, *ends)
+    def asked_bounds(self) -> tuple[int, int]:
+        """Region positions that a sampler which wants more than candidates is told of in the next forward."""
+        layout, fed = self.canvas.layout, self.span()
+        first, stop = self._now[N.START], self._now[N.STOP]
+        size = layout.pattern.causal_block
+        # Of the positions that the active block sees, and that see it.
+        lowest = max(fed.start, 0 if size is None else layout.block_place(self.block) // size * size)
+        if self.traits.whole_region:
+            first = max(0, lowest - layout.prompt_length)
+            stop = min(layout.gen_length, fed.stop - layout.prompt_length)
+        if layout.pattern.shifted and layout.prompt_length + first == lowest > 0:
+            first += 1  # what the output before it says is not computed, or another block's to say
+        return first, stop
 
-    def _turn(self) -> list[int]:
-        """Count the forward, and go on to the next step; returns what became padding."""
-        self.forwards += 1
-        self.block_step += 1
-        return self._begin_step()
+    def candidates(self) -> Tensor:
+        """Masked positions of the active block that the next forward decides, relative to the generation region."""
+        start, stop = self._now[N.START], self._now[N.STOP]
+        found = self.canvas.masked[start:stop].nonzero()[:, 0] + start
+        return found[:1] if self.opens_block() else found
 
-    def _fill(self) -> list[int]:
-        """Settle every mask after an end-of-text as padding, where that is wanted; returns their positions."""
-        if self.end is None or not self.fill_after_end:
-            return []
-        after = self.canvas.masked.clone()
-        after[: self.end] = False
-        filled: list[int] = after.nonzero()[:, 0].tolist()
-        self.canvas.generated[after] = self.canvas.generated[self.end]
-        self.canvas.masked[after] = False
-        return filled
+    def note_forward(self, spans: Sequence[ForwardSpan], block: int) -> None:
+        """That these spans were computed while `block` was the active one."""
+        for plan, layout, span in zip(
+            (self._plan, *(view.plan for view in self.views)),
+            (self.canvas.layout, *(view.canvas.layout for view in self.views)),
+            spans,
+            strict=True,
+        ):
+            plan.note(span, layout, block)

@@ -1,0 +1,150 @@
+"""Parameters and lengths of rows as columns, [rows, 1]: written when a row is admitted, not in every step."""
+
+import math
+import types
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor
+
+Kind = Literal["float", "int", "bool"] | tuple[str, ...]
+"""What a parameter's values are; a tuple lists the values of one-of-several."""
+
+
+@dataclass(frozen=True)
+class ColumnSpec:
+    """The parameters of a class that fit columns, in order."""
+
+    kinds: dict[str, Kind]
+
+    def values(self, params: BaseModel) -> list[float]:
+        """One number a column; NaN for null."""
+        return [_number(getattr(params, name), kind) for name, kind in self.kinds.items()]
+
+
+@lru_cache(maxsize=1024)
+def columns_of(params: type[BaseModel]) -> ColumnSpec:
+    """The columns of a parameter class; other parameters are only in `StepContext.params`."""
+    found = {name: _kind(each.annotation) for name, each in params.model_fields.items()}
+    return ColumnSpec({name: kind for name, kind in found.items() if kind is not None})
+
+
+def _kind(annotation: Any) -> Kind | None:
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _kind(get_args(annotation)[0])
+    if origin is Literal:
+        values = get_args(annotation)
+        return values if all(isinstance(value, str) for value in values) else None
+    if origin in (Union, types.UnionType):
+        kinds = [_kind(each) for each in get_args(annotation) if each is not type(None)]
+        if set(kinds) == {"int", "float"}:
+            return "float"
+        return kinds[0] if len(kinds) == 1 else None
+    if annotation is bool:
+        return "bool"
+    return "int" if annotation is int else "float" if annotation is float else None
+
+
+def _number(value: Any, kind: Kind) -> float:
+    if value is None:
+        return math.nan
+    return float(kind.index(value)) if isinstance(kind, tuple) else float(value)
+
+
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """Parameters of some rows. A value is converted once and kept as long as these rows stay together.
+
+    Attributes:
+        values: float64 [rows, parameters], NaN for null.
+    """
+
+    spec: ColumnSpec
+    values: Tensor
+    _kept: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    def _column(self, name: str) -> tuple[Tensor, Kind]:
+        try:
+            place = list(self.spec.kinds).index(name)
+        except ValueError:
+            raise KeyError(f"there is no numeric parameter {name!r}") from None
+        return self.values[:, place : place + 1], self.spec.kinds[name]
+
+    def param(self, name: str, none: float | None = None) -> Tensor:
+        """See `StepContext.param`."""
+        key = name, none
+        if key not in self._kept:
+            column, kind = self._column(name)
+            if none is not None:
+                column = column.masked_fill(column.isnan(), none)
+            elif not self.all_given(name):
+                raise ValueError(f"parameter {name!r} may be null, and nothing is said to stand for it")
+            dtype = {"float": torch.float32, "int": torch.int64, "bool": torch.bool}.get(str(kind), torch.int64)
+            self._kept[key] = column.to(dtype)
+        found: Tensor = self._kept[key]
+        return found
+
+    def given(self, name: str) -> Tensor:
+        """See `StepContext.given`."""
+        if (key := (name, "given")) not in self._kept:
+            self._kept[key] = ~self._column(name)[0].isnan()
+        found: Tensor = self._kept[key]
+        return found
+
+    def all_given(self, name: str) -> bool:
+        """Whether no row's parameter is null."""
+        if (key := (name, "all")) not in self._kept:
+            self._kept[key] = bool(self.given(name).all())
+        return bool(self._kept[key])
+
+    def any_given(self, name: str) -> bool:
+        """Whether some row's parameter is not null; False where the parameter does not exist."""
+        if name not in self.spec.kinds:
+            return False
+        if (key := (name, "any")) not in self._kept:
+            self._kept[key] = bool(self.given(name).any())
+        return bool(self._kept[key])
+
+    def option(self, name: str, value: str) -> Tensor:
+        """See `StepContext.option`."""
+        if (key := (name, "option", value)) not in self._kept:
+            column, kind = self._column(name)
+            if not isinstance(kind, tuple) or value not in kind:
+                raise KeyError(f"parameter {name!r} has no value {value!r}")
+            self._kept[key] = column == kind.index(value)
+        found: Tensor = self._kept[key]
+        return found
+
+    @classmethod
+    def of(cls, params: Sequence[BaseModel]) -> "Columns":
+        """Columns of parameters of one class."""
+        spec = columns_of(type(params[0]))
+        values = [spec.values(each) for each in params]
+        return cls(spec, torch.tensor(values, dtype=torch.float64).view(len(params), len(spec.kinds)))
+
+
+@dataclass(frozen=True)
+class LayoutColumns:
+    """Canvas lengths of some rows, int64 [rows, 1], and traits of how the model reads them, bool [rows, 1].
+
+    Attributes:
+        length, prompt_length, gen_length: positions of the whole canvas, before and in the generation region.
+        block_length, blocks: positions of a block, and their number.
+        denoised_length: positions of all blocks, where they are whole: steps of a schedule of one position a step.
+        noise: tokens of a vocabulary without a mask token; 0 where there is one.
+        strict: the family's own program commits what is surer than a threshold, and not what is just as sure.
+    """
+
+    length: Tensor
+    prompt_length: Tensor
+    gen_length: Tensor
+    block_length: Tensor
+    blocks: Tensor
+    denoised_length: Tensor
+    noise: Tensor
+    strict: Tensor

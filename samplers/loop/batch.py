@@ -1,0 +1,226 @@
+"""The tensors of the rows of a batch. They stay from step to step; rows move in and out of slots."""
+
+from collections.abc import Hashable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from samplers.canvas import Canvas
+from samplers.columns import ColumnSpec, columns_of
+from samplers.contract import Modifier, Sampler, StateSpec
+from samplers.loop.numbers import COUNT, N
+
+if TYPE_CHECKING:
+    from samplers.loop.row import Row
+
+NO_TOKEN = -1
+
+
+class Layer:
+    """What a rule, or a modifier around it, has of the rows that it is asked about: parameters and state, by slot."""
+
+    def __init__(self, owner: "Sampler | Modifier", specs: dict[str, StateSpec], spec: ColumnSpec) -> None:
+        self.owner = owner
+        self.specs = specs
+        self.spec = spec
+        self.params = torch.zeros(0, len(spec.kinds), dtype=torch.float64)
+        self.state: dict[str, Tensor] = {}
+
+    def resize(self, slots: int, region: int, device: torch.device) -> None:
+        """Room for so many slots and positions; what is there stays."""
+        self.params = _grown(self.params.to(device), (slots, len(self.spec.kinds)), 0)
+        for name, spec in self.specs.items():
+            old = self.state.get(name)
+            last = spec.shape if old is None else tuple(old.shape[2:])
+            shape = (slots, region + 1 if spec.per == "position" else 1, *last)
+            if old is None:
+                self.state[name] = torch.full(shape, spec.fill, dtype=spec.dtype, device=device)
+            else:
+                self.state[name] = _grown(old, shape, spec.fill)
+
+    def reset(self, slots: Tensor, block_only: bool) -> None:
+        """State as it is before the first step of a generation, or of a block."""
+        for name, spec in self.specs.items():
+            if spec.lives == "block" or not block_only:
+                self.state[name][slots] = torch.tensor(spec.fill, dtype=spec.dtype, device=slots.device)
+
+    def widen(self, name: str, last: int) -> None:
+        """Let the last dimension of a state be at least this."""
+        old = self.state[name]
+        if old.shape[-1] < last:
+            self.state[name] = _grown(old, (*old.shape[:-1], last), self.specs[name].fill)
+
+
+class Group:
+    """Rows that are asked together: of one sampler with the same modifiers around it."""
+
+    def __init__(self, key: Hashable, layers: list[Layer]) -> None:
+        self.key = key
+        self.layers = layers
+        self.count = 0
+
+
+class Batch:
+    """Slots for rows: tokens [slots, canvas], masks [slots, region + 1], and a table of integers (see `N`).
+
+    The last column of what is about positions stands for no position at all: nothing is masked there.
+    A row's canvas is a view of its slot. Tensors are as long as the longest row needs and grow when one comes.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        self.rows: list[Row | None] = []
+        self.groups: dict[Hashable, Group] = {}
+        self.version = 0
+        self._clear()
+
+    def _clear(self) -> None:
+        self.tokens = torch.zeros(0, 0, dtype=torch.int64, device=self.device)
+        self.masked = torch.zeros(0, 1, dtype=torch.bool, device=self.device)
+        self.given = torch.ones(0, 1, dtype=torch.bool, device=self.device)
+        self.numbers = torch.zeros(0, COUNT, dtype=torch.int64, device=self.device)
+        self.ends = torch.full((0, 0), NO_TOKEN, dtype=torch.int64, device=self.device)
+
+    @property
+    def region(self) -> int:
+        """Longest generation region there is room for."""
+        return self.masked.shape[1] - 1
+
+    def admit(self, row: "Row") -> None:
+        """Move a row here, from the batch where it is."""
+        before = row.batch
+        if before is self:
+            return
+        layout = row.canvas.layout
+        slot = self._free_slot(layout.length, layout.gen_length, len(row.end_ids))
+        index = torch.tensor([slot], device=self.device)
+        group = self._group(row)
+        group.count += 1
+        numbers, ends = row.first_numbers() if before is None else before.numbers[row.slot], sorted(row.end_ids)
+        self.tokens[slot, : layout.length] = row.canvas.tokens
+        self.masked[slot] = False
+        self.masked[slot, : layout.gen_length] = row.canvas.masked
+        self.given[slot] = True
+        self.given[slot, : layout.gen_length] = row.given
+        self.numbers[slot] = numbers.to(self.device)
+        self.ends[slot] = NO_TOKEN
+        self.ends[slot, : len(ends)] = torch.tensor(ends, dtype=torch.int64)
+        for layer, params in zip(group.layers, row.all_params, strict=True):
+            layer.params[slot] = torch.tensor(row.column_values[id(params)], dtype=torch.float64)
+            layer.reset(index, block_only=False)
+        if before is not None:
+            for layer, other in zip(group.layers, before.groups[row.key].layers, strict=True):
+                self._take_state(slot, layer, other, row.slot, layout.gen_length)
+            before.release(row)
+        self.rows[slot] = row
+        row.batch, row.slot = self, slot
+        self._show(row)
+        self.version += 1
+
+    def _take_state(self, slot: int, layer: Layer, other: Layer, old: int, region: int) -> None:
+        for name, spec in layer.specs.items():
+            value = other.state[name][old].to(self.device)
+            if spec.per == "position":
+                value = value[:region]
+            layer.widen(name, value.shape[-1])
+            layer.state[name][slot][tuple(slice(0, size) for size in value.shape)] = value
+
+    def release(self, row: "Row") -> None:
+        """Let a row go, with a canvas of its own."""
+        slot = row.slot
+        assert self.rows[slot] is row
+        canvas = row.canvas
+        canvas.tokens, canvas.masked = canvas.tokens.clone(), canvas.masked.clone()
+        row.given = row.given.clone()
+        self.rows[slot] = None
+        group = self.groups[row.key]
+        group.count -= 1
+        if not group.count:
+            del self.groups[row.key]
+        if not any(self.rows):
+            self.rows = []
+            self._clear()
+        self.version += 1
+
+    def _group(self, row: "Row") -> Group:
+        group = self.groups.get(row.key)
+        if group is None:
+            owners = [row.sampler, *(modifier for modifier, _ in row.modifiers)]
+            layers = [
+                Layer(owner, specs, columns_of(type(params)))
+                for owner, specs, params in zip(owners, map(dict, row.traits.state), row.all_params, strict=True)
+            ]
+            for layer in layers:
+                layer.resize(len(self.rows), self.region, self.device)
+            group = self.groups[row.key] = Group(row.key, layers)
+        return group
+
+    def _free_slot(self, length: int, region: int, ends: int) -> int:
+        slot = next((i for i, row in enumerate(self.rows) if row is None), len(self.rows))
+        slots = len(self.rows)
+        if slot == slots:
+            slots = max(4, 2 * slots) if slots else 1
+        if (
+            slots > len(self.rows)
+            or length > self.tokens.shape[1]
+            or region > self.region
+            or ends > self.ends.shape[1]
+        ):
+            self._resize(
+                slots,
+                max(length, self.tokens.shape[1]),
+                max(region, self.region),
+                max(ends, self.ends.shape[1]),
+            )
+        return slot
+
+    def _resize(self, slots: int, length: int, region: int, ends: int) -> None:
+        old = self.region
+        self.tokens = _grown(self.tokens, (slots, length), 0)
+        self.masked = _grown(self.masked, (slots, region + 1), 0)
+        given = _grown(self.given[:, :old], (slots, region + 1), 1)
+        self.given = given
+        self.numbers = _grown(self.numbers, (slots, COUNT), 0)
+        self.ends = _grown(self.ends, (slots, ends), NO_TOKEN)
+        if region > old:
+            for group in self.groups.values():
+                for layer in group.layers:  # the column of no position moves to the end
+                    for name, spec in layer.specs.items():
+                        if spec.per == "position":
+                            layer.state[name][:, old] = torch.tensor(spec.fill, dtype=spec.dtype)
+        self.rows += [None] * (slots - len(self.rows))
+        for group in self.groups.values():
+            for layer in group.layers:
+                layer.resize(slots, region, self.device)
+        for row in self.rows:
+            if row is not None:
+                self._show(row)
+
+    def _show(self, row: "Row") -> None:
+        """Make a row's canvas a view of its slot."""
+        canvas: Canvas = row.canvas
+        layout = canvas.layout
+        canvas.tokens = self.tokens[row.slot, : layout.length]
+        canvas.masked = self.masked[row.slot, : layout.gen_length]
+        row.given = self.given[row.slot, : layout.gen_length]
+
+    def reset_blocks(self, slots: Tensor) -> None:
+        """Forget what rules keep of a block only, in these slots."""
+        for group in self.groups.values():
+            for layer in group.layers:
+                layer.reset(slots, block_only=True)
+
+    def column(self, slots: Tensor, which: N) -> Tensor:
+        """One of the integers, [n]."""
+        return self.numbers[slots, which]
+
+
+def _grown(old: Tensor, shape: tuple[int, ...], fill: float) -> Tensor:
+    """A tensor of at least this shape with the old values at its beginning."""
+    shape = tuple(max(have, want) for have, want in zip(old.shape, shape, strict=True))
+    if shape == tuple(old.shape):
+        return old
+    out = old.new_full(shape, fill)
+    out[tuple(slice(0, size) for size in old.shape)] = old
+    return out

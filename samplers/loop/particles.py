@@ -1,0 +1,151 @@
+"""Generations with several canvases: they wait for each other at barriers, are drawn anew, and one of them wins."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from samplers.canvas import Canvas
+from samplers.contract import SamplerError, Slots
+from samplers.loop import guard
+from samplers.loop.event import StepEvent
+from samplers.loop.numbers import N
+from samplers.randomness import BARRIER, uniform
+
+if TYPE_CHECKING:
+    from samplers.loop.row import Row
+
+
+def lanes_of(rows: "Sequence[Row]") -> "list[Row]":
+    """The canvases of these generations that take part in the next forward."""
+    return [lane for row in rows for lane in ([row] if row.particles is None else row.particles.active)]
+
+
+@dataclass(eq=False)
+class Particles:
+    """The canvases of a generation, the row itself among them.
+
+    What they commit is told when all have ended, since until then any of them may win. Forward passes of all of them
+    count.
+
+    Attributes:
+        lanes: one row for each canvas.
+        forwards: forward passes of all of them.
+        events: of each canvas, what led to what is on it now.
+        won: the canvas that is the generation's, once all have ended.
+    """
+
+    lanes: "list[Row]"
+    forwards: int = 0
+    barriers: int = 0
+    won: int | None = None
+
+    def __post_init__(self) -> None:
+        self.events: list[list[StepEvent]] = [[] for _ in self.lanes]
+        self._blocks = [lane.block for lane in self.lanes]
+
+    @property
+    def active(self) -> "list[Row]":
+        """Canvases that take part in the next forward: those that wait at no barrier."""
+        ahead = min((lane.block for lane in self.lanes if not lane.lane_finished), default=0)
+        per_step = self.lanes[0].sampler.barrier == "step"
+        return [lane for lane in self.lanes if not lane.lane_finished and (per_step or lane.block == ahead)]
+
+    def after(self, events: dict[int, StepEvent]) -> list[StepEvent]:
+        """What to tell of the generation after a step of some of its canvases."""
+        taking = [i for i, lane in enumerate(self.lanes) if id(lane) in events]
+        self.forwards += sum(1 + len(self.lanes[i].views) for i in taking)
+        for i in taking:
+            event = events[id(self.lanes[i])]
+            if event.error is not None:
+                return [StepEvent(error=event.error)]
+            self.events[i].append(replace(event, forward=self.forwards, settled=0, text_tokens=[]))
+        try:
+            self._barrier(taking)
+            if all(lane.lane_finished for lane in self.lanes):
+                return self._end()
+        except SamplerError as error:
+            return [StepEvent(error=error)]
+        return [StepEvent(self.forwards)]
+
+    def _barrier(self, taking: list[int]) -> None:
+        """Draw canvases anew where all have come to the end of a step, or of a block."""
+        rule = self.lanes[0].sampler
+        if rule.barrier == "block":
+            passed = [lane.lane_finished or lane.block > was for lane, was in zip(self.lanes, self._blocks, strict=True)]
+            if not all(passed):
+                return
+        finished = [lane.lane_finished for lane in self.lanes]
+        if not all(finished):
+            ancestors = guard.resample(rule, self._slots())
+            if ancestors is not None:
+                self._take_over(ancestors)
+        self._blocks = [lane.block for lane in self.lanes]
+        self.barriers += 1
+
+    def _slots(self) -> Slots:  # type: ignore[type-arg]
+        row = self.lanes[0]
+        batch = row.batch
+        assert batch is not None
+        slots = torch.tensor([lane.slot for lane in self.lanes], device=batch.device)
+        layer = batch.groups[row.key].layers[0]
+        seed, number, zero = (torch.tensor(value) for value in (row.seed, self.barriers, 0))
+        return Slots(
+            params=row.params,
+            state={name: layer.state[name][slots] for name, spec in layer.specs.items() if spec.per == "row"},
+            uniform=float(uniform(seed, number, zero, BARRIER)),
+            finished=torch.tensor([lane.lane_finished for lane in self.lanes]),
+        )
+
+    def _take_over(self, ancestors: Tensor) -> None:
+        """Let canvases go on from others'. Random streams stay each canvas's own."""
+        batch = self.lanes[0].batch
+        assert batch is not None
+        froms = ancestors.tolist()
+        if froms == list(range(len(froms))):
+            return
+        lanes = self.lanes
+        slots = torch.tensor([lane.slot for lane in lanes], device=batch.device)
+        old = slots[ancestors.to(batch.device)]
+        own = batch.numbers[slots][:, [N.SEED, N.SLOT]]
+        for tensor in (batch.tokens, batch.masked, batch.numbers):
+            tensor[slots] = tensor[old]
+        batch.numbers[slots[:, None], torch.tensor([N.SEED, N.SLOT], device=batch.device)] = own
+        for layer in batch.groups[lanes[0].key].layers:
+            for kept in layer.state.values():
+                kept[slots] = kept[old]
+        copies = [(list(lanes[i].told), lanes[i].reported, lanes[i].forked(), list(self.events[i])) for i in froms]
+        for lane, (told, reported, plans, _), i in zip(lanes, copies, range(len(lanes)), strict=True):
+            lane.read()
+            if froms[i] != i:
+                lane.told, lane.reported = told, reported
+                lane.take_plans(plans)
+        self.events = [events for *_, events in copies]
+
+    def _end(self) -> list[StepEvent]:
+        """Let one canvas be the generation's, and tell all that it did."""
+        row = self.lanes[0]
+        winner = guard.winner(row.sampler, self._slots(), len(self.lanes))
+        self.won = winner
+        found, batch = self.lanes[winner], row.batch
+        assert batch is not None
+        events = self.events[winner]
+        batch.tokens[row.slot], batch.masked[row.slot] = batch.tokens[found.slot], batch.masked[found.slot]
+        batch.numbers[row.slot] = batch.numbers[found.slot]
+        batch.numbers[row.slot, N.FORWARDS] = self.forwards
+        row.read()
+        row.told = list(found.told)
+        row.reported = len(row.told)
+        events[-1].forward = self.forwards
+        events[-1].settled = len(row.told)
+        events[-1].text_tokens = row.text_tokens()
+        for lane in self.lanes[1:]:
+            lane.release()
+        return events
+
+
+def copies_of(canvas: Canvas, count: int) -> list[Canvas]:
+    """Canvases with the same content, in their own tensors."""
+    return [Canvas(canvas.layout, canvas.tokens.clone(), canvas.masked.clone()) for _ in range(count)]

@@ -1,0 +1,116 @@
+"""The one denoising loop: rows + predictions -> the next canvases, until all have ended.
+
+Pure: it knows no model and no queue. The engine, evaluation, training and tests all drive it with a `predict`.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from samplers.contract import SamplerError
+from samplers.forward.prediction import Prediction
+from samplers.forward.query import Predict
+from samplers.loop.advancing import advance, blame_bonus
+from samplers.loop.asking import ask, together
+from samplers.loop.batch import Batch
+from samplers.loop.event import StepEvent
+from samplers.loop.part import Part, split
+from samplers.loop.particles import Particles, lanes_of
+from samplers.loop.row import Row
+
+Turn = list[tuple[Row, StepEvent]]
+"""What a step did to each row that took part in it."""
+Rows = Sequence[Row] | Callable[[], Sequence[Row]]
+
+
+def run(
+    rows: Rows, predict: Predict, *, batch: Batch | None = None, may_wait: bool = False, at_once: int | None = None
+) -> Iterator[Turn]:
+    """Denoise generations, one forward pass for all of them a step; yields each step.
+
+    A generation that cannot go on has an error in its event and takes part no more; the others are not affected. What
+    `predict` raises ends the loop.
+
+    Args:
+        rows: generations to run to their end, or a callable that names those of the next step, none to end.
+        batch: where their tensors are to be; rows are moved there and stay until they are released.
+        may_wait: whether a sampler may commit nothing (`Selection.waits`), for drivers that bound the forwards.
+        at_once: most rows of a forward, where `rows` is a sequence; as one ends, the next begins.
+    """
+    loop = Loop(batch or Batch(), may_wait)
+    if callable(rows):
+        while taking := rows():
+            yield loop.step(taking, predict)
+        return
+    left = [row for row in rows if not row.finished]
+    while left:
+        turn = loop.step(left[: at_once or len(left)], predict)
+        yield turn
+        gone = {id(row) for row, event in turn if row.finished or event.error is not None}
+        if gone:
+            left = [row for row in left if id(row) not in gone]
+
+
+def finish(rows: Sequence[Row], predict: Predict, at_once: int | None = None) -> None:
+    """Run these generations to their end. Raises SamplerError if one of them cannot go on."""
+    for turn in run(rows, predict, at_once=at_once):
+        for _, event in turn:
+            if event.error is not None:
+                raise event.error
+
+
+class Loop:
+    """Steps of rows in a batch. As long as the same rows take part, nothing is put together anew."""
+
+    def __init__(self, batch: Batch, may_wait: bool) -> None:
+        self._batch = batch
+        self._may_wait = may_wait
+        self._key: tuple[object, ...] = ()
+        self._parts: list[Part] = []
+
+    def _parts_of(self, lanes: Sequence[Row]) -> list[Part]:
+        for row in lanes:
+            self._batch.admit(row)
+        key = (self._batch.version, *map(id, lanes))
+        if key != self._key:
+            self._parts = [Part(self._batch, rows) for rows in split(lanes)]
+            self._key = key
+        return self._parts
+
+    @torch.inference_mode()
+    def step(self, rows: Sequence[Row], predict: Predict) -> Turn:
+        """One forward pass of these rows, none of them finished. What fails here but samplers is raised."""
+        lanes = lanes_of(rows)
+        parts = self._parts_of(lanes)
+        asked = [ask(part) for part in parts]
+        query = together([each for each, _ in asked])
+        prediction = predict(query)
+        events: dict[int, StepEvent] = {}
+        first = canvas = 0
+        for part, (own, opened) in zip(parts, asked, strict=True):
+            count = len(own.position) if own.mixture is None else own.mixture.count
+            mine = prediction if len(parts) == 1 else prediction.part(first, first + count)
+            broken = blame_bonus(part, own.wanted, opened, mine)
+            if prediction.failed:
+                broken |= _failed(part, prediction, canvas)
+            for row, event in zip(part.rows, advance(part, opened, mine, self._may_wait, broken), strict=True):
+                events[id(row)] = event
+            first += count
+            canvas += own.generations
+        return [each for row in rows for each in _of_row(row, events)]
+
+
+def _failed(part: Part, prediction: Prediction, first: int) -> dict[int, SamplerError]:
+    """Rows of which the forward pass told nothing."""
+    return {
+        i: SamplerError(f"the forward pass failed: {type(prediction.failed[first + i]).__name__}")
+        for i in range(len(part.rows))
+        if first + i in prediction.failed
+    }
+
+
+def _of_row(row: Row, events: dict[int, StepEvent]) -> Turn:
+    if row.particles is None:
+        return [(row, events[id(row)])]
+    particles: Particles = row.particles
+    return [(row, event) for event in particles.after(events)]
