@@ -383,7 +383,7 @@ class Protocol(HttpToolsProtocol):
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """The client sends no more. True keeps the connection until its answers are sent."""
-        if self.pattern == "https" or not self._answers_are_due():  # TLS has no connections that are half closed
+        if self.scheme == "https" or not self._answers_are_due():  # TLS has no connections that are half closed
             return False
         if self._probing is None:
             self._probe(iter(PROBE_DELAYS))

@@ -7,7 +7,7 @@ import structlog
 from pydantic import ValidationError
 from pydantic_core import to_json
 
-from policies.store import PolicyStore, Stored, UnknownPolicyError
+from policies.serving.store import PolicyStore, Stored, UnknownPolicyError
 from samplers import (
     BIDIRECTIONAL,
     AttentionPattern,

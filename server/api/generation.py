@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
-from policies.store import UnknownPolicyError
+from policies.serving.store import UnknownPolicyError
 from samplers import CacheMode, Layout, TokenChoice, is_ours
 from samplers.learned.policy import Policy, PolicyParams
 from server.api.catalogue import Rule, Wish, stated

@@ -8,8 +8,8 @@ from pathlib import Path
 import anyio.to_thread
 from fastapi import FastAPI, Request, Response
 
-from policies.checkpoint import PolicyError
-from policies.store import Stored, UnknownPolicyError
+from policies.serving.checkpoint import PolicyError
+from policies.serving.store import Stored, UnknownPolicyError
 from server.api.bodies import read_body, show
 from server.api.catalogue import POLICY
 from server.api.errors import ForbiddenError, NotFoundError

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from policies.atomic import write_file
+from policies.files.atomic import write_file
 from server.threads import apart
 
 Measure = Callable[[], float]

@@ -14,8 +14,8 @@ from rich.console import Console
 from server.settings import MOST_THREADS, THREADS, THREADS_DEFAULT, name_and_folder
 
 if TYPE_CHECKING:
-    from policies.store import PolicyStore
-    from policies.subject import Subject
+    from policies.model_under_test import ModelUnderTest
+    from policies.serving.store import PolicyStore
     from server.models.loading import LoadedModel
     from server.models.text import TextCodec
 
@@ -160,11 +160,11 @@ def split_policies(given: list[str] | None) -> list[tuple[str, Path]]:
 
 def open_policies(given: list[tuple[str, Path]], model: str | None, loaded: "LoadedModel") -> "PolicyStore":
     """What ships for the embedded model, and what was given; or end the command with the reason."""
-    from policies.checkpoint import PolicyError
-    from policies.store import Host, PolicyStore
+    from policies.serving.checkpoint import PolicyError
+    from policies.serving.store import PolicyStore, ServedModel
 
     info = loaded.backend.info
-    policies = PolicyStore(Host(info.architecture, info.vocab_size))
+    policies = PolicyStore(ServedModel(info.architecture, info.vocab_size))
     try:
         if model is None:
             policies.load_zoo()
@@ -190,14 +190,14 @@ def encode_prompt(text: "TextCodec", content: str, chat: bool) -> list[int]:
         fail(error)
 
 
-def subject_of(loaded: "LoadedModel", chat: bool = False) -> "Subject":
+def model_under_test(loaded: "LoadedModel", chat: bool = False) -> "ModelUnderTest":
     """A loaded model as evaluation and training see it; with `chat`, prompts go through its template."""
-    from policies.subject import Subject
+    from policies.model_under_test import ModelUnderTest
 
     info, text = loaded.backend.info, loaded.text
     prompt = partial(encode_prompt, text, chat=chat)
     end_ids = info.end_ids
-    return Subject(
+    return ModelUnderTest(
         loaded.backend.predict,
         text.encode,
         text.decode,

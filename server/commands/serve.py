@@ -79,6 +79,7 @@ def _check_engine(settings: Settings) -> None:
 
 def _load_and_serve(settings: Settings, bound: socket.socket) -> bool:
     """Serve until a signal says to stop or the engine dies; whether everything that ran could finish."""
+    from policies.serving.watched_folder import watching
     from server.app import create_app, limits_of
     from server.engine import Engine, RequestError
     from server.engine.memory import TooLittleMemoryError, bound_memory, megabytes
@@ -87,7 +88,6 @@ def _load_and_serve(settings: Settings, bound: socket.socket) -> bool:
     from server.lifecycle import serve as serve_app
     from server.metrics import Metrics
     from server.models.loading import ModelError, load_model
-    from server.policy_folder import watching
     from server.threads import apart, share_the_interpreter
 
     use_threads(settings.threads)

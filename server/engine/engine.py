@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import structlog
 
-from policies.store import Host, PolicyStore, UnknownPolicyError
+from policies.serving.store import PolicyStore, ServedModel, UnknownPolicyError
 from samplers import CacheMode, Canvas, ParameterError, Prediction, SamplerError, UnknownSamplerError
 from samplers.forward.query import Query
 from samplers.loop.denoising import Outcome, advance, ask
@@ -100,7 +100,7 @@ class Engine:
         self.info = backend.info
         if limits.tokens < self.info.max_length:
             self.info = replace(self.info, max_length=limits.tokens, length_limit="--max-batch-tokens")
-        self.policies = policies or PolicyStore(Host(self.info.architecture, self.info.vocab_size))
+        self.policies = policies or PolicyStore(ServedModel(self.info.architecture, self.info.vocab_size))
         self.limits = limits
         self._metrics = metrics
         self._scheduler = Scheduler(limits)

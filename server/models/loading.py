@@ -10,7 +10,7 @@ import structlog
 import torch
 from pydantic import ValidationError
 
-from policies.files import open_regular
+from policies.files.regular import open_regular
 from server.allocator import keep_few_kernels, keep_freed_memory, share_one_heap
 from server.engine.backend import Backend, ModelInfo
 from server.engine.torch_backend import TorchBackend

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from policies.files import check_safetensors
+from policies.files.regular import check_safetensors
 from server.allocator import available_memory
 from server.models.files import INDEX, MOST_INDEX, ModelError, is_there, other_forms, read_json
 from server.models.network import Network, matches

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
+from policies.evaluation.card import Card
 from policies.tasks import embedded_tasks, get_task
 from server.commands.options import parse_block_length
-from server.evaluation.card import Card
 from server.models.loading import load_model
 from server.models.text import ChatTemplateError, TextCodec
 from server.training.recipe import load_recipe

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from policies.atomic import write_together
+from policies.files.atomic import write_together
 from samplers import Canvas, get_sampler
 from samplers.loop.denoising import ask
 from samplers.loop.row import Row

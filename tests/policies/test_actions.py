@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from policies.actions import (
+from policies.training.log_likelihoods import (
     bernoulli_draw,
     bernoulli_entropy,
     bernoulli_kl,

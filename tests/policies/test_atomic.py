@@ -15,15 +15,15 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from policies import atomic
-from policies.atomic import write_file, write_files, write_together
-from policies.checkpoint import CARD, NEXT, WEIGHTS, PolicyError, load_policy
-from server.evaluation.results import Results, add_row, open_results
+from policies.evaluation.results import Results, add_row, open_results
+from policies.files import atomic
+from policies.files.atomic import write_file, write_files, write_together
+from policies.serving.checkpoint import CARD, NEXT, WEIGHTS, PolicyError, load_policy
 from tests.kills import Writer, kill_at_every_step, kill_somewhere, plain_writers, watch
 from tests.writers import all_writers, policies, row
 
 ROOT = Path(__file__).parents[2]
-SAVING = {"policies.checkpoint.save_policy", "policies.atomic.write_files"}
+SAVING = {"policies.serving.checkpoint.save_policy", "policies.files.atomic.write_files"}
 
 
 @pytest.fixture(scope="module")

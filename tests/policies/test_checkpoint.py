@@ -9,13 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from policies.checkpoint import CARD, MOST_CARD_BYTES, WEIGHTS, PolicyError, load_policy, save_policy
-from policies.store import Host, PolicyStore, UnknownPolicyError
+from policies.serving.checkpoint import CARD, MOST_CARD_BYTES, WEIGHTS, PolicyError, load_policy, save_policy
+from policies.serving.store import PolicyStore, ServedModel, UnknownPolicyError
 from samplers import get_sampler
 from samplers.learned.policy import PolicyParams
 from tests.policies.tiny import card, network
 
-HOST = Host("LLaDAModelLM", 12)
+HOST = ServedModel("LLaDAModelLM", 12)
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def test_a_policy_that_reads_tokens_serves_no_other_vocabulary(tmp_path: Path) -
     save_policy(network(tokens=12), card(config={"tokens": 12}), tmp_path)
     PolicyStore(HOST).load("a", tmp_path)
     with pytest.raises(PolicyError, match="vocabulary of 12, but the model has 99"):
-        PolicyStore(Host("LLaDAModelLM", 99)).load("a", tmp_path)
+        PolicyStore(ServedModel("LLaDAModelLM", 99)).load("a", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -139,12 +139,12 @@ def test_a_policy_that_reads_tokens_serves_no_other_vocabulary(tmp_path: Path) -
         (HOST, 16, 16, []),
         (HOST, 8, 16, ["trained in full diffusion, and runs in blocks of 8"]),
         (HOST, None, 32, ["trained on 16 positions, and runs on 32"]),
-        (Host("Dream", 12), None, 16, ["another model"]),
-        (Host("LLaDAModelLM", 99), 8, 32, ["another model", "blocks of 8", "runs on 32"]),
+        (ServedModel("Dream", 12), None, 16, ["another model"]),
+        (ServedModel("LLaDAModelLM", 99), 8, 32, ["another model", "blocks of 8", "runs on 32"]),
     ],
 )
 def test_what_differs_from_the_training_is_said(
-    folder: Path, host: Host, block_length: int | None, gen_length: int, said: list[str]
+    folder: Path, host: ServedModel, block_length: int | None, gen_length: int, said: list[str]
 ) -> None:
     warnings = PolicyStore(host).load("a", folder).warnings(host, block_length, gen_length)
     assert len(warnings) == len(said)

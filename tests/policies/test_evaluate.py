@@ -1,7 +1,7 @@
 import pytest
 
-from policies.evaluate import FRONTIER, Measurement, Trial, TrialError, evaluate
-from policies.specs import SamplerSpec
+from policies.evaluation.measure import FRONTIER, Measurement, Trial, TrialError, evaluate
+from policies.evaluation.sampler_spec import SamplerSpec
 from policies.tasks import get_task
 from policies.tasks.lists import Totals
 from samplers import Canvas, ParameterError, UnknownSamplerError

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from policies.evaluate import Measurement
-from policies.files import check_safetensors, read_file, read_open
-from policies.recipe import PolicyRecipe
-from policies.run_state import RunState
-from policies.supervised import Runs
+from policies.evaluation.card import Card
+from policies.evaluation.measure import Measurement
+from policies.evaluation.results import Results, ResultsError, add_row, model_digest, open_results
+from policies.files.regular import check_safetensors, read_file, read_open
+from policies.files.toml import read_toml
 from policies.tasks.records import MOST_LINE, Record, read_lines
-from policies.toml import read_toml
-from server.evaluation.card import Card
-from server.evaluation.results import Results, ResultsError, add_row, model_digest, open_results
+from policies.training.checkpointing import RunState
+from policies.training.fit import Runs
+from policies.training.recipe import PolicyRecipe
 from server.settings import WrongSettingError, load_settings
 from tests.policies.tiny import network, recipe
 

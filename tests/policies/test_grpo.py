@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from policies.actions import bernoulli_log_prob
-from policies.grpo import clipped_loss, expert_mixture, regularisation
-from policies.rewards import DeviationScale, group_advantage, path_likelihood, reward
+from policies.training.grpo import clipped_loss, expert_mixture, regularisation
+from policies.training.log_likelihoods import bernoulli_log_prob
+from policies.training.rewards import DeviationScale, group_advantage, path_likelihood, reward
 
 BUDGET = 16
 

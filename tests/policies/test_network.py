@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from policies import inputs
-from policies.network import LoadedPolicy, PolicyConfig, UnmaskingPolicy, parameters, waves
+from policies.network import features
+from policies.network.policy_network import LoadedPolicy, PolicyConfig, UnmaskingPolicy, parameters, waves
 from samplers import Canvas, Step
 from samplers.loop.denoising import ask
 from samplers.loop.grid import Grid
@@ -124,7 +124,7 @@ def test_configurations_that_do_not_fit(config: dict[str, object], message: str)
 def test_features_are_as_wide_as_announced_and_zero_where_nothing_is_known(top: int, count: int) -> None:
     config = PolicyConfig.model_validate(RICH | {"top": top, "region": False})
     _, step = steps(count, **RICH | {"top": top, "region": False})
-    found = inputs.read(step, config.features)
+    found = features.read(step, config.features)
     assert found.shape == (*step.candidate.shape, config.numbers)
     assert found.isfinite().all()
     assert (found[~step.candidate] == 0).all() and (found[step.candidate] != 0).any(dim=-1).all()
@@ -133,7 +133,7 @@ def test_features_are_as_wide_as_announced_and_zero_where_nothing_is_known(top: 
 def test_doubt_tells_apart_what_is_almost_sure() -> None:
     _, step = steps(1, features=["doubt"])
     sure = step.confidence.clone().fill_(0.99), step.confidence.clone().fill_(0.9999)
-    low, high = (inputs.read(Step(**{**vars(step), "confidence": c}), ("doubt",)).mean() for c in sure)
+    low, high = (features.read(Step(**{**vars(step), "confidence": c}), ("doubt",)).mean() for c in sure)
     assert high - low > 0.5
 
 

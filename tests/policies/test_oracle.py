@@ -1,7 +1,7 @@
 import random
 
-from policies.evaluate import Measurement, Trial, evaluate
-from policies.specs import SamplerSpec
+from policies.evaluation.measure import Measurement, Trial, evaluate
+from policies.evaluation.sampler_spec import SamplerSpec
 from policies.tasks import Task, get_task
 from samplers import Canvas
 from tests.policies.fake import END_ID, Answer, FakeModel, held_out

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from policies.actions import bernoulli_log_prob, dpls_log_prob
-from policies.choosers import Experts, Explorer, PolicyChooser, RuleChooser
-from policies.environment import Chooser, Decision, Rollout, rollout
-from policies.network import PolicyConfig, score
+from policies.network.policy_network import PolicyConfig, score
+from policies.training.actors import Experts, Explorer, PolicyActor, RuleActor
+from policies.training.log_likelihoods import bernoulli_log_prob, dpls_log_prob
+from policies.training.rollout import Actor, Decision, Rollout, rollout
 from samplers import Step
 from samplers.rules.threshold import Threshold
 from samplers.rules.topk import TopK
@@ -17,9 +17,7 @@ TASK = ReadySet()
 CONFIG = PolicyConfig.model_validate(SMALL | {"region": False})
 
 
-def run(
-    chooser: Chooser, count: int = 6, luck: float = 0.5, block_length: int | None = None, **rest: object
-) -> Rollout:
+def run(chooser: Actor, count: int = 6, luck: float = 0.5, block_length: int | None = None, **rest: object) -> Rollout:
     problems = TASK.problems(count, 0, "train")
     return rollout(
         TASK.subject(luck),
@@ -46,14 +44,14 @@ class Never:
 
 
 def test_rules_count_forwards_as_they_do_when_serving() -> None:
-    found = run(RuleChooser(TopK(), TopK.Params(k=3)))
+    found = run(RuleActor(TopK(), TopK.Params(k=3)))
     assert found.forwards.tolist() == [6] * 6 and found.tokens.tolist() == [LENGTH] * 6
-    careful = run(RuleChooser(Threshold(), Threshold.Params(threshold=0.75)), luck=0.0)
+    careful = run(RuleActor(Threshold(), Threshold.Params(threshold=0.75)), luck=0.0)
     assert careful.correct.tolist() == [1.0] * 6 and careful.forwards.tolist() == [4] * 6
 
 
 def test_batches_change_nothing() -> None:
-    chooser = PolicyChooser(network(**CONFIG.model_dump()))
+    chooser = PolicyActor(network(**CONFIG.model_dump()))
     one, many = run(chooser, batch=1, record=CONFIG), run(chooser, batch=64, record=CONFIG)
     assert one.texts == many.texts and one.forwards.equal(many.forwards)
     assert one.records is not None and many.records is not None
@@ -75,7 +73,7 @@ def test_records_give_the_draws_back(action: str) -> None:
     """What is recorded is enough to compute each draw's likelihood again, and to replay the run."""
     config = PolicyConfig.model_validate(SMALL | {"region": False, "action": action})
     net = network(**config.model_dump())
-    found = run(PolicyChooser(net), record=config)
+    found = run(PolicyActor(net), record=config)
     records = found.records
     assert records is not None
     assert torch.bincount(records.row).equal(found.forwards)
@@ -97,7 +95,7 @@ def test_records_give_the_draws_back(action: str) -> None:
         assert records.committed[mine].sum(dim=0).tolist() == [1] * LENGTH
         assert records.seen.time[mine].tolist() == pytest.approx([i / LENGTH for i in range(int(mine.sum()))])
         assert records.candidates[mine].equal(records.seen.masked[mine])
-    again = run(PolicyChooser(net), record=config)
+    again = run(PolicyActor(net), record=config)
     assert again.texts == found.texts and again.records is not None
     assert again.records.committed.equal(records.committed)
 
@@ -105,10 +103,10 @@ def test_records_give_the_draws_back(action: str) -> None:
 def test_experts_work_in_blocks_of_their_own() -> None:
     expert = torch.tensor([-1, 0, 1, -1, 0, 1])
     rules = [
-        RuleChooser(TopK(), TopK.Params(k=1), block_length=4),
-        RuleChooser(Threshold(), Threshold.Params(threshold=0.75)),
+        RuleActor(TopK(), TopK.Params(k=1), block_length=4),
+        RuleActor(Threshold(), Threshold.Params(threshold=0.75)),
     ]
-    chooser = Experts(PolicyChooser(network(**CONFIG.model_dump())), rules, expert)
+    chooser = Experts(PolicyActor(network(**CONFIG.model_dump())), rules, expert)
     found = run(chooser, luck=0.0, record=CONFIG)
     records = found.records
     assert records is not None

@@ -1,6 +1,6 @@
 import pytest
 
-from policies.statistics import wilson
+from policies.evaluation.wilson import wilson
 
 
 # Newcombe, Statistics in Medicine 17 (1998) 857-872, table I, method 3.

@@ -13,15 +13,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from policies import settings, train
-from policies.checkpoint import Origin, load_policy
-from policies.choosers import Explorer, RuleChooser
-from policies.environment import rollout
-from policies.network import LoadedPolicy, PolicyConfig, UnmaskingPolicy, score
-from policies.recipe import Grpo, PolicyRecipe, load_policy_recipe
-from policies.supervised import Runs
-from policies.train import PolicyTrainer, speed_of
-from policies.world import World
+from policies.network.policy_network import LoadedPolicy, PolicyConfig, UnmaskingPolicy, score
+from policies.serving.checkpoint import Origin, load_policy
+from policies.training import decoding_setup as settings
+from policies.training import trainer as trainer_module
+from policies.training.actors import Explorer, RuleActor
+from policies.training.data_parallel import DataParallel
+from policies.training.fit import Runs
+from policies.training.recipe import Grpo, PolicyRecipe, load_policy_recipe
+from policies.training.rollout import rollout
+from policies.training.trainer import PolicyTrainer, speed_of
 from samplers import AttentionPattern
 from samplers.learned.policy import Policy, PolicyParams
 from tests.policies.tiny import SMALL, recipe
@@ -48,10 +49,12 @@ def ready_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(settings, "get_task", lambda name: ReadySet())
 
 
-def trainer(run: PolicyRecipe, out: Path, luck: float = 0.5, world: World | None = None) -> PolicyTrainer:
+def trainer(run: PolicyRecipe, out: Path, luck: float = 0.5, world: DataParallel | None = None) -> PolicyTrainer:
     origin = Origin(model="toy", model_digest="0" * 64, architecture="Toy", vocab_size=3)
     lines: list[dict[str, Any]] = []
-    made = PolicyTrainer(run, {"as": "read"}, ReadySet().subject(luck), origin, out, world or World(), lines.append)
+    made = PolicyTrainer(
+        run, {"as": "read"}, ReadySet().subject(luck), origin, out, world or DataParallel(), lines.append
+    )
     made.lines = lines  # type: ignore[attr-defined]
     return made
 
@@ -204,13 +207,13 @@ PROCESS = """
 import sys, torch
 from pathlib import Path
 from policies import settings
-from policies.world import World
+from policies.training.data_parallel import DataParallel
 from tests.policies.test_training import trainer, RICH_GRPO, TAKES_SPEED
 from tests.policies.tiny import recipe
 from tests.policies.toys import ReadySet
 torch.set_num_threads(1)
 settings.get_task = lambda name: ReadySet()
-world = World.join()
+world = DataParallel.join()
 made = trainer(recipe(RICH_GRPO | {"updates": 2}, **TAKES_SPEED), Path(sys.argv[1]) / str(world.rank), world=world)
 stage = made.recipe.stage[0]
 made.optimizer = made._adamw(stage)
@@ -262,7 +265,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
 
 def test_processes_share_prompts_evenly_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="4 prompts do not share out evenly over 3 processes"):
-        trainer(recipe(GRPO), tmp_path, world=World(0, 3))
+        trainer(recipe(GRPO), tmp_path, world=DataParallel(0, 3))
 
 
 @pytest.mark.parametrize(("label", "takes_speed"), [("outcome", True), ("oracle", True), ("imitation", False)])
@@ -285,7 +288,7 @@ def test_labels_teach_the_ready_set(tmp_path: Path, label: str, takes_speed: boo
         with torch.no_grad():
             made.network.push.zero_()
     for speed in (0.0, 0.5, 1.0) if takes_speed else (None,):
-        chooser = RuleChooser(Policy(LoadedPolicy(made.network)), PolicyParams(speed=speed))
+        chooser = RuleActor(Policy(LoadedPolicy(made.network)), PolicyParams(speed=speed))
         problems = ReadySet().problems(40, 5, "heldout")
         found = made._rollout(made.settings[0], problems, chooser, list(range(40)))
         assert found.correct.mean() >= 0.95
@@ -335,7 +338,7 @@ def test_recipes_that_make_no_sense(stages: list[Any], changes: dict[str, Any], 
 
 
 def test_the_recipes_that_ship_are_valid() -> None:
-    folder = Path(train.__file__).parent / "recipes"
+    folder = Path(trainer_module.__file__).parents[1] / "recipes"
     names = sorted(path.stem for path in folder.glob("*.toml"))
     assert "paper-llada-8b" in names and "embedded-chain" in names
     for name in names:

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from policies.checkpoint import load_policy
-from policies.evaluate import Measurement, Trial, evaluate
-from policies.specs import SamplerSpec
-from policies.store import ZOO, Host, PolicyStore
+from policies.evaluation.measure import Measurement, Trial, evaluate
+from policies.evaluation.sampler_spec import SamplerSpec
+from policies.serving.checkpoint import load_policy
+from policies.serving.store import ZOO, PolicyStore, ServedModel
 from policies.tasks import get_task
-from server.commands.options import subject_of
+from server.commands.options import model_under_test
 from server.models.loading import LoadedModel, load_model
 
 FOLDERS = sorted(folder for folder in ZOO.iterdir() if folder.is_dir())
@@ -35,7 +35,7 @@ def test_a_shipped_policy_says_what_made_it_and_what_it_reached(folder: Path, em
 
 def test_the_whole_zoo_loads_beside_the_embedded_model(embedded: LoadedModel) -> None:
     info = embedded.backend.info
-    store = PolicyStore(Host(info.architecture, info.vocab_size))
+    store = PolicyStore(ServedModel(info.architecture, info.vocab_size))
     store.load_zoo()
     assert [stored.name for stored in store.list()] == [folder.name for folder in FOLDERS]
 
@@ -44,13 +44,13 @@ def test_word_problems_in_full_diffusion_take_less_than_half_a_thresholds_forwar
     """Problems of a seed of their own; the published figures stand on 500."""
     torch.set_num_threads(2)
     info, task = embedded.backend.info, get_task("chain")
-    store = PolicyStore(Host(info.architecture, info.vocab_size))
+    store = PolicyStore(ServedModel(info.architecture, info.vocab_size))
     store.load_zoo()
 
     def measure(spec: str) -> Measurement:
         trial = Trial(task, SamplerSpec.parse(spec), None, task.gen_length, 40, 4321)
         return evaluate(
-            subject_of(embedded, False), trial, 40, choose=lambda spec: store.sampler(spec.name, spec.params)
+            model_under_test(embedded, False), trial, 40, choose=lambda spec: store.sampler(spec.name, spec.params)
         )
 
     threshold, policy = measure("threshold:threshold=0.9"), measure("policy:policy=chain,speed=0.25")

@@ -6,14 +6,14 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from policies.files import read_text
+from policies.files.regular import read_text
 
 MOST_BYTES = 4 << 20
 
 M = TypeVar("M", bound=BaseModel)
 
 
-class Part(BaseModel):
+class TomlTable(BaseModel):
     """A table of such a file: no key that is not known, nothing changed afterwards."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -8,10 +8,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from policies.atomic import write_file
-from policies.evaluate import Measurement
-from policies.oracle import Oracle
-from server.evaluation.report import by_setting, column
+from policies.evaluation.measure import Measurement
+from policies.evaluation.oracle import Oracle
+from policies.evaluation.report import by_setting, column
+from policies.files.atomic import write_file
 
 # Okabe and Ito's palette, told apart by colour-blind readers too; the markers carry the same difference.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from policies.atomic import write_file
-from policies.files import read_text
+from policies.files.atomic import write_file
+from policies.files.regular import read_text
 
 MOST_BYTES = 16 << 20
 BEGIN, END = "<!-- unmask evaluate: begin -->", "<!-- unmask evaluate: end -->"

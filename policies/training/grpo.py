@@ -9,12 +9,12 @@ import math
 import torch
 from torch import Tensor
 
-from policies.actions import bernoulli_entropy, bernoulli_kl, bernoulli_log_prob, dpls_log_prob
-from policies.environment import Records
-from policies.network import PolicyConfig
+from policies.network.policy_network import PolicyConfig
+from policies.training.log_likelihoods import bernoulli_entropy, bernoulli_kl, bernoulli_log_prob, dpls_log_prob
+from policies.training.rollout import Transitions
 
 
-def log_prob(logits: Tensor, records: Records, config: PolicyConfig) -> Tensor:
+def log_prob(logits: Tensor, records: Transitions, config: PolicyConfig) -> Tensor:
     """Log-probability of every recorded draw, [n]."""
     if config.action == "dpls":
         if records.order is None:

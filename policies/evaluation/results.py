@@ -5,9 +5,9 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from policies.atomic import write_file
-from policies.evaluate import Measurement, Trial
-from policies.files import open_regular, read_file
+from policies.evaluation.measure import Measurement, Trial
+from policies.files.atomic import write_file
+from policies.files.regular import open_regular, read_file
 
 MOST_BYTES = 64 << 20
 

@@ -3,10 +3,10 @@
 import random
 from collections.abc import Iterator
 
-from policies.recipe import PolicyRecipe
-from policies.settings import Setting, settings_of
-from policies.subject import Subject
+from policies.model_under_test import ModelUnderTest
 from policies.tasks import Problem, Task
+from policies.training.decoding_setup import DecodingSetup, settings_of
+from policies.training.recipe import PolicyRecipe
 from samplers import Canvas
 from samplers.learned.policy import Policy
 
@@ -27,20 +27,20 @@ def check_problems(recipe: PolicyRecipe) -> None:
             raise ValueError(f"check = {recipe.check}: {error}; check = 0 keeps the last policy unchecked") from None
 
 
-def check_model(recipe: PolicyRecipe, settings: list[Setting], subject: Subject) -> None:
+def check_model(recipe: PolicyRecipe, settings: list[DecodingSetup], model: ModelUnderTest) -> None:
     """Raise ValueError if the model cannot be decoded as the recipe says, or prompts do not fit into its context."""
-    if incompatibility := Policy().incompatibility(subject.pattern):
+    if incompatibility := Policy().incompatibility(model.pattern):
         raise ValueError(incompatibility)
     for setting in settings:
         try:
-            Canvas.blank([], setting.gen_length, subject.mask_id, setting.block_length, pattern=subject.pattern)
+            Canvas.blank([], setting.gen_length, model.mask_id, setting.block_length, pattern=model.pattern)
         except ValueError as error:
             raise ValueError(f"block_lengths: {error}") from None
     longest = {setting.task.name: setting for setting in sorted(settings, key=lambda setting: setting.gen_length)}
     for setting in longest.values():
         for problem in _problems(setting.task, recipe.check):
-            length = len(subject.encode_prompt(problem.prompt))
-            subject.check_length(setting.task.name, min(length, recipe.prompt_length or length), setting.gen_length)
+            length = len(model.encode_prompt(problem.prompt))
+            model.check_length(setting.task.name, min(length, recipe.prompt_length or length), setting.gen_length)
 
 
 def _problems(task: Task, held_out: int) -> Iterator[Problem]:

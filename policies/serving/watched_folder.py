@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import structlog
 
-from policies.checkpoint import CARD, NAME, NEXT, WEIGHTS, PolicyError
-from policies.store import PolicyStore, UnknownPolicyError
-from server.metrics import Metrics
+from policies.serving.checkpoint import CARD, NAME, NEXT, WEIGHTS, PolicyError
+from policies.serving.store import PolicyStore, UnknownPolicyError
 
 log = structlog.get_logger(__name__)
 
@@ -27,6 +27,19 @@ MOST = 1000
 Signature = tuple[tuple[int, ...] | None, ...]
 
 
+class FolderMetrics(Protocol):
+    """Where a watched folder counts what it sees."""
+
+    def policy_folder_seen(self, at: float) -> None:
+        """The folder was looked at, to its end, at this Unix time."""
+
+    def policies(self, count: int) -> None:
+        """Number of policies that are loaded now."""
+
+    def policy_load_failed(self) -> None:
+        """A policy could not be loaded."""
+
+
 @dataclass
 class PolicyFolder:
     """Keeps a store in step with a folder. A policy that cannot be loaded leaves the one before it in service.
@@ -37,7 +50,7 @@ class PolicyFolder:
 
     policies: PolicyStore
     folder: Path
-    metrics: Metrics | None = None
+    metrics: FolderMetrics | None = None
     _seen: dict[str, Signature] = field(default_factory=dict)
     _told: dict[str, str] = field(default_factory=dict)
 
@@ -118,7 +131,7 @@ def _stands(path: Path) -> tuple[int, ...] | None:
 
 
 @contextmanager
-def watching(policies: PolicyStore, folder: str | None, metrics: Metrics | None = None) -> Iterator[None]:
+def watching(policies: PolicyStore, folder: str | None, metrics: FolderMetrics | None = None) -> Iterator[None]:
     """Look at a folder of policies now, and again and again from now on in a thread of its own."""
     if folder is None:
         yield

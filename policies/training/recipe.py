@@ -5,11 +5,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from policies.files import MOST_LISTED, MOST_WORD
-from policies.network import PolicyConfig
-from policies.rewards import Form
-from policies.supervised import Label
-from policies.toml import Part, read_toml
+from policies.files.regular import MOST_LISTED, MOST_WORD
+from policies.files.toml import TomlTable, read_toml
+from policies.network.policy_network import PolicyConfig
+from policies.training.fit import Label
+from policies.training.rewards import Form
 
 MOST_ROWS = 1_000_000
 """More are a slip of the finger."""
@@ -17,7 +17,7 @@ MOST_ROWS = 1_000_000
 Length = Annotated[int, Field(gt=0, le=2**24)]
 
 
-class Collect(Part):
+class Collect(TomlTable):
     """Visit states: careful by threshold, bold now and then; or, once there is a policy, by it at random cuts."""
 
     kind: Literal["collect"] = "collect"
@@ -28,7 +28,7 @@ class Collect(Part):
     shifts: float = Field(6.0, ge=0, description="policy: logits are lowered by up to this")
 
 
-class Fit(Part):
+class Fit(TomlTable):
     """Supervised steps on all that was collected so far.
 
     Labels: `outcome`, which runs came out right; `oracle`, which tokens were right in every state (the task must know
@@ -43,7 +43,7 @@ class Fit(Part):
     threshold: float = Field(0.9, gt=0, le=1, description="imitation: the rule's threshold")
 
 
-class Shift(Part):
+class Shift(TomlTable):
     """`logit <- scale * (logit - logit(cut))`: a draw is about right at 0.5, and still explores."""
 
     kind: Literal["shift"] = "shift"
@@ -51,7 +51,7 @@ class Shift(Part):
     scale: float = Field(1.0, gt=0)
 
 
-class Grpo(Part):
+class Grpo(TomlTable):
     """Policy gradient on fresh rollouts."""
 
     kind: Literal["grpo"] = "grpo"
@@ -90,7 +90,7 @@ class Grpo(Part):
 Stage = Annotated[Collect | Fit | Shift | Grpo, Field(discriminator="kind")]
 
 
-class PolicyRecipe(Part):
+class PolicyRecipe(TomlTable):
     """A whole run: stages one after the other.
 
     Attributes:

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from policies import inputs
-from policies.inputs import Feature
+from policies.network import features
+from policies.network.features import Feature
 from samplers import Statistic, Step
 from samplers.learned.policy import Action
 
@@ -19,7 +19,8 @@ class PolicyConfig(BaseModel):
     """Shape and inputs of a policy. Defaults are the paper's (arXiv 2512.09106, 3.2, appendix H), but for the time.
 
     Attributes:
-        features: what it reads per position (see `policies.inputs`); `top` is how many of the largest probabilities.
+        features: what it reads per position (see `policies.network.features`); `top` is how many of the largest
+            probabilities.
         tokens: size of the vocabulary whose predicted tokens it reads through an embedding of its own; 0: it does not.
             Such a policy serves no model with another tokenizer.
         region: whether it reads the whole generation region, or candidates only, which is less work for the model.
@@ -62,7 +63,7 @@ class PolicyConfig(BaseModel):
     @property
     def numbers(self) -> int:
         """Numbers per position."""
-        return sum(inputs.width(feature, self.top) for feature in self.features)
+        return sum(features.width(feature, self.top) for feature in self.features)
 
     @property
     def largest(self) -> int:
@@ -166,7 +167,7 @@ class LoadedPolicy:
     def __init__(self, network: UnmaskingPolicy) -> None:
         config = network.config
         self.network = network.eval().requires_grad_(False)
-        self.statistics: frozenset[Statistic] = inputs.statistics(config.features)
+        self.statistics: frozenset[Statistic] = features.statistics(config.features)
         self.top = config.largest
         self.region = config.region
         self.action = config.action
@@ -200,7 +201,7 @@ def observe(step: Step, config: PolicyConfig) -> Observation:
     lengths = torch.tensor([layout.gen_length for layout in step.layouts], device=step.candidate.device)
     valid = torch.arange(step.candidate.shape[1], device=lengths.device) < lengths[:, None]
     return Observation(
-        features=inputs.read(step, config.features),
+        features=features.read(step, config.features),
         masked=step.masked,
         valid=valid,
         time=step.forward[:, 0] / lengths,

@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from policies.atomic import write_file
-from policies.environment import Records, Rollout
-from policies.files import check_safetensors
-from policies.network import Observation, UnmaskingPolicy, score
+from policies.files.atomic import write_file
+from policies.files.regular import check_safetensors
+from policies.network.policy_network import Observation, UnmaskingPolicy, score
+from policies.training.rollout import Rollout, Transitions
 
 Label = Literal["outcome", "oracle", "imitation"]
 
@@ -26,7 +26,7 @@ _SEEN = ("features", "masked", "valid", "time", "tokens")
 class Runs:
     """Recorded generations. `good` is bool [runs], `ends` int64 [runs]: lines of run i are ends[i - 1] ... ends[i]."""
 
-    records: Records
+    records: Transitions
     good: Tensor
     ends: Tensor
 
@@ -71,10 +71,10 @@ class Runs:
         check_safetensors(path)
         found = load_file(path)
         seen = Observation(**{name: found.get(f"seen.{name}") for name in _SEEN})  # type: ignore[arg-type]
-        records = Records(seen=seen, **{name: found.get(name) for name in _RECORDS})  # type: ignore[arg-type]
+        records = Transitions(seen=seen, **{name: found.get(name) for name in _RECORDS})  # type: ignore[arg-type]
         return cls(records, found["good"], found["ends"])
 
-    def batch(self, runs: Tensor) -> tuple[Records, Tensor]:
+    def batch(self, runs: Tensor) -> tuple[Transitions, Tensor]:
         """The lines of these runs, and which of them each belongs to."""
         starts = torch.cat([torch.zeros(1, dtype=torch.int64), self.ends[:-1]])
         lines = torch.cat([torch.arange(int(starts[i]), int(self.ends[i])) for i in runs.tolist()])
@@ -82,9 +82,9 @@ class Runs:
         return pick(self.records, lines), torch.repeat_interleave(torch.arange(len(runs)), counts)
 
 
-def pick(records: Records, lines: Tensor) -> Records:
+def pick(records: Transitions, lines: Tensor) -> Transitions:
     """Some lines."""
-    return Records(
+    return Transitions(
         row=records.row[lines],
         seen=records.seen[lines],
         candidates=records.candidates[lines],
@@ -96,12 +96,12 @@ def pick(records: Records, lines: Tensor) -> Records:
     )
 
 
-def _padded(records: Records, length: int) -> Records:
+def _padded(records: Transitions, length: int) -> Transitions:
     """Positions that belong to no region up to `length`."""
     if (more := length - records.candidates.shape[1]) == 0:
         return records
     seen = records.seen
-    return Records(
+    return Transitions(
         row=records.row,
         seen=Observation(
             F.pad(seen.features, (0, 0, 0, more)),
@@ -119,7 +119,7 @@ def _padded(records: Records, length: int) -> Records:
     )
 
 
-def join(parts: list[Records]) -> Records:
+def join(parts: list[Transitions]) -> Transitions:
     """Lines one after the other, padded to the longest region."""
     length = max(part.candidates.shape[1] for part in parts)
     parts = [_padded(part, length) for part in parts]
@@ -127,7 +127,7 @@ def join(parts: list[Records]) -> Records:
     tokens = [each.tokens for each in seen if each.tokens is not None]
     orders = [part.order for part in parts if part.order is not None]
     rights = [part.right for part in parts if part.right is not None]
-    return Records(
+    return Transitions(
         row=torch.cat([part.row for part in parts]),
         seen=Observation(
             torch.cat([each.features for each in seen]),
@@ -167,7 +167,7 @@ def imitation_loss(logits: Tensor, target: Tensor, candidates: Tensor) -> Tensor
     return each[candidates].mean()
 
 
-def _neutral_score(network: UnmaskingPolicy, records: Records, speed: Tensor) -> Tensor:
+def _neutral_score(network: UnmaskingPolicy, records: Transitions, speed: Tensor) -> Tensor:
     """Logits without what speed adds to them, at any speed: what is right does not depend on it.
 
     Fitted at one speed only, a network would read the others as noise.

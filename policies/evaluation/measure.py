@@ -8,10 +8,10 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from policies.oracle import Oracle
-from policies.specs import SamplerSpec
-from policies.statistics import wilson
-from policies.subject import Subject
+from policies.evaluation.oracle import Oracle
+from policies.evaluation.sampler_spec import SamplerSpec
+from policies.evaluation.wilson import wilson
+from policies.model_under_test import ModelUnderTest
 from policies.tasks import Problem, Task
 from samplers import CacheMode, Layout, Sampler, get_sampler
 from samplers.forward.query import Predict
@@ -37,7 +37,7 @@ class TrialError(ValueError):
 class Trial:
     """One measurement: `count` held-out problems of a task under a sampler. No `block_length` is full diffusion.
 
-    `chat` only says that the subject encodes prompts as chat messages.
+    `chat` only says that the model encodes prompts as chat messages.
 
     Raises ParameterError if the sampler's parameters do not fit the generation.
     """
@@ -118,7 +118,7 @@ def registered(spec: SamplerSpec) -> Sampler:
 
 
 def evaluate(
-    subject: Subject,
+    model: ModelUnderTest,
     trial: Trial,
     batch: int,
     solved: Callable[[], None] = lambda: None,
@@ -134,8 +134,8 @@ def evaluate(
     """
     began = time.monotonic()
     correct = tokens = forwards = 0
-    for problem, row in _finish(_start(subject, trial, choose), subject.predict, batch):
-        correct += trial.task.check(problem, subject.decode(row.text_tokens()))
+    for problem, row in _finish(_start(model, trial, choose), model.predict, batch):
+        correct += trial.task.check(problem, model.decode(row.text_tokens()))
         tokens += row.completion_tokens
         forwards += row.forwards
         solved()
@@ -153,27 +153,29 @@ def evaluate(
     )
 
 
-def check_trial(subject: Subject, trial: Trial, choose: Callable[[SamplerSpec], Sampler] = registered) -> None:
+def check_trial(model: ModelUnderTest, trial: Trial, choose: Callable[[SamplerSpec], Sampler] = registered) -> None:
     """Raise what `evaluate` would raise before the trial's first forward."""
-    next(_start(subject, trial, choose))
+    next(_start(model, trial, choose))
 
 
-def _start(subject: Subject, trial: Trial, choose: Callable[[SamplerSpec], Sampler]) -> Iterator[tuple[Problem, Row]]:
+def _start(
+    model: ModelUnderTest, trial: Trial, choose: Callable[[SamplerSpec], Sampler]
+) -> Iterator[tuple[Problem, Row]]:
     """The trial's generations, the shortest prompt first: canvases of one length share a forward without padding."""
     try:
         problems = trial.task.problems(trial.count, trial.seed, "heldout")
     except ValueError as error:
         raise TrialError(str(error)) from None
-    prompts = [subject.encode_prompt(problem.prompt) for problem in problems]
+    prompts = [model.encode_prompt(problem.prompt) for problem in problems]
     try:
-        subject.check_length(trial.task.name, max(map(len, prompts)), trial.gen_length)
+        model.check_length(trial.task.name, max(map(len, prompts)), trial.gen_length)
     except ValueError as error:
         raise TrialError(str(error)) from None
     for i in sorted(range(trial.count), key=lambda i: len(prompts[i])):
-        canvas = subject.canvas(prompts[i], trial.gen_length, trial.block_length)
+        canvas = model.canvas(prompts[i], trial.gen_length, trial.block_length)
         spec, problem = trial.sampler, problems[i]
         if spec.name == Oracle.name:
-            sampler: Sampler = Oracle.for_problem(trial.task, problem, canvas, subject.encode, subject.end_ids)
+            sampler: Sampler = Oracle.for_problem(trial.task, problem, canvas, model.encode, model.end_ids)
         else:
             sampler = choose(spec)
         yield (
@@ -183,7 +185,7 @@ def _start(subject: Subject, trial: Trial, choose: Callable[[SamplerSpec], Sampl
                 sampler,
                 spec.params,
                 seed=trial.seed + i,
-                end_ids=subject.end_ids,
+                end_ids=model.end_ids,
                 fill_after_end=trial.fill_after_end,
                 cache=trial.cache,
             ),

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from policies.oracle import Oracle
+from policies.evaluation.oracle import Oracle
 from samplers import SamplerParams, get_sampler
 
 

@@ -4,13 +4,13 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from policies.checkpoint import NAME, PolicyCard, PolicyError, load_policy
-from policies.network import LoadedPolicy, parameters
-from policies.settings import within
+from policies.block_length import within
+from policies.network.policy_network import LoadedPolicy, parameters
+from policies.serving.checkpoint import NAME, PolicyCard, PolicyError, load_policy
 from samplers import Sampler, SamplerParams, get_sampler
 from samplers.learned.policy import Policy, PolicyParams
 
-ZOO = Path(__file__).parent / "zoo"
+ZOO = Path(__file__).parents[1] / "zoo"
 """Policies that ship with the project: one folder each."""
 
 
@@ -26,7 +26,7 @@ class UnknownPolicyError(KeyError):
 
 
 @dataclass(frozen=True)
-class Host:
+class ServedModel:
     """The model that policies are to serve."""
 
     architecture: str
@@ -43,7 +43,7 @@ class Stored:
     sampler: Policy
     parameters: int
 
-    def warnings(self, host: Host, block_length: int | None, gen_length: int) -> list[str]:
+    def warnings(self, host: ServedModel, block_length: int | None, gen_length: int) -> list[str]:
         """What differs from the policy's training, and so may cost accuracy or speed."""
         trained, found = self.card.trained_on, []
         if trained.architecture != host.architecture or trained.vocab_size != host.vocab_size:
@@ -75,7 +75,7 @@ class PolicyStore:
         device: where their networks run: beside the samplers, which is the CPU.
     """
 
-    def __init__(self, host: Host, device: str = "cpu") -> None:
+    def __init__(self, host: ServedModel, device: str = "cpu") -> None:
         self.host = host
         self._device = device
         self._lock = threading.Lock()

@@ -8,7 +8,7 @@ from samplers.forward.query import Predict
 
 
 @dataclass(frozen=True)
-class Subject:
+class ModelUnderTest:
     """A model under test: a forward pass, its text codec, its special tokens, its longest canvas.
 
     `prompt` makes a problem's text the model's prompt, such as the message of a chat; None: as `encode` does. `pattern`

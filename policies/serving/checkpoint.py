@@ -15,10 +15,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from policies.atomic import flush, held, write_files
-from policies.evaluate import Measurement
-from policies.files import MOST_LISTED, MOST_WORD, check_header, open_regular, read_file, read_open
-from policies.network import PolicyConfig, UnmaskingPolicy
+from policies.evaluation.measure import Measurement
+from policies.files.atomic import flush, held, write_files
+from policies.files.regular import MOST_LISTED, MOST_WORD, check_header, open_regular, read_file, read_open
+from policies.network.policy_network import PolicyConfig, UnmaskingPolicy
 
 WEIGHTS, CARD = "policy.safetensors", "policy.json"
 NEXT = ".policy.next"

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from policies.environment import Rollout
-from policies.grpo import clipped_loss, expert_mixture, log_prob, regularisation
-from policies.network import UnmaskingPolicy, score
-from policies.recipe import Grpo
-from policies.supervised import pick
-from policies.world import World
+from policies.network.policy_network import UnmaskingPolicy, score
+from policies.training.data_parallel import DataParallel
+from policies.training.fit import pick
+from policies.training.grpo import clipped_loss, expert_mixture, log_prob, regularisation
+from policies.training.recipe import Grpo
+from policies.training.rollout import Rollout
 
 
 @dataclass
@@ -36,7 +36,7 @@ def gradient_steps(
     optimizer: torch.optim.Optimizer,
     stage: Grpo,
     batch: Batch,
-    world: World,
+    world: DataParallel,
 ) -> dict[str, float]:
     """`stage.inner` steps on one batch; the last one's gradient norm, clipped share and mean probability of a commit.
 

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from policies.atomic import write_file
-from policies.files import check_safetensors
-from policies.network import UnmaskingPolicy
-from policies.recipe import PolicyRecipe
+from policies.files.atomic import write_file
+from policies.files.regular import check_safetensors
+from policies.network.policy_network import UnmaskingPolicy
+from policies.training.recipe import PolicyRecipe
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Unmasking as a Markov decision process: the same loop that serves, recorded.
 
-The frozen model and its tokenizer come as a `Subject`; nothing here knows an architecture.
+The frozen model and its tokenizer come as a `ModelUnderTest`; nothing here knows an architecture.
 """
 
 from collections.abc import Sequence
@@ -10,10 +10,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from policies.inputs import statistics
-from policies.network import Observation, PolicyConfig, observe
-from policies.oracle import Oracle
-from policies.subject import Subject
+from policies.evaluation.oracle import Oracle
+from policies.model_under_test import ModelUnderTest
+from policies.network.features import statistics
+from policies.network.policy_network import Observation, PolicyConfig, observe
 from policies.tasks import Problem, Task
 from samplers import Sampler, Selection, Statistic, Step
 from samplers.loop.denoising import advance, ask
@@ -35,7 +35,7 @@ class Decision:
     order: Tensor | None = None
 
 
-class Chooser(Protocol):
+class Actor(Protocol):
     """Decides on the rows of a step; `live` are their numbers in the rollout."""
 
     statistics: frozenset[Statistic]
@@ -46,7 +46,7 @@ class Chooser(Protocol):
 
 
 @dataclass
-class Records:
+class Transitions:
     """Everything that was seen and done, one line per generation and step; padded to the longest region.
 
     Attributes:
@@ -78,14 +78,14 @@ class Rollout:
     tokens: Tensor
     budget: Tensor
     texts: list[str]
-    records: Records | None = None
+    records: Transitions | None = None
 
 
 @dataclass
 class _Recorder(Sampler):
     """Runs a chooser as a sampler and keeps what it saw."""
 
-    chooser: Chooser
+    chooser: Actor
     config: PolicyConfig | None
     waits: bool
     oracles: list[Oracle]
@@ -123,10 +123,10 @@ class _Recorder(Sampler):
 
 
 def rollout(
-    subject: Subject,
+    model: ModelUnderTest,
     task: Task,
     problems: Sequence[Problem],
-    chooser: Chooser,
+    chooser: Actor,
     *,
     gen_length: int,
     block_length: int | None,
@@ -154,13 +154,13 @@ def rollout(
     recorder = _Recorder(chooser, record, waits=allow_empty, oracles=[])
     rows = []
     for problem, seed in zip(problems, seeds, strict=True):
-        prompt = subject.encode_prompt(problem.prompt)
+        prompt = model.encode_prompt(problem.prompt)
         prompt = prompt[-(prompt_length or len(prompt)) :]
-        subject.check_length(task.name, len(prompt), gen_length)
-        canvas = subject.canvas(prompt, gen_length, block_length)
-        rows.append(Row(canvas, recorder, recorder.Params(), seed=seed, end_ids=subject.end_ids))
+        model.check_length(task.name, len(prompt), gen_length)
+        canvas = model.canvas(prompt, gen_length, block_length)
+        rows.append(Row(canvas, recorder, recorder.Params(), seed=seed, end_ids=model.end_ids))
         if ask_oracle:
-            recorder.oracles.append(Oracle.for_problem(task, problem, canvas, subject.encode, subject.end_ids))
+            recorder.oracles.append(Oracle.for_problem(task, problem, canvas, model.encode, model.end_ids))
     stuck: set[int] = set()
     with torch.inference_mode():
         while live := [i for i, row in enumerate(rows) if not row.finished and i not in stuck]:
@@ -169,14 +169,14 @@ def rollout(
                 recorder.live = torch.tensor(part)
                 running = [rows[i] for i in part]
                 query = ask(running)
-                outcomes = advance(running, query, subject.predict(query), may_wait=allow_empty)
+                outcomes = advance(running, query, model.predict(query), may_wait=allow_empty)
                 for i, outcome in zip(part, outcomes, strict=True):
                     if outcome.error is not None:
                         raise outcome.error
                     row = rows[i]
                     if allow_empty and not row.finished and row.block_step >= row.canvas.layout.block_length:
                         stuck.add(i)
-    texts = [subject.decode(row.text_tokens()) for row in rows]
+    texts = [model.decode(row.text_tokens()) for row in rows]
     right = [
         i not in stuck and task.check(problem, text)
         for i, (problem, text) in enumerate(zip(problems, texts, strict=True))
@@ -192,7 +192,7 @@ def rollout(
     )
 
 
-def _collect(recorder: _Recorder) -> Records:
+def _collect(recorder: _Recorder) -> Transitions:
     """The recorded steps as one, cloned out of inference mode."""
 
     def join(name: str, empty: float = 0) -> Tensor:
@@ -200,7 +200,7 @@ def _collect(recorder: _Recorder) -> Records:
 
     seen, optional = recorder.seen, recorder.lines[0]
     tokens = [each.tokens for each in seen if each.tokens is not None]
-    return Records(
+    return Transitions(
         row=torch.cat([line["row"] for line in recorder.lines]).clone(),
         seen=Observation(
             features=_one_width([each.features for each in seen]),

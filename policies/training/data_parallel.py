@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class World:
+class DataParallel:
     """Which of how many processes this is."""
 
     rank: int = 0
     size: int = 1
 
     @classmethod
-    def join(cls, backend: str = "gloo") -> "World":
+    def join(cls, backend: str = "gloo") -> "DataParallel":
         """Join the other processes if `torchrun` started this one."""
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls()

@@ -12,20 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from policies.checkpoint import Origin, PolicyCard, TrainedOn, save_policy
-from policies.choosers import Experts, Explorer, PolicyChooser, RuleChooser
-from policies.environment import Chooser, Rollout, rollout
-from policies.gradient import Batch, gradient_steps
-from policies.network import LoadedPolicy, UnmaskingPolicy
-from policies.preflight import CHECK_SEED, check_model, check_problems
-from policies.recipe import Collect, Fit, Grpo, PolicyRecipe, Shift
-from policies.rewards import DeviationScale, group_advantage, path_likelihood, reward
-from policies.run_state import RunState
-from policies.settings import Setting, settings_of
-from policies.subject import Subject
-from policies.supervised import Runs, fit
+from policies.model_under_test import ModelUnderTest
+from policies.network.policy_network import LoadedPolicy, UnmaskingPolicy
+from policies.serving.checkpoint import Origin, PolicyCard, TrainedOn, save_policy
 from policies.tasks import Problem
-from policies.world import World
+from policies.training.actors import Experts, Explorer, PolicyActor, RuleActor
+from policies.training.checkpointing import RunState
+from policies.training.data_parallel import DataParallel
+from policies.training.decoding_setup import DecodingSetup, settings_of
+from policies.training.fit import Runs, fit
+from policies.training.gradient import Batch, gradient_steps
+from policies.training.preflight import CHECK_SEED, check_model, check_problems
+from policies.training.recipe import Collect, Fit, Grpo, PolicyRecipe, Shift
+from policies.training.rewards import DeviationScale, group_advantage, path_likelihood, reward
+from policies.training.rollout import Actor, Rollout, rollout
 from samplers.learned.policy import Policy, PolicyParams
 from samplers.rules.threshold import Threshold
 
@@ -54,10 +54,10 @@ class PolicyTrainer:
 
     recipe: PolicyRecipe
     content: dict[str, Any]
-    subject: Subject
+    model: ModelUnderTest
     origin: Origin
     out: Path
-    world: World = field(default_factory=World)
+    world: DataParallel = field(default_factory=DataParallel)
     report: Report = lambda line: None
     stage: int = 0
     update: int = 0
@@ -74,7 +74,7 @@ class PolicyTrainer:
                 raise ValueError(f"{stage.prompts} prompts do not share out evenly over {self.world.size} processes")
         self.network = UnmaskingPolicy(self.recipe.policy)
         self.settings = settings_of(self.recipe)
-        check_model(self.recipe, self.settings, self.subject)
+        check_model(self.recipe, self.settings, self.model)
         self.optimizer: torch.optim.AdamW | None = None
         self.reference: UnmaskingPolicy | None = None
         self.scale = DeviationScale()
@@ -176,7 +176,7 @@ class PolicyTrainer:
                 shift = torch.tensor([rng.uniform(0, stage.shifts) for _ in range(count)])
                 temperature = torch.tensor([rng.choice((0.3, 1.0, 2.0)) for _ in range(count)])
                 speed = torch.full((count,), 0.5) if self.network.config.takes_speed else None
-                chooser: Chooser = PolicyChooser(self.network, speed, shift, temperature)
+                chooser: Actor = PolicyActor(self.network, speed, shift, temperature)
             else:
                 chooser = Explorer(count, rng.getrandbits(31), stage.always, stage.thresholds, setting.blocks)
             found = self._rollout(setting, problems, chooser, seeds, ask_oracle=asked)
@@ -210,16 +210,16 @@ class PolicyTrainer:
 
     def _rollout(
         self,
-        setting: Setting,
+        setting: DecodingSetup,
         problems: list[Problem],
-        chooser: Chooser,
+        chooser: Actor,
         seeds: list[int],
         *,
         allow_empty: bool = False,
         ask_oracle: bool = False,
     ) -> Rollout:
         return rollout(
-            self.subject,
+            self.model,
             setting.task,
             problems,
             chooser,
@@ -305,11 +305,11 @@ class PolicyTrainer:
         speed = speed_of(each_alpha, stage.alphas) if config.takes_speed else None
         place = torch.arange(len(mine) * members) % members
         expert = (place - stage.group).clamp(min=-1)
-        policy = PolicyChooser(self.network, speed, allow_empty=stage.allow_empty)
+        policy = PolicyActor(self.network, speed, allow_empty=stage.allow_empty)
         self.network.train().requires_grad_(True)
         threshold = Threshold()
         rules = [
-            RuleChooser(threshold, Threshold.Params(threshold=value), stage.expert_block_length)
+            RuleActor(threshold, Threshold.Params(threshold=value), stage.expert_block_length)
             for value in stage.experts
         ]
         began = time.monotonic()
@@ -381,7 +381,7 @@ class PolicyTrainer:
                     speed = None
                     if self.recipe.policy.takes_speed:
                         speed = float(speed_of(alpha, self._alphas()))
-                    chooser = RuleChooser(sampler, PolicyParams(speed=speed))
+                    chooser = RuleActor(sampler, PolicyParams(speed=speed))
                     found = self._rollout(setting, problems, chooser, list(range(count)))
                     worth = reward(found.correct, found.forwards, found.budget, alpha).mean()
                     value += float(worth) / len(self.settings) / len(self._alphas())

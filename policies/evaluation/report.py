@@ -6,13 +6,13 @@ from itertools import groupby
 
 from rich.table import Table
 
-from policies.evaluate import Measurement
-from policies.specs import sampler_label
+from policies.evaluation.measure import Measurement
+from policies.evaluation.sampler_spec import sampler_label
 from samplers import CacheMode
 
 
 @dataclass(frozen=True)
-class Setting:
+class DecodingSetting:
     """What the rows of one table have in common. No `block_length` is full diffusion."""
 
     block_length: int | None
@@ -22,7 +22,7 @@ class Setting:
     cache: CacheMode
 
     @classmethod
-    def of(cls, row: Measurement) -> "Setting":
+    def of(cls, row: Measurement) -> "DecodingSetting":
         return cls(row.block_length, row.fill_after_end, row.count, row.seed, row.cache)
 
     def title(self) -> str:
@@ -36,11 +36,11 @@ def kept(cache: CacheMode) -> str:
     return "" if cache is CacheMode.NONE else f", {cache} cache"
 
 
-def by_setting(rows: list[Measurement]) -> dict[Setting, list[Measurement]]:
+def by_setting(rows: list[Measurement]) -> dict[DecodingSetting, list[Measurement]]:
     """Rows of each setting, settings and rows in the order in which they were measured."""
-    groups: dict[Setting, list[Measurement]] = {}
+    groups: dict[DecodingSetting, list[Measurement]] = {}
     for row in rows:
-        groups.setdefault(Setting.of(row), []).append(row)
+        groups.setdefault(DecodingSetting.of(row), []).append(row)
     return groups
 
 
@@ -97,7 +97,7 @@ def table(rows: list[Measurement]) -> Table:
     shown = Table("task", "block", "sampler", title="accuracy against tokens per forward")
     for name in ("correct", "accuracy %", "95 %", "tokens", "forwards", "TPF", "seconds"):
         shown.add_column(name, justify="right", no_wrap=True)
-    for _, group in groupby(rows, key=lambda row: (Setting.of(row), row.task)):
+    for _, group in groupby(rows, key=lambda row: (DecodingSetting.of(row), row.task)):
         for row in group:
             block = "full" if row.block_length is None else str(row.block_length)
             interval = f"{100 * row.accuracy_low:.1f}-{100 * row.accuracy_high:.1f}"

@@ -6,13 +6,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from policies.environment import Chooser, Decision
-from policies.network import LoadedPolicy, UnmaskingPolicy
+from policies.network.policy_network import LoadedPolicy, UnmaskingPolicy
+from policies.training.rollout import Actor, Decision
 from samplers import Sampler, SamplerParams, Statistic, Step
 from samplers.learned.policy import bernoulli_draw, commit_at_least_one, dpls_draw, step_gumbel
 
 
-class PolicyChooser:
+class PolicyActor:
     """Draws from a policy at temperature 1, as training does.
 
     Args:
@@ -51,7 +51,7 @@ class PolicyChooser:
         return Decision(action, action if self._allow_empty else commit_at_least_one(action, logits, step.candidate))
 
 
-class RuleChooser:
+class RuleActor:
     """A sampler with its parameters, all rows alike.
 
     Args:
@@ -86,7 +86,7 @@ class Experts:
         expert: int64 [rollout rows]: -1 for the policy, or which of the rules.
     """
 
-    def __init__(self, policy: Chooser, rules: list[RuleChooser], expert: Tensor) -> None:
+    def __init__(self, policy: Actor, rules: list[RuleActor], expert: Tensor) -> None:
         self._choosers = [policy, *rules]
         self._expert = expert
         self.statistics = frozenset[Statistic]().union(*(each.statistics for each in self._choosers))
