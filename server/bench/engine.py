@@ -11,15 +11,15 @@ from samplers import Canvas, get_sampler
 from samplers.forward.query import Query
 from samplers.loop.denoising import ask
 from samplers.loop.row import Row
+from server.backends.torch.backend import TorchBackend
 from server.bench.products import bare_products
 from server.bench.reference import generate
 from server.bench.results import Result, alternate, ratio_of, spread, timed
 from server.bench.subjects import Subject
 from server.engine import Engine, Finished, GenerationRequest, Limits
 from server.engine.request import Event
-from server.engine.torch_backend import TorchBackend
-from server.metrics import Metrics
-from server.threads import apart
+from server.runtime.metrics import Metrics
+from server.runtime.threads import run_in_own_thread
 
 MIXED: list[tuple[str, dict[str, Any]]] = [
     ("topk", {}),
@@ -183,7 +183,7 @@ def _first_step(subject: Subject, count: int) -> Query:
 
 def _invariant(subject: Subject, rounds: int, detail: dict[str, Any]) -> Result:
     """What bitwise the same results cost: a forward of 16 rows, each computed on its own, over the usual one."""
-    query = apart(lambda: _first_step(subject, 16))
+    query = run_in_own_thread(lambda: _first_step(subject, 16))
     alone = TorchBackend(subject.backend.network, subject.backend.info, batch_invariant=True)
 
     invariant, usual = alternate(
@@ -194,9 +194,9 @@ def _invariant(subject: Subject, rounds: int, detail: dict[str, Any]) -> Result:
 
 def _matmul(subject: Subject, rounds: int, detail: dict[str, Any]) -> Result:
     """The matrix products of a forward alone, over the forward: the share of what the machine can do."""
-    backend, query = subject.backend, apart(lambda: _first_step(subject, 16))
+    backend, query = subject.backend, run_in_own_thread(lambda: _first_step(subject, 16))
     tokens = sum(canvas.layout.length for canvas in query.canvases)
-    bare, operations = apart(lambda: bare_products(subject.plain.config, tokens, len(query.row)))
+    bare, operations = run_in_own_thread(lambda: bare_products(subject.plain.config, tokens, len(query.row)))
     alone, whole = alternate(timed(bare), timed(lambda: backend.predict(query)), rounds)
     return ratio_of(
         "model_vs_matmul",

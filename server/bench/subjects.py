@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import save_file
 
 from policies.tasks import get_task
-from server.engine.torch_backend import TorchBackend
-from server.models.llada import LLaDA, LLaDAConfig
-from server.models.loading import EMBEDDED_NAME, describe, find_model, load_model, load_network
-from server.models.packing import pack_linear_layers
+from server.backends.loading import EMBEDDED_NAME, describe, find_model, load_model, load_network
+from server.backends.torch.backend import TorchBackend
+from server.models.checkpoint.packing import pack_linear_layers
+from server.models.families.llada import LLaDA, LLaDAConfig
 
 RANDOM_NAME = "random-100m"
 RANDOM = {

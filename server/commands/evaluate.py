@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from policies.evaluation.results import Results
     from policies.model_under_test import ModelUnderTest
     from policies.serving.store import PolicyStore
-    from server.engine.backend import ModelInfo
-    from server.models.loading import LoadedModel
+    from server.backends.contract import ModelInfo
+    from server.backends.loading import LoadedModel
 
 
 def register(app: typer.Typer) -> None:
@@ -179,7 +179,7 @@ def _for_model(trial: "Trial", info: "ModelInfo", cache: str | None) -> "Trial":
 
 def _open_results(path: Path | None, model: str | None, loaded: "LoadedModel") -> "Results":
     from policies.evaluation.results import Results, ResultsError, model_digest, open_results
-    from server.models.loading import find_model
+    from server.backends.loading import find_model
 
     digest = model_digest(find_model(model)[1])
     try:

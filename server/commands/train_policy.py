@@ -27,7 +27,7 @@ from server.commands.signals import stopping_on_signals
 if TYPE_CHECKING:
     from policies.serving.checkpoint import Origin
     from policies.training.trainer import PolicyTrainer, Report
-    from server.models.loading import LoadedModel
+    from server.backends.loading import LoadedModel
 
 
 def register(app: typer.Typer) -> None:
@@ -92,7 +92,7 @@ def _origin(model: str | None, loaded: "LoadedModel") -> "Origin":
     """What the policy's card says of the model."""
     from policies.evaluation.results import model_digest
     from policies.serving.checkpoint import Origin
-    from server.models.loading import find_model
+    from server.backends.loading import find_model
 
     info = loaded.backend.info
     return Origin(

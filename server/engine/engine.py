@@ -15,7 +15,7 @@ from samplers.loop.denoising import Outcome, advance, ask
 from samplers.loop.guard import Traits, incompatibility, own_params
 from samplers.loop.row import Row
 from samplers.loop.work import work
-from server.engine.backend import Backend, BackendDeadError, ModelInfo
+from server.backends.contract import Backend, BackendDeadError, ModelInfo
 from server.engine.generation import Deliver, Generation
 from server.engine.quota import Buckets
 from server.engine.request import (
@@ -33,8 +33,8 @@ from server.engine.request import (
 )
 from server.engine.scheduler import Limits, Scheduler
 from server.engine.watch import LOOKS, PATIENCE, Watch
-from server.metrics import Metrics
-from server.waiting import sleep_where_crowded
+from server.runtime.metrics import Metrics
+from server.runtime.waiting import sleep_where_crowded
 
 log = structlog.get_logger(__name__)
 

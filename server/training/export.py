@@ -14,7 +14,7 @@ from policies.evaluation.card import place
 from policies.files.atomic import write_together
 from policies.files.regular import read_text
 from policies.tasks import Split, Task, embedded_tasks, get_task
-from server.models.llada import LLaDAConfig
+from server.models.families.llada import LLaDAConfig
 from server.training.tokenizer import END, MASK
 from server.training.trainer import Trainer
 

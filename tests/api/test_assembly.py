@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.api.assembly import Detokenizer, StopStrings
-from server.models.text import TextCodec
+from server.api.generation.assembly import Detokenizer, StopStrings
+from server.models.text.codec import TextCodec
 from server.training.tokenizer import END, MASK
 
 

@@ -17,7 +17,7 @@ import uvicorn
 from uvicorn.server import ServerState
 
 from server.api.text_threads import SHORT_THREADS
-from server.connections import (
+from server.http.connections import (
     LITTLE,
     RESERVE,
     ConnectionLimits,
@@ -26,8 +26,8 @@ from server.connections import (
     check_connections,
     most_connections,
 )
-from server.lifecycle import SEND_BUFFER, listen
-from server.protocol import AHEAD, MAX_HEAD, MAX_HEADERS, SLICE, Protocol
+from server.http.lifecycle import SEND_BUFFER, listen
+from server.http.protocol import AHEAD, MAX_HEAD, MAX_HEADERS, SLICE, Protocol
 from tests.api.serving import PROMPT, Running, serving, until
 from tests.api.test_connections import BODY, Answers, connected, head, sized
 
@@ -282,7 +282,7 @@ def test_answers_that_nobody_reads_end_the_connection(hasty: Running) -> None:
 
 
 def test_a_stream_that_nobody_reads_ends_its_generations(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.lifecycle.SEND_BUFFER", 4096)
+    monkeypatch.setattr("server.http.lifecycle.SEND_BUFFER", 4096)
     body = {"prompt": PROMPT, "max_tokens": 200, "n": 16, "stream": True, "return_trajectory": True, "logprobs": 0}
     body |= {"sampler_params": {"k": 1}, "ignore_eos": True}
     with serving(tiny_model, write_timeout=0.3) as running, reading_little(running) as connection:
@@ -427,7 +427,7 @@ def test_connections_leave_descriptors_for_files(monkeypatch: pytest.MonkeyPatch
     def limit(files: int) -> None:
         monkeypatch.setattr(resource, "getrlimit", lambda _: (files, files))
 
-    monkeypatch.setattr("server.connections._open_files", lambda: 10)
+    monkeypatch.setattr("server.http.connections._open_files", lambda: 10)
     limit(256)
     assert most_connections(None) == 256 - 10 - RESERVE
     assert most_connections(100) == 100
@@ -461,7 +461,7 @@ def test_draining_does_not_wait_for_the_threads_that_make_texts_tokens(
         assert free.wait(30)
         return [1]
 
-    monkeypatch.setattr("server.api.tokens.encode_chat", slow)
+    monkeypatch.setattr("server.api.routes.tokens.encode_chat", slow)
     body = json.dumps({"messages": [{"role": "user", "content": "a"}]}).encode()
     with serving(tiny_model) as running, ExitStack() as stack:
         clients = [stack.enter_context(connected(running)) for _ in range(60)]
@@ -496,11 +496,11 @@ def test_prompts_that_wait_for_a_thread_are_not_made_tokens_once_the_server_stop
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[Any] = []
-    monkeypatch.setattr("server.api.completions.read_job", lambda *given: made.append(given))
+    monkeypatch.setattr("server.api.routes.completions.encode_prompts", lambda *given: made.append(given))
     with serving(tiny_model) as running:
         # Found out by the thread: what was asked before the server stopped may have waited for one.
         monkeypatch.setattr(running.engine, "check_room", lambda *_: None)
-        monkeypatch.setattr("server.api.generation._requests", lambda *_: pytest.fail("the prompt was read"))
+        monkeypatch.setattr("server.api.generation.run._requests", lambda *_: pytest.fail("the prompt was read"))
         running.engine.drain()
         assert running.post("/v1/completions", {"prompt": PROMPT}).status_code == 503
     assert not made
@@ -537,7 +537,7 @@ def test_the_system_keeps_little_of_an_answer() -> None:
 
 @pytest.mark.asyncio
 async def test_a_connection_that_cannot_be_looked_at_takes_no_other_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.connections.PERIOD", 0)
+    monkeypatch.setattr("server.http.connections.PERIOD", 0)
     fake = Connection(ConnectionLimits(header_timeout=0.01))
 
     class Broken(FakeTransport):
@@ -611,7 +611,7 @@ def test_answers_that_nobody_takes_have_a_budget(monkeypatch: pytest.MonkeyPatch
         def end(self) -> None:
             self.ended = True
 
-    monkeypatch.setattr("server.connections.MOST_UNREAD", 4 * LITTLE)
+    monkeypatch.setattr("server.http.connections.MOST_UNREAD", 4 * LITTLE)
     watch = Watch(ConnectionLimits(), (counted := []).append)  # type: ignore[var-annotated]
     given = ((2 * LITTLE, 3), (2 * LITTLE, 1), (LITTLE, 0), (2 * LITTLE, 9.5), (2 * LITTLE, 2))
     readers = [Reader(*each) for each in given]

@@ -9,9 +9,9 @@ from openai.types import completion_create_params as completion_params
 from openai.types.chat import completion_create_params as chat_params
 
 from samplers import list_samplers
-from server.api.bodies import MAX_UNKNOWN
-from server.api.fields import HARMLESS, REFUSED
-from server.api.requests import ChatBody, CompletionBody
+from server.api.schemas.bodies import MAX_UNKNOWN
+from server.api.schemas.fields import HARMLESS, REFUSED
+from server.api.schemas.requests import ChatBody, CompletionBody
 from tests.api.serving import PROMPT, Running, error_of
 
 CHAT, COMPLETE = "/v1/chat/completions", "/v1/completions"

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from server.connections import ConnectionLimits
-from server.incoming import FAST, READ, SMALL, Bodies
-from server.protocol import PACE
+from server.http.connections import ConnectionLimits
+from server.http.incoming import FAST, READ, SMALL, Bodies
+from server.http.protocol import PACE
 from tests.api.serving import serving, until
 from tests.api.test_connection_limits import GET, POST, Connection, rejected, soon
 from tests.api.test_connections import BODY, Answers, connected, head, sized
@@ -155,10 +155,10 @@ async def test_a_body_whose_client_does_not_read_is_looked_at_too() -> None:
 
 def test_others_are_served_while_bodies_are_held(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trimmed: list[None] = []
-    monkeypatch.setattr("server.lifecycle.FREED", BIG)
-    monkeypatch.setattr("server.lifecycle.QUIET", 2)
-    monkeypatch.setattr("server.lifecycle.give_back_heap", lambda: trimmed.append(None))
-    monkeypatch.setattr("server.protocol.PACE", 0.2)
+    monkeypatch.setattr("server.http.lifecycle.FREED", BIG)
+    monkeypatch.setattr("server.http.lifecycle.QUIET", 2)
+    monkeypatch.setattr("server.http.lifecycle.give_back_heap", lambda: trimmed.append(None))
+    monkeypatch.setattr("server.http.protocol.PACE", 0.2)
     with serving(tiny_model) as running, ExitStack() as stack:
         bodies = running.server._watch.bodies
         bodies.most = 2 * BIG

@@ -9,7 +9,7 @@ from typing import Literal
 import pytest
 import structlog
 
-from server.logging import configure_logging
+from server.runtime.logging import configure_logging
 
 EVIL = [
     "/a\x1b[2J",

@@ -9,7 +9,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics import MetricWrapperBase
 
-from server.metrics import Metrics
+from server.runtime.metrics import Metrics
 from tests.api.serving import PROMPT, Running, error_of, serving
 
 RECORDING = {
@@ -81,14 +81,14 @@ def test_labels_are_few_whatever_clients_send(server: Running) -> None:
         server.http.request(word.upper(), f"/v1/models/{word}", headers=headers)
         for field in ("model", "sampler", word):
             server.post("/v1/completions", {"prompt": "a", "max_tokens": 3, field: word}, headers=headers)
-        return set(server.metrics())
+        return set(server.runtime.metrics())
 
     before = ask("first")
     assert all(ask(word) == before for word in ("second", "third"))
 
 
 def test_metrics_tell_of_the_process_and_its_event_loop(server: Running) -> None:
-    found = server.metrics()
+    found = server.runtime.metrics()
     assert found[("process_resident_memory_bytes",)] > 10_000_000 and found[("process_open_fds",)] > 5
     assert found[("python_gc_collections_total", "2")] >= 0
     assert found[("dllm_event_loop_tasks",)] >= 1
@@ -136,7 +136,7 @@ def test_a_dashboards_median_is_right_from_a_millisecond_up(name: str, record: A
 
 
 def test_the_buckets_of_vllm_are_among_ours() -> None:
-    from server.metrics import E2E, FIRST_TOKEN, PER_TOKEN
+    from server.runtime.metrics import E2E, FIRST_TOKEN, PER_TOKEN
 
     assert {0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 60.0, 120.0, 960.0} <= set(E2E)
     assert {0.001, 0.005, 0.01, 0.25, 2.5, 640.0, 2560.0} <= set(FIRST_TOKEN)

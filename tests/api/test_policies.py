@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from policies.serving.checkpoint import WEIGHTS, save_policy
 from policies.serving.store import Stored
 from policies.serving.watched_folder import PolicyFolder
-from server.api.policies import Entries
-from server.api.responses import PIECE, WholeJson
+from server.api.routes.policies import Entries
+from server.api.schemas.responses import PIECE, WholeJson
 from tests.api.serving import NAME, PROMPT, Running, error_of, serving, until
 from tests.policies.tiny import card, network
 

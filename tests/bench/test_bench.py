@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 from samplers import Canvas, get_sampler
 from samplers.loop.denoising import denoise
 from samplers.loop.row import Row
+from server.backends.loading import load_model, load_network
+from server.backends.torch.backend import TorchBackend
 from server.bench.curves import measure_growth
 from server.bench.engine import measure_engine
 from server.bench.machine import in_words, instructions, machine
 from server.bench.reference import generate
 from server.bench.results import alternate, ratio_of, spread, write_results
 from server.bench.subjects import Subject, embedded
-from server.engine.torch_backend import TorchBackend
-from server.models.llada import LLaDA
-from server.models.loading import load_model, load_network
+from server.models.families.llada import LLaDA
 
 
 def tiny(folder: Path) -> Subject:

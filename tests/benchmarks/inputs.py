@@ -22,7 +22,7 @@ from policies.training.actors import Explorer
 from policies.training.fit import Runs, fit
 from policies.training.rollout import rollout
 from samplers.learned.policy import Policy
-from server.commands.options import open_model, model_under_test
+from server.commands.options import model_under_test, open_model
 
 ALL: tuple[Feature, ...] = (
     "confidence",

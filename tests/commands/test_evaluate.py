@@ -10,8 +10,8 @@ from policies.evaluation.plot import pareto_front
 from policies.evaluation.report import markdown
 from policies.evaluation.results import Results, add_row
 from policies.evaluation.wilson import wilson
+from server.backends.loading import load_model
 from server.commands.options import model_under_test
-from server.models.loading import load_model
 from tests.commands.application import read_json, refused, right
 from tests.installed import SAMPLER, Installed
 

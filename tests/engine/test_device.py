@@ -14,8 +14,8 @@ from samplers.forward.prediction import Prediction
 from samplers.forward.query import Query
 from samplers.loop.denoising import ask
 from samplers.loop.row import Row
-from server.engine.torch_backend import TorchBackend
-from server.models.loading import describe, load_network
+from server.backends.loading import describe, load_network
+from server.backends.torch.backend import TorchBackend
 
 
 class Watched(TorchBackend):

@@ -13,7 +13,7 @@ from samplers.forward.statistics import LogitBonus, StatisticsRequest
 from samplers.forward.summary import summarise
 from samplers.loop.denoising import ask
 from samplers.loop.row import Row
-from server.engine.vllm.instructions import Instruction, answers, read, together
+from server.backends.vllm.instructions import Instruction, answers, read, together
 from tests.samplers.models import MASK, VOCAB
 
 DRAWN = TokenChoice(0.8, 0.9, 5)

@@ -6,13 +6,13 @@ import threading
 
 import pytest
 
-from server.threads import apart
+from server.runtime.threads import run_in_own_thread
 
 LOAD = """
 import os, time, torch
 from server.engine import Limits
 from server.engine.memory import bound_memory
-from server.models.loading import load_model
+from server.backends.loading import load_model
 
 torch.set_num_threads(2)
 backend = load_model(None, device="cpu", dtype="float32").backend
@@ -35,6 +35,6 @@ def test_loading_and_measuring_leave_no_helpers() -> None:
 
 
 def test_what_is_done_apart_returns_or_raises() -> None:
-    assert apart(threading.current_thread) is not threading.current_thread()
+    assert run_in_own_thread(threading.current_thread) is not threading.current_thread()
     with pytest.raises(ZeroDivisionError):
-        apart(lambda: 1 // 0)
+        run_in_own_thread(lambda: 1 // 0)

@@ -14,9 +14,10 @@ from samplers.forward.span import ForwardSpan, KVSlot
 from samplers.forward.summary import summarise
 from samplers.loop.denoising import advance, ask, denoise
 from samplers.loop.row import Row
-from server.engine import Backend, torch_backend
-from server.engine.torch_backend import TorchBackend
-from server.models.loading import load_model
+from server.backends.loading import load_model
+from server.backends.torch import backend as torch_backend
+from server.backends.torch.backend import TorchBackend
+from server.engine import Backend
 
 
 @pytest.fixture(scope="module")

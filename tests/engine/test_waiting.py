@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from server.processors import Usage, allowed, quota, read_usage
-from server.waiting import CALM, Watch, sleep_where_crowded
+from server.runtime.processors import Usage, allowed, quota, read_usage
+from server.runtime.waiting import CALM, Watch, sleep_where_crowded
 
 SPUN = """
 import os, time, torch
-from server.waiting import Sleepers, openmp_libraries
+from server.runtime.waiting import Sleepers, openmp_libraries
 
 torch.set_num_threads(2)
 sleepers = Sleepers(openmp_libraries())
@@ -45,7 +45,7 @@ print(awake, asleep, spun())
 
 WATCHED = """
 import threading, torch
-import server.waiting as waiting
+import server.runtime.waiting as waiting
 
 torch.set_num_threads(2)
 come = threading.Event()
@@ -55,8 +55,8 @@ print(come.wait(20))
 """
 ENGINE = """
 from server.engine import Engine
-from server.metrics import Metrics
-from server.models.loading import load_model
+from server.runtime.metrics import Metrics
+from server.backends.loading import load_model
 
 engine = Engine(load_model(None, device="cpu", dtype="float32").backend, Metrics("a"))
 engine.start()

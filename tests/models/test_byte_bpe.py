@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.models.files import ModelError
-from server.models.text import TextCodec
+from server.models.text.codec import TextCodec
 from tests.tiny_dream import ADDED, write_tokenizer
 
 TEXTS = [

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from server.models.chat_template import ChatTemplate
-from server.models.text import ChatTemplateError, TextCodec
+from server.models.text.chat_template import ChatTemplate
+from server.models.text.codec import ChatTemplateError, TextCodec
 from tests.kinds_of_tokenizers import KINDS
 from tests.models.templates import AS_JSON, FIRST_PART, NAMES, OF_PARTS, PARTS_ONLY, TEMPLATES, TURNS
 

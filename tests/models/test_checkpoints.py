@@ -13,8 +13,8 @@ import torch
 from structlog.testing import capture_logs
 from torch import Tensor
 
-from server.engine.torch_backend import TorchBackend
-from server.models.loading import ModelError, load_model, load_network
+from server.backends.loading import ModelError, load_model, load_network
+from server.backends.torch.backend import TorchBackend
 from server.models.network import Network
 from tests.commands.application import refused
 from tests.decoders import FAST_DLLM, SDAR, SDAR_MOE, write_decoder
@@ -590,7 +590,7 @@ def test_the_familys_own_mask_token_is_known_by_its_name(tmp_path: Path, write: 
 def test_the_published_id_counts_only_where_the_tokenizer_has_a_mask(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from server.models import registry
+    from server.models.families import registry
 
     folder = tmp_path / "m"
     masked, plain, word = with_tokens(folder, "[MASK]", "<blank>", "unmasked")
@@ -899,5 +899,5 @@ def test_weights_that_do_not_fit_into_memory(tmp_path: Path, monkeypatch: pytest
         MemoryError(),
     )
     for error in errors:
-        monkeypatch.setattr("server.models.loading.load_weights", denied(error))
+        monkeypatch.setattr("server.backends.loading.load_weights", denied(error))
         assert line_of(folder) == f"{folder}: the weights do not fit into the memory of cpu"

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from samplers import Canvas, get_sampler
 from samplers.loop.denoising import ask
 from samplers.loop.row import Row
-from server.engine.torch_backend import TorchBackend
-from server.models.compiling import SMALLEST, compile_layers, padded_size, shapes_up_to
-from server.models.loading import describe, load_network
+from server.backends.loading import describe, load_network
+from server.backends.torch.backend import TorchBackend
+from server.models.checkpoint.compiling import SMALLEST, compile_layers, padded_size, shapes_up_to
 
 
 @given(st.integers(1, 1 << 20))

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
-from server.models import control_tokens
-from server.models.chat_template import ChatTemplate
-from server.models.encoding import one_encoding
-from server.models.text import ChatTemplateError, TextCodec, TextTooLongError
+from server.models.text import control_tokens
+from server.models.text.chat_template import ChatTemplate
+from server.models.text.codec import ChatTemplateError, TextCodec, TextTooLongError
+from server.models.text.encoding import one_encoding
 from tests.kinds_of_tokenizers import KINDS, SPECIAL, THINK
 from tests.models.templates import AS_JSON, EITHER, NAMES, OF_PARTS, PARTS_ONLY, TEMPLATES, TURNS
 

@@ -15,12 +15,12 @@ from samplers import CacheMode, Canvas, get_sampler
 from samplers.forward.statistics import NOTHING
 from samplers.loop.denoising import advance, ask, denoise
 from samplers.loop.row import Row
-from server.engine.torch_backend import TorchBackend
-from server.models.compiling import compile_layers
-from server.models.diffusion_gemma import DiffusionGemma, DiffusionGemmaConfig
+from server.backends.loading import describe, load_model, load_network
+from server.backends.torch.backend import TorchBackend
+from server.models.checkpoint.compiling import compile_layers
+from server.models.families.diffusion_gemma import DiffusionGemma, DiffusionGemmaConfig
 from server.models.files import ModelError
-from server.models.loading import describe, load_model, load_network
-from server.models.packed import KeyValues, RaggedBatch, Segment
+from server.models.ragged_batch import KeyValues, RaggedBatch, Segment
 from tests.tiny_gemma import CANVAS, WINDOW, tiny_gemma, tiny_gemma_config, write_tiny_gemma
 
 VOCABULARY = 90
@@ -34,9 +34,9 @@ def tokens(*shape: int, seed: int = 1) -> Tensor:
 def ours(network: DiffusionGemma, prompt: Tensor, draft: Tensor, said: Tensor | None = None) -> Tensor:
     """Logits [draft, vocabulary] of one draft after one prompt, given the logits said before."""
     first, length = len(prompt), len(prompt) + len(draft)
-    memory = network.room(length, network.decoder.embed_tokens.weight.dtype, CPU)
+    memory = network.new_kv_cache(length, network.decoder.embed_tokens.weight.dtype, CPU)
     if said is not None:
-        memory.said = first, network.remembered(said, NOTHING)
+        memory.self_conditioning = first, network.self_conditioning(said, NOTHING)
     row = Segment(0, length, len(draft), length, memory, draft=first)
     hidden = network.packed(RaggedBatch([row], torch.cat([prompt, draft]), torch.arange(first, length)))
     return network.head(hidden)
@@ -206,7 +206,7 @@ def test_what_was_said_before_counts_within_a_canvas_and_not_beyond(monkeypatch:
         return found
 
     told = confidences(row(backend, 1))
-    monkeypatch.setattr(DiffusionGemma, "remembered", lambda *_: None)
+    monkeypatch.setattr(DiffusionGemma, "self_conditioning", lambda *_: None)
     untold = confidences(row(backend, 1))
     assert told[0] == untold[0] and told[1] != untold[1]
 
@@ -216,7 +216,7 @@ def test_what_was_said_of_a_block_that_began_elsewhere_is_of_no_interest(begins:
     network = small().network
 
     def hidden(said: tuple[int, Tensor] | None) -> Tensor:
-        memory = KeyValues(network.room(4 + CANVAS, torch.float32, CPU).states, said)
+        memory = KeyValues(network.new_kv_cache(4 + CANVAS, torch.float32, CPU).states, said)
         row = Segment(0, 4 + CANVAS, CANVAS, 4 + CANVAS, memory, draft=4)
         return network.packed(RaggedBatch([row], tokens(4 + CANVAS), torch.arange(4, 4 + CANVAS)))
 
@@ -243,7 +243,7 @@ def test_logits_worked_off_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = small()
     whole, parts = row(backend, 4), row(backend, 4)
     denoise([whole], backend.predict)
-    monkeypatch.setattr("server.engine.torch_backend.LOGIT_ELEMENTS", 3 * VOCABULARY)
+    monkeypatch.setattr("server.backends.torch.backend.LOGIT_ELEMENTS", 3 * VOCABULARY)
     denoise([parts], backend.predict)
     assert parts.canvas.tokens.equal(whole.canvas.tokens)
 
@@ -264,7 +264,7 @@ def test_half_precision_runs() -> None:
     network = tiny_gemma(tiny_gemma_config(VOCABULARY))
     wide = ours(network, tokens(9), tokens(CANVAS))
     half = tiny_gemma(tiny_gemma_config(VOCABULARY)).to(torch.bfloat16)
-    memory = half.room(9 + CANVAS, torch.bfloat16, CPU)
+    memory = half.new_kv_cache(9 + CANVAS, torch.bfloat16, CPU)
     batch = RaggedBatch(
         [Segment(0, 17, 8, 17, memory, draft=9)], torch.cat([tokens(9), tokens(CANVAS)]), torch.arange(9, 17)
     )

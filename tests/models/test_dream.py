@@ -14,10 +14,10 @@ from torch import Tensor
 from samplers import CacheMode, Canvas, get_sampler
 from samplers.loop.denoising import ask, denoise
 from samplers.loop.row import Row
-from server.engine.torch_backend import TorchBackend
-from server.models.dream import Dream, DreamConfig
-from server.models.loading import LoadedModel, ModelError, describe, load_model
-from server.models.registry import find_family
+from server.backends.loading import LoadedModel, ModelError, describe, load_model
+from server.backends.torch.backend import TorchBackend
+from server.models.families.dream import Dream, DreamConfig
+from server.models.families.registry import find_family
 from tests.api.serving import serving
 from tests.tiny_dream import tiny_dream, tiny_dream_config, write_tiny_dream
 

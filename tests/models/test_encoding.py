@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-from server.models import text as text_module
-from server.models.chat_template import ChatTemplate
-from server.models.encoding import UNICODE_FORMS, TokenBound
-from server.models.text import TextCodec, TextTooLongError
+from server.models.text import codec as text_module
+from server.models.text.chat_template import ChatTemplate
+from server.models.text.codec import TextCodec, TextTooLongError
+from server.models.text.encoding import UNICODE_FORMS, TokenBound
 from tests.kinds_of_tokenizers import KINDS, SPECIAL, THINK
 from tests.models.templates import TURNS
 

@@ -9,10 +9,10 @@ from pydantic import ValidationError
 from samplers import AttentionPattern, Canvas, get_sampler
 from samplers.loop.denoising import ask
 from samplers.loop.row import Row
-from server.engine.torch_backend import TorchBackend
-from server.models.fast_dllm_v2 import FastDLLMConfig
-from server.models.loading import describe
-from server.models.registry import find_family
+from server.backends.loading import describe
+from server.backends.torch.backend import TorchBackend
+from server.models.families.fast_dllm_v2 import FastDLLMConfig
+from server.models.families.registry import find_family
 from tests.decoders import FAST_DLLM, block_mask, decoder_config, decoder_network, in_transformers
 
 VOCABULARY = 90

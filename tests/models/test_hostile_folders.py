@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from server.models import tokenizer_steps
+from server.backends.loading import _check_all_files, build_network, load_model
+from server.models.checkpoint.special_tokens import CONFIG, GENERATION
+from server.models.checkpoint.weights import SINGLE
 from server.models.config import MOST, MOST_LAYERS
 from server.models.files import MOST_JSON, MOST_TOKENIZER, ModelError
-from server.models.loading import _check_all_files, build_network, load_model
-from server.models.special_tokens import CONFIG, GENERATION
-from server.models.tokenizer_files import load_tokenizer
-from server.models.tokenizer_steps import MOST_STATE
-from server.models.weights import SINGLE
+from server.models.text import tokenizer_steps
+from server.models.text.tokenizer_files import load_tokenizer
+from server.models.text.tokenizer_steps import MOST_STATE
 from tests.decoders import FAST_DLLM, SDAR, SDAR_MOE, write_decoder
 from tests.models.test_loading import edit_json, shard
 from tests.tiny import write_tiny_model
@@ -219,7 +219,7 @@ def test_weights_that_memory_cannot_hold_are_never_made(
     tmp_path: Path, load_format: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write_tiny_model(tmp_path / "m")
-    monkeypatch.setattr("server.models.weights.available_memory", lambda device: 50_000)
+    monkeypatch.setattr("server.models.checkpoint.weights.available_memory", lambda device: 50_000)
     monkeypatch.setattr(torch.nn.Module, "load_state_dict", built)
     assert line_of(folder, load_format=load_format) == f"{folder}: the weights do not fit into the memory of cpu"
 

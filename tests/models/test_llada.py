@@ -7,8 +7,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from server.models.llada import LLaDA, LLaDAConfig
-from server.models.packed import RaggedBatch, Segment
+from server.models.families.llada import LLaDA, LLaDAConfig
+from server.models.ragged_batch import RaggedBatch, Segment
 from tests.tiny import tiny_config, tiny_network
 
 VOCABULARY = 90

@@ -15,10 +15,10 @@ from torch import Tensor
 from samplers import CacheMode, Canvas, get_sampler
 from samplers.loop.denoising import advance, ask, denoise
 from samplers.loop.row import Row
-from server.engine.torch_backend import TorchBackend
-from server.models import weights
-from server.models.llada2 import LLaDA2Config, Mixture, Router
-from server.models.loading import ModelError, describe, load_model
+from server.backends.loading import ModelError, describe, load_model
+from server.backends.torch.backend import TorchBackend
+from server.models.checkpoint import weights
+from server.models.families.llada2 import LLaDA2Config, Mixture, Router
 from tests.models.test_loading import LOAD_AND_MEASURE, WEIGHTS, shard
 from tests.tiny_moe import ROLE_END, llada2, llada2_config, write_model
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from samplers import Canvas, get_sampler
 from samplers.loop.denoising import denoise
 from samplers.loop.row import Row
-from server.engine.torch_backend import TorchBackend
+from server.backends.loading import describe, load_model
+from server.backends.torch.backend import TorchBackend
 from server.models.experts import SoftmaxMixture, highest, mix
-from server.models.llada_moe import LLaDAMoE, LLaDAMoEConfig
-from server.models.loading import describe, load_model
-from server.models.registry import find_family
+from server.models.families.llada_moe import LLaDAMoE, LLaDAMoEConfig
+from server.models.families.registry import find_family
 from tests.tiny_moe import ROLE_END, llada_moe, llada_moe_config, write_model
 
 

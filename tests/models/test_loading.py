@@ -16,8 +16,8 @@ from policies.files.atomic import write_together
 from samplers import Canvas, get_sampler
 from samplers.loop.denoising import ask
 from samplers.loop.row import Row
-from server.models import loading
-from server.models.loading import ModelError, choose_device, choose_dtype, load_model, load_network
+from server.backends import loading
+from server.backends.loading import ModelError, choose_device, choose_dtype, load_model, load_network
 from tests.tiny import tiny_tokenizer, write_tiny_model
 
 Break = Callable[[Path], object]
@@ -288,7 +288,7 @@ def test_dummy_weights_still_need_a_tokenizer_and_a_configuration(folder: Path) 
 
 LOAD_AND_MEASURE = """
 import sys
-from server.models.loading import load_model
+from server.backends.loading import load_model
 
 def peak():
     status = open("/proc/self/status").read()

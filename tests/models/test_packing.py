@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from server.models.llada import LLaDA, LLaDAConfig
-from server.models.packing import PackedLinear, pack_linear_layers
+from server.models.checkpoint.packing import PackedLinear, pack_linear_layers
+from server.models.families.llada import LLaDA, LLaDAConfig
 from tests.tiny import tiny_config
 
 

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from samplers import AttentionPattern
 from server.models.experts import SoftmaxMixture
-from server.models.registry import find_family
-from server.models.sdar import SDARConfig
-from server.models.sdar_moe import SDARMoEConfig
+from server.models.families.registry import find_family
+from server.models.families.sdar import SDARConfig
+from server.models.families.sdar_moe import SDARMoEConfig
 from tests.decoders import SDAR, SDAR_MOE, block_mask, decoder_config, decoder_network, in_transformers
 
 VOCABULARY = 90

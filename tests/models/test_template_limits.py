@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from server.models import chat_template, template_worker
-from server.models.chat_template import ChatTemplate, ChatTemplateError
 from server.models.files import ModelError
-from server.models.template_process import ANSWER, TEXT
-from server.models.template_worker import PROCESSES, TemplateLimitError, TemplateWorkers, template_workers
+from server.models.text import chat_template, template_worker
+from server.models.text.chat_template import ChatTemplate, ChatTemplateError
+from server.models.text.template_process import ANSWER, TEXT
+from server.models.text.template_worker import PROCESSES, TemplateLimitError, TemplateWorkers, template_workers
 
 TIME, MEMORY, TEXT_LENGTH, SOURCE = "processor time", "memory", "characters", "compiled"
 BOMBS = {
@@ -184,7 +184,7 @@ def test_an_answer_without_end_is_not_read(workers: TemplateWorkers) -> None:
 
 def test_it_has_no_keys_and_ends_with_its_server(monkeypatch: pytest.MonkeyPatch) -> None:
     program = (
-        "import time; from server.models.template_worker import template_workers as workers\n"
+        "import time; from server.models.text.template_worker import template_workers as workers\n"
         "workers().render('a', {}); print(workers().pids[0], flush=True); time.sleep(60)"
     )
     monkeypatch.setenv("UNMASK_API_KEY", "secret")

@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
 from server.models.files import ModelError
-from server.models.text import ChatTemplateError, TextCodec
+from server.models.text.codec import ChatTemplateError, TextCodec
 from tests.kinds_of_tokenizers import KINDS
 from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from server.api.assembly import Detokenizer, TokenTexts
-from server.models.text import TextCodec
+from server.api.generation.assembly import Detokenizer, TokenTexts
+from server.models.text.codec import TextCodec
 from tests.kinds_of_tokenizers import KINDS, SPECIAL
 
 TEXTS = [

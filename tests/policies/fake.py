@@ -9,7 +9,7 @@ from policies.model_under_test import ModelUnderTest
 from policies.tasks import Problem, Task
 from samplers import Canvas, Prediction
 from samplers.forward.query import Query
-from server.models.text import TextCodec
+from server.models.text.codec import TextCodec
 from server.training.tokenizer import build_tokenizer
 
 MASK_ID, END_ID = 0, 1

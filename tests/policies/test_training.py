@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from policies.network.policy_network import LoadedPolicy, PolicyConfig, UnmaskingPolicy, score
 from policies.serving.checkpoint import Origin, load_policy
-from policies.training import decoding_setup as settings
+from policies.training import decoding_setup
 from policies.training import trainer as trainer_module
 from policies.training.actors import Explorer, RuleActor
 from policies.training.data_parallel import DataParallel
@@ -46,7 +46,7 @@ TAKES_SPEED = {"policy": SMALL | {"region": False, "takes_speed": True}}
 
 @pytest.fixture(autouse=True)
 def ready_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(settings, "get_task", lambda name: ReadySet())
+    monkeypatch.setattr(decoding_setup, "get_task", lambda name: ReadySet())
 
 
 def trainer(run: PolicyRecipe, out: Path, luck: float = 0.5, world: DataParallel | None = None) -> PolicyTrainer:
@@ -122,7 +122,7 @@ def test_tasks_and_block_lengths_take_turns(tmp_path: Path, monkeypatch: pytest.
         task.name, task.gen_length = name, lengths[name]  # type: ignore[misc]
         return task
 
-    monkeypatch.setattr(settings, "get_task", get_task)
+    monkeypatch.setattr(decoding_setup, "get_task", get_task)
     mixed = {"tasks": ["short", "long"], "block_lengths": ["full", 4], "batch": 4, "check": 3, "save_every": 3}
     made = trainer(recipe(COLLECT | {"runs": 64}, FIT, GRPO | {"updates": 4}, **mixed), tmp_path)
     made.run()
@@ -206,13 +206,13 @@ def test_speeds_of_alphas() -> None:
 PROCESS = """
 import sys, torch
 from pathlib import Path
-from policies import settings
+from policies.training import decoding_setup
 from policies.training.data_parallel import DataParallel
 from tests.policies.test_training import trainer, RICH_GRPO, TAKES_SPEED
 from tests.policies.tiny import recipe
 from tests.policies.toys import ReadySet
 torch.set_num_threads(1)
-settings.get_task = lambda name: ReadySet()
+decoding_setup.get_task = lambda name: ReadySet()
 world = DataParallel.join()
 made = trainer(recipe(RICH_GRPO | {"updates": 2}, **TAKES_SPEED), Path(sys.argv[1]) / str(world.rank), world=world)
 stage = made.recipe.stage[0]

@@ -10,8 +10,8 @@ from policies.evaluation.sampler_spec import SamplerSpec
 from policies.serving.checkpoint import load_policy
 from policies.serving.store import ZOO, PolicyStore, ServedModel
 from policies.tasks import get_task
+from server.backends.loading import LoadedModel, load_model
 from server.commands.options import model_under_test
-from server.models.loading import LoadedModel, load_model
 
 FOLDERS = sorted(folder for folder in ZOO.iterdir() if folder.is_dir())
 
