@@ -29,7 +29,7 @@ from server.http.connections import (
 from server.http.lifecycle import SEND_BUFFER, listen
 from server.http.protocol import AHEAD, MAX_HEAD, MAX_HEADERS, SLICE, Protocol
 from tests.api.serving import PROMPT, Running, serving, until
-from tests.api.test_connections import BODY, Answers, connected, head, sized
+from tests.http.test_connections import BODY, Answers, connected, head, sized
 
 GET = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
 POST = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n"

@@ -208,7 +208,7 @@ import sys, torch
 from pathlib import Path
 from policies.training import decoding_setup
 from policies.training.data_parallel import DataParallel
-from tests.policies.test_training import trainer, RICH_GRPO, TAKES_SPEED
+from tests.policies.training.test_trainer import trainer, RICH_GRPO, TAKES_SPEED
 from tests.policies.tiny import recipe
 from tests.policies.toys import ReadySet
 torch.set_num_threads(1)
@@ -228,7 +228,7 @@ world.leave()
 
 def test_two_processes_have_the_gradients_of_one_with_the_joint_batch(tmp_path: Path) -> None:
     """With gloo, as `torchrun` starts them."""
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     base = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     alone, pair = tmp_path / "alone", tmp_path / "pair"
     alone.mkdir(), pair.mkdir()

@@ -11,8 +11,8 @@ from server.http.connections import ConnectionLimits
 from server.http.incoming import FAST, READ, SMALL, Bodies
 from server.http.protocol import PACE
 from tests.api.serving import serving, until
-from tests.api.test_connection_limits import GET, POST, Connection, rejected, soon
-from tests.api.test_connections import BODY, Answers, connected, head, sized
+from tests.http.test_connection_limits import GET, POST, Connection, rejected, soon
+from tests.http.test_connections import BODY, Answers, connected, head, sized
 
 BIG = 10 * SMALL
 

@@ -13,7 +13,7 @@ from server.models.text.chat_template import ChatTemplate
 from server.models.text.codec import TextCodec, TextTooLongError
 from server.models.text.encoding import UNICODE_FORMS, TokenBound
 from tests.kinds_of_tokenizers import KINDS, SPECIAL, THINK
-from tests.models.templates import TURNS
+from tests.models.text.templates import TURNS
 
 NAMED = {"bos_token": "<bos>", "eos_token": "<eos>", "mask_token": "<mask>"}
 BOUNDED = ["gemma", "llama", "first_space", "byte_level", "replacing", "repeating", "embedded"]

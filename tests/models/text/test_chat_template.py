@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from server.models.text.chat_template import ChatTemplate
 from server.models.text.codec import ChatTemplateError, TextCodec
 from tests.kinds_of_tokenizers import KINDS
-from tests.models.templates import AS_JSON, FIRST_PART, NAMES, OF_PARTS, PARTS_ONLY, TEMPLATES, TURNS
+from tests.models.text.templates import AS_JSON, FIRST_PART, NAMES, OF_PARTS, PARTS_ONLY, TEMPLATES, TURNS
 
 NAMED = {"bos_token": "<bos>", "eos_token": "<eos>", "mask_token": "<mask>"}
 CHATS: list[list[dict[str, Any]]] = [

@@ -20,8 +20,8 @@ from server.models.files import MOST_JSON, MOST_TOKENIZER, ModelError
 from server.models.text import tokenizer_steps
 from server.models.text.tokenizer_files import load_tokenizer
 from server.models.text.tokenizer_steps import MOST_STATE
+from tests.backends.test_loading import edit_json, shard
 from tests.decoders import FAST_DLLM, SDAR, SDAR_MOE, write_decoder
-from tests.models.test_loading import edit_json, shard
 from tests.tiny import write_tiny_model
 from tests.tiny_dream import write_tiny_dream
 from tests.tiny_gemma import write_tiny_gemma

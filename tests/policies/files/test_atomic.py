@@ -22,7 +22,7 @@ from policies.serving.checkpoint import CARD, NEXT, WEIGHTS, PolicyError, load_p
 from tests.kills import Writer, kill_at_every_step, kill_somewhere, plain_writers, watch
 from tests.writers import all_writers, policies, row
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SAVING = {"policies.serving.checkpoint.save_policy", "policies.files.atomic.write_files"}
 
 

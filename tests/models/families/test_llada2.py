@@ -19,7 +19,7 @@ from server.backends.loading import ModelError, describe, load_model
 from server.backends.torch.backend import TorchBackend
 from server.models.checkpoint import weights
 from server.models.families.llada2 import LLaDA2Config, Mixture, Router
-from tests.models.test_loading import LOAD_AND_MEASURE, WEIGHTS, shard
+from tests.backends.test_loading import LOAD_AND_MEASURE, WEIGHTS, shard
 from tests.tiny_moe import ROLE_END, llada2, llada2_config, write_model
 
 

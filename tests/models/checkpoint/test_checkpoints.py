@@ -16,9 +16,9 @@ from torch import Tensor
 from server.backends.loading import ModelError, load_model, load_network
 from server.backends.torch.backend import TorchBackend
 from server.models.network import Network
+from tests.backends.test_loading import INDEX, LOAD_AND_MEASURE, WEIGHTS, edit_json, edit_weights, shard
 from tests.commands.application import refused
 from tests.decoders import FAST_DLLM, SDAR, SDAR_MOE, write_decoder
-from tests.models.test_loading import INDEX, LOAD_AND_MEASURE, WEIGHTS, edit_json, edit_weights, shard
 from tests.tiny import tiny_tokenizer, write_tiny_model
 from tests.tiny_dream import write_tiny_dream
 from tests.tiny_gemma import write_tiny_gemma
