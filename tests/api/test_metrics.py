@@ -81,14 +81,14 @@ def test_labels_are_few_whatever_clients_send(server: Running) -> None:
         server.http.request(word.upper(), f"/v1/models/{word}", headers=headers)
         for field in ("model", "sampler", word):
             server.post("/v1/completions", {"prompt": "a", "max_tokens": 3, field: word}, headers=headers)
-        return set(server.runtime.metrics())
+        return set(server.metrics())
 
     before = ask("first")
     assert all(ask(word) == before for word in ("second", "third"))
 
 
 def test_metrics_tell_of_the_process_and_its_event_loop(server: Running) -> None:
-    found = server.runtime.metrics()
+    found = server.metrics()
     assert found[("process_resident_memory_bytes",)] > 10_000_000 and found[("process_open_fds",)] > 5
     assert found[("python_gc_collections_total", "2")] >= 0
     assert found[("dllm_event_loop_tasks",)] >= 1

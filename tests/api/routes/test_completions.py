@@ -212,7 +212,7 @@ def test_a_stop_token_ends_the_text(server: Running) -> None:
 def test_a_stop_string_ends_the_text_before_it(server: Running, stream: bool) -> None:
     text = server.complete(block_length=1, max_tokens=64)["choices"][0]["text"]
     stop = text[11:16]
-    before = server.runtime.metrics()
+    before = server.metrics()
     body = {"prompt": PROMPT, "max_tokens": 64, "block_length": 1, "stop": ["never there", stop], "stream": stream}
     if stream:
         body["stream_options"] = {"include_usage": True}
@@ -228,7 +228,7 @@ def test_a_stop_string_ends_the_text_before_it(server: Running, stream: bool) ->
     assert got == text[: text.index(stop)]
     assert reason == "stop"
     assert usage["completion_tokens"] < 64, "the generation must have been ended"
-    after = server.runtime.metrics()
+    after = server.metrics()
     for name, count in (
         ("dllm_generation_tokens_total", usage["completion_tokens"]),
         ("dllm_forward_passes_total", usage["completion_tokens_details"]["forward_passes"]),

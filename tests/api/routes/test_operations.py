@@ -49,9 +49,9 @@ async def _all_at_once(server: Running, bodies: list[dict[str, Any]]) -> list[An
 
 def test_requests_in_flight_together_equal_each_alone_and_metrics_add_up(server: Running) -> None:
     alone = [server.complete(**body) for body in mixture()]
-    before = server.runtime.metrics()
+    before = server.metrics()
     together = asyncio.run(_all_at_once(server, mixture()))
-    after = server.runtime.metrics()
+    after = server.metrics()
     for one, other in zip(alone, together, strict=True):
         assert other.choices[0].text == one["choices"][0]["text"]
         tokens = [[step["positions"], step["tokens"]] for step in other.choices[0].to_dict()["trajectory"]]
@@ -77,9 +77,9 @@ def test_requests_in_flight_together_equal_each_alone_and_metrics_add_up(server:
 
 
 def test_metrics_add_up_with_several_prompts_and_choices(server: Running) -> None:
-    before = server.runtime.metrics()
+    before = server.metrics()
     usage = server.complete(prompt=[PROMPT, "8"], n=3, suffix=" So", temperature=1.0)["usage"]
-    after = server.runtime.metrics()
+    after = server.metrics()
     for name, labels, count in (
         ("dllm_prompt_tokens_total", (), usage["prompt_tokens"]),
         ("dllm_generation_tokens_total", ("topk",), usage["completion_tokens"]),
