@@ -3,12 +3,12 @@
 from fastapi import FastAPI
 
 from server.api.errors import add_error_handlers
-from server.api.generation.model_names import ModelNames, default_sampler
 from server.api.middleware.auth import ApiKeys
 from server.api.middleware.body_limit import BodyLimit
 from server.api.middleware.head import HeadAsGet
 from server.api.middleware.paths import PlainPaths
 from server.api.middleware.request_id import RequestId
+from server.api.model_names import ModelNames, default_sampler
 from server.api.owner import Owners
 from server.api.routes import chat, completions, models, operations, policies, samplers, tokens
 from server.api.schemas.openapi import complete_openapi

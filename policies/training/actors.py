@@ -79,7 +79,7 @@ def _first_block(candidate: Tensor, block_length: int) -> Tensor:
     return position // block_length == candidate.int().argmax(dim=1, keepdim=True) // block_length
 
 
-class Experts:
+class ExpertMixture:
     """Rows marked as expert's follow a rule, the others a policy.
 
     Args:

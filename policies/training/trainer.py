@@ -16,7 +16,7 @@ from policies.model_under_test import ModelUnderTest
 from policies.network.policy_network import LoadedPolicy, UnmaskingPolicy
 from policies.serving.checkpoint import Origin, PolicyCard, TrainedOn, save_policy
 from policies.tasks import Problem
-from policies.training.actors import Experts, Explorer, PolicyActor, RuleActor
+from policies.training.actors import ExpertMixture, Explorer, PolicyActor, RuleActor
 from policies.training.checkpointing import RunState
 from policies.training.data_parallel import DataParallel
 from policies.training.decoding_setup import DecodingSetup, settings_of
@@ -316,7 +316,7 @@ class PolicyTrainer:
         found = self._rollout(
             setting,
             [problem for problem, _, _ in mine for _ in range(members)],
-            Experts(policy, rules, expert) if rules else policy,
+            ExpertMixture(policy, rules, expert) if rules else policy,
             [seed for _, _, seeds in mine for seed in seeds],
             allow_empty=stage.allow_empty,
         )

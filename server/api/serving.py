@@ -3,7 +3,7 @@
 import time
 from dataclasses import dataclass, field
 
-from server.api.generation.model_names import ModelNames
+from server.api.model_names import ModelNames
 from server.api.owner import Owners
 from server.api.text_threads import TextThreads
 from server.engine import Engine

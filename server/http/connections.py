@@ -77,7 +77,7 @@ class ConnectionLimits:
 
 
 @dataclass(eq=False)
-class Watch:
+class ConnectionWatch:
     """All connections of one server.
 
     Attributes:

@@ -15,7 +15,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from server.engine import Engine
-from server.http.connections import ConnectionLimits, Watch, most_connections
+from server.http.connections import ConnectionLimits, ConnectionWatch, most_connections
 from server.http.protocol import Protocol
 from server.runtime.allocator import give_back_heap
 from server.settings import Settings
@@ -76,7 +76,7 @@ class DrainingServer(uvicorn.Server):
             settings.keep_alive,
             most_connections(settings.max_connections),
         )
-        watch = Watch(limits, engine.metrics.rejected)
+        watch = ConnectionWatch(limits, engine.metrics.rejected)
         config = uvicorn.Config(
             app,
             http=partial(Protocol, watch=watch),  # type: ignore[arg-type] # anything that makes protocols will do

@@ -24,7 +24,7 @@ from server.api.errors import (
     error_response,
 )
 from server.engine import NotServingError
-from server.http.connections import LITTLE, Watch
+from server.http.connections import LITTLE, ConnectionWatch
 
 STATUS_LINE = b"HTTP/1.1 "
 """How every answer begins, whatever its status."""
@@ -93,7 +93,7 @@ class Protocol(HttpToolsProtocol):
     _leaves_by: float | None = None  # when a refused client's time is up
     _taken = 0  # bytes that the client has taken
 
-    def __init__(self, *args: Any, watch: Watch, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, watch: ConnectionWatch, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._watch = watch
         self._limits = watch.limits

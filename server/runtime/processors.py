@@ -54,7 +54,7 @@ def _lines(path: Path) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Usage:
+class ProcessorUsage:
     """Seconds so far.
 
     Attributes:
@@ -67,12 +67,12 @@ class Usage:
     busy: float
     own: float
 
-    def others_until(self, later: "Usage") -> float:
+    def others_until(self, later: "ProcessorUsage") -> float:
         """Processors that others kept busy between two readings."""
         return max(0.0, (later.busy - self.busy) - (later.own - self.own)) / (later.at - self.at)
 
 
-def read_usage() -> Usage | None:
+def read_usage() -> ProcessorUsage | None:
     """How long processors have worked; None where the system does not say (it is not Linux)."""
     mine, busy = {f"cpu{number}" for number in allowed()}, 0
     lines = _lines(Path("/proc/stat"))
@@ -81,4 +81,4 @@ def read_usage() -> Usage | None:
         if name in mine:
             user, nice, system, _idle, _wait, hard, soft, stolen = map(int, ticks[:8])
             busy += user + nice + system + hard + soft + stolen
-    return Usage(time.monotonic(), busy * TICK, time.process_time()) if lines else None
+    return ProcessorUsage(time.monotonic(), busy * TICK, time.process_time()) if lines else None

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from server.runtime.processors import Usage, allowed, read_usage
+from server.runtime.processors import ProcessorUsage, allowed, read_usage
 
 CHOSEN_BY = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 """Variables with which a user decides how threads wait."""
@@ -84,7 +84,7 @@ def openmp_libraries() -> list[ctypes.CDLL]:
     return [ctypes.CDLL(path) for path in sorted(paths)]
 
 
-class Watch:
+class CrowdWatch:
     """Decides from looks at the processors whether there are enough for our threads.
 
     Args:
@@ -95,11 +95,11 @@ class Watch:
     def __init__(self, needed: Callable[[], int], processors: Callable[[], int]) -> None:
         self._needed = needed
         self._processors = processors
-        self._last: Usage | None = None
+        self._last: ProcessorUsage | None = None
         self._calm = 0
         self.crowded = False
 
-    def look(self, usage: Usage) -> bool:
+    def look(self, usage: ProcessorUsage) -> bool:
         """Take one reading; whether threads should wait asleep until the next."""
         last, self._last = self._last, usage
         if last is not None:
@@ -124,7 +124,7 @@ def sleep_where_crowded() -> None:
 
 
 def _watch(sleepers: Sleepers) -> None:
-    watch, never = Watch(torch.get_num_threads, lambda: len(allowed())), threading.Event()
+    watch, never = CrowdWatch(torch.get_num_threads, lambda: len(allowed())), threading.Event()
     while True:
         usage = read_usage()
         assert usage is not None

@@ -21,8 +21,8 @@ from server.http.connections import (
     LITTLE,
     RESERVE,
     ConnectionLimits,
+    ConnectionWatch,
     TooFewDescriptorsError,
-    Watch,
     check_connections,
     most_connections,
 )
@@ -200,7 +200,7 @@ class Connection:
         self.counted: list[str] = []
         self.asked: list[str] = []
         self.answer = asyncio.Event()
-        self.watch = Watch(limits or ConnectionLimits(), self.counted.append)
+        self.watch = ConnectionWatch(limits or ConnectionLimits(), self.counted.append)
         config = uvicorn.Config(self._app, lifespan="off", log_config=None)
         config.load()
         config.loaded_app = self._app
@@ -612,7 +612,7 @@ def test_answers_that_nobody_takes_have_a_budget(monkeypatch: pytest.MonkeyPatch
             self.ended = True
 
     monkeypatch.setattr("server.http.connections.MOST_UNREAD", 4 * LITTLE)
-    watch = Watch(ConnectionLimits(), (counted := []).append)  # type: ignore[var-annotated]
+    watch = ConnectionWatch(ConnectionLimits(), (counted := []).append)  # type: ignore[var-annotated]
     given = ((2 * LITTLE, 3), (2 * LITTLE, 1), (LITTLE, 0), (2 * LITTLE, 9.5), (2 * LITTLE, 2))
     readers = [Reader(*each) for each in given]
     watch.open = set(readers)  # type: ignore[arg-type]

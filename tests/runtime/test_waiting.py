@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from server.runtime.processors import Usage, allowed, quota, read_usage
-from server.runtime.waiting import CALM, Watch, sleep_where_crowded
+from server.runtime.processors import ProcessorUsage, allowed, quota, read_usage
+from server.runtime.waiting import CALM, CrowdWatch, sleep_where_crowded
 
 SPUN = """
 import os, time, torch
@@ -97,27 +97,27 @@ def test_what_the_environment_says_stays(variable: str, monkeypatch: pytest.Monk
     assert threading.active_count() == before
 
 
-def looks(watch: Watch, *others: float) -> list[bool]:
+def looks(watch: CrowdWatch, *others: float) -> list[bool]:
     """What it decides when others keep so many processors busy, a second each, beside one of our own."""
-    usage = Usage(0.0, 0.0, 0.0)
+    usage = ProcessorUsage(0.0, 0.0, 0.0)
     found = [watch.look(usage)]
     for each in others:
-        usage = Usage(usage.at + 1, usage.busy + 1 + each, usage.own + 1)
+        usage = ProcessorUsage(usage.at + 1, usage.busy + 1 + each, usage.own + 1)
         found.append(watch.look(usage))
     return found[1:]
 
 
 def test_it_is_crowded_when_others_use_what_our_threads_need() -> None:
-    assert looks(Watch(lambda: 2, lambda: 2), 0.0, 0.1, 1.0) == [False, False, True]
-    assert looks(Watch(lambda: 1, lambda: 2), 1.0, 2.0) == [False, False]  # a thread alone waits for nobody
-    assert looks(Watch(lambda: 2, lambda: 8), 5.0, 7.0, 8.0) == [False, True, True]
-    assert looks(Watch(lambda: 4, lambda: 2), 0.0) == [True]  # more threads than processors
+    assert looks(CrowdWatch(lambda: 2, lambda: 2), 0.0, 0.1, 1.0) == [False, False, True]
+    assert looks(CrowdWatch(lambda: 1, lambda: 2), 1.0, 2.0) == [False, False]  # a thread alone waits for nobody
+    assert looks(CrowdWatch(lambda: 2, lambda: 8), 5.0, 7.0, 8.0) == [False, True, True]
+    assert looks(CrowdWatch(lambda: 4, lambda: 2), 0.0) == [True]  # more threads than processors
 
 
 def test_threads_wait_awake_again_only_after_a_while() -> None:
-    watch = Watch(lambda: 2, lambda: 2)
+    watch = CrowdWatch(lambda: 2, lambda: 2)
     assert looks(watch, 1.0, *[0.0] * CALM) == [True] * CALM + [False]
-    assert looks(Watch(lambda: 2, lambda: 2), 1.0, 0.0, 1.0, *[0.0] * CALM) == [True] * (CALM + 2) + [False]
+    assert looks(CrowdWatch(lambda: 2, lambda: 2), 1.0, 0.0, 1.0, *[0.0] * CALM) == [True] * (CALM + 2) + [False]
 
 
 def test_our_own_work_is_not_others_and_others_is() -> None:

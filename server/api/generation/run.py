@@ -12,8 +12,8 @@ from samplers import CacheMode, Layout, TokenChoice, is_ours
 from samplers.learned.policy import Policy, PolicyParams
 from server.api.errors import budget_headers
 from server.api.generation.choices import Choice
-from server.api.generation.model_names import SamplerChoice, Wish, stated
 from server.api.generation.stopping import TextStop
+from server.api.model_names import SamplerChoice, Wish, stated
 from server.api.schemas.requests import DEFAULT_MAX_TOKENS, INT64, ChatBody, GenerationBody
 from server.api.schemas.responses import EffectiveSettings, Usage
 from server.api.serving import Serving

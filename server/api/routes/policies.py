@@ -11,8 +11,8 @@ from fastapi import FastAPI, Request, Response
 from policies.serving.checkpoint import PolicyError
 from policies.serving.store import Stored, UnknownPolicyError
 from server.api.errors import ForbiddenError, NotFoundError
-from server.api.generation.model_names import POLICY
 from server.api.middleware.auth import KnownKeys
+from server.api.model_names import POLICY
 from server.api.schemas.bodies import read_body, show
 from server.api.schemas.openapi import ADMIN_ERRORS, ERRORS, LOOKUP_ERRORS, body_of
 from server.api.schemas.requests import PolicyBody

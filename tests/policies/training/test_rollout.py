@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from policies.network.policy_network import PolicyConfig, score
-from policies.training.actors import Experts, Explorer, PolicyActor, RuleActor
+from policies.training.actors import ExpertMixture, Explorer, PolicyActor, RuleActor
 from policies.training.log_likelihoods import bernoulli_log_prob, dpls_log_prob
 from policies.training.rollout import Actor, Decision, Rollout, rollout
 from samplers import Step
@@ -106,7 +106,7 @@ def test_experts_work_in_blocks_of_their_own() -> None:
         RuleActor(TopK(), TopK.Params(k=1), block_length=4),
         RuleActor(Threshold(), Threshold.Params(threshold=0.75)),
     ]
-    chooser = Experts(PolicyActor(network(**CONFIG.model_dump())), rules, expert)
+    chooser = ExpertMixture(PolicyActor(network(**CONFIG.model_dump())), rules, expert)
     found = run(chooser, luck=0.0, record=CONFIG)
     records = found.records
     assert records is not None
