@@ -65,6 +65,7 @@ conformance: .venv/.test
 test-vllm: .venv-vllm/.test
 	$(VLLM) -m pytest -m vllm tests/vllm
 	UNMASK_TEST_ENGINE=vllm $(VLLM) -m pytest tests/api
+	UNMASK_TEST_ENGINE=vllm $(VLLM) -m pytest tests/http
 
 test-image: .venv/.test
 	$(BIN)/python -m pytest -m image tests/deploy

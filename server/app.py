@@ -2,23 +2,23 @@
 
 from fastapi import FastAPI
 
-from server.api import chat, completions, models, operations, policies, samplers, tokens
-from server.api.catalogue import Catalogue, default_rule
 from server.api.errors import add_error_handlers
 from server.api.middleware.auth import ApiKeys
 from server.api.middleware.body_limit import BodyLimit
 from server.api.middleware.head import HeadAsGet
 from server.api.middleware.paths import PlainPaths
 from server.api.middleware.request_id import RequestId
-from server.api.openapi import complete_openapi
+from server.api.model_names import ModelNames, default_sampler
 from server.api.owner import Owners
+from server.api.routes import chat, completions, models, operations, policies, samplers, tokens
+from server.api.schemas.openapi import complete_openapi
 from server.api.serving import Serving
 from server.api.text_threads import TextThreads
 from server.engine import Engine, Limits, Quota
-from server.metrics import Metrics
-from server.models.text import TextCodec
+from server.models.text.codec import TextCodec
+from server.runtime.metrics import Metrics
+from server.runtime.version import VERSION
 from server.settings import Settings
-from server.version import VERSION
 
 
 def limits_of(settings: Settings) -> Limits:
@@ -34,9 +34,9 @@ def create_app(engine: Engine, text: TextCodec, metrics: Metrics, settings: Sett
     Raises RequestError for `sampler` or `sampler_params` if the settings' default sampler does not exist or fit.
     """
     info = engine.info
-    catalogue = Catalogue(metrics.model_name, default_rule(settings, info), engine.policies, info.pattern)
+    model_names = ModelNames(metrics.model_name, default_sampler(settings, info), engine.policies, info.pattern)
     metrics.policies(len(engine.policies.list()))
-    serving = Serving(engine, text, metrics, settings, catalogue, TextThreads(engine, metrics), Owners(settings))
+    serving = Serving(engine, text, metrics, settings, model_names, TextThreads(engine, metrics), Owners(settings))
     app = FastAPI(
         title="Unmask",
         summary="An OpenAI-style inference server for diffusion language models",

@@ -4,8 +4,8 @@ import sys
 
 import typer
 
-from server.logging import configure_logging
-from server.packages import foreign_packages
+from server.runtime.logging import configure_logging
+from server.runtime.packages import foreign_packages
 
 
 def create_cli() -> typer.Typer:

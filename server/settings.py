@@ -15,7 +15,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from policies.files import read_text
+from policies.files.regular import read_text
 
 PREFIX = "UNMASK_"
 MOST_FILE_BYTES = 1 << 20

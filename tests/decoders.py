@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from server.models.families.registry import ARCHITECTURES
 from server.models.network import Network
-from server.models.registry import ARCHITECTURES
 from server.training.tokenizer import END, MASK
 from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
 

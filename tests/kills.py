@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from policies.atomic import write_file, write_files, write_together
+from policies.files.atomic import write_file, write_files, write_together
 
 DIED = 9
 """Exit status of a child that died as it should."""
@@ -147,7 +147,7 @@ def watch(writer: Writer, folder: Path, seconds: float) -> tuple[int, list[str]]
 
 
 ATOMIC = frozenset(
-    f"policies.atomic.{name}"
+    f"policies.files.atomic.{name}"
     for name in (*("write_file", "write_files", "write_together", "_ready", "_own", "held", "_exchange_for", "_carry"),)
 )
 

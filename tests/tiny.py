@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
-from server.models.llada import LLaDA, LLaDAConfig
+from server.models.families.llada import LLaDA, LLaDAConfig
 from server.training.tokenizer import END, MASK, build_tokenizer
 
 TEXTS = ["Tom has 3 apples. He buys 5 more. How many apples does Tom have now? Then the answer is so: #### 8"]

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from server.models.dream import Dream, DreamConfig
+from server.models.families.dream import Dream, DreamConfig
 
 TEXTS = ["Tom has 3 apples. He buys 5 more. How many apples does Tom have now? Then the answer is so: #### 8"] * 3
 ADDED = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|beginoftext|>", "<|mask|>"]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from server.models.diffusion_gemma import DiffusionGemma, DiffusionGemmaConfig
+from server.models.families.diffusion_gemma import DiffusionGemma, DiffusionGemmaConfig
 from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
 
 WINDOW, CANVAS = 6, 8

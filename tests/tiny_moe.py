@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from server.models.decoder import DecoderNetwork
-from server.models.llada2 import LLaDA2, LLaDA2Config
-from server.models.llada_moe import LLaDAMoE, LLaDAMoEConfig
+from server.models.families.llada2 import LLaDA2, LLaDA2Config
+from server.models.families.llada_moe import LLaDAMoE, LLaDAMoEConfig
 from tests.tiny import tiny_tokenizer
 
 SHARED = {

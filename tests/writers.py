@@ -11,17 +11,17 @@ from matplotlib.figure import Figure
 from safetensors.torch import load_file
 from torch import nn
 
-from policies.checkpoint import load_policy, save_policy
-from policies.environment import Records
-from policies.evaluate import Measurement
-from policies.network import Observation
-from policies.recipe import PolicyRecipe
-from policies.run_state import RunState
-from policies.supervised import _RECORDS, _SEEN, Runs
+from policies.evaluation.card import Card, place
+from policies.evaluation.measure import Measurement
+from policies.evaluation.plot import draw
+from policies.evaluation.results import Results, add_row, open_results
+from policies.network.policy_network import Observation
+from policies.serving.checkpoint import load_policy, save_policy
+from policies.training.checkpointing import RunState
+from policies.training.fit import _RECORDS, _SEEN, Runs
+from policies.training.recipe import PolicyRecipe
+from policies.training.rollout import Transitions
 from server.bench.results import Result, write_results
-from server.evaluation.card import Card, place
-from server.evaluation.plot import draw
-from server.evaluation.results import Results, add_row, open_results
 from server.training.export import export
 from server.training.recipe import Recipe
 from server.training.trainer import Trainer
@@ -193,7 +193,7 @@ def collected() -> Writer:
             return torch.full((3,), float(version))
 
         seen = Observation(**{name: number() for name in _SEEN})
-        return Runs(Records(seen=seen, **{name: number() for name in _RECORDS}), number(), number())
+        return Runs(Transitions(seen=seen, **{name: number() for name in _RECORDS}), number(), number())
 
     runs = [made(version) for version in range(PREPARED)]
 

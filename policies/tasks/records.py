@@ -7,7 +7,7 @@ from typing import Annotated, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
-from policies.files import open_regular, read_file
+from policies.files.regular import open_regular, read_file
 
 
 def _filled(text: str) -> str:

@@ -14,7 +14,7 @@ FEW = 16
 
 
 @dataclass(order=True)
-class Turn:
+class Waiter:
     """One who waits or is served. Ordered as its group's turns are served.
 
     Attributes:
@@ -30,7 +30,7 @@ class Turn:
     served: bool = field(default=False, compare=False)
 
 
-class Group(Account):
+class WaiterGroup(Account):
     """Those of a group.
 
     Attributes:
@@ -41,7 +41,7 @@ class Group(Account):
 
     def __init__(self, served: int) -> None:
         super().__init__(served)
-        self.waiting: list[Turn] = []
+        self.waiting: list[Waiter] = []
         self.inside = 0
         self.had = 0
         self.ends: dict[str, int] = {}
@@ -64,15 +64,15 @@ class FairLine:
         self._free = at_once
         self._most = most
         self._full = full
-        self._groups: Ledger[Group] = Ledger(Group)
+        self._groups: Ledger[WaiterGroup] = Ledger(WaiterGroup)
         self._number = count()
         self.inside = 0
 
-    async def enter(self, owner: Owner, size: int) -> Turn:
+    async def enter(self, owner: Owner, size: int) -> Waiter:
         """Wait to be served; to be left afterwards. Raises what `full` makes."""
         group = self._groups.enter(owner.group)
         end = max(group.had, group.ends.get(owner.name, 0)) + size
-        turn = Turn(end, next(self._number), size, owner, asyncio.get_running_loop().create_future())
+        turn = Waiter(end, next(self._number), size, owner, asyncio.get_running_loop().create_future())
         group.ends[owner.name] = end
         group.inside += 1
         self.inside += 1
@@ -90,7 +90,7 @@ class FairLine:
             raise
         return turn
 
-    def leave(self, turn: Turn) -> None:
+    def leave(self, turn: Waiter) -> None:
         """Make room for the next one, having been served."""
         self._free += 1
         self._gone(turn)
@@ -112,14 +112,14 @@ class FairLine:
             if not turn.called.done():
                 turn.called.set_result(None)
 
-    def _send_away(self, newest: Group) -> None:
+    def _send_away(self, newest: WaiterGroup) -> None:
         groups = [each for each in self._groups.accounts.values() if each.waiting]
         largest = max(groups, key=lambda each: (each.inside, each is newest))
         turn = max(largest.waiting)
         self._remove(turn)
         turn.called.set_exception(self._full())
 
-    def _remove(self, turn: Turn) -> None:
+    def _remove(self, turn: Waiter) -> None:
         group = self._groups.accounts[turn.owner.group]
         group.waiting.remove(turn)
         heapify(group.waiting)
@@ -127,7 +127,7 @@ class FairLine:
             group.ends[turn.owner.name] = turn.end - turn.size
         self._gone(turn)
 
-    def _gone(self, turn: Turn) -> None:
+    def _gone(self, turn: Waiter) -> None:
         group = self._groups.accounts[turn.owner.group]
         group.inside -= 1
         self.inside -= 1

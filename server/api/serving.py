@@ -3,12 +3,12 @@
 import time
 from dataclasses import dataclass, field
 
-from server.api.catalogue import Catalogue
+from server.api.model_names import ModelNames
 from server.api.owner import Owners
 from server.api.text_threads import TextThreads
 from server.engine import Engine
-from server.metrics import Metrics
-from server.models.text import TextCodec
+from server.models.text.codec import TextCodec
+from server.runtime.metrics import Metrics
 from server.settings import Settings
 
 
@@ -20,7 +20,7 @@ class Serving:
     text: TextCodec
     metrics: Metrics
     settings: Settings
-    catalogue: Catalogue
+    model_names: ModelNames
     threads: TextThreads
     owners: Owners
     created: int = field(default_factory=lambda: int(time.time()))

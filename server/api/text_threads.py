@@ -9,8 +9,8 @@ from typing import TypeVar
 
 from server.api.fair_line import FairLine
 from server.engine import Engine, NotServingError, Owner, QueueFullError
-from server.metrics import Metrics
-from server.processors import allowed
+from server.runtime.metrics import Metrics
+from server.runtime.processors import allowed
 
 LONG = 64 * 1024
 """Bytes of a body from which on it counts as long."""

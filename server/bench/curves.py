@@ -7,12 +7,12 @@ from samplers import Canvas, get_sampler
 from samplers.forward.query import Query
 from samplers.loop.denoising import ask
 from samplers.loop.row import Row
+from server.backends.loading import describe
+from server.backends.torch.backend import TorchBackend
 from server.bench.results import Measure, Result, spread, timed
 from server.bench.subjects import RANDOM, random_network
-from server.engine.torch_backend import TorchBackend
-from server.models.loading import describe
-from server.models.packing import pack_linear_layers
-from server.threads import apart
+from server.models.checkpoint.packing import pack_linear_layers
+from server.runtime.threads import run_in_own_thread
 
 NAME = "random-30m"
 SHAPE = RANDOM | {"d_model": 512, "n_layers": 8, "n_heads": 8, "n_kv_heads": 8, "mlp_hidden_size": 1536}
@@ -37,10 +37,10 @@ def measure_growth(
 
 def _growth(name: str, sizes: Sequence[int], make: Callable[[int], Measure], rounds: int) -> Result:
     """Seconds of every size in turn, round by round; the largest over the smallest."""
-    forwards = [apart(partial(make, size)) for size in sizes]
+    forwards = [run_in_own_thread(partial(make, size)) for size in sizes]
     for forward in forwards:
-        apart(forward)
-    found = [[apart(forward) for forward in forwards] for _ in range(rounds)]
+        run_in_own_thread(forward)
+    found = [[run_in_own_thread(forward) for forward in forwards] for _ in range(rounds)]
     points = {str(size): sorted(each)[rounds // 2] for size, each in zip(sizes, zip(*found, strict=True), strict=True)}
     ratios = [times[-1] / times[0] for times in found]
     return spread(name, f"seconds at {sizes[-1]} over seconds at {sizes[0]}", ratios, model=NAME, seconds=points)

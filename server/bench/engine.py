@@ -11,15 +11,15 @@ from samplers import Canvas, get_sampler
 from samplers.forward.query import Query
 from samplers.loop.denoising import ask
 from samplers.loop.row import Row
+from server.backends.torch.backend import TorchBackend
 from server.bench.products import bare_products
 from server.bench.reference import generate
 from server.bench.results import Result, alternate, ratio_of, spread, timed
-from server.bench.subjects import Subject
+from server.bench.subjects import BenchModel
 from server.engine import Engine, Finished, GenerationRequest, Limits
 from server.engine.request import Event
-from server.engine.torch_backend import TorchBackend
-from server.metrics import Metrics
-from server.threads import apart
+from server.runtime.metrics import Metrics
+from server.runtime.threads import run_in_own_thread
 
 MIXED: list[tuple[str, dict[str, Any]]] = [
     ("topk", {}),
@@ -34,10 +34,10 @@ MIXED: list[tuple[str, dict[str, Any]]] = [
 """Eight rules; where one takes a number of steps, all take the same."""
 
 
-class Running:
+class TimedEngine:
     """An engine around a subject's backend, and how long its parts took."""
 
-    def __init__(self, subject: Subject) -> None:
+    def __init__(self, subject: BenchModel) -> None:
         self._metrics = Metrics(subject.name)
         self._name = subject.name
         self._subject = subject
@@ -85,9 +85,9 @@ class Running:
         }
 
 
-def measure_engine(subject: Subject, rounds: int, concurrent: tuple[int, ...] = (1, 4, 16)) -> Iterator[Result]:
+def measure_engine(subject: BenchModel, rounds: int, concurrent: tuple[int, ...] = (1, 4, 16)) -> Iterator[Result]:
     """All measurements of one model."""
-    running = Running(subject)
+    running = TimedEngine(subject)
     detail = {
         "model": subject.name,
         "gen_length": subject.gen_length,
@@ -108,7 +108,7 @@ def measure_engine(subject: Subject, rounds: int, concurrent: tuple[int, ...] = 
 
 
 def _against_reference(
-    running: Running, subject: Subject, prompts: list[list[int]], rounds: int, ends: bool, detail: dict[str, Any]
+    running: TimedEngine, subject: BenchModel, prompts: list[list[int]], rounds: int, ends: bool, detail: dict[str, Any]
 ) -> Result:
     """Tokens a second; where answers end early, only tokens before the end count, for both."""
     requests = running.requests(prompts, "topk", {"steps": subject.steps}, ends)
@@ -135,7 +135,7 @@ def _against_reference(
     return ratio_of(name, "throughput ratio", fast, slow, **detail, tokens=tokens, reference_tokens_per_second=slow[0])
 
 
-def _parts(running: Running, subject: Subject, rounds: int, detail: dict[str, Any]) -> Result:
+def _parts(running: TimedEngine, subject: BenchModel, rounds: int, detail: dict[str, Any]) -> Result:
     """Share of sampler and rest in a step of 16 requests of eight samplers."""
     shares, model = [], []
     for _ in range(rounds):
@@ -147,7 +147,9 @@ def _parts(running: Running, subject: Subject, rounds: int, detail: dict[str, An
     return spread("sampler_and_rest_share", "share of step time", shares, **detail, rows=16, model_share=model[0])
 
 
-def _many(running: Running, subject: Subject, rules: list[tuple[str, dict[str, Any]]]) -> list[GenerationRequest]:
+def _many(
+    running: TimedEngine, subject: BenchModel, rules: list[tuple[str, dict[str, Any]]]
+) -> list[GenerationRequest]:
     """Sixteen requests, two or more of each rule."""
     found: list[GenerationRequest] = []
     for i in range(16):
@@ -158,7 +160,7 @@ def _many(running: Running, subject: Subject, rules: list[tuple[str, dict[str, A
     return found
 
 
-def _mixed(running: Running, subject: Subject, rounds: int, detail: dict[str, Any]) -> Result:
+def _mixed(running: TimedEngine, subject: BenchModel, rounds: int, detail: dict[str, Any]) -> Result:
     """Seconds a row and forward: eight samplers in the batch over one."""
 
     def cost(rules: list[tuple[str, dict[str, Any]]]) -> Callable[[], float]:
@@ -172,7 +174,7 @@ def _mixed(running: Running, subject: Subject, rounds: int, detail: dict[str, An
     return ratio_of("mixed_samplers_cost", "seconds a row and forward, ratio", mixed, one, **detail, rows=16)
 
 
-def _first_step(subject: Subject, count: int) -> Query:
+def _first_step(subject: BenchModel, count: int) -> Query:
     topk = get_sampler("topk")
     canvases = [
         Canvas.blank(prompt, subject.gen_length, subject.backend.info.mask_id, subject.block_length)
@@ -181,9 +183,9 @@ def _first_step(subject: Subject, count: int) -> Query:
     return ask([Row(canvas, topk, topk.Params()) for canvas in canvases])
 
 
-def _invariant(subject: Subject, rounds: int, detail: dict[str, Any]) -> Result:
+def _invariant(subject: BenchModel, rounds: int, detail: dict[str, Any]) -> Result:
     """What bitwise the same results cost: a forward of 16 rows, each computed on its own, over the usual one."""
-    query = apart(lambda: _first_step(subject, 16))
+    query = run_in_own_thread(lambda: _first_step(subject, 16))
     alone = TorchBackend(subject.backend.network, subject.backend.info, batch_invariant=True)
 
     invariant, usual = alternate(
@@ -192,11 +194,11 @@ def _invariant(subject: Subject, rounds: int, detail: dict[str, Any]) -> Result:
     return ratio_of("batch_invariant_cost", "seconds of a forward, ratio", invariant, usual, **detail, rows=16)
 
 
-def _matmul(subject: Subject, rounds: int, detail: dict[str, Any]) -> Result:
+def _matmul(subject: BenchModel, rounds: int, detail: dict[str, Any]) -> Result:
     """The matrix products of a forward alone, over the forward: the share of what the machine can do."""
-    backend, query = subject.backend, apart(lambda: _first_step(subject, 16))
+    backend, query = subject.backend, run_in_own_thread(lambda: _first_step(subject, 16))
     tokens = sum(canvas.layout.length for canvas in query.canvases)
-    bare, operations = apart(lambda: bare_products(subject.plain.config, tokens, len(query.row)))
+    bare, operations = run_in_own_thread(lambda: bare_products(subject.plain.config, tokens, len(query.row)))
     alone, whole = alternate(timed(bare), timed(lambda: backend.predict(query)), rounds)
     return ratio_of(
         "model_vs_matmul",

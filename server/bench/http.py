@@ -15,13 +15,13 @@ from typing import Any
 
 import httpx
 
-from server.bench.engine import Running
+from server.bench.engine import TimedEngine
 from server.bench.results import Result, alternate, ratio_of
-from server.bench.subjects import Subject
+from server.bench.subjects import BenchModel
 
 
 def measure_http(
-    subject: Subject, model: Path | None, rounds: int, concurrent: tuple[int, ...], threads: int | None = None
+    subject: BenchModel, model: Path | None, rounds: int, concurrent: tuple[int, ...], threads: int | None = None
 ) -> Iterator[Result]:
     """Tokens a second of streams over those of the engine, the same prompts and weights.
 
@@ -29,7 +29,7 @@ def measure_http(
         model: the folder that the server loads; None is the embedded model.
         threads: as many as the server is given; the engine alone has those of this process.
     """
-    running = Running(subject)
+    running = TimedEngine(subject)
     with serving(model, threads) as url:
         for count in concurrent:
             requests = running.requests(subject.prompts[:count], "topk", {"steps": subject.steps}, False)
@@ -89,13 +89,13 @@ def serving(model: Path | None, threads: int | None = None, environment: dict[st
         process.wait()
 
 
-async def stream_all(url: str, subject: Subject, prompts: list[list[int]]) -> int:
+async def stream_all(url: str, subject: BenchModel, prompts: list[list[int]]) -> int:
     """Stream all at once; the tokens that came."""
     async with httpx.AsyncClient(base_url=url, timeout=600, trust_env=False) as client:
         return sum(await asyncio.gather(*(_stream(client, subject, prompt) for prompt in prompts)))
 
 
-async def _stream(client: httpx.AsyncClient, subject: Subject, prompt: list[int]) -> int:
+async def _stream(client: httpx.AsyncClient, subject: BenchModel, prompt: list[int]) -> int:
     body = {
         "prompt": prompt,
         "max_tokens": subject.gen_length,

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from server.processors import allowed
+from server.runtime.processors import allowed
 
 TELL = "import torch; x = torch.ones(8, 8); x @ x; x.to_mkldnn()"
 """Gives both libraries something to do, so that they say in which way they do it."""

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from server.models.llada import LLaDAConfig
-from server.models.packing import pack_linear_layers
+from server.models.checkpoint.packing import pack_linear_layers
+from server.models.families.llada import LLaDAConfig
 
 
 def bare_products(

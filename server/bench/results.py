@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from policies.atomic import write_file
-from server.threads import apart
+from policies.files.atomic import write_file
+from server.runtime.threads import run_in_own_thread
 
 Measure = Callable[[], float]
 """Do a thing once; what it was worth: seconds, or tokens a second."""
@@ -40,9 +40,9 @@ def timed(work: Callable[[], object]) -> Measure:
 
 def alternate(first: Measure, second: Measure, rounds: int) -> tuple[list[float], list[float]]:
     """Both measured `rounds` times in turn, each in a thread of its own, after one round that does not count."""
-    apart(first)
-    apart(second)
-    found = [(apart(first), apart(second)) for _ in range(rounds)]
+    run_in_own_thread(first)
+    run_in_own_thread(second)
+    found = [(run_in_own_thread(first), run_in_own_thread(second)) for _ in range(rounds)]
     return [a for a, _ in found], [b for _, b in found]
 
 

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import save_file
 
 from policies.tasks import get_task
-from server.engine.torch_backend import TorchBackend
-from server.models.llada import LLaDA, LLaDAConfig
-from server.models.loading import EMBEDDED_NAME, describe, find_model, load_model, load_network
-from server.models.packing import pack_linear_layers
+from server.backends.loading import EMBEDDED_NAME, describe, find_model, load_model, load_network
+from server.backends.torch.backend import TorchBackend
+from server.models.checkpoint.packing import pack_linear_layers
+from server.models.families.llada import LLaDA, LLaDAConfig
 
 RANDOM_NAME = "random-100m"
 RANDOM = {
@@ -31,7 +31,7 @@ RANDOM = {
 
 
 @dataclass(frozen=True)
-class Subject:
+class BenchModel:
     """A model under measurement.
 
     Attributes:
@@ -51,7 +51,7 @@ class Subject:
     steps: int
 
 
-def embedded(count: int) -> Subject:
+def embedded(count: int) -> BenchModel:
     """The embedded model with word problems, and with short sums that end early."""
     loaded = load_model(None, device="cpu", dtype="float32")
     assert isinstance(loaded.backend, TorchBackend)
@@ -68,7 +68,7 @@ def embedded(count: int) -> Subject:
                 return found[len(ids)]
         raise ValueError(f"too few problems of {task} of one length")
 
-    return Subject(EMBEDDED_NAME, loaded.backend, plain, prompts("chain"), prompts("totals"), 64, 64, 32)
+    return BenchModel(EMBEDDED_NAME, loaded.backend, plain, prompts("chain"), prompts("totals"), 64, 64, 32)
 
 
 def random_network(config: dict[str, Any]) -> LLaDA:
@@ -81,17 +81,17 @@ def random_network(config: dict[str, Any]) -> LLaDA:
     return network
 
 
-def random_model(count: int) -> Subject:
+def random_model(count: int) -> BenchModel:
     """About 100 M random weights and a vocabulary of 32,000, since a tiny model hides costs."""
     plain = random_network(RANDOM)
     info = describe("LLaDAModelLM", plain)
     network = deepcopy(plain)
     pack_linear_layers(network)
     prompts = torch.randint(31_000, (count, 32), generator=torch.Generator().manual_seed(1)).tolist()
-    return Subject(RANDOM_NAME, TorchBackend(network, info), plain, prompts, [], 32, 32, 8)
+    return BenchModel(RANDOM_NAME, TorchBackend(network, info), plain, prompts, [], 32, 32, 8)
 
 
-def write_random_model(subject: Subject, folder: Path) -> None:
+def write_random_model(subject: BenchModel, folder: Path) -> None:
     """The random model as a folder that a server can load, with the embedded model's tokenizer."""
     _, source = find_model(None)
     for name in ("tokenizer.json", "tokenizer_config.json"):

@@ -33,15 +33,15 @@ def engine(json: Json = None, rounds: Rounds = 5, embedded_only: Small = False, 
     from server.bench.curves import measure_growth
     from server.bench.engine import measure_engine
     from server.bench.subjects import embedded, random_model
-    from server.threads import apart
+    from server.runtime.threads import run_in_own_thread
 
     check_file("--json", json)
     use_threads(threads)
 
     def results() -> "Iterable[Result]":
-        yield from measure_engine(apart(lambda: embedded(16)), rounds)
+        yield from measure_engine(run_in_own_thread(lambda: embedded(16)), rounds)
         if not embedded_only:
-            yield from measure_engine(apart(lambda: random_model(16)), rounds)
+            yield from measure_engine(run_in_own_thread(lambda: random_model(16)), rounds)
             yield from measure_growth(rounds)
 
     _tell(results(), json)
@@ -51,16 +51,16 @@ def http(json: Json = None, rounds: Rounds = 5, embedded_only: Small = False, th
     """The API over a socket, streaming, against the engine alone."""
     from server.bench.http import measure_http
     from server.bench.subjects import embedded, random_model, write_random_model
-    from server.threads import apart
+    from server.runtime.threads import run_in_own_thread
 
     check_file("--json", json)
     use_threads(threads)
 
     def results() -> "Iterable[Result]":
-        yield from measure_http(apart(lambda: embedded(16)), None, rounds, (1, 16), threads)
+        yield from measure_http(run_in_own_thread(lambda: embedded(16)), None, rounds, (1, 16), threads)
         if not embedded_only:
             with tempfile.TemporaryDirectory() as folder:
-                subject = apart(lambda: random_model(16))
+                subject = run_in_own_thread(lambda: random_model(16))
                 write_random_model(subject, Path(folder))
                 yield from measure_http(subject, Path(folder), rounds, (1, 16), threads)
 
@@ -71,7 +71,7 @@ def _tell(results: "Iterable[Result]", json: Path | None) -> None:
     """The machine, a line for each result as it comes, and all of it to the file."""
     from server.bench.machine import in_words, machine
     from server.bench.results import write_results
-    from server.waiting import CALM, PERIOD
+    from server.runtime.waiting import CALM, PERIOD
 
     measured_on = machine()
     typer.echo(in_words(measured_on))

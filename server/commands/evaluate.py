@@ -24,24 +24,24 @@ from server.commands.options import (
     check_folder,
     fail,
     fail_with_cause,
+    model_under_test,
     open_model,
     open_policies,
     parse_block_length,
     progress_console,
     results_console,
     split_policies,
-    subject_of,
     use_threads,
     wrong,
 )
 
 if TYPE_CHECKING:
-    from policies.evaluate import Trial
-    from policies.store import PolicyStore
-    from policies.subject import Subject
-    from server.engine.backend import ModelInfo
-    from server.evaluation.results import Results
-    from server.models.loading import LoadedModel
+    from policies.evaluation.measure import Trial
+    from policies.evaluation.results import Results
+    from policies.model_under_test import ModelUnderTest
+    from policies.serving.store import PolicyStore
+    from server.backends.contract import ModelInfo
+    from server.backends.loading import LoadedModel
 
 
 def register(app: typer.Typer) -> None:
@@ -100,9 +100,9 @@ def evaluate(
     if json_file is not None:
         check_folder("--json", json_file.absolute().parent)  # the file is replaced, row by row
     trials = _trials(task, sampler, block_length, gen_length, count, seed, fill_after_end, chat)
-    from policies.atomic import write_file
-    from server.evaluation.card import Card
-    from server.evaluation.report import markdown, table
+    from policies.evaluation.card import Card
+    from policies.evaluation.report import markdown, table
+    from policies.files.atomic import write_file
 
     try:
         place = Card.read(card) if card is not None else None
@@ -116,11 +116,11 @@ def evaluate(
     trials = [_for_model(trial, loaded.backend.info, cache) for trial in trials]
     policies = open_policies(named, model, loaded)
     results = _open_results(json_file, model, loaded)
-    _measure(trials, subject_of(loaded, chat), policies, results, json_file, batch)
+    _measure(trials, model_under_test(loaded, chat), policies, results, json_file, batch)
     asked = [row for trial in trials if (row := results.find(trial)) is not None]
     results_console().print(table(asked))
     if plot is not None:
-        from server.evaluation.plot import draw
+        from policies.evaluation.plot import draw
 
         draw(results.rows, results.model, plot)
     if markdown_file is not None:
@@ -145,8 +145,8 @@ def _trials(
         chosen = [get_task(name) for name in tasks] if tasks else list_tasks()
     except (UnknownTaskError, ValueError) as error:
         wrong("--task", error)
-    from policies.evaluate import FRONTIER, Trial
-    from policies.specs import SamplerSpec
+    from policies.evaluation.measure import FRONTIER, Trial
+    from policies.evaluation.sampler_spec import SamplerSpec
     from samplers import UnknownSamplerError
 
     trials: list[Trial] = []
@@ -178,8 +178,8 @@ def _for_model(trial: "Trial", info: "ModelInfo", cache: str | None) -> "Trial":
 
 
 def _open_results(path: Path | None, model: str | None, loaded: "LoadedModel") -> "Results":
-    from server.evaluation.results import Results, ResultsError, model_digest, open_results
-    from server.models.loading import find_model
+    from policies.evaluation.results import Results, ResultsError, model_digest, open_results
+    from server.backends.loading import find_model
 
     digest = model_digest(find_model(model)[1])
     try:
@@ -190,7 +190,7 @@ def _open_results(path: Path | None, model: str | None, loaded: "LoadedModel") -
 
 def _measure(
     trials: "list[Trial]",
-    subject: "Subject",
+    model: "ModelUnderTest",
     policies: "PolicyStore",
     results: "Results",
     path: Path | None,
@@ -202,11 +202,11 @@ def _measure(
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from policies.evaluate import TrialError, check_trial, evaluate
-    from policies.specs import SamplerSpec, sampler_label
-    from policies.store import UnknownPolicyError
+    from policies.evaluation.measure import TrialError, check_trial, evaluate
+    from policies.evaluation.results import ResultsError, add_row
+    from policies.evaluation.sampler_spec import SamplerSpec, sampler_label
+    from policies.serving.store import UnknownPolicyError
     from samplers import ParameterError, Sampler, SamplerError
-    from server.evaluation.results import ResultsError, add_row
 
     def choose(spec: SamplerSpec) -> Sampler:
         return policies.sampler(spec.name, spec.params)
@@ -228,11 +228,11 @@ def _measure(
     missing = [trial for trial in trials if results.find(trial) is None]
     for trial in missing:
         with refusing(trial):
-            check_trial(subject, trial, choose)
+            check_trial(model, trial, choose)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=progress_console()) as bar:
         task = bar.add_task("", total=sum(trial.count for trial in missing))
         for trial in missing:
             with refusing(trial) as what:
                 bar.update(task, description=what)
-                add_row(path, results, evaluate(subject, trial, batch, lambda: bar.advance(task), choose))
+                add_row(path, results, evaluate(model, trial, batch, lambda: bar.advance(task), choose))

@@ -30,7 +30,7 @@ from server.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from policies.specs import SamplerSpec
+    from policies.evaluation.sampler_spec import SamplerSpec
     from samplers.forward.query import Predict
     from samplers.loop.denoising import Outcome
     from samplers.loop.row import Row
@@ -78,7 +78,7 @@ def generate(
     named = split_policies(policy)
     if top_p == 0:
         wrong("--top-p", "must be above 0")
-    from policies.store import UnknownPolicyError
+    from policies.serving.store import UnknownPolicyError
     from samplers import CacheMode, Canvas, ParameterError, SamplerError, TokenChoice
     from samplers.loop.row import Row
 
@@ -154,7 +154,7 @@ def _watch(row: "Row", predict: "Predict", token: Callable[[int], str], pause: f
 
 def _spec(sampler: str, params: str) -> "SamplerSpec":
     """The chosen sampler with validated parameters, or a word on which flag is wrong."""
-    from policies.specs import SamplerSpec
+    from policies.evaluation.sampler_spec import SamplerSpec
     from samplers import UnknownSamplerError, get_sampler
 
     try:

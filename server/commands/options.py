@@ -14,10 +14,10 @@ from rich.console import Console
 from server.settings import MOST_THREADS, THREADS, THREADS_DEFAULT, name_and_folder
 
 if TYPE_CHECKING:
-    from policies.store import PolicyStore
-    from policies.subject import Subject
-    from server.models.loading import LoadedModel
-    from server.models.text import TextCodec
+    from policies.model_under_test import ModelUnderTest
+    from policies.serving.store import PolicyStore
+    from server.backends.loading import LoadedModel
+    from server.models.text.codec import TextCodec
 
 MOST_COUNT, MOST_LENGTH = 1_000_000, 2**24
 """Of problems, rounds or canvases, and of positions: more are a slip of the finger."""
@@ -117,7 +117,7 @@ def _check_writable(flag: str, folder: Path) -> None:
 
 def open_model(model: str | None, device: str, dtype: str) -> "LoadedModel":
     """Load a model, or end the command with the reason."""
-    from server.models.loading import ModelError, load_model
+    from server.backends.loading import ModelError, load_model
 
     try:
         return load_model(model, device=device, dtype=dtype)
@@ -129,8 +129,8 @@ def use_threads(threads: int | None) -> None:
     """Let torch use this many processor threads, or as many as a container's limit leaves of its own choice."""
     import torch
 
-    from server.processors import quota
-    from server.waiting import sleep_where_crowded
+    from server.runtime.processors import quota
+    from server.runtime.waiting import sleep_where_crowded
 
     chosen = threads is not None or "OMP_NUM_THREADS" in os.environ or "MKL_NUM_THREADS" in os.environ
     if not chosen and quota() < torch.get_num_threads():
@@ -160,11 +160,11 @@ def split_policies(given: list[str] | None) -> list[tuple[str, Path]]:
 
 def open_policies(given: list[tuple[str, Path]], model: str | None, loaded: "LoadedModel") -> "PolicyStore":
     """What ships for the embedded model, and what was given; or end the command with the reason."""
-    from policies.checkpoint import PolicyError
-    from policies.store import Host, PolicyStore
+    from policies.serving.checkpoint import PolicyError
+    from policies.serving.store import PolicyStore, ServedModel
 
     info = loaded.backend.info
-    policies = PolicyStore(Host(info.architecture, info.vocab_size))
+    policies = PolicyStore(ServedModel(info.architecture, info.vocab_size))
     try:
         if model is None:
             policies.load_zoo()
@@ -180,7 +180,7 @@ def encode_prompt(text: "TextCodec", content: str, chat: bool) -> list[int]:
 
     Where the chat template refuses it the command ends with the reason why.
     """
-    from server.models.text import ChatTemplateError
+    from server.models.text.codec import ChatTemplateError
 
     if not chat:
         return text.encode(content, add_special_tokens=True)
@@ -190,14 +190,14 @@ def encode_prompt(text: "TextCodec", content: str, chat: bool) -> list[int]:
         fail(error)
 
 
-def subject_of(loaded: "LoadedModel", chat: bool = False) -> "Subject":
+def model_under_test(loaded: "LoadedModel", chat: bool = False) -> "ModelUnderTest":
     """A loaded model as evaluation and training see it; with `chat`, prompts go through its template."""
-    from policies.subject import Subject
+    from policies.model_under_test import ModelUnderTest
 
     info, text = loaded.backend.info, loaded.text
     prompt = partial(encode_prompt, text, chat=chat)
     end_ids = info.end_ids
-    return Subject(
+    return ModelUnderTest(
         loaded.backend.predict,
         text.encode,
         text.decode,

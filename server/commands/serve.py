@@ -36,17 +36,17 @@ def serve(**flags: Any) -> None:
     config: Path | None = flags.pop("config")
     settings = _settings({name: value for name, value in flags.items() if value not in (None, [])}, config)
 
-    from server.api.catalogue import check_rule
-    from server.connections import TooFewDescriptorsError, check_connections
+    from server.api.model_names import check_default_sampler
     from server.engine import RequestError
-    from server.lifecycle import listen
-    from server.logging import configure_logging
+    from server.http.connections import TooFewDescriptorsError, check_connections
+    from server.http.lifecycle import listen
+    from server.runtime.logging import configure_logging
 
     configure_logging(settings.log_format)
     os.environ["UNMASK_LOG_FORMAT"] = settings.log_format  # processes that an engine starts log alike
     _check_engine(settings)
     try:
-        check_rule(settings)
+        check_default_sampler(settings)
     except RequestError as error:
         wrong(flag(error.field.partition(".")[0]), error)
     try:
@@ -79,16 +79,16 @@ def _check_engine(settings: Settings) -> None:
 
 def _load_and_serve(settings: Settings, bound: socket.socket) -> bool:
     """Serve until a signal says to stop or the engine dies; whether everything that ran could finish."""
+    from policies.serving.watched_folder import watching
     from server.app import create_app, limits_of
+    from server.backends.loading import ModelError, load_model
+    from server.backends.torch.backend import TorchBackend
+    from server.backends.vllm.backend import VllmOptions
     from server.engine import Engine, RequestError
     from server.engine.memory import TooLittleMemoryError, bound_memory, megabytes
-    from server.engine.torch_backend import TorchBackend
-    from server.engine.vllm.backend import VllmOptions
-    from server.lifecycle import serve as serve_app
-    from server.metrics import Metrics
-    from server.models.loading import ModelError, load_model
-    from server.policy_folder import watching
-    from server.threads import apart, share_the_interpreter
+    from server.http.lifecycle import serve as serve_app
+    from server.runtime.metrics import Metrics
+    from server.runtime.threads import run_in_own_thread, share_the_interpreter
 
     use_threads(settings.threads)
     try:
@@ -117,7 +117,7 @@ def _load_and_serve(settings: Settings, bound: socket.socket) -> bool:
         log.info("memory", **{part: megabytes(count) for part, count in vars(memory).items()})
         metrics.memory(vars(memory))
     named = [(name, Path(folder)) for name, folder in settings.policy]
-    policies = apart(lambda: open_policies(named, settings.model, loaded))
+    policies = run_in_own_thread(lambda: open_policies(named, settings.model, loaded))
     engine = Engine(loaded.backend, metrics, limits, policies)
     try:
         app = create_app(engine, loaded.text, metrics, settings)

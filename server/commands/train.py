@@ -24,8 +24,8 @@ def train_model(
     """Train a model and write it as a Hugging Face folder. Run it again to go on from the last checkpoint."""
     from safetensors import SafetensorError
 
-    from policies.files import read_text
-    from policies.toml import MOST_BYTES
+    from policies.files.regular import read_text
+    from policies.files.toml import MOST_BYTES
     from server.training.export import export
     from server.training.recipe import load_recipe
     from server.training.trainer import Trainer

@@ -16,18 +16,18 @@ from server.commands.options import (
     TrainingThreads,
     check_folder,
     fail_with_cause,
+    model_under_test,
     open_model,
     progress_console,
-    subject_of,
     use_threads,
     wrong,
 )
 from server.commands.signals import stopping_on_signals
 
 if TYPE_CHECKING:
-    from policies.checkpoint import Origin
-    from policies.train import PolicyTrainer, Report
-    from server.models.loading import LoadedModel
+    from policies.serving.checkpoint import Origin
+    from policies.training.trainer import PolicyTrainer, Report
+    from server.backends.loading import LoadedModel
 
 
 def register(app: typer.Typer) -> None:
@@ -46,11 +46,11 @@ def train_policy(
     """Train a policy. Run it again to go on from the last checkpoint; `torchrun` runs it in several processes."""
     from safetensors import SafetensorError
 
-    from policies.preflight import check_problems
-    from policies.recipe import load_policy_recipe
     from policies.tasks import get_task
-    from policies.train import PolicyTrainer
-    from policies.world import World
+    from policies.training.data_parallel import DataParallel
+    from policies.training.preflight import check_problems
+    from policies.training.recipe import load_policy_recipe
+    from policies.training.trainer import PolicyTrainer
     from samplers import SamplerError
 
     try:
@@ -69,9 +69,9 @@ def train_policy(
     check_folder("--out", out)
     use_threads(threads)
     loaded = open_model(model, device, dtype)
-    world = World.join()
+    world = DataParallel.join()
     try:
-        trainer = PolicyTrainer(parsed, content, subject_of(loaded, chat), _origin(model, loaded), out, world)
+        trainer = PolicyTrainer(parsed, content, model_under_test(loaded, chat), _origin(model, loaded), out, world)
         with _reporting(trainer) as report, stopping_on_signals(trainer):
             if trainer.resume():
                 progress_console().print(f"going on from stage {trainer.stage}, update {trainer.update}")
@@ -90,9 +90,9 @@ def train_policy(
 
 def _origin(model: str | None, loaded: "LoadedModel") -> "Origin":
     """What the policy's card says of the model."""
-    from policies.checkpoint import Origin
-    from server.evaluation.results import model_digest
-    from server.models.loading import find_model
+    from policies.evaluation.results import model_digest
+    from policies.serving.checkpoint import Origin
+    from server.backends.loading import find_model
 
     info = loaded.backend.info
     return Origin(

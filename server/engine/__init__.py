@@ -1,6 +1,6 @@
 """The engine: queue, scheduler and the loop that drives a backend. It knows no HTTP."""
 
-from server.engine.backend import Backend, ModelInfo
+from server.backends.contract import Backend, ModelInfo
 from server.engine.engine import Engine
 from server.engine.generation import Generation
 from server.engine.quota import Quota

@@ -8,14 +8,14 @@ from dataclasses import replace
 
 import structlog
 
-from policies.store import Host, PolicyStore, UnknownPolicyError
+from policies.serving.store import PolicyStore, ServedModel, UnknownPolicyError
 from samplers import CacheMode, Canvas, ParameterError, Prediction, SamplerError, UnknownSamplerError
 from samplers.forward.query import Query
 from samplers.loop.denoising import Outcome, advance, ask
 from samplers.loop.guard import Traits, incompatibility, own_params
 from samplers.loop.row import Row
 from samplers.loop.work import work
-from server.engine.backend import Backend, BackendDeadError, ModelInfo
+from server.backends.contract import Backend, BackendDeadError, ModelInfo
 from server.engine.generation import Deliver, Generation
 from server.engine.quota import Buckets
 from server.engine.request import (
@@ -33,8 +33,8 @@ from server.engine.request import (
 )
 from server.engine.scheduler import Limits, Scheduler
 from server.engine.watch import LOOKS, PATIENCE, Watch
-from server.metrics import Metrics
-from server.waiting import sleep_where_crowded
+from server.runtime.metrics import Metrics
+from server.runtime.waiting import sleep_where_crowded
 
 log = structlog.get_logger(__name__)
 
@@ -100,7 +100,7 @@ class Engine:
         self.info = backend.info
         if limits.tokens < self.info.max_length:
             self.info = replace(self.info, max_length=limits.tokens, length_limit="--max-batch-tokens")
-        self.policies = policies or PolicyStore(Host(self.info.architecture, self.info.vocab_size))
+        self.policies = policies or PolicyStore(ServedModel(self.info.architecture, self.info.vocab_size))
         self.limits = limits
         self._metrics = metrics
         self._scheduler = Scheduler(limits)

@@ -8,12 +8,12 @@ from torch import nn
 from samplers import Canvas, get_sampler
 from samplers.loop.denoising import ask
 from samplers.loop.row import Row
-from server.allocator import available_memory, give_back_freed_memory, peak_memory
+from server.backends.torch.backend import TorchBackend
 from server.engine.scheduler import Limits
-from server.engine.torch_backend import TorchBackend
-from server.threads import apart
+from server.runtime.allocator import available_memory, give_back_freed_memory, peak_memory
+from server.runtime.threads import run_in_own_thread
 
-HOLES = 1.0625
+HEAP_FRAGMENTATION = 1.0625
 """What a heap takes for forwards of ever other shapes, over what one of the largest takes."""
 
 
@@ -49,7 +49,7 @@ def bound_memory(backend: TorchBackend, limits: Limits) -> MemoryBound:
     least = limits.tokens * embedding.embedding_dim * size * 8  # never less: states, their norm, queries, keys, values
     if least > available:
         raise TooLittleMemoryError(_refusal(limits, "at least", least, cache, available))
-    forward = apart(lambda: _largest_forward(backend, limits, longest))
+    forward = run_in_own_thread(lambda: _largest_forward(backend, limits, longest))
     if forward + cache > available:
         raise TooLittleMemoryError(_refusal(limits, "", forward, cache, available))
     return MemoryBound(backend.info.parameters * size, forward, cache, available)
@@ -73,7 +73,7 @@ def _largest_forward(backend: TorchBackend, limits: Limits, longest: int) -> int
             ]
             backend.predict(ask([Row(canvas, sampler, sampler.Params()) for canvas in canvases]))
     give_back_freed_memory(backend.device)
-    return int(peak.grown * HOLES) if backend.device.type == "cpu" else peak.grown
+    return int(peak.grown * HEAP_FRAGMENTATION) if backend.device.type == "cpu" else peak.grown
 
 
 def _share(limits: Limits, longest: int) -> int:

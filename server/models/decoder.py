@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from server.models.config import Count, Layers, RotaryConfig
 from server.models.layers import RMSNorm, RotaryTables, gated, rotate, split_heads
 from server.models.network import Network
-from server.models.packed import RaggedBatch
+from server.models.ragged_batch import RaggedBatch
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Queries, keys and values [tokens, heads, head_dim] to what each query reads, of the queries' shape."""

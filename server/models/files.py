@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from policies.files import read_file
+from policies.files.regular import read_file
 
 MOST_JSON, MOST_INDEX, MOST_TOKENIZER, MOST_TEMPLATE = 8 << 20, 64 << 20, 128 << 20, 1 << 20
 """Bytes. The largest that are published have about a tenth of the first two, and a third of a tokenizer's."""

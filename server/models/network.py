@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from samplers import BIDIRECTIONAL, AttentionPattern
 from samplers.forward.statistics import StatisticsRequest
-from server.models.packed import KeyValues, RaggedBatch, Segment
+from server.models.ragged_batch import KeyValues, RaggedBatch, Segment
 
 
 def matches(name: str, patterns: tuple[str, ...]) -> bool:
@@ -96,12 +96,12 @@ class Network(nn.Module):
     def cache_shapes(self) -> Sequence[tuple[int, int]]:
         """For each layer, heads and size of a head of the keys and values that a token leaves."""
 
-    def room(self, length: int, dtype: torch.dtype, device: torch.device) -> KeyValues:
+    def new_kv_cache(self, length: int, dtype: torch.dtype, device: torch.device) -> KeyValues:
         """Room for what is kept of a canvas of this length."""
         kept = [(2, length, *shape) for shape in self.cache_shapes]
         return KeyValues([torch.empty(shape, dtype=dtype, device=device) for shape in kept])
 
-    def remembered(self, logits: Tensor, wanted: StatisticsRequest) -> Tensor | None:
+    def self_conditioning(self, logits: Tensor, wanted: StatisticsRequest) -> Tensor | None:
         """What the next forward of a canvas is to know of this one's logits [n, rows], if anything.
 
         [n, width], which comes back in the memory of the packed rows.

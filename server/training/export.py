@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import save as save_tensors
 from tokenizers import Tokenizer
 
-from policies.atomic import write_together
-from policies.files import read_text
+from policies.evaluation.card import place
+from policies.files.atomic import write_together
+from policies.files.regular import read_text
 from policies.tasks import Split, Task, embedded_tasks, get_task
-from server.evaluation.card import place
-from server.models.llada import LLaDAConfig
+from server.models.families.llada import LLaDAConfig
 from server.training.tokenizer import END, MASK
 from server.training.trainer import Trainer
 

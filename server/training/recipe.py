@@ -5,14 +5,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from policies.files.toml import TomlTable, read_toml
 from policies.tasks import get_task
-from policies.toml import Part, read_toml
 from server.models.config import Count, Layers
 
 Phases = tuple[tuple[float, int], ...]
 
 
-class ModelShape(Part):
+class ModelShape(TomlTable):
     d_model: Count
     n_layers: Layers
     n_heads: Count
@@ -21,7 +21,7 @@ class ModelShape(Part):
     rope_theta: float = Field(10000.0, gt=0, allow_inf_nan=False)
 
 
-class OptimizerSettings(Part):
+class OptimizerSettings(TomlTable):
     """`muon` orthogonalises the blocks' matrices and leaves the rest to AdamW; `adamw` does all."""
 
     name: Literal["muon", "adamw"] = "muon"
@@ -32,7 +32,7 @@ class OptimizerSettings(Part):
     clip: float = Field(1.0, gt=0)
 
 
-class MicroBatch(Part):
+class MicroBatch(TomlTable):
     """Some rows of one step. A step's gradient is the sum over the micro-batches that take part in it.
 
     `kind`: `masked` rows are task problems with a random part of the response masked; `links` are chain problems of
@@ -76,7 +76,7 @@ class MicroBatch(Part):
         return every > 0 and step % every == 0
 
 
-class Recipe(Part):
+class Recipe(TomlTable):
     """A whole run. `max_minutes` ends it, with the rate at zero, even if the steps are not done."""
 
     seed: int = 0

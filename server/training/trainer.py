@@ -18,12 +18,12 @@ from safetensors.torch import save as save_tensors
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from policies.atomic import write_file
-from policies.files import check_safetensors
+from policies.files.atomic import write_file
+from policies.files.regular import check_safetensors
 from policies.tasks import embedded_tasks
-from server.allocator import available_memory
-from server.models.llada import LLaDA, LLaDAConfig
-from server.models.weights import SkipInit
+from server.models.checkpoint.weights import SkipInit
+from server.models.families.llada import LLaDA, LLaDAConfig
+from server.runtime.allocator import available_memory
 from server.training.canvases import CanvasMaker, Rows
 from server.training.muon import Muon
 from server.training.recipe import Recipe

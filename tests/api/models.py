@@ -9,8 +9,8 @@ import pytest
 
 from samplers import Prediction
 from samplers.forward.query import Query
+from server.backends.loading import LoadedModel, load_model
 from server.engine import Backend
-from server.models.loading import LoadedModel, load_model
 
 ENGINE = os.environ.get("UNMASK_TEST_ENGINE", "torch")
 

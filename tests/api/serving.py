@@ -17,9 +17,9 @@ from samplers import Prediction
 from samplers.forward.query import Query
 from server.app import create_app, limits_of
 from server.engine import Backend, Engine
-from server.lifecycle import DrainingServer, listen
-from server.metrics import Metrics
-from server.models.text import TextCodec
+from server.http.lifecycle import DrainingServer, listen
+from server.models.text.codec import TextCodec
+from server.runtime.metrics import Metrics
 from server.settings import load_settings
 from tests.api.models import open_model
 

@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
-from server.api import bodies, fields, samplers
-from server.api.bodies import MAX_CONTAINERS, MAX_MEMBERS, MAX_VALUES, parse_body, request_error
 from server.api.errors import MAX_MESSAGE, MAX_PARAM, describe
-from server.api.requests import Body, ChatBody, CompletionBody, DetokenizeBody, PolicyBody, TokenizeBody
+from server.api.routes import samplers
+from server.api.schemas import bodies, fields
+from server.api.schemas.bodies import MAX_CONTAINERS, MAX_MEMBERS, MAX_VALUES, parse_body, request_error
+from server.api.schemas.requests import Body, ChatBody, CompletionBody, DetokenizeBody, PolicyBody, TokenizeBody
 from server.engine import RequestError
 from tests.api.serving import PROMPT, Running, serving
 

@@ -131,7 +131,7 @@ def test_a_bug_is_a_500_that_tells_nothing(own: Running, monkeypatch: pytest.Mon
     def broken(*_: object) -> None:
         raise ZeroDivisionError("secret details")
 
-    monkeypatch.setattr("server.api.tokens._encode", broken)
+    monkeypatch.setattr("server.api.routes.tokens._encode", broken)
     answer = own.post("/tokenize", {"prompt": "a"}, headers={"x-request-id": "mine"})
     assert "secret" not in error_of(answer, 500)["message"]
     assert answer.headers["x-request-id"] == "mine"

@@ -9,7 +9,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics import MetricWrapperBase
 
-from server.metrics import Metrics
+from server.runtime.metrics import Metrics
 from tests.api.serving import PROMPT, Running, error_of, serving
 
 RECORDING = {
@@ -136,7 +136,7 @@ def test_a_dashboards_median_is_right_from_a_millisecond_up(name: str, record: A
 
 
 def test_the_buckets_of_vllm_are_among_ours() -> None:
-    from server.metrics import E2E, FIRST_TOKEN, PER_TOKEN
+    from server.runtime.metrics import E2E, FIRST_TOKEN, PER_TOKEN
 
     assert {0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 60.0, 120.0, 960.0} <= set(E2E)
     assert {0.001, 0.005, 0.01, 0.25, 2.5, 640.0, 2560.0} <= set(FIRST_TOKEN)

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from policies.checkpoint import CARD, WEIGHTS, PolicyError, load_policy, save_policy
-from policies.store import Host, PolicyStore
-from server import policy_folder
-from server.metrics import Metrics
-from server.policy_folder import PolicyFolder, watching
+from policies.serving import watched_folder
+from policies.serving.checkpoint import CARD, WEIGHTS, PolicyError, load_policy, save_policy
+from policies.serving.store import PolicyStore, ServedModel
+from policies.serving.watched_folder import PolicyFolder, watching
+from server.runtime.metrics import Metrics
 from tests.api.serving import Running, error_of, serving, until
 from tests.policies.tiny import card, network
 from tests.writers import row
@@ -38,7 +38,7 @@ def root(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def watched(root: Path) -> PolicyFolder:
-    made = PolicyFolder(PolicyStore(Host("LLaDAModelLM", 12)), root, Metrics("m"))
+    made = PolicyFolder(PolicyStore(ServedModel("LLaDAModelLM", 12)), root, Metrics("m"))
     made.look()
     assert names(made) == ["good"]
     return made
@@ -237,7 +237,7 @@ def test_no_error_ends_a_look(
 def test_of_too_many_folders_the_first_are_looked_at(
     watched: PolicyFolder, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(policy_folder, "MOST", 2)
+    monkeypatch.setattr(watched_folder, "MOST", 2)
     for name in ("a", "z1", "z2"):
         write(root / name)
     with capture_logs() as logs:
@@ -259,12 +259,12 @@ def test_a_replaced_policy_of_the_same_size_and_time_is_loaded(watched: PolicyFo
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(policy_folder, "SECONDS", 0.01)
+    monkeypatch.setattr(watched_folder, "SECONDS", 0.01)
     yield
 
 
 def test_the_thread_outlives_a_pipe_and_loads_what_comes_later(root: Path, quick: None) -> None:
-    policies = PolicyStore(Host("LLaDAModelLM", 12))
+    policies = PolicyStore(ServedModel("LLaDAModelLM", 12))
     with watching(policies, str(root), Metrics("m")):
         (thread,) = [each for each in threading.enumerate() if each.name == "policy-folder"]
         shutil.copytree(root / "good", root / "bad")
@@ -277,15 +277,15 @@ def test_the_thread_outlives_a_pipe_and_loads_what_comes_later(root: Path, quick
 
 
 def test_a_look_that_takes_long_is_followed_by_a_long_pause() -> None:
-    assert policy_folder.pause_after(0.001) == policy_folder.SECONDS
-    assert policy_folder.pause_after(3.0) >= 30.0
+    assert watched_folder.pause_after(0.001) == watched_folder.SECONDS
+    assert watched_folder.pause_after(3.0) >= 30.0
 
 
 def test_warnings_name_few_of_many_lengths(tmp_path: Path) -> None:
     trained = {"gen_lengths": tuple(range(1, 101)), "block_lengths": tuple(range(1, 101))}
     save_policy(network(), card(trained_on=trained), tmp_path / "p")
-    stored = PolicyStore(Host("LLaDAModelLM", 12)).load("p", tmp_path / "p")
-    warnings = stored.warnings(Host("LLaDAModelLM", 12), 300, 500)
+    stored = PolicyStore(ServedModel("LLaDAModelLM", 12)).load("p", tmp_path / "p")
+    warnings = stored.warnings(ServedModel("LLaDAModelLM", 12), 300, 500)
     assert len(warnings) == 2 and all("and 92 more" in warning and len(warning) < 400 for warning in warnings)
 
 

@@ -144,7 +144,7 @@ def test_a_keys_rows_and_queue_are_bounded(limited: Running) -> None:
 
 
 def test_what_there_is_no_room_for_is_not_worked_on(limited: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.api.completions.read_job", lambda *_: pytest.fail("the prompts were read"))
+    monkeypatch.setattr("server.api.routes.completions.encode_prompts", lambda *_: pytest.fail("the prompts were read"))
     with connection(limited, "b") as client:
         error_of(client.post("/v1/completions", json={"prompt": ["a"] * 6, "max_tokens": 2}), 429)
 

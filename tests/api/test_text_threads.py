@@ -13,14 +13,17 @@ from typing import Any
 import pytest
 import torch
 
-from server import lifecycle
-from server.api import answer, bodies, text_threads, tokens
-from server.api.completions import CompletionAnswer
+from server.api import text_threads
+from server.api.generation import answer
+from server.api.routes import tokens
+from server.api.routes.completions import CompletionAnswer
+from server.api.schemas import bodies
 from server.commands import serve as commands
 from server.engine import Engine
-from server.models import text
+from server.http import lifecycle
+from server.models.text import codec as text
+from server.runtime.threads import TURN, share_the_interpreter
 from server.settings import load_settings
-from server.threads import TURN, share_the_interpreter
 from tests.api.serving import Running, error_of, serving, until
 
 LONG = "apples " * 12_000

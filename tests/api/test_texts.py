@@ -9,7 +9,7 @@ import pytest
 
 from tests.api.serving import Running, error_of, serving
 from tests.kinds_of_tokenizers import KINDS
-from tests.models.templates import EITHER, NAMES
+from tests.models.text.templates import EITHER, NAMES
 from tests.tiny import tiny_tokenizer, write_tiny_model
 
 NAMED = {"bos_token": "<bos>", "eos_token": "<eos>", "mask_token": "<mask>"}

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from samplers import get_sampler
-from server.api.catalogue import Catalogue, check_rule
+from server.api.model_names import ModelNames, check_default_sampler
 from server.api.text_threads import SHORT_THREADS
 from server.engine import RequestError
 from server.settings import load_settings
@@ -177,7 +177,7 @@ def test_what_exits_in_a_handler_ends_its_request_only(
         raise kind("by design")
 
     with monkeypatch.context() as patching:
-        patching.setattr(Catalogue, "names", leaves)
+        patching.setattr(ModelNames, "names", leaves)
         answer = hostile.get("/v1/models")
     assert error_of(answer, 500)["code"] == "internal_error" and answer.headers["x-request-id"]
     assert hostile.get("/v1/models").status_code == 200
@@ -192,5 +192,5 @@ def test_the_server_looks_after_its_engine(hostile: Running, monkeypatch: pytest
 @pytest.mark.usefixtures("hostile")
 def test_a_default_whose_parameters_fail_is_a_wrong_setting() -> None:
     with pytest.raises(RequestError, match="sampler raises failed: RuntimeError: by design") as caught:
-        check_rule(load_settings({"sampler": "raises", "sampler_params": {"k": 2}}))
+        check_default_sampler(load_settings({"sampler": "raises", "sampler_params": {"k": 2}}))
     assert caught.value.field == "sampler_params"

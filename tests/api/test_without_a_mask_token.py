@@ -11,9 +11,9 @@ import pytest
 from samplers import Canvas, get_sampler, list_samplers
 from samplers.loop.denoising import denoise
 from samplers.loop.row import Row
-from server.api.catalogue import default_rule
+from server.api.model_names import default_sampler
+from server.backends.loading import load_model
 from server.engine import RequestError
-from server.models.loading import load_model
 from server.settings import load_settings
 from tests.api.models import needs_torch_engine
 from tests.api.serving import NAME, PROMPT, Running, error_of, serving, until
@@ -195,9 +195,9 @@ def test_the_catalogue_says_what_goes(gemma: Running) -> None:
 
 def test_a_server_with_a_sampler_that_does_not_fit_does_not_start(folder: Path) -> None:
     info = load_model(str(folder), device="cpu", dtype="float32").backend.info
-    assert default_rule(load_settings({}), info)[0].name == "diffusion_gemma"
+    assert default_sampler(load_settings({}), info)[0].name == "diffusion_gemma"
     with pytest.raises(RequestError, match="no mask token") as caught:
-        default_rule(load_settings({"sampler": "topk"}), info)
+        default_sampler(load_settings({"sampler": "topk"}), info)
     assert caught.value.field == "sampler"
 
 

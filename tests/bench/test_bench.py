@@ -13,24 +13,24 @@ from hypothesis import strategies as st
 from samplers import Canvas, get_sampler
 from samplers.loop.denoising import denoise
 from samplers.loop.row import Row
+from server.backends.loading import load_model, load_network
+from server.backends.torch.backend import TorchBackend
 from server.bench.curves import measure_growth
 from server.bench.engine import measure_engine
 from server.bench.machine import in_words, instructions, machine
 from server.bench.reference import generate
 from server.bench.results import alternate, ratio_of, spread, write_results
-from server.bench.subjects import Subject, embedded
-from server.engine.torch_backend import TorchBackend
-from server.models.llada import LLaDA
-from server.models.loading import load_model, load_network
+from server.bench.subjects import BenchModel, embedded
+from server.models.families.llada import LLaDA
 
 
-def tiny(folder: Path) -> Subject:
+def tiny(folder: Path) -> BenchModel:
     backend = load_model(str(folder), device="cpu", dtype="float32").backend
     assert isinstance(backend, TorchBackend)
     _, _, plain = load_network(folder, torch.device("cpu"), torch.float32)
     assert isinstance(plain, LLaDA)
     prompts = torch.randint(2, 60, (16, 5), generator=torch.Generator().manual_seed(0)).tolist()
-    return Subject("tiny", backend, plain, prompts, prompts, 16, 8, 8)
+    return BenchModel("tiny", backend, plain, prompts, prompts, 16, 8, 8)
 
 
 def test_the_plain_loop_gives_the_engines_tokens(tiny_model: Path) -> None:

@@ -21,10 +21,10 @@ from policies.tasks import get_task
 from samplers import Canvas, Statistic, get_sampler
 from samplers.loop.denoising import denoise
 from samplers.loop.row import Row
+from server.backends.loading import LoadedModel, load_model
+from server.backends.vllm.backend import VllmBackend
 from server.bench.machine import in_words, machine
 from server.engine import Backend
-from server.engine.vllm.backend import VllmBackend
-from server.models.loading import LoadedModel, load_model
 
 CONCURRENT = (1, 8, 16)
 GEN_LENGTH, STEPS = 64, 32

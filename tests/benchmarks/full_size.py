@@ -21,13 +21,13 @@ from samplers.forward.query import Query
 from samplers.forward.summary import summarise
 from samplers.loop.denoising import ask
 from samplers.loop.row import Row
+from server.backends.loading import find_model, load_model
+from server.backends.torch.backend import TorchBackend
 from server.bench.machine import in_words, machine
 from server.bench.products import bare_products
 from server.bench.results import timed
 from server.engine import Backend
-from server.engine.torch_backend import TorchBackend
-from server.models.llada import LLaDA
-from server.models.loading import find_model, load_model
+from server.models.families.llada import LLaDA
 
 LENGTH, BLOCK = 128, 32
 

@@ -12,17 +12,17 @@ import time
 
 import torch
 
-from policies.choosers import Explorer
-from policies.environment import rollout
-from policies.evaluate import Trial, evaluate
-from policies.inputs import Feature, width
-from policies.network import LoadedPolicy, Observation, PolicyConfig, UnmaskingPolicy, parameters
-from policies.specs import SamplerSpec
-from policies.subject import Subject
-from policies.supervised import Runs, fit
+from policies.evaluation.measure import Trial, evaluate
+from policies.evaluation.sampler_spec import SamplerSpec
+from policies.model_under_test import ModelUnderTest
+from policies.network.features import Feature, width
+from policies.network.policy_network import LoadedPolicy, Observation, PolicyConfig, UnmaskingPolicy, parameters
 from policies.tasks import Task, get_task
+from policies.training.actors import Explorer
+from policies.training.fit import Runs, fit
+from policies.training.rollout import rollout
 from samplers.learned.policy import Policy
-from server.commands.options import open_model, subject_of
+from server.commands.options import model_under_test, open_model
 
 ALL: tuple[Feature, ...] = (
     "confidence",
@@ -76,7 +76,7 @@ def cut_down(runs: Runs, features: tuple[Feature, ...], region: bool, tokens: bo
     return Runs(records, runs.good, runs.ends)
 
 
-def collect(subject: Subject, task: Task, vocabulary: int, count: int, seed: int) -> Runs:
+def collect(subject: ModelUnderTest, task: Task, vocabulary: int, count: int, seed: int) -> Runs:
     config = PolicyConfig(features=ALL, top=TOP, tokens=vocabulary, region=True)
     rng = random.Random(f"inputs/{seed}")
     parts = []
@@ -109,7 +109,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     loaded = open_model(None, "cpu", "float32")
-    subject, vocabulary = subject_of(loaded, False), loaded.backend.info.vocab_size
+    subject, vocabulary = model_under_test(loaded, False), loaded.backend.info.vocab_size
     task = get_task(arguments.task)
     began = time.perf_counter()
     runs = collect(subject, task, vocabulary, arguments.runs, arguments.seed)

@@ -42,14 +42,14 @@ def run(rounds: int, embedded_only: bool, threads: int | None) -> dict[str, Any]
     from server.bench.machine import machine
     from server.bench.subjects import embedded, random_model
     from server.commands.options import use_threads
-    from server.threads import apart
+    from server.runtime.threads import run_in_own_thread
 
     use_threads(threads)
 
     def results() -> Iterator[Result]:
-        yield from measure_engine(apart(lambda: embedded(16)), rounds)
+        yield from measure_engine(run_in_own_thread(lambda: embedded(16)), rounds)
         if not embedded_only:
-            yield from measure_engine(apart(lambda: random_model(16)), rounds)
+            yield from measure_engine(run_in_own_thread(lambda: random_model(16)), rounds)
             yield from measure_growth(rounds)
 
     found: dict[str, Any] = {"machine": machine(), "results": []}

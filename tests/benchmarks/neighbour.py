@@ -19,14 +19,14 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from server.bench.engine import Running
+from server.bench.engine import TimedEngine
 from server.bench.http import serving, stream_all
 from server.bench.machine import in_words, machine
 from server.bench.results import Measure
-from server.bench.subjects import Subject, embedded
+from server.bench.subjects import BenchModel, embedded
 from server.commands.options import use_threads
-from server.threads import apart
-from server.waiting import CALM, CHOSEN_BY, PERIOD
+from server.runtime.threads import run_in_own_thread
+from server.runtime.waiting import CALM, CHOSEN_BY, PERIOD
 
 SETTINGS: dict[str, tuple[dict[str, str], int | None]] = {
     "awake": ({"GOMP_SPINCOUNT": "300000"}, None),
@@ -78,15 +78,17 @@ def engine_alone(requests: int, environment: dict[str, str], threads: int | None
 def answer_asks(requests: int, threads: int | None) -> None:
     """What the process of `engine_alone` does: one measurement for every line."""
     use_threads(threads)
-    subject = apart(lambda: embedded(16))
-    running = Running(subject)
+    subject = run_in_own_thread(lambda: embedded(16))
+    running = TimedEngine(subject)
     for _ in sys.stdin:
         asked = running.requests(subject.prompts[:requests], "topk", {"steps": subject.steps}, False)
         print(running.run(asked)[0], flush=True)
 
 
 @contextmanager
-def over_http(subject: Subject, requests: int, environment: dict[str, str], threads: int | None) -> Iterator[Measure]:
+def over_http(
+    subject: BenchModel, requests: int, environment: dict[str, str], threads: int | None
+) -> Iterator[Measure]:
     """A server of its own; seconds of so many streams at once."""
     with serving(None, threads, environment) as url:
 
@@ -140,7 +142,7 @@ def main() -> None:
     measured_on = machine()
     print(in_words(measured_on))
     print(f"{arguments.requests} requests, {arguments.neighbours} neighbours, medians of {arguments.rounds} rounds")
-    subject = apart(lambda: embedded(16))
+    subject = run_in_own_thread(lambda: embedded(16))
     ways: dict[str, Callable[[dict[str, str], int | None], Any]] = {
         "engine": lambda environment, threads: engine_alone(arguments.requests, environment, threads),
         "http": lambda environment, threads: over_http(subject, arguments.requests, environment, threads),

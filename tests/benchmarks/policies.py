@@ -10,13 +10,13 @@ import time
 
 import torch
 
-from policies.network import LoadedPolicy, PolicyConfig, UnmaskingPolicy
+from policies.network.policy_network import LoadedPolicy, PolicyConfig, UnmaskingPolicy
 from policies.tasks import get_task
 from samplers import Canvas, Sampler, get_sampler
 from samplers.learned.policy import Policy
 from samplers.loop.denoising import advance, ask
 from samplers.loop.row import Row
-from server.models.loading import load_model
+from server.backends.loading import load_model
 
 CONFIG = PolicyConfig(features=("top", "doubt", "top_logs", "entropy"), top=4, region=False, hidden=64, feedforward=128)
 

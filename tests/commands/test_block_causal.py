@@ -8,7 +8,7 @@ import pytest
 from samplers import CacheMode, Canvas, get_sampler
 from samplers.loop.denoising import denoise
 from samplers.loop.row import Row
-from server.models.loading import load_model
+from server.backends.loading import load_model
 from tests.commands.application import read_json, refused, right
 from tests.decoders import FAST_DLLM, SDAR, write_decoder
 

@@ -4,14 +4,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from policies.evaluate import Measurement
-from policies.statistics import wilson
-from server.commands.options import subject_of
-from server.evaluation.card import place
-from server.evaluation.plot import pareto_front
-from server.evaluation.report import markdown
-from server.evaluation.results import Results, add_row
-from server.models.loading import load_model
+from policies.evaluation.card import place
+from policies.evaluation.measure import Measurement
+from policies.evaluation.plot import pareto_front
+from policies.evaluation.report import markdown
+from policies.evaluation.results import Results, add_row
+from policies.evaluation.wilson import wilson
+from server.backends.loading import load_model
+from server.commands.options import model_under_test
 from tests.commands.application import read_json, refused, right
 from tests.installed import SAMPLER, Installed
 
@@ -197,6 +197,6 @@ def test_a_chat_goes_through_the_template_and_is_a_row_of_its_own(tiny_model: Pa
     rows = read_json(file)["rows"]
     assert [row["chat"] for row in rows] == [False, False, True, True]
     loaded = load_model(str(tiny_model), device="cpu", dtype="float32")
-    plain, chat = subject_of(loaded), subject_of(loaded, chat=True)
+    plain, chat = model_under_test(loaded), model_under_test(loaded, chat=True)
     assert chat.encode_prompt("Tom has") == plain.encode_prompt("user: Tom has\nassistant:")
     assert chat.encode("Tom has") == plain.encode("Tom has")

@@ -12,9 +12,9 @@ from tokenizers import processors
 from samplers import Canvas, get_sampler
 from samplers.loop.denoising import Outcome, denoise
 from samplers.loop.row import Row
+from server.backends.loading import load_model
 from server.commands.generate import steps
 from server.commands.watch import CanvasView, shade
-from server.models.loading import load_model
 from tests.commands.application import refused, right, unmask
 from tests.tiny import tiny_tokenizer, write_tiny_model
 

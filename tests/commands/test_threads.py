@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from server import processors
 from server.commands.options import use_threads
+from server.runtime import processors
 from server.settings import load_settings
 from tests.commands.application import refused, right, unmask
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
+from policies.evaluation.card import Card
 from policies.tasks import embedded_tasks, get_task
+from server.backends.loading import load_model
 from server.commands.options import parse_block_length
-from server.evaluation.card import Card
-from server.models.loading import load_model
-from server.models.text import ChatTemplateError, TextCodec
+from server.models.text.codec import ChatTemplateError, TextCodec
 from server.training.recipe import load_recipe
 from server.training.trainer import Trainer
 from tests.commands.application import read_json, refused, right, unmask

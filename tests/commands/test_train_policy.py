@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from policies.checkpoint import load_policy
+from policies.serving.checkpoint import load_policy
 from tests.commands.application import read_json, refused, right
 
 RECIPE = """

@@ -10,7 +10,7 @@ from samplers.forward.span import ForwardSpan, KVSlot
 from samplers.ranking import best
 from samplers.rules.threshold import Threshold
 from samplers.schedule import ScheduledParams, quota
-from server.engine.torch_backend import TorchBackend
+from server.backends.torch.backend import TorchBackend
 from tests.conformance.decoders import filtered
 from tests.conformance.forwards import Tensors, compare, given
 from tests.conformance.models import fed_logits

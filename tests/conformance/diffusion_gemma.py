@@ -19,8 +19,8 @@ from samplers.forward.span import ForwardSpan, KVSlot
 from samplers.forward.statistics import NOTHING, StatisticsRequest
 from samplers.loop.denoising import advance, ask
 from samplers.loop.row import Row
-from server.engine.torch_backend import TorchBackend
-from server.models.packed import RaggedBatch, Segment
+from server.backends.torch.backend import TorchBackend
+from server.models.ragged_batch import RaggedBatch, Segment
 from tests.conformance.forwards import compare
 from tests.conformance.generation import Family
 from tests.conformance.models import fed_logits
@@ -138,9 +138,9 @@ class GemmaFamily(Family):
         backend = self.backend()
         first, length = len(prompt), len(prompt) + len(draft)
         canvas = Canvas(Layout(first, len(draft), len(draft)), torch.cat([prompt, draft]), draft == draft)
-        memory = KVSlot(backend.network.room(length, torch.float32, torch.device("cpu")))
+        memory = KVSlot(backend.network.new_kv_cache(length, torch.float32, torch.device("cpu")))
         if said is not None:
-            memory.content.said = first, backend.network.remembered(said, NOTHING)  # type: ignore[attr-defined]
+            memory.content.self_conditioning = first, backend.network.self_conditioning(said, NOTHING)  # type: ignore[attr-defined]
         return fed_logits(backend, [canvas], [ForwardSpan(0, length, memory, length, draft=first)])[0][first:]
 
     def _generate(self, case: dict[str, Any]) -> None:

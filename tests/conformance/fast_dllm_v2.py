@@ -14,7 +14,7 @@ from samplers.forward.span import ForwardSpan, KVSlot
 from samplers.forward.summary import summarise
 from samplers.loop.denoising import Outcome, advance, ask
 from samplers.loop.row import Row
-from server.engine.torch_backend import TorchBackend
+from server.backends.torch.backend import TorchBackend
 from tests.conformance.blocks import Drawer, block_causal, cached_prefix, parameters, within_range
 from tests.conformance.forwards import Tensors, compare, given
 from tests.conformance.generation import Family

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from samplers import Canvas, Layout
 from samplers.forward.span import ForwardSpan, KVSlot
+from server.backends.torch.backend import TorchBackend
 from server.engine import Backend
-from server.engine.torch_backend import TorchBackend
 from server.models.layers import rotate
-from server.models.packed import KeyValues
+from server.models.ragged_batch import KeyValues
 from tests.conformance.models import fed_logits
 from tests.conformance.report import Difference, NotBuilt
 

@@ -11,8 +11,8 @@ from samplers.forward.query import Predict, Query
 from samplers.forward.span import ForwardSpan, KVSlot
 from samplers.loop.denoising import advance, ask
 from samplers.loop.row import Row
-from server.engine.torch_backend import TorchBackend
-from server.models.llada2 import Router
+from server.backends.torch.backend import TorchBackend
+from server.models.families.llada2 import Router
 from tests.conformance.blocks import within_range
 from tests.conformance.decoders import draw
 from tests.conformance.forwards import ForwardCheck, Tensors, compare, given

@@ -12,11 +12,11 @@ from samplers import CacheMode, Canvas
 from samplers.forward.query import Query
 from samplers.forward.span import ForwardSpan
 from samplers.forward.statistics import StatisticsRequest
+from server.backends.loading import ModelError, build_network, describe, load_network
+from server.backends.torch.backend import TorchBackend
+from server.backends.vllm.backend import VllmBackend, VllmError
 from server.engine import Backend
-from server.engine.torch_backend import TorchBackend
-from server.engine.vllm.backend import VllmBackend, VllmError
-from server.models.loading import ModelError, build_network, describe, load_network
-from server.models.packing import pack_linear_layers
+from server.models.checkpoint.packing import pack_linear_layers
 from tests.conformance.report import NotBuilt
 
 

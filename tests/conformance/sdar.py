@@ -14,7 +14,7 @@ from samplers.loop.row import Row
 from samplers.ranking import best
 from samplers.rules.topk import TopK
 from samplers.schedule import quota
-from server.engine.torch_backend import TorchBackend
+from server.backends.torch.backend import TorchBackend
 from tests.conformance.blocks import Drawer, Strict, cached_prefix, masked, parameters
 from tests.conformance.forwards import Tensors, whole
 from tests.conformance.generation import Family

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from server.metrics import Metrics
+from server.runtime.metrics import Metrics
 from tests.deploy.dashboard import DASHBOARD, expressions, panels
 
 # The metrics' public names, and the labels each has beside model_name.

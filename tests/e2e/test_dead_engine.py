@@ -16,8 +16,8 @@ from tests.e2e.processes import Process, served
 BREAKS = """
 import ctypes, os, signal, sys, threading
 from server import cli, lifecycle
-from server.engine.backend import BackendDeadError
-from server.engine.torch_backend import TorchBackend
+from server.backends.contract import BackendDeadError
+from server.backends.torch.backend import TorchBackend
 
 how, notice, leave, broken = sys.argv.pop(1), sys.argv.pop(1), sys.argv.pop(1), threading.Event()
 if notice:

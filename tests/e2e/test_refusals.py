@@ -12,7 +12,7 @@ from server.cli import create_cli
 @pytest.fixture(autouse=True)
 def _own_logging(monkeypatch: pytest.MonkeyPatch) -> None:
     """The test runner keeps its own handlers."""
-    monkeypatch.setattr("server.logging.configure_logging", lambda form: None)
+    monkeypatch.setattr("server.runtime.logging.configure_logging", lambda form: None)
 
 
 def refused(capsys: pytest.CaptureFixture[str], status: int, *arguments: str) -> str:
@@ -93,7 +93,7 @@ def test_a_model_that_is_none_is_one_clear_line(
 def test_the_vllm_engine_without_vllm_names_the_extra(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.models.loading.find_spec", lambda name: None)
+    monkeypatch.setattr("server.backends.loading.find_spec", lambda name: None)
     said = refused(capsys, 1, "serve", "--engine", "vllm", "--port", "0")
     assert said.startswith("Error: ") and said.count("\n") == 1
     assert "pip install '.[vllm]'" in said

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from server.version import VERSION
+from server.runtime.version import VERSION
 from tests.e2e.processes import ROOT, Process, served, unmask
 
 LONG = {"prompt": "Tom has", "max_tokens": 200, "block_length": 1, "n": 2, "stream": True}

@@ -17,10 +17,10 @@ from torch import nn
 from samplers import CacheMode, Canvas, Sampler, TokenChoice, get_sampler
 from samplers.loop.denoising import Outcome, advance, ask, denoise
 from samplers.loop.row import Row
+from server.backends.loading import describe
+from server.backends.torch.backend import TorchBackend
 from server.engine import Engine, Event, FinishReason, GenerationRequest
-from server.engine.torch_backend import TorchBackend
-from server.metrics import Metrics
-from server.models.loading import describe
+from server.runtime.metrics import Metrics
 from tests.decoders import FAST_DLLM, SDAR, SDAR_MOE, block_mask, decoder_config, decoder_network, in_transformers
 from tests.engine.arrivals import finish
 from tests.engine.backends import Listener

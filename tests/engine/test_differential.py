@@ -14,9 +14,9 @@ from torch import Tensor
 
 from samplers import AttentionPattern, CacheMode, Canvas, Layout, Statistic, Step, get_sampler
 from samplers.loop.row import Row
-from server.engine.backend import ModelInfo
-from server.engine.torch_backend import TorchBackend
-from server.models.loading import describe as describe_model
+from server.backends.contract import ModelInfo
+from server.backends.loading import describe as describe_model
+from server.backends.torch.backend import TorchBackend
 from server.models.network import Network
 from tests.engine.arrivals import finish
 from tests.tiny import tiny_config, tiny_network

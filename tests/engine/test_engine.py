@@ -28,6 +28,7 @@ from samplers import (
 )
 from samplers.forward.query import Query
 from samplers.loop.denoising import advance
+from server.backends.contract import BackendDeadError
 from server.engine import (
     Backend,
     Engine,
@@ -40,8 +41,7 @@ from server.engine import (
     RequestError,
 )
 from server.engine import engine as engine_module
-from server.engine.backend import BackendDeadError
-from server.metrics import Metrics
+from server.runtime.metrics import Metrics
 from tests.engine.backends import CheapBackend, Gate, Listener, run
 from tests.samplers.models import MASK, random_logits
 

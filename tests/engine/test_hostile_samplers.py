@@ -13,7 +13,7 @@ from torch import Tensor
 from samplers import Canvas, Sampler, SamplerError, get_sampler, registry
 from server.engine import Engine, FinishReason, GenerationRequest, RequestError
 from server.engine import engine as engine_module
-from server.metrics import Metrics
+from server.runtime.metrics import Metrics
 from tests.engine.backends import CheapBackend, Listener, run
 from tests.engine.hostile import HARMLESS, NAME, SINGLE, WHOLE, Leftmost
 from tests.samplers.models import VOCAB, random_logits

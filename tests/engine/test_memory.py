@@ -10,12 +10,12 @@ import torch
 
 from samplers.forward.prediction import Prediction
 from samplers.forward.query import Query
-from server.allocator import KERNEL_CACHES, KERNELS, available_memory
+from server.backends.loading import load_model
+from server.backends.torch.backend import TorchBackend
 from server.engine import Limits
 from server.engine import memory as memory_module
 from server.engine.memory import TooLittleMemoryError, bound_memory
-from server.engine.torch_backend import TorchBackend
-from server.models.loading import load_model
+from server.runtime.allocator import KERNEL_CACHES, KERNELS, available_memory
 from tests.tiny import write_tiny_model
 from tests.tiny_gemma import write_tiny_gemma
 from tests.tiny_moe import llada2_config, write_model
@@ -36,11 +36,11 @@ SERVE_MANY = """
 import sys, threading
 import torch
 from samplers import get_sampler
-from server.allocator import peak_memory
+from server.runtime.allocator import peak_memory
 from server.engine import Engine, Finished, GenerationRequest, Limits
 from server.engine.memory import bound_memory
-from server.metrics import Metrics
-from server.models.loading import load_model
+from server.runtime.metrics import Metrics
+from server.backends.loading import load_model
 
 limits = Limits(rows=16, queue=64, tokens=8192)
 backend = load_model(None, device="cpu", dtype="float32").backend

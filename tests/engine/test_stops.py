@@ -7,7 +7,7 @@ import pytest
 
 from samplers import get_sampler
 from server.engine import Engine, Event, FinishReason, GenerationRequest, Limits
-from server.metrics import Metrics
+from server.runtime.metrics import Metrics
 from tests.engine.backends import CheapBackend, Listener
 from tests.samplers.models import scripted
 

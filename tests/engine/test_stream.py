@@ -7,7 +7,7 @@ import pytest
 
 from server.engine import Committed, Engine, Finished, FinishReason, GenerationRequest, Limits, QueueFullError
 from server.engine.stream import MOST_EVENTS, MOST_NUMBERS, EventStream, submit_to
-from server.metrics import Metrics
+from server.runtime.metrics import Metrics
 from tests.engine.backends import CheapBackend, Gate
 from tests.engine.test_engine import request, tokens_alone
 

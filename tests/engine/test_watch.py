@@ -11,7 +11,7 @@ from server.engine import Engine, FinishReason, GenerationRequest, NotServingErr
 from server.engine import engine as engine_module
 from server.engine import watch as watch_module
 from server.engine.watch import LOOKS, PATIENCE, Watch
-from server.metrics import Metrics
+from server.runtime.metrics import Metrics
 from tests.engine.backends import CheapBackend, Listener
 
 

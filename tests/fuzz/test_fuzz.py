@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from server.models.registry import ARCHITECTURES
+from server.models.families.registry import ARCHITECTURES
 from tests.api.models import needs_torch_engine
 from tests.fuzz.campaign import Campaign, Report
 from tests.fuzz.families import FAMILIES, Subject

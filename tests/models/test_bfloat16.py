@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from server.engine.torch_backend import TorchBackend
-from server.models.llada2 import Router
-from server.models.loading import load_model, load_network
+from server.backends.loading import load_model, load_network
+from server.backends.torch.backend import TorchBackend
+from server.models.families.llada2 import Router
 from server.models.network import Network
 from tests.decoders import FAST_DLLM, SDAR, SDAR_MOE, block_mask, decoder_config, in_transformers, write_decoder
 from tests.tiny import tiny_config, tiny_tokenizer, write_tiny_model

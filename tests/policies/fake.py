@@ -5,11 +5,11 @@ from collections.abc import Callable
 
 import torch
 
-from policies.subject import Subject
+from policies.model_under_test import ModelUnderTest
 from policies.tasks import Problem, Task
 from samplers import Canvas, Prediction
 from samplers.forward.query import Query
-from server.models.text import TextCodec
+from server.models.text.codec import TextCodec
 from server.training.tokenizer import build_tokenizer
 
 MASK_ID, END_ID = 0, 1
@@ -51,8 +51,10 @@ class FakeModel:
         tokens, confidences = zip(*answers, strict=True)
         return Prediction(torch.tensor(tokens), torch.tensor(confidences), {})
 
-    def subject(self, max_length: int = 512) -> Subject:
-        return Subject(self.predict, self.text.encode, self.text.decode, MASK_ID, frozenset({END_ID}), max_length)
+    def subject(self, max_length: int = 512) -> ModelUnderTest:
+        return ModelUnderTest(
+            self.predict, self.text.encode, self.text.decode, MASK_ID, frozenset({END_ID}), max_length
+        )
 
 
 def right(canvas: Canvas, position: int, reference: list[int]) -> tuple[int, float]:

@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 
-from policies.checkpoint import PolicyCard, TrainedOn
-from policies.network import LoadedPolicy, PolicyConfig, UnmaskingPolicy
-from policies.recipe import PolicyRecipe
+from policies.network.policy_network import LoadedPolicy, PolicyConfig, UnmaskingPolicy
+from policies.serving.checkpoint import PolicyCard, TrainedOn
+from policies.training.recipe import PolicyRecipe
 from samplers.learned.policy import Policy
 
 SMALL: dict[str, Any] = {"hidden": 16, "heads": 2, "feedforward": 24, "output_bias": 0.0}

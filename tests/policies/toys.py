@@ -6,7 +6,7 @@ from functools import cache
 
 import torch
 
-from policies.subject import Subject
+from policies.model_under_test import ModelUnderTest
 from policies.tasks import Problem, Task
 from samplers import Canvas, Prediction, Statistic
 from samplers.forward.query import Query
@@ -35,7 +35,7 @@ class ReadySet(Task):
     def check(self, problem: Problem, completion: str) -> bool:
         return completion == str(RIGHT) * self.length
 
-    def subject(self, luck: float) -> Subject:
+    def subject(self, luck: float) -> ModelUnderTest:
         """The model: `luck` is the chance that a position that is not ready comes out right."""
 
         def answers(canvas: Canvas) -> Callable[[int], tuple[int, float]]:
@@ -60,7 +60,7 @@ class ReadySet(Task):
             top = torch.nn.functional.pad(confidence[:, None], (0, query.wanted.top - 1)) if query.wanted.top else None
             return Prediction(torch.tensor([token for token, _ in found]), confidence, extra, top)
 
-        return Subject(predict, encode, decode, MASK_ID, frozenset(), 1 + LENGTH)
+        return ModelUnderTest(predict, encode, decode, MASK_ID, frozenset(), 1 + LENGTH)
 
 
 @cache

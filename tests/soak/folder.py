@@ -5,7 +5,7 @@ import random
 import shutil
 from pathlib import Path
 
-from policies.checkpoint import CARD, WEIGHTS, save_policy
+from policies.serving.checkpoint import CARD, WEIGHTS, save_policy
 from tests.policies.tiny import card, network
 
 NAMES = ("red", "green", "blue")

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from server.engine.vllm.backend import VllmBackend
-from server.models.loading import load_model
+from server.backends.loading import load_model
+from server.backends.vllm.backend import VllmBackend
 
 
 @pytest.fixture(scope="session")

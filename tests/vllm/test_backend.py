@@ -11,9 +11,9 @@ from samplers.forward.query import Query
 from samplers.forward.statistics import LogitBonus, StatisticsRequest
 from samplers.loop.denoising import ask, denoise
 from samplers.loop.row import Row
+from server.backends.vllm.backend import VllmBackend
 from server.engine import Backend, Engine, GenerationRequest, RequestError
-from server.engine.vllm.backend import VllmBackend
-from server.metrics import Metrics
+from server.runtime.metrics import Metrics
 
 pytestmark = pytest.mark.vllm
 

@@ -10,10 +10,10 @@ import torch
 from samplers import Canvas, get_sampler
 from samplers.loop.denoising import denoise
 from samplers.loop.row import Row
+from server.backends.loading import ModelError, load_model
 from server.engine import Backend
-from server.models.loading import ModelError, load_model
-from tests.models.test_checkpoints import drop, tie
-from tests.models.test_loading import edit_json, edit_weights
+from tests.backends.test_loading import edit_json, edit_weights
+from tests.models.checkpoint.test_checkpoints import drop, tie
 from tests.tiny import write_tiny_model
 from tests.tiny_dream import write_tiny_dream
 

@@ -9,9 +9,9 @@ import pytest
 from samplers import Canvas, get_sampler
 from samplers.loop.denoising import denoise
 from samplers.loop.row import Row
-from server.engine.vllm import backend as vllm_backend
-from server.engine.vllm.backend import VllmOptions
-from server.models.loading import ModelError, load_model
+from server.backends.loading import ModelError, load_model
+from server.backends.vllm import backend as vllm_backend
+from server.backends.vllm.backend import VllmOptions
 from tests.e2e.processes import unmask
 from tests.tiny import write_tiny_model
 

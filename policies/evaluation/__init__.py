@@ -1,0 +1,1 @@
+"""Accuracy against tokens per forward: measuring samplers, reports and plots."""

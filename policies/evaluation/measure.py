@@ -1,0 +1,207 @@
+"""Accuracy against tokens per forward: held-out problems, a sampler, a model handed over as callables."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from policies.evaluation.oracle import Oracle
+from policies.evaluation.sampler_spec import SamplerSpec
+from policies.evaluation.wilson import wilson
+from policies.model_under_test import ModelUnderTest
+from policies.tasks import Problem, Task
+from samplers import CacheMode, Layout, Sampler, get_sampler
+from samplers.forward.query import Predict
+from samplers.learned.policy import Policy
+from samplers.loop.denoising import advance, ask
+from samplers.loop.row import Row
+
+FRONTIER = (
+    "random",
+    *(f"topk:k={k}" for k in (1, 2, 4, 8)),
+    *(f"threshold:threshold={t}" for t in (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)),
+    "topk:k=1000",
+    "oracle",
+)
+"""The samplers of the published table; a `k` of at least the generation's length commits everything at once."""
+
+
+class TrialError(ValueError):
+    """A trial that cannot be run: too few problems, or one that does not fit the model."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One measurement: `count` held-out problems of a task under a sampler. No `block_length` is full diffusion.
+
+    `chat` only says that the model encodes prompts as chat messages.
+
+    Raises ParameterError if the sampler's parameters do not fit the generation.
+    """
+
+    task: Task
+    sampler: SamplerSpec
+    block_length: int | None
+    gen_length: int
+    count: int
+    seed: int = 0
+    fill_after_end: bool = True
+    chat: bool = False
+    cache: CacheMode = CacheMode.NONE
+
+    def __post_init__(self) -> None:
+        if self.sampler.name not in (Oracle.name, Policy.name):
+            layout = Layout(0, self.gen_length, min(self.block_length or self.gen_length, self.gen_length))
+            get_sampler(self.sampler.name).check(self.sampler.params, layout)
+
+    def settings(self) -> dict[str, Any]:
+        """What tells one measurement of a model from another, as its row has it."""
+        return {
+            "task": self.task.name,
+            "sampler": self.sampler.name,
+            "params": self.sampler.stated(),
+            "block_length": self.block_length,
+            "gen_length": self.gen_length,
+            "count": self.count,
+            "seed": self.seed,
+            "fill_after_end": self.fill_after_end,
+            "chat": self.chat,
+            "cache": self.cache,
+        }
+
+
+Whole = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+"""Rows come from files too, and a number of thousands of digits is nothing that anybody counted."""
+
+
+class Measurement(BaseModel):
+    """What a trial measured. Accuracy in 0..1 with Wilson 95 % bounds; `tpf` is sum of tokens / sum of forwards."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    task: str = Field(max_length=1024)
+    sampler: str = Field(max_length=1024)
+    params: dict[str, Any]
+    block_length: Whole | None
+    gen_length: Whole
+    count: Whole
+    seed: Whole
+    fill_after_end: bool
+    correct: Whole
+    accuracy: float
+    accuracy_low: float
+    accuracy_high: float
+    tokens: Whole
+    forwards: Whole
+    tpf: float
+    seconds: float
+    chat: bool = False
+    cache: CacheMode = CacheMode.NONE
+
+    def settings(self) -> dict[str, Any]:
+        """See `Trial.settings`."""
+        return self.model_dump(include=set(_SETTINGS))
+
+
+_SETTINGS = (
+    *("task", "sampler", "params", "block_length", "gen_length", "count", "seed"),
+    *("fill_after_end", "chat", "cache"),
+)
+
+
+def registered(spec: SamplerSpec) -> Sampler:
+    """The sampler of that name."""
+    return get_sampler(spec.name)
+
+
+def evaluate(
+    model: ModelUnderTest,
+    trial: Trial,
+    batch: int,
+    solved: Callable[[], None] = lambda: None,
+    choose: Callable[[SamplerSpec], Sampler] = registered,
+) -> Measurement:
+    """Run a trial with at most `batch` canvases in a forward.
+
+    Args:
+        solved: called after each problem, right or wrong.
+        choose: finds the sampler; policies are known to a store of them only.
+
+    Raises TrialError, SamplerError if a generation cannot go on, and what `choose` raises.
+    """
+    began = time.monotonic()
+    correct = tokens = forwards = 0
+    for problem, row in _finish(_start(model, trial, choose), model.predict, batch):
+        correct += trial.task.check(problem, model.decode(row.text_tokens()))
+        tokens += row.completion_tokens
+        forwards += row.forwards
+        solved()
+    low, high = wilson(correct, trial.count)
+    return Measurement(
+        **trial.settings(),
+        correct=correct,
+        accuracy=correct / trial.count,
+        accuracy_low=low,
+        accuracy_high=high,
+        tokens=tokens,
+        forwards=forwards,
+        tpf=tokens / forwards,
+        seconds=round(time.monotonic() - began, 3),
+    )
+
+
+def check_trial(model: ModelUnderTest, trial: Trial, choose: Callable[[SamplerSpec], Sampler] = registered) -> None:
+    """Raise what `evaluate` would raise before the trial's first forward."""
+    next(_start(model, trial, choose))
+
+
+def _start(
+    model: ModelUnderTest, trial: Trial, choose: Callable[[SamplerSpec], Sampler]
+) -> Iterator[tuple[Problem, Row]]:
+    """The trial's generations, the shortest prompt first: canvases of one length share a forward without padding."""
+    try:
+        problems = trial.task.problems(trial.count, trial.seed, "heldout")
+    except ValueError as error:
+        raise TrialError(str(error)) from None
+    prompts = [model.encode_prompt(problem.prompt) for problem in problems]
+    try:
+        model.check_length(trial.task.name, max(map(len, prompts)), trial.gen_length)
+    except ValueError as error:
+        raise TrialError(str(error)) from None
+    for i in sorted(range(trial.count), key=lambda i: len(prompts[i])):
+        canvas = model.canvas(prompts[i], trial.gen_length, trial.block_length)
+        spec, problem = trial.sampler, problems[i]
+        if spec.name == Oracle.name:
+            sampler: Sampler = Oracle.for_problem(trial.task, problem, canvas, model.encode, model.end_ids)
+        else:
+            sampler = choose(spec)
+        yield (
+            problem,
+            Row(
+                canvas,
+                sampler,
+                spec.params,
+                seed=trial.seed + i,
+                end_ids=model.end_ids,
+                fill_after_end=trial.fill_after_end,
+                cache=trial.cache,
+            ),
+        )
+
+
+def _finish(rows: Iterator[tuple[Problem, Row]], predict: Predict, batch: int) -> Iterator[tuple[Problem, Row]]:
+    """Run generations to their end, as many in each forward as `batch` allows, and yield each when it is finished."""
+    running: list[tuple[Problem, Row]] = []
+    while True:
+        running += islice(rows, batch - len(running))
+        if not running:
+            return
+        query = ask([row for _, row in running])
+        for outcome in advance([row for _, row in running], query, predict(query)):
+            if outcome.error is not None:
+                raise outcome.error
+        yield from (pair for pair in running if pair[1].finished)
+        running = [pair for pair in running if not pair[1].finished]

@@ -1,0 +1,1 @@
+"""Reading files of users within bounds, and writing them whole or not at all."""

@@ -1,0 +1,1 @@
+"""The unmasking network and its features."""

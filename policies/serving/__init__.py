@@ -1,0 +1,1 @@
+"""Checkpoint files of policies, and the store of those that are loaded."""

@@ -1,0 +1,1 @@
+"""Training of policies, from a recipe to a checkpoint."""

@@ -1,0 +1,1 @@
+"""A request's generations: from encoded prompts to the pieces of its answer."""

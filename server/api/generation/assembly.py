@@ -1,0 +1,188 @@
+"""Tokens to text that can be sent: whole characters only, and nothing that may yet turn out to be a stop string."""
+
+import codecs
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from server.models.text.codec import TextCodec
+
+
+class Detokenizer:
+    """Decodes a growing list of tokens piece by piece; the pieces together are the decoded whole.
+
+    Text comes out once no later token can change it: a character when all its tokens are there. Only the tokens since
+    the piece before the last are decoded with a new one, enough for the tokenizer to see what stands before (some
+    write a word's first token differently at the start of a text).
+
+    Attributes:
+        waiting: the text of the last tokens is not certain yet.
+    """
+
+    def __init__(self, codec: TextCodec) -> None:
+        self._codec = codec
+        self._boundaries = codec.boundaries()
+        self._tokens: list[int] = []  # from the first that is decoded again
+        self._read = 0  # tokens before this one are sent in full
+        self._certain = 0  # the text of tokens before this one can no longer change
+        self._sent = 0  # characters of the tokens' text that are sent
+        self.waiting = False
+
+    def add(self, tokens: Sequence[int], last: bool = False) -> str:
+        """The text that is certain with these tokens; with `last`, all that is left."""
+        for token in tokens:
+            if not self._codec.silent(token):
+                self._tokens.append(token)
+                self.waiting = not self._boundaries.certain_after(token)
+                if not self.waiting:
+                    self._certain = len(self._tokens)
+        if last:
+            self._certain, self.waiting = len(self._tokens), False
+        if self._certain == self._read:
+            return ""
+        text = self._codec.decode(self._tokens[: self._certain])
+        new = text[self._sent :]
+        again = self._codec.decode(self._tokens[self._read : self._certain])
+        if again:  # what stands before matters no more once there is some text
+            del self._tokens[: self._read]
+            self._certain -= self._read
+            self._sent = len(again)
+        else:
+            self._sent = len(text)
+        self._read = self._certain
+        return new
+
+
+@dataclass(frozen=True)
+class TokenText:
+    """A token's part of a text.
+
+    Attributes:
+        text: what it adds; the name of a token that adds nothing; None where it is only part of a character.
+        bytes: those of all tokens together are the text's, but where bytes are no characters, which the text shows as
+            U+FFFD.
+        start: the character of the text at which it begins.
+    """
+
+    id: int
+    text: str | None
+    bytes: bytes
+    start: int
+
+
+class TokenTexts:
+    """Splits the text of a growing list of tokens into that of each."""
+
+    def __init__(self, codec: TextCodec) -> None:
+        self._codec = codec
+        self._detokenizer = Detokenizer(codec)
+        self._group: list[int] = []  # tokens whose text becomes certain together
+        self._length = 0  # of the text before them
+
+    def add(self, tokens: Sequence[int], last: bool = False) -> list[TokenText]:
+        """The tokens whose text is certain with these; with `last`, all that are left."""
+        found, text = [], ""
+        for token in tokens:
+            self._group.append(token)
+            text += self._detokenizer.add([token])
+            if not self._detokenizer.waiting:
+                found += self._split(text)
+                text = ""
+        if last:
+            found += self._split(text + self._detokenizer.add([], last=True))
+        return found
+
+    def _split(self, text: str) -> list[TokenText]:
+        group, self._group = self._group, []
+        own = iter(self._own([id for id in group if not self._codec.silent(id)], text))
+        reader, found = codecs.getincrementaldecoder("utf-8")("replace"), []
+        start, self._length = self._length, self._length + len(text)
+        for id in group:
+            if self._codec.silent(id):
+                found.append(TokenText(id, self._codec.token(id), b"", start))
+                continue
+            data = next(own)
+            found.append(TokenText(id, _text(data), data, start))
+            # Where bytes are no characters, or tokens change each other's text, their ends are not known exactly.
+            start = min(start + len(reader.decode(data)), self._length)
+        return found
+
+    def _own(self, heard: Sequence[int], text: str) -> list[bytes]:
+        """The bytes of each token that a group's text consists of."""
+        found = [self._codec.token_bytes(id) for id in heard]
+        # All but a part of a character is taken from the text: what a token adds depends on where it stands.
+        if len(found) == 1 and _text(found[0]) is not None:
+            return [text.encode()]
+        if len(found) > 1 and self._codec.is_byte(heard[0]):
+            count = len(found) - (not self._codec.is_byte(heard[-1]))
+            run = b"".join(found[:count])
+            read = _text(run)
+            if read is not None and (stripped := _missing(read, text)):
+                found[:count] = _without_first(found[:count], stripped)
+                read = read[stripped:]
+            if count < len(found):
+                found[-1] = text[len(run if read is None else read) :].encode()
+        return found
+
+
+def escaped(data: bytes) -> str:
+    """Bytes that are no text, as OpenAI shows them."""
+    return "".join(f"\\x{byte:02x}" for byte in data)
+
+
+def _missing(read: str, text: str) -> int:
+    """Spaces that a decoder strips from the beginning of a text."""
+    spaces = len(read) - len(read.lstrip(" "))
+    return next((i for i in range(spaces + 1) if text.startswith(read[i:])), 0)
+
+
+def _without_first(parts: Sequence[bytes], count: int) -> list[bytes]:
+    """Bytes without the first of all."""
+    found = []
+    for part in parts:
+        found.append(part[count:])
+        count = max(0, count - len(part))
+    return found
+
+
+def _text(data: bytes) -> str | None:
+    """What bytes read as, None if they are not whole characters."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return None
+
+
+class StopStrings:
+    """Cuts a growing text before the first stop string in it.
+
+    Attributes:
+        stopped: a stop string was found; nothing more comes out.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = stops
+        self._held = ""
+        self.stopped = False
+
+    def add(self, text: str, last: bool = False) -> str:
+        """What of the text can be sent; with `last`, nothing is held back."""
+        if self.stopped:
+            return ""
+        held = self._held + text
+        found = [at for stop in self._stops if (at := held.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            return held[: min(found)]
+        keep = 0 if last else max((_overlap(held, stop) for stop in self._stops), default=0)
+        self._held = held[len(held) - keep :]
+        return held[: len(held) - keep]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of the text that is the beginning of the stop string."""
+    start = max(0, len(text) - len(stop) + 1)
+    while (start := text.find(stop[0], start)) >= 0:
+        if stop.startswith(text[start:]):
+            return len(text) - start
+        start += 1
+    return 0

@@ -1,0 +1,249 @@
+"""From a validated body to generations in the engine."""
+
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+from policies.serving.store import UnknownPolicyError
+from samplers import CacheMode, Layout, TokenChoice, is_ours
+from samplers.learned.policy import Policy, PolicyParams
+from server.api.errors import budget_headers
+from server.api.generation.choices import Choice
+from server.api.generation.stopping import TextStop
+from server.api.model_names import SamplerChoice, Wish, stated
+from server.api.schemas.requests import DEFAULT_MAX_TOKENS, INT64, ChatBody, GenerationBody
+from server.api.schemas.responses import EffectiveSettings, Usage
+from server.api.serving import Serving
+from server.api.text_threads import Work
+from server.engine import GenerationRequest, ModelInfo, Owner, RequestError
+from server.engine.engine import CONTEXT_LENGTH_EXCEEDED, too_long
+from server.engine.stream import EventStream, submit_to
+from server.models.text.codec import TextTooLongError
+
+
+@dataclass(frozen=True)
+class EncodedPrompts:
+    """What a body asks for.
+
+    Attributes:
+        prompts: token ids, one list a prompt.
+        suffix: token ids after the generation region.
+        max_tokens: None is the default.
+        prompt_field, length_field: what these are called in the body.
+        echo: texts to put before the choices of each prompt; none where that is not asked for.
+    """
+
+    prompts: Sequence[list[int]]
+    suffix: list[int]
+    max_tokens: int | None
+    prompt_field: str
+    length_field: str = "max_tokens"
+    echo: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class StartedChoices:
+    """The generations of a request, how they are made, and the headers of their answer."""
+
+    prompts: EncodedPrompts
+    choices: list[Choice]
+    used: EffectiveSettings
+    headers: dict[str, str]
+
+    def usage_of(self, choice: Choice) -> Usage:
+        """What the engine has counted so far of one choice."""
+        prompt = len(self.prompts.prompts[choice.prompt]) + len(self.prompts.suffix)
+        return Usage.of(prompt=prompt, completion=choice.completion_tokens, forwards=choice.forwards)
+
+    def usage(self) -> Usage:
+        """What the engine counted, once all choices have ended."""
+        return Usage.of(
+            prompt=sum(len(prompt) + len(self.prompts.suffix) for prompt in self.prompts.prompts),
+            completion=sum(choice.completion_tokens for choice in self.choices),
+            forwards=sum(choice.forwards for choice in self.choices),
+        )
+
+
+B = TypeVar("B", bound=GenerationBody)
+
+
+async def start(
+    serving: Serving, body: B, owner: Owner, size: int, count: int, read: Callable[[B], EncodedPrompts], logprobs: bool
+) -> StartedChoices:
+    """Queue the generations of a body, all or none.
+
+    Args:
+        owner: who asks for them.
+        size: the body's bytes.
+        count: number of prompts in the body.
+        read: makes the prompts tokens; runs in another thread, since that can take long.
+
+    Raises RequestError, QueueFullError, KeyLimitError, NotServingError.
+    """
+    wish = serving.model_names.choose(body)
+    number = body.n or 1
+    total = count * number
+    if total > serving.settings.max_queue:
+        raise RequestError(
+            "n" if count == 1 else "prompt",
+            f"{count} prompts with {number} choices each are {total} generations, more than the queue takes "
+            f"({serving.settings.max_queue}, --max-queue): send fewer at a time",
+        )
+    serving.engine.check_room(owner, total)
+    streams = [EventStream(serving.engine, every_pass=bool(body.return_trajectory)) for _ in range(total)]
+    work = partial(_submit, serving, body, owner, wish, read, streams)
+    kind = Work.CHAT if isinstance(body, ChatBody) else Work.TEXT
+    if not is_ours(wish.name):
+        kind = Work.SAMPLER
+    encoded, used = await serving.threads.run(work, owner, size, kind)
+    choices = [
+        Choice(stream, serving.text, i, i // number, body.stop, logprobs, bool(body.return_trajectory))
+        for i, stream in enumerate(streams)
+    ]
+    return StartedChoices(encoded, choices, used, budget_headers(serving.engine.budget(owner)))
+
+
+def _submit(
+    serving: Serving, body: B, owner: Owner, wish: Wish, read: Callable[[B], EncodedPrompts], streams: list[EventStream]
+) -> tuple[EncodedPrompts, EffectiveSettings]:
+    serving.engine.check_accepting()  # before work that can take long, for which this may have waited long
+    chosen = serving.model_names.sampler_choice(wish)
+    encoded = read(body)
+    requests, used = _requests(serving, body, owner, chosen, encoded)
+    try:
+        submit_to(streams, serving.engine, requests)
+    except RequestError as error:
+        names = {"prompt": encoded.prompt_field, "max_tokens": encoded.length_field}
+        raise RequestError(names.get(error.field, error.field), str(error), error.code) from None
+    layouts = [stream.generation.row.canvas.layout for stream in streams if stream.generation is not None]
+    used.warnings += _context_warnings(serving.engine.info, layouts)
+    return encoded, used
+
+
+def _requests(
+    serving: Serving, body: GenerationBody, owner: Owner, chosen: SamplerChoice, encoded: EncodedPrompts
+) -> tuple[list[GenerationRequest], EffectiveSettings]:
+    info = serving.engine.info
+    block_length = info.blocks(body.block_length if "block_length" in body.model_fields_set else info.block_length)
+    ends = (frozenset() if body.ignore_eos else info.end_ids) | _named_ends(serving, body)
+    number = body.n or 1
+    left = [info.max_length - len(prompt) - len(encoded.suffix) for prompt in encoded.prompts]
+    lengths = [encoded.max_tokens or max(1, min(DEFAULT_MAX_TOKENS, each)) for each in left]
+    choice = TokenChoice(body.temperature or 0.0, body.top_p or 1.0, max(0, body.top_k or 0))
+    seeds = _seeds(body.seed, len(encoded.prompts), number)
+    fill_after_end = body.fill_after_end is not False
+    cache = CacheMode(body.cache or serving.settings.cache or info.cache)
+    check_ids("stop_token_ids", body.stop_token_ids or [], info.vocab_size)
+    requests = [
+        GenerationRequest(
+            prompt=prompt,
+            max_tokens=lengths[i],
+            sampler=chosen.name,
+            params=chosen.params,
+            suffix=encoded.suffix,
+            block_length=block_length,
+            choice=choice,
+            seed=seeds[i * number + j],
+            end_ids=ends | frozenset(body.stop_token_ids or []),
+            stop=TextStop(serving.text, body.stop) if body.stop else None,
+            fill_after_end=fill_after_end,
+            cache=cache,
+            timeout=serving.settings.request_timeout or None,
+            counts_prompt=j == 0,
+            priority=body.priority or 0,
+            owner=owner,
+        )
+        for i, prompt in enumerate(encoded.prompts)
+        for j in range(number)
+    ]
+    used = EffectiveSettings(
+        sampler=chosen.name,
+        sampler_params=stated(chosen.sampler, chosen.params),
+        block_length=block_length,
+        max_tokens=[request.max_tokens for request in requests],
+        fill_after_end=fill_after_end,
+        cache=cache.value,
+        temperature=choice.temperature,
+        seeds=seeds,
+        warnings=_policy_warnings(serving, chosen, block_length, lengths),
+    )
+    return requests, used
+
+
+def _context_warnings(info: ModelInfo, layouts: Sequence[Layout]) -> list[str]:
+    """Say so where the context ends within the last block: it is denoised without the positions that do not fit."""
+    missing = max(layout.missing for layout in layouts)
+    if not missing:
+        return []
+    limit = f" ({info.length_limit})" if info.length_limit else ""
+    return [
+        f"the last block ends at the context's {info.max_length} tokens{limit}, {missing} short of a whole one: its "
+        "text may differ from what a longer context would give"
+    ]
+
+
+def _policy_warnings(
+    serving: Serving, chosen: SamplerChoice, block_length: int | None, lengths: list[int]
+) -> list[str]:
+    if chosen.name != Policy.name:
+        return []
+    assert isinstance(chosen.params, PolicyParams)
+    try:
+        stored = serving.model_names.policies.get(chosen.params.policy)
+    except UnknownPolicyError as error:
+        raise RequestError("sampler_params.policy", str(error), "unknown_policy") from None
+    host = serving.model_names.policies.host
+    found = [warning for length in lengths for warning in stored.warnings(host, block_length, length)]
+    return list(dict.fromkeys(found))
+
+
+@contextmanager
+def refusing_long(serving: Serving, field: str, max_tokens: int | None = None) -> Iterator[None]:
+    """Say of a text in this field that is too long for the context what the engine says of its tokens."""
+    try:
+        yield
+    except TextTooLongError as error:
+        message = too_long(serving.engine.info, error.at_least, max_tokens or 1, at_least=True)
+        raise RequestError(field, message, CONTEXT_LENGTH_EXCEEDED) from None
+
+
+def check_ids(field: str, ids: Sequence[int], vocab_size: int) -> None:
+    """Raise RequestError if one of these is no token of the model."""
+    largest = max(ids, default=0)
+    if largest >= vocab_size:
+        raise RequestError(field, f"{field}: {largest} is not a token id, the model has {vocab_size} of them")
+
+
+def _named_ends(serving: Serving, body: GenerationBody) -> frozenset[int]:
+    """Special tokens that the body names as stops, which texts leave out. Raises RequestError for the mask token."""
+    mask = serving.engine.info.mask_id
+    if mask is not None and mask in (body.stop_token_ids or []):
+        raise RequestError("stop_token_ids", f"{mask} is the mask token, which no text ends with: leave it out")
+    found = [serving.text.special_token_id(stop) for stop in body.stop]
+    return frozenset(id for id in found if id is not None and id != mask)
+
+
+def check_masks(serving: Serving, field: str, ids: Sequence[int]) -> None:
+    """Refuse the mask token outside of the generation region: nothing would ever be put in its place."""
+    mask = serving.engine.info.mask_id
+    if mask is not None and mask in ids:
+        raise RequestError(
+            field,
+            f"{field}: the mask token {serving.text.token(mask)} ({mask}) is in it, but only the generation region is "
+            "filled; a completion takes the text before it as prompt and the text after it as suffix",
+        )
+
+
+def _seeds(seed: int | None, prompts: int, number: int) -> list[int]:
+    """A seed for each choice.
+
+    With a seed given, each prompt's choices start from it, so that a prompt's result does not depend on what else is
+    in the request. Without one no two choices share a stream.
+    """
+    if seed is None:
+        # 53 bits come back whole from every JSON parser.
+        return [secrets.randbits(53) for _ in range(prompts * number)]
+    return [(seed + j + INT64) % (2 * INT64) - INT64 for _ in range(prompts) for j in range(number)]

@@ -1,0 +1,1 @@
+"""Where a model runs: the seam between the engine and torch or vLLM."""

@@ -1,0 +1,125 @@
+"""Our own model code on CPU or CUDA."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from samplers.forward.prediction import Prediction
+from samplers.forward.query import Query
+from samplers.forward.span import KVSlot
+from samplers.forward.statistics import StatisticsRequest
+from samplers.forward.summary import summarise
+from server.backends.contract import ModelInfo
+from server.models.checkpoint.compiling import padded_size
+from server.models.network import Network
+from server.models.ragged_batch import KeyValues, RaggedBatch, Segment
+
+LOGIT_ELEMENTS = 1 << 24
+"""Logits held at a time: candidates are worked off in chunks of at most this many elements."""
+
+
+class TorchBackend:
+    """What each canvas spans, packed into one forward; last outputs, head and statistics for candidates only.
+
+    Args:
+        batch_invariant: compute each canvas on its own, since matrix products round differently with their size.
+        static_shapes: pad forwards to one of few sizes, for layers that are compiled.
+    """
+
+    def __init__(
+        self, network: Network, info: ModelInfo, batch_invariant: bool = False, static_shapes: bool = False
+    ) -> None:
+        self.batch_invariant = batch_invariant
+        self.static_shapes = static_shapes
+        self.network = network.eval()
+        self.info = info
+        self.device = torch.device(info.device)
+
+    @torch.inference_mode()
+    def predict(self, query: Query) -> Prediction:
+        if self.batch_invariant:
+            return Prediction.join([self._together(query.one(i)) for i in range(len(query.canvases))]).cpu()
+        return self._together(query).cpu()
+
+    def _together(self, query: Query) -> Prediction:
+        batch, back = self.pack(query)
+        if self.static_shapes and self.device.type == "cuda":
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]  # the last forward's outputs may be overwritten
+        hidden = self.network.packed(batch)
+        back = back.to(self.device, non_blocking=True)
+        wanted = query.wanted.to(self.device)
+        size = max(1, LOGIT_ELEMENTS // self.info.vocab_size)
+        parts: list[Prediction] = []
+        kept: list[Tensor] = []
+        for start in range(0, max(1, len(back)), size):  # a forward may be asked for nothing
+            logits, asked = self.network.head(hidden[back[start : start + size]]), wanted.part(start, start + size)
+            parts.append(self.say(logits, asked))
+            if (said := self.network.self_conditioning(logits, asked)) is not None:
+                kept.append(said)
+        if kept:
+            self._keep(query, torch.cat(kept))
+        return Prediction.join(parts)
+
+    def say(self, logits: Tensor, wanted: StatisticsRequest) -> Prediction:
+        """What there is to say of logits [n, vocabulary]."""
+        return summarise(logits, self.info.mask_id, wanted)
+
+    def _keep(self, query: Query, said: Tensor) -> None:
+        """Note what a forward said of each canvas for the next one, once all of it has succeeded."""
+        counts = torch.bincount(query.row, minlength=len(query.canvases)).tolist()
+        for feed, part in zip(query.spans, torch.split(said, counts), strict=True):
+            if feed.memory is not None and feed.draft is not None:
+                assert isinstance(feed.memory.content, KeyValues)
+                feed.memory.content.self_conditioning = feed.draft, part
+
+    def pack(self, query: Query) -> tuple[RaggedBatch, Tensor]:
+        """The forward of a query, and where in what it gives each of the query's positions is, [n]."""
+        counts = torch.bincount(query.row, minlength=len(query.canvases)).tolist()
+        rows = [
+            Segment(
+                feed.start,
+                feed.stop,
+                count,
+                feed.visible or canvas.layout.length,
+                self._memory(feed.memory, canvas.layout.length),
+                feed.causal_block,
+                feed.draft or 0,
+            )
+            for canvas, feed, count in zip(query.canvases, query.spans, counts, strict=True)
+        ]
+        order = sorted(range(len(rows)), key=lambda i: (rows[i].shape, rows[i].wanted))
+        first, asked = [0] * len(rows), [0] * len(rows)
+        tokens = positions = 0
+        for i in order:
+            first[i], asked[i] = tokens - rows[i].start, positions
+            tokens += rows[i].fed
+            positions += rows[i].wanted
+        ends = torch.tensor(counts).cumsum(0)
+        place = torch.arange(len(query.row)) - (ends - torch.tensor(counts))[query.row]
+        back = place + torch.tensor(asked)[query.row]
+        wanted = torch.empty_like(back)
+        output = query.position
+        if self.network.pattern.shifted:
+            output = (output - 1).maximum(torch.tensor([row.start for row in rows])[query.row])
+        wanted[back] = output + torch.tensor(first)[query.row]
+        ids = torch.cat([query.canvases[i].tokens[rows[i].start : rows[i].stop] for i in order])
+        if self.static_shapes:
+            ids, wanted = (F.pad(each, (0, padded_size(len(each)) - len(each))) for each in (ids, wanted))
+        batch = RaggedBatch(
+            [rows[i] for i in order],
+            ids.to(self.device, non_blocking=True),
+            wanted.to(self.device, non_blocking=True),
+        )
+        return batch, back
+
+    def _memory(self, memory: KVSlot | None, length: int) -> KeyValues | None:
+        """Room for the keys and values of a canvas, made when it is first needed."""
+        if memory is None:
+            return None
+        if memory.content is None:
+            memory.content = self.network.new_kv_cache(length, getattr(torch, self.info.dtype), self.device)
+        assert isinstance(memory.content, KeyValues)
+        return memory.content
+
+    def close(self) -> None:
+        del self.network

@@ -1,0 +1,245 @@
+"""The backend whose model runs in vLLM's processes. Our loop and samplers stay here; what crosses is a question and an
+answer per canvas: its tokens and what is wanted of which positions there, a few numbers for each of them back.
+"""
+
+import asyncio
+import gc
+import os
+import signal
+import tempfile
+import threading
+from collections.abc import Coroutine
+from dataclasses import dataclass, field, replace
+from itertools import count
+from multiprocessing import resource_tracker
+from pathlib import Path
+from typing import Any, TypeVar
+
+from samplers.forward.prediction import Prediction
+from samplers.forward.query import Query
+from samplers.forward.span import CacheMode
+from server.backends.contract import BackendDeadError, ModelInfo
+from server.backends.vllm.instructions import INSTRUCTION, TASK, Instruction, read
+from server.backends.vllm.names import CONFIG_FORMAT
+from server.backends.vllm.plugin import LAST_WORDS, MODELS, limit_log
+
+T = TypeVar("T")
+
+NEEDED = {
+    "VLLM_CONFIGURE_LOGGING": "0",  # its lines go where ours go
+    "VLLM_USE_V2_MODEL_RUNNER": "0",  # where instructions reach the model, see worker.py
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # this process has threads, which a fork would not survive
+}
+DEFAULTS = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; bidirectional attention keeps nothing, and the default is most of the memory
+    "VLLM_LOGGING_LEVEL": "ERROR",  # what it says in a good run, it says to those who serve with vLLM itself
+    "VLLM_NO_USAGE_STATS": "1",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "PYTHONWARNINGS": "ignore::FutureWarning",  # of its processes, while they import
+}
+"""What vLLM and its processes read from the environment; the latter unless the user has set it."""
+
+OURS = frozenset(
+    {
+        *("model", "tokenizer", "skip_tokenizer_init", "runner", "config_format", "hf_overrides"),
+        *("worker_extension_cls", "dtype", "load_format", "max_model_len", "max_num_seqs", "max_num_batched_tokens"),
+        *("enforce_eager", "enable_prefix_caching", "enable_chunked_prefill"),
+        *("disable_log_stats", "enable_log_requests"),
+    }
+)
+"""Engine arguments of vLLM's that follow from our own settings."""
+
+LOOK_AFTER = 1.0
+"""Seconds of a step after which it is asked whether vLLM still runs."""
+
+
+class VllmError(Exception):
+    """vLLM cannot start. One line that says why."""
+
+
+@dataclass(frozen=True)
+class VllmOptions:
+    """How vLLM runs a model.
+
+    Attributes:
+        rows, tokens: canvases, and tokens of all of them, in one forward; none may be longer than that.
+        arguments: further engine arguments of vLLM's, such as `tensor_parallel_size`.
+    """
+
+    rows: int = 16
+    tokens: int = 8192
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Library:
+    """What we use of vLLM in this process, which is imported only now."""
+
+    AsyncLLM: Any
+    AsyncEngineArgs: Any
+    PoolingParams: Any
+
+    @classmethod
+    def load(cls, device: str) -> "Library":
+        """Import it. Raises VllmError if that fails, or if it runs on other devices than this."""
+        os.environ.update(NEEDED)
+        for name, value in DEFAULTS.items():
+            os.environ.setdefault(name, value)
+        limit_log()
+        try:
+            from vllm import PoolingParams
+            from vllm.engine.arg_utils import AsyncEngineArgs
+            from vllm.platforms import current_platform
+            from vllm.v1.engine.async_llm import AsyncLLM
+        except ImportError as error:
+            raise VllmError(f"vLLM cannot be imported: {error}") from None
+        if current_platform.device_type != device:
+            raise VllmError(
+                f"this vLLM runs on {current_platform.device_type}, not on device {device!r}; which GPUs it uses, "
+                "CUDA_VISIBLE_DEVICES says"
+            )
+        return cls(AsyncLLM, AsyncEngineArgs, PoolingParams)
+
+
+def check_supported(architecture: str) -> None:
+    """Raises VllmError for an architecture that we have not built from vLLM's layers."""
+    if architecture not in MODELS:
+        raise VllmError(
+            f"architecture {architecture!r} does not run on the vllm engine, {', '.join(MODELS)} do; use --engine torch"
+        )
+
+
+class VllmBackend:
+    """One pooling request a canvas and step; those of one query run concurrently, so that vLLM batches them.
+
+    Args:
+        folder: the model.
+        info: what we know of it.
+        load_format: "auto" or "dummy".
+        options: how to run it.
+
+    Raises VllmError.
+    """
+
+    def __init__(
+        self, folder: Path, info: ModelInfo, load_format: str = "auto", options: VllmOptions | None = None
+    ) -> None:
+        options = options or VllmOptions()
+        check_supported(info.architecture)
+        if taken := OURS & options.arguments.keys():
+            raise VllmError(f"vLLM's argument {min(taken)!r} follows from our own settings and cannot be given")
+        self._library = Library.load(info.device)
+        self.info = replace(info, caches=frozenset({CacheMode.NONE}))
+        self._numbers = count()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="vllm", daemon=True)
+        self._thread.start()
+        arguments = {
+            "model": str(folder),
+            "skip_tokenizer_init": True,
+            "runner": "pooling",
+            "config_format": CONFIG_FORMAT,
+            "hf_overrides": {"mask_id": info.mask_id},
+            "worker_extension_cls": "server.backends.vllm.worker.InstructedWorker",
+            "dtype": info.dtype,
+            "load_format": load_format,
+            "max_model_len": min(info.max_length, options.tokens),
+            "max_num_seqs": options.rows,
+            "max_num_batched_tokens": max(options.tokens, options.rows),
+            "enforce_eager": True,  # what a forward computes depends on what is asked
+            "enable_prefix_caching": False,
+            "disable_log_stats": True,  # it would count each step as a request
+            "use_tqdm_on_load": False,
+            **options.arguments,
+        }
+        try:
+            self._engine = self._call(self._start(arguments))
+        except BaseException:
+            self._end_loop()
+            raise
+
+    def predict(self, query: Query) -> Prediction:
+        """See `Backend`. Raises BackendDeadError if vLLM has ended."""
+        parts = [query.one(i) for i in range(len(query.canvases))]
+        if any(feed.stop - feed.start != part.canvases[0].layout.length for part in parts for feed in part.spans):
+            raise ValueError("the vllm engine computes whole canvases only")
+        return Prediction.join(self._call(self._steps(parts)))
+
+    def close(self) -> None:
+        """End vLLM's processes; has no effect the second time."""
+        if self._thread.is_alive():
+            self._call(self._shut_down())
+            self._end_loop()
+
+    def _run(self) -> None:
+        # Processes inherit what is blocked: Ctrl-C is for this process, which lets running requests finish. Python's
+        # tracker of shared memory would let it through again, if it were started later.
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_forever()
+
+    def _end_loop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def _call(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run something on the loop's thread and wait for it."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    async def _start(self, arguments: dict[str, Any]) -> Any:
+        """vLLM's engine, ready."""
+        with tempfile.NamedTemporaryFile("r", prefix="unmask-vllm-") as last_words:
+            os.environ[LAST_WORDS] = last_words.name
+            try:
+                engine = self._library.AsyncLLM.from_engine_args(self._library.AsyncEngineArgs(**arguments))
+            except Exception as error:
+                why = last_words.read() or f"{type(error).__name__}: {error}"
+                raise VllmError(f"vLLM does not start: {' '.join(why.split())}") from None
+            finally:
+                del os.environ[LAST_WORDS]
+        try:
+            await engine.collective_rpc("show_batches_to_model")
+        except Exception as error:
+            engine.shutdown()
+            raise VllmError(f"vLLM does not start: {type(error).__name__}: {error}") from None
+        return engine
+
+    async def _steps(self, parts: list[Query]) -> list[Prediction]:
+        # All end before the first failure is told: nothing of a failed step may run on beside the next one.
+        work = asyncio.gather(*(self._step(part) for part in parts), return_exceptions=True)
+        while not (await asyncio.wait([work], timeout=LOOK_AFTER))[0]:
+            if self._engine.errored:  # what was under way when its processes were killed never ends
+                work.cancel()
+                raise BackendDeadError("vLLM's processes have ended")
+        found: list[Prediction] = []
+        for each in work.result():
+            if isinstance(each, BaseException):
+                raise each
+            found.append(each)
+        return found
+
+    async def _step(self, part: Query) -> Prediction:
+        """One canvas's forward."""
+        instruction = Instruction(part.position, part.wanted)
+        params = self._library.PoolingParams(
+            task=TASK, use_activation=False, extra_kwargs={INSTRUCTION: instruction.pack()}
+        )
+        prompt = {"type": "token", "prompt_token_ids": part.canvases[0].tokens.tolist()}
+        try:
+            steps = self._engine.encode(prompt, params, f"step-{next(self._numbers)}")
+            (output,) = [output async for output in steps]
+        except Exception as error:
+            if self._engine.errored:
+                raise BackendDeadError(f"vLLM has ended: {type(error).__name__}") from error
+            raise
+        return read(output.outputs.data, part.wanted)
+
+    async def _shut_down(self) -> None:
+        handler = self._engine.output_handler
+        self._engine.shutdown(timeout=20)
+        if handler is not None:
+            await asyncio.wait([handler], timeout=5)
+        del self._engine
+        gc.collect()  # its finaliser must not run when Python is half gone

@@ -1,0 +1,164 @@
+"""What a masked diffusion model is to vLLM: a pooling model whose forward already answers what samplers ask.
+
+Statistics are computed in `forward`, next to the logits, and not in the pooler: with tensor parallelism every rank runs
+the forward, whose head is spread over them, but only the first runs the pooler.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.pooler import Pooler
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+
+from samplers.forward.prediction import Prediction
+from samplers.forward.statistics import StatisticsRequest
+from samplers.forward.summary import summarise
+from server.backends.torch.backend import LOGIT_ELEMENTS
+from server.backends.vllm.config import parse
+from server.backends.vllm.instructions import INSTRUCTION, TASK, Instruction, answers, together
+from server.models.network import matches
+
+Scheduled = tuple[int, dict[str, Any]]
+"""One request of a batch: its number of tokens and its pooling request's keyword arguments."""
+
+
+class Answers(Pooler):
+    """Cuts each request's answer out of what the forward gave."""
+
+    def get_supported_tasks(self) -> set[str]:
+        return {TASK}
+
+    def forward(self, hidden_states: Tensor, pooling_metadata: Any) -> list[Tensor]:
+        lengths = pooling_metadata.get_pooling_cursor().num_scheduled_tokens_cpu.tolist()
+        parts = torch.split(hidden_states, lengths)
+        return [self._answer(*each) for each in zip(parts, pooling_metadata.pooling_params, strict=True)]
+
+    def _answer(self, part: Tensor, params: Any) -> Tensor:
+        if not params.extra_kwargs:
+            return part  # a warm-up, which asks nothing
+        instruction = Instruction.unpack(params.extra_kwargs[INSTRUCTION])
+        return part[: len(instruction.position), : instruction.columns].contiguous()
+
+
+class Denoiser(nn.Module):
+    """A masked diffusion model made of vLLM's layers. A family says what its layers are.
+
+    Attributes:
+        own: our own network of the same architecture, which knows the names in checkpoints.
+        shifted: whether a position is decided by the output of the one before it.
+        packed_modules_mapping: vLLM's fused layers, and the checkpoint's tensors that they are made of.
+        scheduled: what the current batch's requests are, in order; none in a warm-up.
+    """
+
+    is_pooling_model: ClassVar[bool] = True
+    attn_type: ClassVar[str] = "encoder_only"
+    default_seq_pooling_type: ClassVar[str] = "LAST"
+    default_tok_pooling_type: ClassVar[str] = "ALL"
+    score_type: ClassVar[str] = "bi-encoder"
+    shifted: ClassVar[bool] = False
+    packed_modules_mapping: ClassVar[Mapping[str, list[str]]] = {}
+
+    scheduled: Callable[[], list[Scheduled]]
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        self.config: Any
+        _, self.own, self.config = parse(vllm_config.model_config.hf_config.source)
+        self.mask_id: int = vllm_config.model_config.hf_config.mask_id
+        self.pooler = Answers()
+        self.logits_processor = LogitsProcessor(vllm_config.model_config.get_vocab_size())
+        self.scheduled = list
+
+    @abstractmethod
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        """Embeddings [tokens, width]."""
+
+    @abstractmethod
+    def hidden(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        """Normed last hidden states [tokens, width] of several canvases, one after the other."""
+
+    @property
+    @abstractmethod
+    def head_layer(self) -> nn.Module:
+        """The head, a layer of vLLM's."""
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits [rows, vocabulary] of hidden states."""
+        logits: Tensor = self.logits_processor(self.head_layer, hidden)
+        return logits
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        intermediate_tensors: object = None,
+        inputs_embeds: object = None,
+    ) -> Tensor:
+        """Answers, float32 [tokens, columns]: those about a canvas stand in its first rows, one after the other.
+
+        In a warm-up, when nothing is asked, NaN of as many positions as there are tokens, at the cost of real ones.
+        """
+        hidden = self.hidden(input_ids, positions)
+        asked, starts = [], []
+        first = 0
+        for length, params in self.scheduled():
+            asked.append(Instruction.unpack(params[INSTRUCTION]))
+            starts.append(first)
+            first += length
+        if not asked:
+            self.answer(hidden, StatisticsRequest())
+            return hidden.new_full((len(hidden), 2), torch.nan, dtype=torch.float32)
+        if first > len(hidden):
+            raise RuntimeError(f"a batch of {first} tokens came in parts: {len(hidden)} in one forward")
+        rows = torch.cat([self.source(each.position) + start for each, start in zip(asked, starts, strict=True)])
+        prediction = self.answer(hidden[rows.to(hidden.device, non_blocking=True)], together(asked))
+        out = hidden.new_zeros(len(hidden), max(each.columns for each in asked), dtype=torch.float32)
+        for start, answer in zip(starts, answers(asked, prediction), strict=True):
+            out[start : start + len(answer), : answer.shape[1]] = answer
+        return out
+
+    def source(self, position: Tensor) -> Tensor:
+        """Whose output decides each of these positions of a canvas."""
+        return (position - 1).clamp(min=0) if self.shifted else position
+
+    def answer(self, hidden: Tensor, wanted: StatisticsRequest) -> Prediction:
+        """What is wanted of each of these rows of hidden states."""
+        wanted = wanted.to(hidden.device)
+        size = max(1, LOGIT_ELEMENTS // self.config.rows)
+        return Prediction.join(
+            [
+                summarise(self.head(hidden[start : start + size]), self.mask_id, wanted.part(start, start + size))
+                for start in range(0, len(hidden), size)
+            ]
+        )
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Put a checkpoint's tensors where they belong; the names of the parameters that got something."""
+        parameters: dict[str, Any] = dict(self.named_parameters())
+        fused = {
+            part: (whole, shard)
+            for whole, parts in self.packed_modules_mapping.items()
+            for part, shard in zip(parts, ("q", "k", "v") if len(parts) == 3 else (0, 1), strict=True)
+        }
+        done = set()
+        for name, tensor in weights:
+            if matches(name, self.own.ignored):
+                continue
+            name = self.own.own_name(self.config, name)  # copies have been found to be the same
+            place, _, leaf = name.rpartition(".")
+            place, _, part = place.rpartition(".")
+            if part in fused:
+                whole, shard = fused[part]
+                name = f"{place}.{whole}.{leaf}"
+                parameter = parameters[name]
+                parameter.weight_loader(parameter, tensor, shard)
+            else:
+                parameter = parameters[name]
+                getattr(parameter, "weight_loader", default_weight_loader)(parameter, tensor)
+            done.add(name)
+        return done

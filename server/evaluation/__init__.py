@@ -1,1 +1,0 @@
-"""Keeping, showing and publishing what `policies.evaluate` measures."""

@@ -1,0 +1,1 @@
+"""Sockets, connections and the life of the server's process."""

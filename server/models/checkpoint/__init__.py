@@ -1,0 +1,1 @@
+"""Weights and settings of a checkpoint's folder."""

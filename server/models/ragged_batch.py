@@ -1,0 +1,196 @@
+"""Rows of different lengths and ages in one forward without padding: tokens side by side, attention row by row."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(eq=False)
+class KeyValues:
+    """What is kept of one canvas between forwards.
+
+    Attributes:
+        states: keys, rotated, and values of every position, for each layer [2, length, key heads, head_dim].
+        self_conditioning: where the drafted block begins, and what the next forward gets of the last one's output,
+            [positions, width]; None before the first forward, and for networks without self-conditioning.
+    """
+
+    states: Sequence[Tensor]
+    self_conditioning: tuple[int, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A canvas in a packed forward.
+
+    Attributes:
+        start, stop: positions of the canvas that are fed; the others are known from `memory`.
+        wanted: how many of them are asked for.
+        visible: length of the part of the canvas that attention reads.
+        memory: what is kept of this canvas. A row that spans all that is visible fills it, any other one reads it, with
+            the part that it spans put in its place.
+        causal_block: a position sees no block of so many after its own; None: it sees everything visible.
+        draft: a position before this one sees nothing after itself.
+    """
+
+    start: int
+    stop: int
+    wanted: int
+    visible: int
+    memory: KeyValues | None = None
+    causal_block: int | None = None
+    draft: int = 0
+
+    @property
+    def fed(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def whole(self) -> bool:
+        return self.fed == self.visible
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Rows of one shape, all of them whole, can share a call of attention."""
+        return self.fed, self.visible, self.causal_block or 0, self.draft
+
+
+@dataclass(frozen=True)
+class AttentionGroup:
+    """Rows of one shape side by side, how many queries each has, and where those are, [rows, 1, count, 1].
+
+    `masks` are which keys they see from the first on, [rows, 1, count, keys], for each window that was asked for.
+    """
+
+    rows: Sequence[Segment]
+    count: int
+    places: Tensor
+    masks: dict[int | None, Tensor | None] = field(default_factory=dict)
+
+    def first_key(self, window: int | None) -> int:
+        """Where what these queries can see begins; rows that are whole are computed whole."""
+        row = self.rows[0]
+        return 0 if window is None or row.whole else max(0, min(row.start, row.draft) - window + 1)
+
+    def mask(self, window: int | None) -> Tensor | None:
+        if window not in self.masks:
+            self.masks[window] = _mask(self.rows[0], self.places, window, self.first_key(window))
+        return self.masks[window]
+
+
+class RaggedBatch:
+    """One forward's rows. Rows of equal shape should be neighbours: their attention is one call.
+
+    Args:
+        rows: in the order of their tokens.
+        tokens: ids [sum of fed], each row's `start` to `stop`.
+        wanted: indices into `tokens` [sum of wanted], row by row.
+
+    `tokens` and `wanted` may be longer, so that few shapes occur; what is beyond is computed for nothing.
+    """
+
+    def __init__(self, rows: Sequence[Segment], tokens: Tensor, wanted: Tensor) -> None:
+        self.rows = rows
+        self.tokens = tokens
+        self.wanted = wanted
+        position = torch.cat([torch.arange(row.start, row.stop) for row in rows])
+        self.position = F.pad(position, (0, len(tokens) - len(position))).to(tokens.device)
+        self._runs = _runs(rows, [row.fed for row in rows], self.position)
+        self._last_runs = _runs(rows, [row.wanted for row in rows], self.position[wanted])
+        self._exact = len(tokens) == len(position) and len(wanted) == sum(row.wanted for row in rows)
+
+    def attend(
+        self,
+        layer: int,
+        last: bool,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float | None = None,
+        window: int | None = None,
+    ) -> Tensor:
+        """Attention within each row, [queries, heads, head_dim]; several heads of queries may share one of keys.
+
+        Args:
+            last: whether it is the last layer, in which `q` is of the wanted tokens only.
+            q: of all tokens, or of the wanted ones.
+            k, v: of all tokens, [tokens, key heads, head_dim].
+            scale: of their products; None is one over the root of head_dim.
+            window: a position sees so many up to itself; what belongs to a draft, that many up to its first position.
+        """
+        runs = self._last_runs if last else self._runs
+        out = None if len(runs) == 1 and self._exact else torch.zeros_like(q)
+        asked = first = 0
+        for run in runs:
+            rows, fed = len(run.rows), run.rows[0].fed
+            queries = slice(asked, asked + rows * run.count)
+            keys = slice(first, first + rows * fed)
+            asked, first = queries.stop, keys.stop
+            row_k, row_v = k[keys], v[keys]
+            for i, row in enumerate(run.rows):
+                if row.memory is not None:
+                    part = slice(i * fed, (i + 1) * fed)
+                    row.memory.states[layer][0, row.start : row.stop] = row_k[part]
+                    row.memory.states[layer][1, row.start : row.stop] = row_v[part]
+            only = run.rows[0]
+            if not only.whole:
+                assert only.memory is not None
+                row_k, row_v = only.memory.states[layer][:, run.first_key(window) : only.visible]
+            mixed = F.scaled_dot_product_attention(
+                _heads_first(q[queries], rows),
+                _heads_first(row_k, rows),
+                _heads_first(row_v, rows),
+                attn_mask=run.mask(window),
+                scale=scale,
+                enable_gqa=q.shape[1] != k.shape[1],
+            ).transpose(1, 2)
+            if out is None:
+                return mixed.reshape(q.shape)
+            out[queries].view(mixed.shape).copy_(mixed)
+        assert out is not None
+        return out
+
+
+def _heads_first(x: Tensor, rows: int) -> Tensor:
+    """[rows * length, heads, head_dim] to [rows, heads, length, head_dim]."""
+    return x.view(rows, len(x) // rows, *x.shape[1:]).transpose(1, 2)  # there may be no token
+
+
+def _runs(rows: Sequence[Segment], queries: Sequence[int], position: Tensor) -> list[AttentionGroup]:
+    """Neighbours that share a shape; a row with a past of its own stands alone.
+
+    Args:
+        queries: how many each row has.
+        position: of every query on its canvas.
+    """
+    runs: list[AttentionGroup] = []
+    first = 0
+    for (_, count), same in groupby(zip(rows, queries, strict=True), key=lambda each: (each[0].shape, each[1])):
+        members = [row for row, _ in same]
+        for batch in [members] if members[0].whole else [[row] for row in members]:
+            places = position[first : first + count * len(batch)].view(len(batch), 1, count, 1)
+            first += count * len(batch)
+            runs.append(AttentionGroup(batch, count, places))
+    return runs
+
+
+def _mask(row: Segment, places: Tensor, window: int | None, first: int) -> Tensor | None:
+    """Which of the visible positions from the first on each of these places sees; None where that is all of them."""
+    size = row.causal_block
+    if size is not None and row.start // size == (row.visible - 1) // size:
+        size = None
+    if window is not None and row.draft - window < first:
+        window = None
+    if size is window is None and row.start >= row.draft:
+        return None
+    keys = torch.arange(first, row.visible, device=places.device)
+    sees = (keys <= places) | (places >= row.draft)
+    if size is not None:
+        sees &= keys // size <= places // size
+    if window is not None:
+        sees &= keys > places.clamp(max=row.draft) - window
+    return sees

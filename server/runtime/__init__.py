@@ -1,0 +1,1 @@
+"""The process: metrics, logs, threads, memory. Imports nothing else of the server."""
