@@ -2,7 +2,7 @@
 
 import math
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -88,6 +88,16 @@ class Columns:
             self._kept[key] = column.to(dtype)
         found: Tensor = self._kept[key]
         return found
+
+    def keep(self, key: str, make: Callable[[], Any]) -> Any:
+        """Something made of these rows' parameters, made once."""
+        if (own := ("kept", key)) not in self._kept:
+            self._kept[own] = make()
+        return self._kept[own]
+
+    def exact(self, name: str) -> Tensor:
+        """A numeric parameter of every row in float64, [rows, 1]; NaN for null."""
+        return self._column(name)[0]
 
     def given(self, name: str) -> Tensor:
         """See `StepContext.given`."""

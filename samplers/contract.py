@@ -70,11 +70,13 @@ class StepContext(Generic[P]):
     Attributes:
         candidate: masked positions of the active block; nothing else may be committed.
         masked: masked positions of the window, in any block.
-        committed: positions of the active block that a revising rule may change: generated, and not settled yet.
+        committed: positions of the active block that a revising rule may change: generated, not settled yet, and (in a
+            step) told of by the forward.
         position: int64, relative to the generation region.
         seed, forward: the row's random stream, and forward passes that it took part in before this one.
-        block, block_step, block_masks: the active block, forwards already spent on it, and how many masks a schedule
-            shares out over it: those it had when it became active, or all of it in block-causal models.
+        block, block_start, block_step: the active block, its first position, and forwards already spent on it.
+        block_masks: how many masks a schedule shares out over the block: those it had when it became active, or all of
+            it in block-causal models.
         slot: which of the generation's canvases this is (see `Sampler.slots`).
         layout: lengths and traits of each row's canvas.
         params: each row's own parameters; `param` gives numbers as a column.
@@ -89,6 +91,7 @@ class StepContext(Generic[P]):
     seed: Tensor
     forward: Tensor
     block: Tensor
+    block_start: Tensor
     block_step: Tensor
     block_masks: Tensor
     slot: Tensor
@@ -230,11 +233,24 @@ class Slots(Generic[P]):
     finished: Tensor
 
 
+@dataclass(frozen=True)
+class Resampling:
+    """What becomes of the canvases of one generation at a barrier.
+
+    Attributes:
+        ancestors: the canvas that each one goes on from, int64 [slots].
+        state: new values of the rule's per-row state, [slots, 1, ...], after that.
+    """
+
+    ancestors: Tensor
+    state: State = field(default_factory=dict)
+
+
 class Resources(Protocol):
-    """Auxiliary models by kind and name: policies, twins, reward models, heads."""
+    """Auxiliaries by kind and name: policies, samplers, twins, reward models, heads."""
 
     def find(self, kind: str, name: str | None) -> Any:
-        """The resource; with no name, the only one of its kind. Raises ParameterError."""
+        """The resource; with no name, the only one of its kind. Raises ParameterError without it."""
 
     def missing(self, kind: str) -> str | None:
         """Why there is none of this kind; None if there is one."""
@@ -338,8 +354,8 @@ class Sampler(_Described, ABC, Generic[P]):
         """Canvases that a generation is denoised on at a time."""
         return 1
 
-    def resample(self, slots: Slots[P]) -> Tensor | None:
-        """The canvas that each one goes on from after a barrier, int64 [slots]; None: each from its own."""
+    def resample(self, slots: Slots[P]) -> Resampling | None:
+        """The canvases that go on after a barrier; None: each from its own."""
         return None
 
     def winner(self, slots: Slots[P]) -> int:

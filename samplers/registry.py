@@ -7,25 +7,31 @@ from functools import cache
 from typing import Any
 
 from samplers.attention_pattern import BIDIRECTIONAL, AttentionPattern
-from samplers.contract import Sampler, SamplerParams
+from samplers.contract import Modifier, Sampler, SamplerParams
 from samplers.drafting.diffusion_gemma import DiffusionGemma
 from samplers.learned.policy import Policy
 from samplers.loop.guard import Traits, incompatibility
-from samplers.modifiers.credit import Credit
+from samplers.modifiers.credit import Credit, CreditThreshold
+from samplers.modifiers.guidance import Guidance
+from samplers.modifiers.spacing import Spacing
+from samplers.particles.smc import SMC
 from samplers.plugins import BrokenPlugin, Plugins, load_plugins
 from samplers.revising.edit import Edit
+from samplers.revising.hierarchy_remask import HierarchyRemask
+from samplers.revising.saber import Saber
 from samplers.rules.dream import Dream
 from samplers.rules.entropy import Entropy
 from samplers.rules.entropy_bound import EntropyBound
 from samplers.rules.factor import Factor
-from samplers.rules.hierarchy import Hierarchy, HierarchyRemask
+from samplers.rules.hierarchy import Hierarchy
+from samplers.rules.local_leap import LocalLeap
 from samplers.rules.margin import Margin
 from samplers.rules.random import Random
 from samplers.rules.sequential import Sequential
 from samplers.rules.threshold import Threshold
 from samplers.rules.topk import TopK
 
-_OURS: tuple[type[Sampler], ...] = (
+_OURS: tuple[type[Sampler[Any]], ...] = (
     Random,
     Sequential,
     TopK,
@@ -36,12 +42,16 @@ _OURS: tuple[type[Sampler], ...] = (
     EntropyBound,
     Dream,
     Hierarchy,
+    LocalLeap,
     HierarchyRemask,
-    Credit,
+    CreditThreshold,
     Edit,
+    Saber,
+    SMC,
     DiffusionGemma,
     Policy,
 )
+_MODIFIERS: tuple[type[Modifier[Any]], ...] = (Guidance, Credit, Spacing)
 
 
 _ELSEWHERE = ("oracle",)
@@ -63,7 +73,7 @@ class Description:
     schema: dict[str, Any]
 
     @classmethod
-    def of(cls, sampler: Sampler) -> "Description":
+    def of(cls, sampler: Sampler[Any] | Modifier[Any]) -> "Description":
         """Raises whatever the sampler does, and if what it says cannot be shown."""
         told: list[object] = [sampler.summary(), sampler.paper, sampler.schema()]
         said = json.dumps(told, allow_nan=False, ensure_ascii=False)
@@ -93,17 +103,17 @@ class UnknownSamplerError(KeyError):
 
 
 @cache
-def _registry() -> dict[str, Sampler]:
+def _registry() -> dict[str, Sampler[Any]]:
     return {sampler.name: sampler() for sampler in _OURS} | _plugins().found
 
 
 @cache
-def _plugins() -> Plugins[Sampler]:
+def _plugins() -> Plugins[Sampler[Any]]:
     taken = {*(sampler.name for sampler in _OURS), *_ELSEWHERE}
     return load_plugins("unmask.samplers", Sampler, taken, _check)  # type: ignore[type-abstract]
 
 
-def _check(sampler: Sampler) -> None:
+def _check(sampler: Sampler[Any]) -> None:
     """Raise if what is asked of a sampler before it runs cannot be answered, or not in a form that can be shown."""
     # Read again in every request: what computes them could fail, or say something else, later.
     plain = type(inspect.getattr_static(sampler, "name")) is str
@@ -143,17 +153,47 @@ def describe(name: str) -> Description:
     return known[name]
 
 
+class UnknownModifierError(KeyError):
+    """No modifier of that name; the message lists those there are."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+@cache
+def _modifiers() -> dict[str, Modifier[Any]]:
+    return {modifier.name: modifier() for modifier in _MODIFIERS}
+
+
+def list_modifiers() -> list[Modifier[Any]]:
+    """All modifiers."""
+    return list(_modifiers().values())
+
+
+def get_modifier(name: str) -> Modifier[Any]:
+    """The modifier of that name. Raises UnknownModifierError."""
+    found = _modifiers().get(name)
+    if found is None:
+        raise UnknownModifierError(f"unknown modifier {name!r}; choose from {', '.join(_modifiers())}")
+    return found
+
+
+def describe_modifier(name: str) -> Description:
+    """A modifier's description of itself. Raises UnknownModifierError."""
+    return Description.of(get_modifier(name))
+
+
 def is_ours(name: str) -> bool:
     """Whether this is one of our own samplers, and no third party's."""
     return any(name == sampler.name for sampler in _OURS)
 
 
-def named_samplers() -> dict[str, Sampler]:
+def named_samplers() -> dict[str, Sampler[Any]]:
     """All samplers by the names that they are known by, whatever one says later that it is called."""
     return dict(_registry())
 
 
-def list_samplers() -> list[Sampler]:
+def list_samplers() -> list[Sampler[Any]]:
     """All samplers."""
     return list(_registry().values())
 
@@ -163,7 +203,7 @@ def list_unavailable() -> list[BrokenPlugin]:
     return list(_plugins().broken.values())
 
 
-def get_sampler(name: str) -> Sampler:
+def get_sampler(name: str) -> Sampler[Any]:
     """The sampler of that name. Raises UnknownSamplerError."""
     found = _registry().get(name)
     if found is None:

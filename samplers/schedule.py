@@ -1,7 +1,5 @@
 """How many candidates to commit a step: a fixed number, or a number of steps to spread the masks over."""
 
-from collections.abc import Sequence
-
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -41,15 +39,15 @@ class NumberOrThresholdParams(ScheduledParams):
         return self
 
 
-class ScheduledSampler(Sampler):
+class ScheduledSampler(Sampler[ScheduledParams]):
     """A rule whose parameters may name a number of steps."""
 
     Params = ScheduledParams
 
-    def check(self, params: SamplerParams, layout: Layout) -> None:
+    def check(self, params: ScheduledParams, layout: Layout) -> None:
         check_steps(params, layout)
 
-    def most_forwards(self, params: SamplerParams, layout: Layout) -> int:
+    def most_forwards(self, params: ScheduledParams, layout: Layout) -> int:
         most = super().most_forwards(params, layout)
         if isinstance(params, NumberOrThresholdParams) and params.threshold is not None:
             return most  # one a forward is all that a threshold promises
@@ -76,34 +74,31 @@ def scheduled_forwards(params: SamplerParams, layout: Layout) -> int:
     return opening + sum(-(-layout.block_size(block) // (k or 1)) for block in range(layout.blocks))
 
 
-def share_of(steps: int, layout: Layout, block: int) -> int:
-    """A block's share of the steps of the whole generation."""
-    return steps // layout.blocks + (block < steps % layout.blocks)
+def block_share(steps: Tensor, blocks: Tensor, block: Tensor) -> Tensor:
+    """A block's share of the steps of the whole generation, int64 [rows, 1]."""
+    return steps // blocks + (block < steps % blocks)
 
 
-def quota(step: Step) -> Tensor:
+def quota(step: Step[ScheduledParams]) -> Tensor:
     """Candidates to commit in this step, int64 [rows, 1].
 
     With S of the `steps` for a block of m masks, step s commits m // S, and one more while s < m % S.
     """
-    rows = []
-    counters = zip(
-        step.params, step.layouts, step.block.tolist(), step.block_step.tolist(), step.block_masks.tolist(), strict=True
-    )
-    for params, layout, (block,), (s,), (masks,) in counters:
-        assert isinstance(params, ScheduledParams)
-        if params.steps is None:
-            rows.append(params.k or 1)
-        else:
-            share = share_of(params.steps, layout, block)
-            rows.append(masks // share + (s < masks % share))
-    return torch.tensor(rows, device=step.candidate.device)[:, None]
+    k = step.param("k", none=1) if "k" in step.columns.spec.kinds else torch.ones_like(step.block)
+    if not step.columns.any_given("steps"):
+        return k
+    # A schedule is of one step a block at least (`check_steps`); 1 stands for rows that have none.
+    share = block_share(step.param("steps", none=0), step.layout.blocks, step.block).clamp(min=1)
+    count = step.block_masks // share + (step.block_step < step.block_masks % share)
+    return torch.where(step.given("steps"), count, k)
 
 
-def passing_or_best(step: Step, score: Tensor, bounds: Sequence[float | None]) -> Selection:
-    """Rows with a bound commit every candidate whose score reaches it, one at least; the others their quota's best."""
-    bound = score.new_tensor([torch.inf if value is None else value for value in bounds])[:, None]
-    counted = torch.tensor([value is None for value in bounds], device=score.device)[:, None]
+def passing_or_best(step: Step[ScheduledParams], score: Tensor, bound: Tensor) -> Selection:
+    """Rows with a `threshold` commit every candidate whose score reaches the bound, [rows, 1], and one at least; the
+    others their quota's best."""
+    if not step.columns.any_given("threshold"):
+        return Selection(best(score, step.candidate, quota(step)))
     # Where the bound lets nothing through, the best score goes, not the largest confidence.
-    count = quota(step).where(counted, 1)
-    return Selection(best(score, step.candidate, count) | (step.candidate & (score >= bound)))
+    counted = ~step.given("threshold")
+    count = torch.where(counted, quota(step), 1)
+    return Selection(best(score, step.candidate, count) | (step.candidate & (score >= bound) & ~counted))

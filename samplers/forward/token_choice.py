@@ -63,4 +63,6 @@ class TokenChoices:
         return (self.temperature == 0) & ~self.filtered
 
     def to(self, device: torch.device) -> "TokenChoices":
-        return TokenChoices(*(each.to(device, non_blocking=True) for each in (self.temperature, self.top_p, self.top_k)))
+        return TokenChoices(
+            *(each.to(device, non_blocking=True) for each in (self.temperature, self.top_p, self.top_k))
+        )

@@ -1,6 +1,7 @@
 """A trained network decides."""
 
 import math
+from dataclasses import replace
 from typing import Literal, Protocol
 
 import torch
@@ -8,10 +9,10 @@ from pydantic import Field
 from torch import Tensor
 
 from samplers.canvas import Layout
-from samplers.contract import ParameterError, Sampler, SamplerError, SamplerParams, Selection, Step
+from samplers.contract import ParameterError, Resources, Sampler, SamplerError, SamplerParams, Selection, Step
 from samplers.forward.statistics import Statistic
 from samplers.randomness import FIRST, LATER, uniform
-from samplers.ranking import best
+from samplers.ranking import surest
 
 Action = Literal["bernoulli", "dpls"]
 STOP = -1
@@ -26,6 +27,7 @@ class PolicyNetwork(Protocol):
         action: how its logits become a set of positions.
         stop_logit: dpls only, the logit of drawing no more.
         takes_speed: whether it was trained to be told how fast to go.
+        longest: most positions that it saw in training.
     """
 
     statistics: frozenset[Statistic]
@@ -36,6 +38,7 @@ class PolicyNetwork(Protocol):
     takes_speed: bool
     temperature: float
     floor: float
+    longest: int
 
     def score(self, step: Step, speed: Tensor | None) -> Tensor:
         """Logits, float32 [rows, width]; `speed` is [rows, 1] in 0..1 for a network that takes it."""
@@ -72,7 +75,7 @@ class PolicyParams(SamplerParams):
     )
 
 
-class Policy(Sampler):
+class Policy(Sampler[PolicyParams]):
     """Commit what a policy trained by reinforcement learning decides on, and always its surest candidate.
 
     Jazbec et al., Learning Unmasking Policies for Diffusion Language Models, arXiv 2512.09106, section 3.2.
@@ -80,15 +83,22 @@ class Policy(Sampler):
 
     name = "policy"
     paper = "https://arxiv.org/abs/2512.09106"
+    requires = {"policy": "policy"}
+    sees_region = True
     Params = PolicyParams
 
     def __init__(self, network: PolicyNetwork | None = None) -> None:
         self.network = network
         if network is not None:
-            self.statistics, self.top, self.region = network.statistics, network.top, network.region
+            self.statistics, self.top, self.whole_region = network.statistics, network.top, network.region
 
-    def check(self, params: SamplerParams, layout: Layout) -> None:
-        assert isinstance(params, PolicyParams)
+    def bind(self, resources: Resources, params: PolicyParams) -> "Policy":
+        if self.network is not None:
+            return self
+        found: Policy = resources.find("policy", params.policy)
+        return found
+
+    def check(self, params: PolicyParams, layout: Layout) -> None:
         if self.network is None:
             raise ParameterError("policy", "no policy is loaded")
         if params.speed is not None and not self.network.takes_speed:
@@ -100,41 +110,70 @@ class Policy(Sampler):
                 if given:
                     raise ParameterError(field, f"{field} is for policies with bernoulli actions; this one draws dpls")
 
-    def select(self, step: Step) -> Selection:
+    def select(self, step: Step[PolicyParams]) -> Selection:
         network = self.network
         if network is None:
             raise SamplerError("no policy is loaded")
-        params = [p for p in step.params if isinstance(p, PolicyParams)]
-
-        def column(values: list[float]) -> Tensor:
-            return torch.tensor(values, dtype=torch.float32, device=step.candidate.device)[:, None]
-
-        speed = column([0.5 if p.speed is None else p.speed for p in params]) if network.takes_speed else None
+        whole, step, columns = step, *nearby(step, network.longest)
+        speed = step.param("speed", none=0.5) if network.takes_speed else None
         logits = network.score(step, speed)
-        if not bool(logits.isfinite().where(step.candidate, True).all()):
+        if not bool((logits.isfinite() | ~step.candidate).all()):
             raise SamplerError("the policy's output is not finite")
-        temperature = column([network.temperature if p.temperature is None else p.temperature for p in params])
+        temperature = step.param("temperature", none=network.temperature)
         if network.action == "dpls":
             gumbel = step_gumbel(step) * (temperature > 0)[..., None]
             scaled = logits / temperature.where(temperature > 0, 1.0)
             _, action = dpls_draw(scaled, step.candidate, gumbel, network.stop_logit)
         else:
-            cut = column([p.cut if p.cut is not None else 0.5 for p in params])
-            fixed = (temperature == 0) | column([float(p.cut is not None) for p in params]).bool()
-            beta = column([p.beta for p in params])
-            drawn = bernoulli_draw(logits, step.candidate, step.uniform(), temperature.where(~fixed, 1.0), beta)
-            certain = step.candidate & ((torch.sigmoid(logits) * beta).clamp(max=1.0) >= cut)
-            action = drawn.where(~fixed, certain)
-        floor = column([network.floor if p.floor is None else p.floor for p in params])
-        action = action & (step.confidence >= floor)
-        return Selection(commit_at_least_one(action, logits, step.candidate))
+            action = self._bits(step, logits, temperature)
+        action = action & (step.confidence >= step.param("floor", none=network.floor))
+        action = commit_at_least_one(action, logits, step.candidate)
+        if columns is None:
+            return Selection(action)
+        return Selection(torch.zeros_like(whole.candidate).scatter(1, columns, action) & whole.candidate)
+
+    def _bits(self, step: Step[PolicyParams], logits: Tensor, temperature: Tensor) -> Tensor:
+        """Independent decisions: drawn, or cut where a probability is large enough."""
+        fixed = (temperature == 0) | step.given("cut")
+        beta, cut = step.param("beta"), step.param("cut", none=0.5)
+        certain = step.candidate & ((torch.sigmoid(logits) * beta).clamp(max=1.0) >= cut)
+        if bool(fixed.all()):
+            return certain
+        drawn = bernoulli_draw(logits, step.candidate, step.uniform(), temperature.where(~fixed, 1.0), beta)
+        return drawn.where(~fixed, certain)
+
+
+def nearby(step: Step[PolicyParams], longest: int) -> tuple[Step[PolicyParams], Tensor | None]:
+    """A step over at most so many positions, the active block among them, and their columns; None: all of them.
+
+    In block decoding of a long region a policy sees no more positions than in its training: half of what is beside the
+    block before it, and half after it. A block that is longer is seen as a whole.
+    """
+    width = step.candidate.shape[1]
+    block = int(step.layout.block_length.clamp(max=width).max())
+    size = max(longest, block)
+    if size >= width:
+        return step, None
+    start, gen = step.block_start, step.layout.gen_length
+    first = (start - (size - block) // 2).clamp(min=0).minimum((gen - size).clamp(min=0))
+    columns = first + torch.arange(size, device=first.device)
+
+    def near(values: Tensor | None) -> Tensor | None:
+        if values is None:
+            return None
+        at = columns.view(*columns.shape, *[1] * (values.dim() - 2)).expand(*columns.shape, *values.shape[2:])
+        return values.gather(1, at)
+
+    names = ("candidate", "masked", "committed", "position", "token", "confidence", "top", "named", "probability")
+    changes = {name: near(getattr(step, name)) for name in names}
+    extra = {name: near(values) for name, values in step.extra.items()}
+    return replace(step, **changes, extra=extra), columns  # type: ignore[arg-type]
 
 
 def step_gumbel(step: Step) -> Tensor:
     """Gumbel noise from each row's own stream, [rows, 2, width + 1]: one for the first draw, one for all others."""
     # Numbered by what they are for, STOP as -1: the width is that of the batch, and must not matter.
-    place = torch.arange(step.candidate.shape[1] + 1, device=step.candidate.device)
-    place[-1] = STOP
+    place = torch.nn.functional.pad(step.position, (0, 1), value=STOP)
     numbers = torch.stack([uniform(step.seed, step.forward, place, stream) for stream in (FIRST, LATER)], dim=1)
     return (-(-numbers.clamp(min=2.0**-53).log()).log()).float()
 
@@ -157,9 +196,8 @@ def commit_at_least_one(action: Tensor, logits: Tensor, candidates: Tensor) -> T
     """The action, or the candidate of largest logit where it is empty (paper, algorithm 1); row by row."""
     empty = ~action.any(dim=-1, keepdim=True)
     width = action.shape[-1]
-    rows = (logits.reshape(-1, width), candidates.reshape(-1, width))
-    surest = best(*rows, torch.ones(len(rows[0]), 1, device=logits.device)).view(action.shape)
-    return action | (surest & empty)
+    found = surest(logits.reshape(-1, width), candidates.reshape(-1, width)).view(action.shape)
+    return action | (found & empty)
 
 
 def dpls_draw(logits: Tensor, candidates: Tensor, gumbel: Tensor, stop_logit: float = 0.0) -> tuple[Tensor, Tensor]:

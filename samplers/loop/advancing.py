@@ -66,6 +66,8 @@ def advance(
     errors: dict[int, SamplerError] = {**opened.failed, **broken}
     _find_not_finite(part, opened, prediction, errors)
     grid = _grid(part, opened, prediction)
+    if part.revising:
+        opened.committed = opened.committed & (grid.confidence > -torch.inf)
     decision = _decide(part, opened, grid, may_wait, errors)
     return _commit(part, opened, decision, errors)
 
@@ -79,7 +81,9 @@ def _find_not_finite(part: Part, opened: Opened, prediction: Prediction, errors:
         errors.setdefault(i, SamplerError("the model's output is not finite"))
 
 
-def blame_bonus(part: Part, wanted: StatisticsRequest, opened: Opened, prediction: Prediction) -> dict[int, SamplerError]:
+def blame_bonus(
+    part: Part, wanted: StatisticsRequest, opened: Opened, prediction: Prediction
+) -> dict[int, SamplerError]:
     """Rows whose output is not finite with a bonus of their sampler's."""
     finite = prediction.confidence.isfinite()
     if wanted.bonus is None or bool(finite.all()):
@@ -132,7 +136,7 @@ def _steps(part: Part, opened: Opened, grid: Grid, number: int) -> list[Step[Any
     def some(values: Tensor) -> Tensor:
         return values[a:b] if b - a < len(part.rows) else values
 
-    told = {
+    told: dict[str, Any] = {
         "token": some(grid.token),
         "confidence": some(grid.confidence),
         "extra": {name: some(values) for name, values in grid.extra.items() if name in traits.statistics},
@@ -148,9 +152,7 @@ def _steps(part: Part, opened: Opened, grid: Grid, number: int) -> list[Step[Any
     return steps
 
 
-def _decide(
-    part: Part, opened: Opened, grid: Grid, may_wait: bool, errors: dict[int, SamplerError]
-) -> Decision:
+def _decide(part: Part, opened: Opened, grid: Grid, may_wait: bool, errors: dict[int, SamplerError]) -> Decision:
     """Ask every group, and put together what they say."""
     silent = opened.candidate & (grid.confidence == -torch.inf)
     if bool(silent.any()):
@@ -165,9 +167,7 @@ def _decide(
         found = [getattr(one, name) for one in each]
         if all(value is None for value in found):
             return None
-        filled = [
-            empty(one) if value is None else value for one, value in zip(each, found, strict=True)
-        ]
+        filled = [empty(one) if value is None else value for one, value in zip(each, found, strict=True)]
         return torch.cat(filled)
 
     return Decision(
@@ -246,7 +246,7 @@ def _decision_of(chosen: Chosen, members: Members) -> Decision:
     """A checked selection as a decision, with the surest candidate where a row commits none."""
     selection, step = chosen.selection, chosen.step
     commit = selection.commit
-    if not selection.waits:
+    if not (selection.waits or members.traits.drafts):
         some = commit.any(dim=1, keepdim=True)
         if not bool(some.all()):
             commit = commit | (surest(step.confidence, step.candidate) & ~some)
@@ -308,7 +308,9 @@ def _commit(part: Part, opened: Opened, decision: Decision, errors: dict[int, Sa
         moved[torch.tensor([at[slot] for slot, _ in filled], device=moved.device)] = True
     if bool(moved.any()):
         filled += enter(batch, slots[moved])
-    return _tell(part, errors, told_before, filled, row, position, token, confidence, written, replaced, remask, opened, drafts)
+    return _tell(
+        part, errors, told_before, filled, row, position, token, confidence, written, replaced, remask, opened, drafts
+    )
 
 
 def _without(which: Tensor | None, errors: Mapping[int, SamplerError]) -> Tensor | None:

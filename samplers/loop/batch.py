@@ -48,7 +48,7 @@ class Layer:
     def widen(self, name: str, last: int) -> None:
         """Let the last dimension of a state be at least this."""
         old = self.state[name]
-        if old.shape[-1] < last:
+        if self.specs[name].shape and old.shape[-1] < last:
             self.state[name] = _grown(old, (*old.shape[:-1], last), self.specs[name].fill)
 
 
@@ -161,12 +161,7 @@ class Batch:
         slots = len(self.rows)
         if slot == slots:
             slots = max(4, 2 * slots) if slots else 1
-        if (
-            slots > len(self.rows)
-            or length > self.tokens.shape[1]
-            or region > self.region
-            or ends > self.ends.shape[1]
-        ):
+        if slots > len(self.rows) or length > self.tokens.shape[1] or region > self.region or ends > self.ends.shape[1]:
             self._resize(
                 slots,
                 max(length, self.tokens.shape[1]),

@@ -34,7 +34,11 @@ class Chosen:
 
 
 def choose(
-    sampler: Sampler[Any], modifiers: Sequence[Modifier[Any]], traits: Traits, steps: Sequence[Step[Any]], may_wait: bool
+    sampler: Sampler[Any],
+    modifiers: Sequence[Modifier[Any]],
+    traits: Traits,
+    steps: Sequence[Step[Any]],
+    may_wait: bool,
 ) -> Chosen | list[Chosen | SamplerError]:
     """What to do; where all rows together fail, a list of what each row's own question came to.
 
@@ -56,7 +60,11 @@ def choose(
 
 
 def _choose(
-    sampler: Sampler[Any], modifiers: Sequence[Modifier[Any]], traits: Traits, steps: Sequence[Step[Any]], may_wait: bool
+    sampler: Sampler[Any],
+    modifiers: Sequence[Modifier[Any]],
+    traits: Traits,
+    steps: Sequence[Step[Any]],
+    may_wait: bool,
 ) -> Chosen:
     step, *around = steps
     states: States = [{}]
@@ -97,7 +105,9 @@ def _adjusted(modifier: Modifier[Any], specs: dict[str, StateSpec], step: Step[A
         raise ContractError("an adjustment's tokens must be integers")
     if "confidence" in given and not given["confidence"].is_floating_point():
         raise ContractError("an adjustment's confidences must be floats")
-    if "candidate" in given and (given["candidate"].dtype != torch.bool or bool((given["candidate"] & ~step.candidate).any())):
+    if "candidate" in given and (
+        given["candidate"].dtype != torch.bool or bool((given["candidate"] & ~step.candidate).any())
+    ):
         raise ContractError("an adjustment's candidates must be bool, and some of those there were")
     if "state" in given:
         given["state"] = _state(given["state"], specs, step)
@@ -194,8 +204,7 @@ def _revision(selection: Selection, step: Step[Any]) -> Selection:
     nothing = torch.zeros_like(selection.commit)
     changed = selection.replace if selection.replace is not None else nothing
     masked = selection.remask if selection.remask is not None else nothing
-    may_change = step.committed & (step.confidence > -torch.inf)
-    if bool(((changed | masked) & ~may_change).any()) or bool((changed & masked).any()):
+    if bool(((changed | masked) & ~step.committed).any()) or bool((changed & masked).any()):
         raise ContractError("a position that cannot be revised was selected")
     done = selection.done
     if done is None:

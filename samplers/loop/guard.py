@@ -25,6 +25,7 @@ from samplers.columns import ColumnSpec
 from samplers.contract import (
     Modifier,
     ParameterError,
+    Resampling,
     Sampler,
     SamplerError,
     SamplerParams,
@@ -522,18 +523,27 @@ def window(sampler: Sampler[Any], context: StepContext[Any]) -> Window | None:
     return told(sampler, ask)
 
 
-def resample(sampler: Sampler[Any], slots: Slots[Any]) -> Tensor | None:
-    """The canvas that each one goes on from, int64 [slots]. Raises SamplerError."""
+def resample(sampler: Sampler[Any], slots: Slots[Any]) -> Resampling | None:
+    """The canvases that go on after a barrier. Raises SamplerError."""
     count = len(slots.finished)
 
-    def ask() -> Tensor | None:
+    def ask() -> Resampling | None:
         found: object = sampler.resample(slots)
         if found is None:
             return None
-        tensor = plain(found, "resample's ancestors", slots.finished, (count,))
-        if tensor.dtype not in INTEGERS or not _within(tensor, 0, count):
+        if not isinstance(found, Resampling):
+            raise ContractError("resample must return a Resampling or None")
+        ancestors = plain(found.ancestors, "resample's ancestors", slots.finished, (count,))
+        if ancestors.dtype not in INTEGERS or not _within(ancestors, 0, count):
             raise ContractError(f"resample must say which of {count} canvases each goes on from")
-        return tensor.long()
+        state = {}
+        for name, value in dict(found.state).items():
+            if name not in slots.state:
+                raise ContractError("it keeps a state that it has not declared")
+            state[name] = plain(value, "a state", slots.finished, tuple(slots.state[name].shape))
+            if state[name].dtype != slots.state[name].dtype:
+                raise ContractError(f"a state must be of type {slots.state[name].dtype}")
+        return Resampling(ancestors.long(), state)
 
     return told(sampler, ask)
 

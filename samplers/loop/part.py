@@ -19,6 +19,7 @@ from samplers.loop.check import copied, one
 from samplers.loop.numbers import N
 from samplers.loop.row import Row
 
+
 @dataclass
 class Members:
     """The rows of a group in a part: `start` to before `stop`."""
@@ -214,7 +215,9 @@ class Part:
                 candidate[index] = torch.where(confined, inside & block, inside)
                 opened.candidate = candidate
 
-    def context(self, opened: Opened, members: Members, layer: int, kind: Callable[..., Any] = StepContext, **more: Any) -> Any:
+    def context(
+        self, opened: Opened, members: Members, layer: int, kind: Callable[..., Any] = StepContext, **more: Any
+    ) -> Any:
         """What a rule (layer 0) or a modifier sees of its rows."""
         a, b = members.start, members.stop
         n = opened.numbers[a:b]
@@ -236,6 +239,7 @@ class Part:
             seed=n[:, N.SEED, None],
             forward=n[:, N.FORWARDS, None],
             block=n[:, N.BLOCK, None],
+            block_start=n[:, N.START, None],
             block_step=n[:, N.BLOCK_STEP, None],
             block_masks=n[:, N.BLOCK_MASKS, None],
             slot=n[:, N.SLOT, None],
@@ -261,7 +265,9 @@ class Part:
                 found[name] = kept[slots[:, None], position]
         return found
 
-    def keep(self, opened: Opened, members: Members, layer: int, index: Tensor | None, states: dict[str, Tensor]) -> None:
+    def keep(
+        self, opened: Opened, members: Members, layer: int, index: Tensor | None, states: dict[str, Tensor]
+    ) -> None:
         """Write new state of some rows of the part, or of all members."""
         own = members.group.layers[layer]
         at = slice(members.start, members.stop) if index is None else index
@@ -269,7 +275,7 @@ class Part:
         for name, value in states.items():
             own.widen(name, value.shape[-1])
             kept, spec = own.state[name], own.specs[name]
-            if kept.shape[-1] > value.shape[-1]:
+            if spec.shape and kept.shape[-1] > value.shape[-1]:
                 value = torch.nn.functional.pad(value, (0, kept.shape[-1] - value.shape[-1]), value=spec.fill)
             if spec.per == "row":
                 kept[slots] = value

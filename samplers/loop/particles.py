@@ -5,10 +5,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from samplers.canvas import Canvas
-from samplers.contract import SamplerError, Slots
+from samplers.contract import Resampling, SamplerError, Slots
 from samplers.loop import guard
 from samplers.loop.event import StepEvent
 from samplers.loop.numbers import N
@@ -74,14 +73,16 @@ class Particles:
         """Draw canvases anew where all have come to the end of a step, or of a block."""
         rule = self.lanes[0].sampler
         if rule.barrier == "block":
-            passed = [lane.lane_finished or lane.block > was for lane, was in zip(self.lanes, self._blocks, strict=True)]
+            passed = [
+                lane.lane_finished or lane.block > was for lane, was in zip(self.lanes, self._blocks, strict=True)
+            ]
             if not all(passed):
                 return
         finished = [lane.lane_finished for lane in self.lanes]
         if not all(finished):
-            ancestors = guard.resample(rule, self._slots())
-            if ancestors is not None:
-                self._take_over(ancestors)
+            found = guard.resample(rule, self._slots())
+            if found is not None:
+                self._take_over(found)
         self._blocks = [lane.block for lane in self.lanes]
         self.barriers += 1
 
@@ -96,19 +97,17 @@ class Particles:
             params=row.params,
             state={name: layer.state[name][slots] for name, spec in layer.specs.items() if spec.per == "row"},
             uniform=float(uniform(seed, number, zero, BARRIER)),
-            finished=torch.tensor([lane.lane_finished for lane in self.lanes]),
+            finished=torch.tensor([lane.lane_finished for lane in self.lanes], device=batch.device),
         )
 
-    def _take_over(self, ancestors: Tensor) -> None:
+    def _take_over(self, found: Resampling) -> None:
         """Let canvases go on from others'. Random streams stay each canvas's own."""
-        batch = self.lanes[0].batch
-        assert batch is not None
-        froms = ancestors.tolist()
-        if froms == list(range(len(froms))):
-            return
         lanes = self.lanes
+        batch = lanes[0].batch
+        assert batch is not None
+        froms = found.ancestors.tolist()
         slots = torch.tensor([lane.slot for lane in lanes], device=batch.device)
-        old = slots[ancestors.to(batch.device)]
+        old = slots[found.ancestors]
         own = batch.numbers[slots][:, [N.SEED, N.SLOT]]
         for tensor in (batch.tokens, batch.masked, batch.numbers):
             tensor[slots] = tensor[old]
@@ -116,6 +115,10 @@ class Particles:
         for layer in batch.groups[lanes[0].key].layers:
             for kept in layer.state.values():
                 kept[slots] = kept[old]
+        for name, value in found.state.items():
+            batch.groups[lanes[0].key].layers[0].state[name][slots] = value
+        if froms == list(range(len(froms))):
+            return
         copies = [(list(lanes[i].told), lanes[i].reported, lanes[i].forked(), list(self.events[i])) for i in froms]
         for lane, (told, reported, plans, _), i in zip(lanes, copies, range(len(lanes)), strict=True):
             lane.read()

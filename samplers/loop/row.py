@@ -158,9 +158,7 @@ class Row:
         """The canvases of every forward."""
         first, *others = guard.views(self.sampler, self.modifiers)
         self.weight = first.weight
-        self.views = [
-            ViewCanvas.of(view, self.canvas, self.given, self._mask_id, self.cache) for view in others
-        ]
+        self.views = [ViewCanvas.of(view, self.canvas, self.given, self._mask_id, self.cache) for view in others]
 
     @cached_property
     def part_key(self) -> tuple[bool, int]:

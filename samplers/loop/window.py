@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from samplers.loop.batch import Batch
-from samplers.loop.numbers import NEVER, N
+from samplers.loop.numbers import N
 from samplers.randomness import NOISE, uniform
 
 

@@ -1,86 +1,110 @@
 """What was likely before counts."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from samplers.contract import Sampler, SamplerParams, Selection, Step
+from samplers.attention_pattern import AttentionPattern
+from samplers.contract import (
+    Adjustment,
+    Modifier,
+    Sampler,
+    SamplerParams,
+    Selection,
+    StateSpec,
+    Step,
+    StepContext,
+)
+from samplers.ranking import surest
 
 
-@dataclass(frozen=True)
-class Credits:
-    """Tokens that were ever the likeliest at each position, and their credit; [gen_length, m], -1 and 0 where empty.
-
-    `block` is the block they belong to.
-    """
-
-    token: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.int64))
-    credit: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
-    block: int = -1
+class CreditParams(SamplerParams):
+    alpha: float = Field(0.7, ge=0, le=100, description="how much credit adds to the logits")
+    gamma: float = Field(0.2, ge=0, le=100, description="power of the probability that is gained")
+    beta: float = Field(0.8, ge=0, le=1, description="what is left of credit after a step")
 
 
-class Credit(Sampler):
-    """Commit above a threshold, of probabilities that are raised for tokens that were the likeliest in steps before.
+class Credit(Modifier[CreditParams]):
+    """Raise probabilities of tokens that were the likeliest at their position in steps before.
 
     Each step credit falls by a factor, the likeliest token of each candidate gains a power of its probability, and
-    logits gain `alpha` ln(1 + credit). CreditDecoding, arXiv 2510.06133; constants of dInfer. Greedy.
+    logits gain `alpha` ln(1 + credit). CreditDecoding, arXiv 2510.06133; constants of dInfer. Tokens are chosen
+    greedily.
     """
 
     name = "credit"
     paper = "https://arxiv.org/abs/2510.06133"
-    greedy = True
+    chooses_tokens = True
+    # Only tokens that were ever the likeliest have credit: a short list a position instead of a vocabulary.
+    state = {
+        "token": StateSpec(-1, torch.int64, per="position", shape=(0,)),
+        "credit": StateSpec(0.0, per="position", shape=(0,)),
+    }
+    Params = CreditParams
 
-    class Params(SamplerParams):
-        threshold: float = Field(0.9, gt=0, le=1, description="commit candidates with a raised confidence >= this")
-        alpha: float = Field(0.7, ge=0, le=100, description="how much credit adds to the logits")
-        gamma: float = Field(0.2, ge=0, le=100, description="power of the probability that is gained")
-        beta: float = Field(0.8, ge=0, le=1, description="what is left of credit after a step")
+    def incompatibility(
+        self, sampler: Sampler[Any], pattern: AttentionPattern, before: Sequence[Modifier[Any]]
+    ) -> str | None:
+        if sampler.chooses_tokens or sampler.drafts:
+            return f"modifier credit chooses tokens itself, and so does sampler {sampler.name}"
+        return None
 
-    def start(self, params: SamplerParams) -> Credits:
-        return Credits()
+    def name_tokens(self, context: StepContext[Any]) -> Tensor | None:
+        found = context.state["token"]
+        return found if found.shape[2] else None
 
-    def name_tokens(self, state: Any, positions: Tensor) -> Tensor | None:
-        return state.token[positions] if len(state.token) else None
-
-    def select(self, step: Step) -> Selection:
-        token, confidence = step.token.clone(), step.confidence.clone()
-        states = [
-            self._raise(step, i, layout.gen_length, token[i], confidence[i]) for i, layout in enumerate(step.layouts)
-        ]
-        sure = step.candidate & (confidence >= step.param("threshold"))
-        first = (confidence == confidence.masked_fill(~step.candidate, -torch.inf).amax(dim=1, keepdim=True)).int()
-        surest = torch.zeros_like(sure).scatter(1, first.argmax(dim=1, keepdim=True), True) & step.candidate
-        return Selection(sure | surest, token=token, confidence=confidence, states=states)
-
-    def _raise(self, step: Step, row: int, length: int, token: Tensor, confidence: Tensor) -> Credits:
-        """Put the raised choice of one row in place; returns its tokens with their new credit."""
-        params, state = step.params[row], step.states[row]
-        assert isinstance(params, Credit.Params)
-        known, credit = state.token, state.credit
-        if len(known) == 0:
-            known, credit = torch.full((length, 0), -1), torch.zeros(length, 0)
-        block = int(step.block[row])
-        credit = credit * (params.beta if state.block == block else 0.0)
-        at = step.candidate[row, :length]
-        likeliest, p = step.token[row, :length], step.confidence[row, :length].clamp(min=0.0)
-        named = torch.zeros(length, 0) if step.named is None else step.named[row, :length, : known.shape[1]]
-        same = (known == likeliest[:, None]) & at[:, None]
-        new = at & ~same.any(dim=1)
-        known = torch.cat([known, likeliest.where(new, -1)[:, None]], dim=1)
-        credit = torch.cat([credit, torch.zeros(length, 1)], dim=1)
-        named = torch.cat([named, p.where(new, 0.0)[:, None]], dim=1)
-        mine = torch.cat([same, new[:, None]], dim=1)
-        credit = credit + mine * (p**params.gamma)[:, None]
+    def adjust(self, step: Step[Any]) -> Adjustment:
+        known, credit = step.state["token"], step.state["credit"] * step.param("beta")[..., None]
+        likeliest, at, p = step.token, step.candidate, step.confidence.clamp(min=0.0)
+        named = torch.zeros_like(credit) if step.named is None else step.named[:, :, : known.shape[2]]
+        same = (known == likeliest[..., None]) & at[..., None]
+        new = at & ~same.any(dim=2)
+        known = torch.cat([known, likeliest.where(new, -1)[..., None]], dim=2)
+        credit = torch.nn.functional.pad(credit, (0, 1))
+        named = torch.cat([named, p.where(new, 0.0)[..., None]], dim=2)
+        mine = torch.cat([same, new[..., None]], dim=2)
+        credit = credit + mine * (p ** step.param("gamma"))[..., None]
         # (1 + credit) ** alpha is what the bonus multiplies a probability by; tokens without credit keep theirs.
-        weight = (1 + credit) ** params.alpha
-        raised = named * weight
-        raised = raised / (1 + (raised - named).sum(dim=1, keepdim=True))
-        best = raised.masked_fill(known < 0, -1.0).max(dim=1)
-        chosen = known.gather(1, best.indices[:, None])[:, 0]
-        token[:length] = chosen.where(at, token[:length])
-        confidence[:length] = best.values.where(at, confidence[:length])
-        used = (known >= 0).any(dim=0)
-        return Credits(known[:, used], credit[:, used], block)
+        raised = named * (1 + credit) ** step.param("alpha")[..., None]
+        raised = raised / (1 + (raised - named).sum(dim=2, keepdim=True))
+        best = raised.masked_fill(known < 0, -1.0).max(dim=2)
+        chosen = known.gather(2, best.indices[..., None])[..., 0]
+        used = (known >= 0).any(dim=1).any(dim=0)
+        return Adjustment(
+            token=chosen.where(at, step.token),
+            confidence=best.values.where(at, step.confidence),
+            state={"token": known[:, :, used], "credit": credit[:, :, used]},
+        )
+
+
+class CreditThresholdParams(CreditParams):
+    threshold: float = Field(0.9, gt=0, le=1, description="commit candidates with a raised confidence >= this")
+
+
+class CreditThreshold(Sampler[CreditThresholdParams]):
+    """Commit above a threshold, of probabilities that are raised for tokens that were the likeliest in steps before.
+
+    The rule `threshold` with the modifier `credit` around it: each step credit falls by a factor, the likeliest token
+    of each candidate gains a power of its probability, and logits gain `alpha` ln(1 + credit). CreditDecoding,
+    arXiv 2510.06133; constants of dInfer. Greedy.
+    """
+
+    name = "credit"
+    paper = "https://arxiv.org/abs/2510.06133"
+    chooses_tokens = True
+    state = Credit.state
+    modifier = Credit()
+    Params = CreditThresholdParams
+
+    def name_tokens(self, context: StepContext[CreditThresholdParams]) -> Tensor | None:
+        return self.modifier.name_tokens(context)
+
+    def select(self, step: Step[CreditThresholdParams]) -> Selection:
+        found = self.modifier.adjust(step)
+        assert found.confidence is not None
+        sure = step.candidate & (found.confidence >= step.param("threshold"))
+        first = surest(found.confidence, step.candidate)
+        return Selection(sure | first, token=found.token, confidence=found.confidence, state=found.state)

@@ -1,25 +1,25 @@
 """Commit boldly, and change one's mind."""
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 from pydantic import Field
-from torch import Tensor
 
-from samplers.contract import Sampler, SamplerParams, Selection, Step
+from samplers.contract import Sampler, SamplerParams, Selection, StateSpec, Step, StepContext, TokenBonus
 from samplers.ranking import best
 
 
-@dataclass(frozen=True)
-class _Post:
-    """Forwards spent on a block without masks."""
+class EditParams(SamplerParams):
+    threshold: float = Field(0.7, ge=0, le=1, description="commit candidates with confidence > this")
+    k: int = Field(1, ge=1, le=1_000_000, description="but at least so many per forward pass, the surest")
+    edit_threshold: float | None = Field(
+        0.5, ge=0, le=1, description="replace where another token has a probability > this; null never replaces"
+    )
+    max_post_steps: int = Field(16, ge=0, le=1000, description="most forwards of a block without masks")
+    penalty: float = Field(
+        0.0, ge=0, le=100, description="taken off the logit of the token that stands to the left, against repeats"
+    )
 
-    block: int = -1
-    steps: int = 0
 
-
-class Edit(Sampler):
+class Edit(Sampler[EditParams]):
     """Commit candidates above a threshold, and replace committed tokens of the block that the model would now change.
 
     LLaDA2.1, arXiv 2602.08676, as in SGLang's JointThreshold: a block without masks goes on until a forward changes
@@ -30,52 +30,26 @@ class Edit(Sampler):
     name = "edit"
     paper = "https://arxiv.org/abs/2602.08676"
     revises = True
+    state = {"post_steps": StateSpec(0, torch.int64)}  # forwards on the block since it has had no mask
+    Params = EditParams
 
-    class Params(SamplerParams):
-        threshold: float = Field(0.7, ge=0, le=1, description="commit candidates with confidence > this")
-        k: int = Field(1, ge=1, le=1_000_000, description="but at least so many per forward pass, the surest")
-        edit_threshold: float | None = Field(
-            0.5, ge=0, le=1, description="replace where another token has a probability > this; null never replaces"
-        )
-        max_post_steps: int = Field(16, ge=0, le=1000, description="most forwards of a block without masks")
-        penalty: float = Field(
-            0.0, ge=0, le=100, description="taken off the logit of the token that stands to the left, against repeats"
-        )
-
-    def start(self, params: SamplerParams) -> _Post:
-        return _Post()
-
-    def post_steps(self, params: SamplerParams) -> int:
-        assert isinstance(params, Edit.Params)
+    def post_steps(self, params: EditParams) -> int:
         return params.max_post_steps
 
-    def bonus(self, params: SamplerParams, tokens: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-        assert isinstance(params, Edit.Params)
-        if not params.penalty:
+    def bonus(self, context: StepContext[EditParams]) -> TokenBonus | None:
+        if not any(params.penalty for params in context.params):
             return None
-        index = (places > 0).nonzero()[:, 0]
-        return index, tokens[places[index] - 1], torch.full((len(index),), -params.penalty)
+        left = context.tokens_at(context.position - 1)
+        left = left.masked_fill(context.param("penalty") == 0, -1)
+        return TokenBonus(left[..., None], -context.param("penalty").expand(left.shape)[..., None])
 
-    def select(self, step: Step) -> Selection:
-        assert step.current is not None and step.given is not None
+    def select(self, step: Step[EditParams]) -> Selection:
         sure = step.candidate & (step.confidence > step.param("threshold"))
         sure = sure | best(step.confidence, step.candidate, step.param("k"))
-        bounds = [2.0 if p.edit_threshold is None else p.edit_threshold for p in step.params]  # type: ignore[attr-defined]
-        limit = step.confidence.new_tensor(bounds)[:, None]
-        known = (step.confidence > -torch.inf) & ~step.masked & ~step.given
-        replace = known & (step.token != step.current) & (step.confidence > limit)
-        spent = [self._spent(step, i) for i in range(len(step.params))]
-        most = [p.max_post_steps for p in step.params]  # type: ignore[attr-defined]
-        changes = replace.any(dim=1).tolist()
-        done = [
-            limit == 0 or (post.steps > 0 and (not changed or post.steps >= limit))
-            for post, changed, limit in zip(spent, changes, most, strict=True)
-        ]
-        return Selection(sure, replace=replace, done=torch.tensor(done, device=sure.device), states=spent)
-
-    def _spent(self, step: Step, row: int) -> _Post:
-        """Forwards on the row's block since it has had no mask, this one included."""
-        state: Any = step.states[row]
-        block = int(step.block[row])
-        before = state.steps if state.block == block else 0
-        return _Post(block, 0 if bool(step.candidate[row].any()) else before + 1)
+        unsure = step.confidence > step.param("edit_threshold", none=2.0)
+        replace = step.committed & (step.token != step.current) & unsure
+        masks = step.candidate.any(dim=1, keepdim=True)
+        spent = torch.where(masks, 0, step.state["post_steps"] + 1)
+        most, changes = step.param("max_post_steps"), replace.any(dim=1, keepdim=True)
+        done = (most == 0) | ((spent > 0) & (~changes | (spent >= most)))
+        return Selection(sure, replace=replace, done=done[:, 0], state={"post_steps": spent})

@@ -6,11 +6,23 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from samplers.canvas import Layout
 from samplers.contract import SamplerParams, Selection, Step
 from samplers.forward.statistics import Statistic
 from samplers.ranking import best
-from samplers.schedule import ScheduledSampler, share_of
+from samplers.schedule import ScheduledSampler, block_share
+
+
+class DreamParams(SamplerParams):
+    alg: Literal["origin", "maskgit_plus", "topk_margin", "entropy"] = Field(
+        "entropy", description="at random; by confidence; by margin; by entropy"
+    )
+    steps: int | None = Field(
+        None, ge=1, le=1_000_000, description="forward passes for the whole generation (default: one a token)"
+    )
+    eps: float = Field(1e-3, ge=0, lt=1, description="the time at the end")
+    alg_temp: float = Field(
+        0.0, ge=0, le=100, description="draw positions from softmax(sureness / alg_temp); 0 takes the surest"
+    )
 
 
 class Dream(ScheduledSampler):
@@ -25,40 +37,24 @@ class Dream(ScheduledSampler):
     name = "dream"
     paper = "https://arxiv.org/abs/2508.15487"
     statistics = frozenset({Statistic.CHOSEN_CONFIDENCE, Statistic.CHOSEN_ENTROPY, Statistic.CHOSEN_MARGIN})
+    Params = DreamParams
 
-    class Params(SamplerParams):
-        alg: Literal["origin", "maskgit_plus", "topk_margin", "entropy"] = Field(
-            "entropy", description="at random; by confidence; by margin; by entropy"
-        )
-        steps: int | None = Field(
-            None, ge=1, le=1_000_000, description="forward passes for the whole generation (default: one a token)"
-        )
-        eps: float = Field(1e-3, ge=0, lt=1, description="the time at the end")
-        alg_temp: float = Field(
-            0.0, ge=0, le=100, description="draw positions from softmax(sureness / alg_temp); 0 takes the surest"
-        )
-
-    def select(self, step: Step) -> Selection:
-        kinds = [getattr(params, "alg", "entropy") for params in step.params]
-        scores = {
-            "maskgit_plus": step.extra[Statistic.CHOSEN_CONFIDENCE],
-            "topk_margin": step.extra[Statistic.CHOSEN_MARGIN],
-            "entropy": -step.extra[Statistic.CHOSEN_ENTROPY],
-        }
+    def select(self, step: Step[DreamParams]) -> Selection:  # type: ignore[override]
         share = shares(step)
         count = self.count(step, share)
         uniform = self.numbers(step, count)
-        score = torch.stack([scores.get(kind, scores["entropy"])[row] for row, kind in enumerate(kinds)]).double()
-        warmth = step.param("alg_temp").double()
+        score = -step.extra[Statistic.CHOSEN_ENTROPY]
+        score = torch.where(step.option("alg", "maskgit_plus"), step.extra[Statistic.CHOSEN_CONFIDENCE], score)
+        score = torch.where(step.option("alg", "topk_margin"), step.extra[Statistic.CHOSEN_MARGIN], score).double()
+        warmth = step.columns.exact("alg_temp").float().double()
         # Adding such noise and taking the best is to draw from the softmax without replacement.
         noise = -(-uniform.clamp(min=2.0**-53).log()).log()
         score = torch.where(warmth > 0, score / warmth.clamp(min=1e-9) + noise, score)
         chosen = self.surest(score, step.candidate, count)
         drawn = step.candidate & (uniform < share)
-        origin = torch.tensor([kind == "origin" for kind in kinds], device=score.device)[:, None]
-        return Selection(torch.where(origin, drawn, chosen))
+        return Selection(torch.where(step.option("alg", "origin"), drawn, chosen))
 
-    def count(self, step: Step, share: Tensor) -> Tensor:
+    def count(self, step: Step[DreamParams], share: Tensor) -> Tensor:
         """Candidates that a share is, one at least, int64 [rows, 1]."""
         return (step.candidate.sum(dim=1, keepdim=True) * share).long().clamp(min=1)
 
@@ -66,23 +62,22 @@ class Dream(ScheduledSampler):
         """The `count` [rows, 1] candidates of highest score, bool [rows, width]."""
         return best(score, candidate, count)
 
-    def numbers(self, step: Step, count: Tensor) -> Tensor:
+    def numbers(self, step: Step[DreamParams], count: Tensor) -> Tensor:
         """Random numbers in [0, 1), [rows, width]."""
         return step.uniform()
 
 
-def share_at(params: "Dream.Params", layout: Layout, block: int, s: int) -> float:
-    """The share of its masks that a block commits at its step s."""
-    steps = share_of(params.steps or layout.denoised_length, layout, block)
-    times = torch.linspace(1, params.eps, steps + 1)
-    return 1.0 if s + 1 >= steps else float(1 - times[s + 1] / times[s])
-
-
-def shares(step: Step) -> Tensor:
+def shares(step: Step[DreamParams]) -> Tensor:
     """The share of its candidates that each row commits, float32 [rows, 1]."""
-    rows = []
-    counters = zip(step.params, step.layouts, step.block.tolist(), step.block_step.tolist(), strict=True)
-    for params, layout, (block,), (s,) in counters:
-        assert isinstance(params, Dream.Params)
-        rows.append(share_at(params, layout, block, s))
-    return torch.tensor(rows, device=step.candidate.device)[:, None]
+    steps = torch.where(step.given("steps"), step.param("steps", none=1), step.layout.denoised_length)
+    steps = block_share(steps, step.layout.blocks, step.block)
+    eps = step.columns.exact("eps")
+    now, then = (_time(s, steps, eps) for s in (step.block_step, step.block_step + 1))
+    return torch.where(step.block_step + 1 >= steps, 1.0, 1 - then / now)
+
+
+def _time(s: Tensor, steps: Tensor, eps: Tensor) -> Tensor:
+    """Entry s of float32 linspace(1, eps, steps + 1), as torch rounds it: from the nearer end."""
+    start, stop = torch.ones_like(eps).float(), eps.float()
+    size = (stop - start) / steps.float()
+    return torch.where(s < (steps + 1) // 2, start + size * s, stop - size * (steps - s))

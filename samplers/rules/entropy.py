@@ -4,7 +4,7 @@ from pydantic import Field
 
 from samplers.contract import Selection, Step
 from samplers.forward.statistics import Statistic
-from samplers.schedule import NumberOrThresholdParams, ScheduledSampler, passing_or_best
+from samplers.schedule import NumberOrThresholdParams, ScheduledParams, ScheduledSampler, passing_or_best
 
 
 class Entropy(ScheduledSampler):
@@ -25,7 +25,6 @@ class Entropy(ScheduledSampler):
             description="commit every candidate with an entropy <= this, in nats, instead of a number",
         )
 
-    def select(self, step: Step) -> Selection:
-        thresholds = [getattr(params, "threshold", None) for params in step.params]
-        bounds = [None if value is None else -value for value in thresholds]
-        return passing_or_best(step, -step.extra[Statistic.ENTROPY], bounds)
+    def select(self, step: Step[ScheduledParams]) -> Selection:
+        # A null bound lets nothing pass.
+        return passing_or_best(step, -step.extra[Statistic.ENTROPY], -step.param("threshold", none=-float("inf")))

@@ -4,7 +4,7 @@ from pydantic import Field
 
 from samplers.contract import Selection, Step
 from samplers.forward.statistics import Statistic
-from samplers.schedule import NumberOrThresholdParams, ScheduledSampler, passing_or_best
+from samplers.schedule import NumberOrThresholdParams, ScheduledParams, ScheduledSampler, passing_or_best
 
 
 class Margin(ScheduledSampler):
@@ -22,6 +22,5 @@ class Margin(ScheduledSampler):
             None, gt=0, le=1, description="commit every candidate with a margin >= this, instead of a number"
         )
 
-    def select(self, step: Step) -> Selection:
-        thresholds = [getattr(params, "threshold", None) for params in step.params]
-        return passing_or_best(step, step.extra[Statistic.MARGIN], thresholds)
+    def select(self, step: Step[ScheduledParams]) -> Selection:
+        return passing_or_best(step, step.extra[Statistic.MARGIN], step.param("threshold", none=float("inf")))

@@ -2,7 +2,7 @@
 
 from samplers.contract import Selection, Step
 from samplers.ranking import best
-from samplers.schedule import ScheduledSampler, quota
+from samplers.schedule import ScheduledParams, ScheduledSampler, quota
 
 
 class Random(ScheduledSampler):
@@ -11,5 +11,5 @@ class Random(ScheduledSampler):
     name = "random"
     paper = "https://arxiv.org/abs/2502.09992"
 
-    def select(self, step: Step) -> Selection:
-        return Selection(commit=best(step.uniform(), step.candidate, quota(step)))
+    def select(self, step: Step[ScheduledParams]) -> Selection:
+        return Selection(best(step.uniform(), step.candidate, quota(step)))

@@ -1,10 +1,8 @@
 """From left to right."""
 
-import torch
-
 from samplers.contract import Selection, Step
 from samplers.ranking import best
-from samplers.schedule import ScheduledSampler, quota
+from samplers.schedule import ScheduledParams, ScheduledSampler, quota
 
 
 class Sequential(ScheduledSampler):
@@ -16,6 +14,5 @@ class Sequential(ScheduledSampler):
     name = "sequential"
     paper = "https://arxiv.org/abs/2510.06303"
 
-    def select(self, step: Step) -> Selection:
-        place = -torch.arange(step.candidate.shape[1], dtype=torch.float32, device=step.candidate.device)
-        return Selection(best(place.expand(step.candidate.shape), step.candidate, quota(step)))
+    def select(self, step: Step[ScheduledParams]) -> Selection:
+        return Selection(best(-step.position.float(), step.candidate, quota(step)))

@@ -1,6 +1,5 @@
 """Everything sure enough."""
 
-import torch
 from pydantic import Field
 
 from samplers.contract import Selection, Step
@@ -24,9 +23,10 @@ class Threshold(ScheduledSampler):
             0.9, gt=0, le=1, description="commit candidates with confidence >= this; > on LLaDA2, SDAR and Fast-dLLM v2"
         )
 
-    def select(self, step: Step) -> Selection:
-        least = best(step.confidence, step.candidate, quota(step))
+    def select(self, step: Step[ScheduledParams]) -> Selection:
         threshold = step.param("threshold")
-        strict = torch.tensor([layout.pattern.strict for layout in step.layouts], device=threshold.device)[:, None]
-        sure = (step.confidence > threshold) | (~strict & (step.confidence == threshold))
-        return Selection(least | (step.candidate & sure))
+        sure = (step.confidence > threshold) | (~step.layout.strict & (step.confidence == threshold))
+        sure = step.candidate & sure
+        if not (step.columns.any_given("k") or step.columns.any_given("steps")):
+            return Selection(sure)  # the surest goes where nothing does
+        return Selection(sure | best(step.confidence, step.candidate, quota(step)))
