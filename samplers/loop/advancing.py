@@ -1,6 +1,6 @@
 """From a prediction to the next canvases: rules select, and the loop commits for all rows of a part at once."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,8 +85,10 @@ def blame_bonus(
     part: Part, wanted: StatisticsRequest, opened: Opened, prediction: Prediction
 ) -> dict[int, SamplerError]:
     """Rows whose output is not finite with a bonus of their sampler's."""
+    if wanted.bonus is None:
+        return {}
     finite = prediction.confidence.isfinite()
-    if wanted.bonus is None or bool(finite.all()):
+    if bool(finite.all()):
         return {}
     row = opened.asked.nonzero(as_tuple=True)[0]
     touched = set(row[wanted.bonus.index].tolist())
@@ -402,7 +404,7 @@ def _note_ends(
     kept = plain[row]
     filled = note_ends(part.batch, part.slots, row[kept], position[kept], token[kept])
     assert decision.done is not None
-    finished = ~plain & decision.done & ~(left & opened.block_of(part)).any(dim=1)
+    finished = ~plain & decision.done & ~(left & opened.block).any(dim=1)
     if bool(finished.any()):
         filled += close(part.batch, part.slots[finished])
     return filled
@@ -420,22 +422,24 @@ def _any_of(token: Tensor, ends: tuple[int, ...] | None) -> bool:
 def _settle(part: Part, opened: Opened, left: Tensor) -> Tensor:
     """Count the forward and note what is settled; returns rows that may have no mask left in their block."""
     batch, slots = part.batch, part.slots
-    n = batch.numbers[slots]  # ends and closed blocks were noted there
+    n = batch.numbers.index_select(0, slots)  # ends and closed blocks were noted there
+    c = n.unbind(1)
     if part.region:
-        left = left & opened.block_of(part)
+        left = left & opened.block
     some = left.any(dim=1)
     first = left.byte().argmax(dim=1)
     if not part.zero_based:
-        first = first + n[:, N.START]
-    n[:, N.FORWARDS] += part.passes
-    n[:, N.BLOCK_STEP] += 1
-    settled = torch.where(some, first, n[:, N.SETTLED])
+        first = first + c[N.START]
+    c[N.FORWARDS].add_(part.passes)
+    c[N.BLOCK_STEP].add_(1)
+    settled = torch.where(some, first, c[N.SETTLED])
     if part.revising:
-        settled = torch.where(n[:, N.REVISES] > 0, settled.minimum(n[:, N.CLOSED]), settled)
-    n[:, N.SETTLED] = settled
-    n[:, N.FIRST] = some & (first == n[:, N.START])
-    n[:, N.TOLD] = n[:, N.TOLD].maximum(told_stop(n))
-    batch.numbers[slots] = n
+        settled = torch.where(c[N.REVISES] > 0, settled.minimum(c[N.CLOSED]), settled)
+    c[N.SETTLED].copy_(settled)
+    if part.shifted:
+        c[N.FIRST].copy_(some & (first == c[N.START]))
+    c[N.TOLD].copy_(c[N.TOLD].maximum(told_stop(c)))
+    batch.numbers.index_copy_(0, slots, n)
     return ~some
 
 
@@ -456,54 +460,49 @@ def _tell(
 ) -> list[StepEvent]:
     """One trip to Python: what was committed, and where each row is now."""
     batch, slots = part.batch, part.slots
-    n = batch.numbers[slots, :CHANGING]
-    grown = n[:, N.TOLD] - told_before
-    total = int(grown.sum())
-    told: list[int] = []
-    if total:
-        stops = grown.cumsum(0)
-        which = torch.repeat_interleave(part.flat_tokens + told_before - stops + grown, grown, output_size=total)
-        told = batch.tokens.view(-1)[which + torch.arange(total, device=which.device)].tolist()
+    n = batch.numbers[:, :CHANGING].index_select(0, slots)
     now = n.tolist()
+    told = _newly_told(part, n[:, N.TOLD], told_before)
     positions, tokens, confidences = position.tolist(), token.tolist(), confidence.tolist()
-    counts, grown_by = written.sum(dim=1).tolist(), grown.tolist()
-    changed = _by_row(replaced, opened)
-    masked = _by_row(remask, opened)
-    padding = {}
+    changed, masked = _by_row(replaced, opened), _by_row(remask, opened)
+    padding: dict[int, list[int]] = {}
     for slot, places in filled:
         padding[slot] = padding.get(slot, []) + places
     events = []
-    first = said = 0
-    for i, each in enumerate(part.rows):
-        count, more = counts[i], grown_by[i]
-        each.show(now[i])
-        stop, spoken = first + count, said + more
+    first = 0
+    for i, (each, count, more, own) in enumerate(zip(part.rows, written.sum(dim=1).tolist(), told, now, strict=True)):
+        each.show(own)
+        stop = first + count
+        event = StepEvent(own[0], positions[first:stop], tokens[first:stop], confidences[first:stop])
+        first = stop
         if more:
-            each.told += told[said:spoken]
-        if i in errors:
-            event = StepEvent(error=errors[i])
-        else:
-            event = StepEvent(
-                now[i][0],
-                positions[first:stop],
-                tokens[first:stop],
-                confidences[first:stop],
-                settled=len(each.told),
-            )
-            if len(each.told) > each.reported:
-                event.text_tokens = each.told[each.reported : each.end]
-                each.reported = len(each.told)
-            if padding:
-                event.filled = padding.get(each.slot, [])
-            if changed is not None:
-                event.replaced = changed[i]
-            if masked is not None:
-                event.remasked = masked[i]
-            if drafts is not None:
-                event.draft = drafts[i]
+            each.told += more
+            event.text_tokens = each.text_tokens()[each.reported :]
+            each.reported = len(each.told)
+        event.settled = each.reported
         events.append(event)
-        first, said = stop, spoken
+        if padding:
+            event.filled = padding.get(each.slot, [])
+        if changed is not None:
+            event.replaced = changed[i]
+        if masked is not None:
+            event.remasked = masked[i]
+        if drafts is not None:
+            event.draft = drafts[i]
+    for i, error in errors.items():
+        events[i] = StepEvent(error=error)
     return events
+
+
+def _newly_told(part: Part, now: Tensor, before: Tensor) -> Sequence[list[int]]:
+    """Tokens of each row that became settled text with this step."""
+    grown = now - before
+    counts = grown.tolist()
+    if not (total := sum(counts)):
+        return [[]] * len(counts)
+    which = torch.repeat_interleave(part.flat_tokens + before - grown.cumsum(0) + grown, grown, output_size=total)
+    tokens = part.batch.tokens.view(-1)[which + torch.arange(total, device=which.device)]
+    return _cut(tokens.tolist(), counts)
 
 
 def _by_row(which: Tensor | None, opened: Opened) -> list[list[int]] | None:

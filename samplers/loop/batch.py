@@ -9,7 +9,7 @@ from torch import Tensor
 from samplers.canvas import Canvas
 from samplers.columns import ColumnSpec, columns_of
 from samplers.contract import Modifier, Sampler, StateSpec
-from samplers.loop.numbers import COUNT, N
+from samplers.loop.numbers import COUNT
 
 if TYPE_CHECKING:
     from samplers.loop.row import Row
@@ -81,6 +81,7 @@ class Batch:
         self.given = torch.ones(0, 1, dtype=torch.bool, device=self.device)
         self.numbers = torch.zeros(0, COUNT, dtype=torch.int64, device=self.device)
         self.ends = torch.full((0, 0), NO_TOKEN, dtype=torch.int64, device=self.device)
+        self.places = torch.arange(1, device=self.device)
 
     @property
     def region(self) -> int:
@@ -178,6 +179,7 @@ class Batch:
         self.given = given
         self.numbers = _grown(self.numbers, (slots, COUNT), 0)
         self.ends = _grown(self.ends, (slots, ends), NO_TOKEN)
+        self.places = torch.arange(region + 1, device=self.device)
         if region > old:
             for group in self.groups.values():
                 for layer in group.layers:  # the column of no position moves to the end
@@ -204,11 +206,8 @@ class Batch:
         """Forget what rules keep of a block only, in these slots."""
         for group in self.groups.values():
             for layer in group.layers:
-                layer.reset(slots, block_only=True)
-
-    def column(self, slots: Tensor, which: N) -> Tensor:
-        """One of the integers, [n]."""
-        return self.numbers[slots, which]
+                if layer.specs:
+                    layer.reset(slots, block_only=True)
 
 
 def _grown(old: Tensor, shape: tuple[int, ...], fill: float) -> Tensor:

@@ -30,6 +30,9 @@ class Members:
     rows: list[Row]
     columns: list[Columns]
     params: list[list[SamplerParams]]
+    slots: Tensor
+    row: Tensor
+    layout: LayoutColumns
 
     @property
     def traits(self) -> guard.Traits:
@@ -67,10 +70,6 @@ class Opened:
     judged: Tensor | None = None
     spans: list[list[ForwardSpan]] = field(default_factory=list)
 
-    def block_of(self, part: "Part") -> Tensor:
-        """Positions of the active block, bool [rows, width]."""
-        return self.block if part.region else torch.ones_like(self.block)
-
 
 def split(rows: Sequence[Row]) -> list[list[Row]]:
     """Rows by the width of what they look at, within factors of four, and then by group."""
@@ -78,6 +77,14 @@ def split(rows: Sequence[Row]) -> list[list[Row]]:
     for row in rows:
         parts.setdefault(row.part_key, {}).setdefault(row.key, []).append(row)
     return [[row for group in groups.values() for row in group] for groups in parts.values()]
+
+
+def _layout(n: Tensor) -> LayoutColumns:
+    length, prompt, gen, block_length, blocks, denoised, noise, strict = (
+        n[:, each, None]
+        for each in (N.LENGTH, N.PROMPT, N.GEN, N.BLOCK_LENGTH, N.BLOCKS, N.DENOISED, N.NOISE, N.STRICT)
+    )
+    return LayoutColumns(length, prompt, gen, block_length, blocks, denoised, noise, strict > 0)
 
 
 class Part:
@@ -96,6 +103,9 @@ class Part:
         self.zero_based = self.region or all(layout.blocks == 1 for layout in layouts)
         self.shifted = any(layout.pattern.shifted for layout in layouts)
         self.offset = torch.arange(self.width, device=device)
+        self.positions = self.offset.expand(len(rows), self.width)
+        self.nowhere = torch.zeros(len(rows), self.width, dtype=torch.bool, device=device)
+        self.everywhere = ~self.nowhere
         n = batch.numbers[self.slots]
         self.static = n
         self.prompt = n[:, N.PROMPT, None]
@@ -107,6 +117,7 @@ class Part:
         self.any_wide = any(self.wide)
         self.wide_rows = torch.tensor(self.wide, device=device)[:, None]
         self.revising = any(row.traits.revises for row in rows)
+        self.reviewed = self.revising or not all(row.traits.ours for row in rows)
         self.drafting = any(row.traits.drafts for row in rows)
         self.keeping = [i for i, row in enumerate(rows) if row.keeps]
         ends = {row.end_ids for row in rows}
@@ -127,15 +138,10 @@ class Part:
             columns = [Columns(layer.spec, layer.params[slots]) for layer in group.layers]
             rows = self.rows[start:stop]
             params = [[row.all_params[i] for row in rows] for i in range(len(columns))]
-            found.append(Members(group, start, stop, rows, columns, params))
+            layout = _layout(self.static[start:stop])
+            found.append(Members(group, start, stop, rows, columns, params, slots, slots[:, None], layout))
             start = stop
         return found
-
-    @cached_property
-    def layout(self) -> LayoutColumns:
-        n = self.static
-        which = (N.LENGTH, N.PROMPT, N.GEN, N.BLOCK_LENGTH, N.BLOCKS, N.DENOISED, N.NOISE)
-        return LayoutColumns(*(n[:, each, None] for each in which), n[:, N.STRICT, None] > 0)
 
     @cached_property
     def choices(self) -> TokenChoices | None:
@@ -160,21 +166,24 @@ class Part:
     def open(self) -> Opened:
         """Gather the rows' windows."""
         batch, slots = self.batch, self.slots
-        n = batch.numbers[slots]
+        n = batch.numbers.index_select(0, slots)
         start, stop = n[:, N.START, None], n[:, N.STOP, None]
         if self.zero_based:
-            position = self.offset.expand(len(slots), self.width)
-            masked, given = batch.masked[slots][:, : self.width], batch.given[slots][:, : self.width]
+            position = self.positions
+            masked = batch.masked[:, : self.width].index_select(0, slots)
         else:
             position = start + self.offset
-            position = position.masked_fill(position >= stop, batch.region)
-            at = slots[:, None], position
-            masked, given = batch.masked[at], batch.given[at]
-        if self.region:
-            block = (position >= start) & (position < stop)
-            candidate, committed = masked & block, block & ~masked & ~given
-        else:
-            block, candidate, committed = masked | ~given, masked, ~(masked | given)
+            position.masked_fill_(position >= stop, batch.region)
+            masked = batch.masked.view(-1)[self.flat_masks[:, None] + position]
+        block = (position >= start) & (position < stop) if self.region else self.everywhere
+        candidate = masked & block if self.region else masked
+        committed = self.nowhere
+        if self.reviewed:
+            if self.zero_based:
+                given = batch.given[:, : self.width].index_select(0, slots)
+            else:
+                given = batch.given.view(-1)[self.flat_masks[:, None] + position]
+            committed = block & ~(masked | given)
         opened = Opened(n, position, masked, candidate, committed, block, candidate, None)
         self._place_windows(opened)
         if self.shifted:
@@ -226,29 +235,27 @@ class Part:
         def part(values: Tensor) -> Tensor:
             return values if everything else values[a:b]
 
-        layout = self.layout
-        if not everything:
-            layout = LayoutColumns(**{name: value[a:b] for name, value in vars(layout).items()})
         position = part(opened.position)
-        slots = self.slots[a:b]
+        slots = members.slots
+        c = n[:, : N.SLOT + 1].split(1, dim=1)
         return kind(
             candidate=part(opened.candidate),
             masked=part(opened.masked),
             committed=part(opened.committed),
             position=position,
-            seed=n[:, N.SEED, None],
-            forward=n[:, N.FORWARDS, None],
-            block=n[:, N.BLOCK, None],
-            block_start=n[:, N.START, None],
-            block_step=n[:, N.BLOCK_STEP, None],
-            block_masks=n[:, N.BLOCK_MASKS, None],
-            slot=n[:, N.SLOT, None],
-            layout=layout,
+            seed=c[N.SEED],
+            forward=c[N.FORWARDS],
+            block=c[N.BLOCK],
+            block_start=c[N.START],
+            block_step=c[N.BLOCK_STEP],
+            block_masks=c[N.BLOCK_MASKS],
+            slot=c[N.SLOT],
+            layout=members.layout,
             params=members.params[layer],
             columns=members.columns[layer],
             state=self.state(members, layer, slots, position),
             canvas=self.batch.tokens,
-            row=slots[:, None],
+            row=members.row,
             **more,
         )
 

@@ -101,7 +101,8 @@ class Row:
     _text_length: int = field(default=0, init=False)
     _plan: CachePlan = field(init=False, repr=False)
     _now: list[int] = field(default_factory=list, init=False, repr=False)
-    _span: tuple[Any, ForwardSpan] | None = field(default=None, init=False, repr=False)
+    _same_spans: list[ForwardSpan] | None = field(default=None, init=False, repr=False)
+    _spans_stay: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
         sampler, params, layout = self.sampler, self.params, self.canvas.layout
@@ -119,6 +120,8 @@ class Row:
         self._most_steps = guard.most_steps(sampler, self.traits, params)
         self._plan = CachePlan(self.cache)
         self._text_length = layout.text_length
+        # Without a cache every forward computes the whole canvas.
+        self._spans_stay = not (self.keeps or layout.pattern.causal) and type(self).span is Row.span
         self.given = ~self.canvas.masked
         _ = self.part_key
         open_tokens = self.canvas.generated[self.canvas.masked]
@@ -348,7 +351,12 @@ class Row:
 
     def spans(self) -> list[ForwardSpan]:
         """What the next forward computes of the canvas and of each further view."""
-        return [self.span(), *(self._span_of(view.plan, view.canvas.layout) for view in self.views)]
+        if self._same_spans is not None:
+            return self._same_spans
+        found = [self.span(), *(self._span_of(view.plan, view.canvas.layout) for view in self.views)]
+        if self._spans_stay:
+            self._same_spans = found
+        return found
 
     def asked_bounds(self) -> tuple[int, int]:
         """Region positions that a sampler which wants more than candidates is told of in the next forward."""

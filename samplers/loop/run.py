@@ -70,7 +70,8 @@ class Loop:
 
     def _parts_of(self, lanes: Sequence[Row]) -> list[Part]:
         for row in lanes:
-            self._batch.admit(row)
+            if row.batch is not self._batch:
+                self._batch.admit(row)
         key = (self._batch.version, *map(id, lanes))
         if key != self._key:
             self._parts = [Part(self._batch, rows) for rows in split(lanes)]

@@ -1,5 +1,7 @@
 """Where rows are: their active block, what is settled before it, and when it is time for the next."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -31,27 +33,30 @@ def enter(batch: Batch, slots: Tensor) -> list[tuple[int, list[int]]]:
 
 def _find(batch: Batch, slots: Tensor) -> Tensor:
     """Note the active block, and what follows from it; returns which of them have candidates, bool [rows]."""
-    n = batch.numbers[slots]
-    masked = batch.masked[slots]
+    n = batch.numbers.index_select(0, slots)
+    c = n.unbind(1)
+    masked = batch.masked.index_select(0, slots)
     some = masked.any(dim=1)
-    settled = torch.where(some, masked.byte().argmax(dim=1), n[:, N.GEN])
-    n[:, N.SETTLED] = torch.where(n[:, N.REVISES] > 0, settled.minimum(n[:, N.CLOSED]), settled)
-    block = block_of(n, n[:, N.SETTLED])
-    start, stop = block_bounds(n, block)
-    place = torch.arange(masked.shape[1], device=masked.device)
+    settled = torch.where(some, masked.byte().argmax(dim=1), c[N.GEN])
+    settled = torch.where(c[N.REVISES] > 0, settled.minimum(c[N.CLOSED]), settled)
+    block = ((settled + c[N.SHARED]) // c[N.BLOCK_LENGTH]).minimum(c[N.BLOCKS] - 1)
+    first = block * c[N.BLOCK_LENGTH] - c[N.SHARED]
+    start, stop = first.clamp(min=0), (first + c[N.BLOCK_LENGTH]).minimum(c[N.GEN])
+    place = batch.places
     candidate = masked & (place >= start[:, None]) & (place < stop[:, None])
-    entered = block != n[:, N.ENTERED]
-    n[:, N.BLOCK], n[:, N.START], n[:, N.STOP], n[:, N.ENTERED] = block, start, stop, block
-    n[:, N.BLOCK_STEP] = n[:, N.BLOCK_STEP].masked_fill(entered, 0)
+    entered = block != c[N.ENTERED]
     # The programs of block-causal models count the whole block, also where it holds the prompt's end.
-    masks = torch.where(n[:, N.CAUSAL] > 0, n[:, N.BLOCK_LENGTH], candidate.sum(dim=1))
-    n[:, N.BLOCK_MASKS] = torch.where(entered, masks, n[:, N.BLOCK_MASKS])
-    n[:, N.FIRST] = candidate.gather(1, start[:, None])[:, 0].long()
-    n[:, N.TOLD] = n[:, N.TOLD].maximum(told_stop(n))
-    batch.numbers[slots] = n
+    masks = torch.where(c[N.CAUSAL] > 0, c[N.BLOCK_LENGTH], candidate.sum(dim=1))
+    c[N.BLOCK_MASKS].copy_(torch.where(entered, masks, c[N.BLOCK_MASKS]))
+    c[N.BLOCK_STEP].masked_fill_(entered, 0)
+    for which, value in ((N.SETTLED, settled), (N.BLOCK, block), (N.START, start), (N.STOP, stop), (N.ENTERED, block)):
+        c[which].copy_(value)
+    c[N.FIRST].copy_(candidate.gather(1, start[:, None])[:, 0])
+    c[N.TOLD].copy_(c[N.TOLD].maximum(told_stop(c)))
+    batch.numbers.index_copy_(0, slots, n)
     if bool(entered.any()):
         batch.reset_blocks(slots[entered])
-        fresh = entered & (n[:, N.NOISE] > 0)
+        fresh = entered & (c[N.NOISE] > 0)
         if bool(fresh.any()):
             _draw_noise(batch, slots[fresh], candidate[fresh])
     return candidate.any(dim=1)
@@ -129,17 +134,6 @@ def _fill(batch: Batch, slots: Tensor) -> list[tuple[int, list[int]]]:
     return found
 
 
-def block_of(n: Tensor, position: Tensor) -> Tensor:
-    """The block of a region position of each row, the last one at the region's end; [rows]."""
-    return ((position + n[:, N.SHARED]) // n[:, N.BLOCK_LENGTH]).minimum(n[:, N.BLOCKS] - 1)
-
-
-def block_bounds(n: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
-    """First region position of each row's block, and one past its last; [rows]."""
-    first = block * n[:, N.BLOCK_LENGTH] - n[:, N.SHARED]
-    return first.clamp(min=0), (first + n[:, N.BLOCK_LENGTH]).minimum(n[:, N.GEN])
-
-
-def told_stop(n: Tensor) -> Tensor:
-    """End of the settled text of each row, end-of-text included; [rows]."""
-    return n[:, N.SETTLED].minimum(n[:, N.TEXT]).minimum(n[:, N.END] + 1)
+def told_stop(c: Sequence[Tensor]) -> Tensor:
+    """End of the settled text of each row, end-of-text included; [rows], of the table's columns."""
+    return c[N.SETTLED].minimum(c[N.TEXT]).minimum(c[N.END] + 1)
