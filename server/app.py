@@ -2,6 +2,7 @@
 
 from fastapi import FastAPI
 
+from policies.serving.store import PolicyStore, ServedModel
 from server.api.errors import add_error_handlers
 from server.api.middleware.auth import ApiKeys
 from server.api.middleware.body_limit import BodyLimit
@@ -10,7 +11,8 @@ from server.api.middleware.paths import PlainPaths
 from server.api.middleware.request_id import RequestId
 from server.api.model_names import ModelNames, default_sampler
 from server.api.owner import Owners
-from server.api.routes import chat, completions, models, operations, policies, samplers, tokens
+from server.api.routes import chat, completions, models, operations, samplers, tokens
+from server.api.routes import policies as policy_routes
 from server.api.schemas.openapi import complete_openapi
 from server.api.serving import Serving
 from server.api.text_threads import TextThreads
@@ -28,14 +30,17 @@ def limits_of(settings: Settings) -> Limits:
     return Limits(settings.max_batch, settings.max_queue, settings.max_batch_tokens, settings.max_work, quota)
 
 
-def create_app(engine: Engine, text: TextCodec, metrics: Metrics, settings: Settings) -> FastAPI:
+def create_app(
+    engine: Engine, text: TextCodec, metrics: Metrics, settings: Settings, policies: PolicyStore | None = None
+) -> FastAPI:
     """The server's face. The engine is started and stopped by whoever made it; the model goes by the metrics' name.
 
     Raises RequestError for `sampler` or `sampler_params` if the settings' default sampler does not exist or fit.
     """
     info = engine.info
-    model_names = ModelNames(metrics.model_name, default_sampler(settings, info), engine.policies, info.pattern)
-    metrics.policies(len(engine.policies.list()))
+    policies = policies or PolicyStore(ServedModel(info.architecture, info.vocab_size))
+    model_names = ModelNames(metrics.model_name, default_sampler(settings, info), policies, info.pattern)
+    metrics.policies(len(policies.list()))
     serving = Serving(engine, text, metrics, settings, model_names, TextThreads(engine, metrics), Owners(settings))
     app = FastAPI(
         title="Unmask",
@@ -50,7 +55,7 @@ def create_app(engine: Engine, text: TextCodec, metrics: Metrics, settings: Sett
     chat.add_routes(app, serving)
     models.add_routes(app, serving)
     samplers.add_routes(app, serving)
-    policies.add_routes(app, serving)
+    policy_routes.add_routes(app, serving)
     tokens.add_routes(app, serving)
     operations.add_routes(app, serving)
     # The last one added is the first to see a request.

@@ -15,9 +15,9 @@ from policies.model_under_test import ModelUnderTest
 from policies.tasks import Problem, Task
 from samplers import CacheMode, Layout, Sampler, get_sampler
 from samplers.forward.query import Predict
-from samplers.learned.policy import Policy
-from samplers.loop.denoising import advance, ask
 from samplers.loop.row import Row
+from samplers.loop.run import run
+from samplers.resources import DEFAULT, ResourceTable, bound
 
 FRONTIER = (
     "random",
@@ -53,9 +53,12 @@ class Trial:
     cache: CacheMode = CacheMode.NONE
 
     def __post_init__(self) -> None:
-        if self.sampler.name not in (Oracle.name, Policy.name):
+        if self.sampler.name == Oracle.name:
+            return
+        sampler = get_sampler(self.sampler.name)
+        if not DEFAULT.why_missing(sampler):  # else it is checked with what it requires, before its first forward
             layout = Layout(0, self.gen_length, min(self.block_length or self.gen_length, self.gen_length))
-            get_sampler(self.sampler.name).check(self.sampler.params, layout)
+            bound(sampler, self.sampler.params).check(self.sampler.params, layout)
 
     def settings(self) -> dict[str, Any]:
         """What tells one measurement of a model from another, as its row has it."""
@@ -112,29 +115,24 @@ _SETTINGS = (
 )
 
 
-def registered(spec: SamplerSpec) -> Sampler:
-    """The sampler of that name."""
-    return get_sampler(spec.name)
-
-
 def evaluate(
     model: ModelUnderTest,
     trial: Trial,
     batch: int,
     solved: Callable[[], None] = lambda: None,
-    choose: Callable[[SamplerSpec], Sampler] = registered,
+    resources: ResourceTable = DEFAULT,
 ) -> Measurement:
     """Run a trial with at most `batch` canvases in a forward.
 
     Args:
         solved: called after each problem, right or wrong.
-        choose: finds the sampler; policies are known to a store of them only.
+        resources: what samplers require, such as policies.
 
-    Raises TrialError, SamplerError if a generation cannot go on, and what `choose` raises.
+    Raises TrialError, SamplerError if a generation cannot go on, ParameterError if a resource is missing.
     """
     began = time.monotonic()
     correct = tokens = forwards = 0
-    for problem, row in _finish(_start(model, trial, choose), model.predict, batch):
+    for problem, row in _finish(_start(model, trial, resources), model.predict, batch):
         correct += trial.task.check(problem, model.decode(row.text_tokens()))
         tokens += row.completion_tokens
         forwards += row.forwards
@@ -153,14 +151,12 @@ def evaluate(
     )
 
 
-def check_trial(model: ModelUnderTest, trial: Trial, choose: Callable[[SamplerSpec], Sampler] = registered) -> None:
+def check_trial(model: ModelUnderTest, trial: Trial, resources: ResourceTable = DEFAULT) -> None:
     """Raise what `evaluate` would raise before the trial's first forward."""
-    next(_start(model, trial, choose))
+    next(_start(model, trial, resources))
 
 
-def _start(
-    model: ModelUnderTest, trial: Trial, choose: Callable[[SamplerSpec], Sampler]
-) -> Iterator[tuple[Problem, Row]]:
+def _start(model: ModelUnderTest, trial: Trial, resources: ResourceTable) -> Iterator[tuple[Problem, Row]]:
     """The trial's generations, the shortest prompt first: canvases of one length share a forward without padding."""
     try:
         problems = trial.task.problems(trial.count, trial.seed, "heldout")
@@ -177,7 +173,7 @@ def _start(
         if spec.name == Oracle.name:
             sampler: Sampler = Oracle.for_problem(trial.task, problem, canvas, model.encode, model.end_ids)
         else:
-            sampler = choose(spec)
+            sampler = bound(get_sampler(spec.name), spec.params, resources)
         yield (
             problem,
             Row(
@@ -195,13 +191,16 @@ def _start(
 def _finish(rows: Iterator[tuple[Problem, Row]], predict: Predict, batch: int) -> Iterator[tuple[Problem, Row]]:
     """Run generations to their end, as many in each forward as `batch` allows, and yield each when it is finished."""
     running: list[tuple[Problem, Row]] = []
-    while True:
-        running += islice(rows, batch - len(running))
-        if not running:
-            return
-        query = ask([row for _, row in running])
-        for outcome in advance([row for _, row in running], query, predict(query)):
-            if outcome.error is not None:
-                raise outcome.error
-        yield from (pair for pair in running if pair[1].finished)
-        running = [pair for pair in running if not pair[1].finished]
+
+    def taking() -> list[Row]:
+        running.extend(islice(rows, batch - len(running)))
+        return [row for _, row in running]
+
+    for turn in run(taking, predict):
+        for _, event in turn:
+            if event.error is not None:
+                raise event.error
+        for pair in [pair for pair in running if pair[1].finished]:
+            running.remove(pair)
+            pair[1].release()
+            yield pair

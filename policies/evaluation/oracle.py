@@ -23,6 +23,7 @@ class Oracle(Sampler):
     """
 
     name = "oracle"
+    sees_region = True
 
     def __init__(self, solutions: Tensor, same: dict[int, int], canvas: Canvas) -> None:
         self._solutions = _merge(solutions, same)

@@ -162,9 +162,13 @@ class UnmaskingPolicy(nn.Module):
 
 
 class LoadedPolicy:
-    """A network as the policy sampler uses it: no gradients, on the step's device."""
+    """A network as the policy sampler uses it: no gradients, on the step's device.
 
-    def __init__(self, network: UnmaskingPolicy) -> None:
+    Args:
+        longest: most positions that it saw in training.
+    """
+
+    def __init__(self, network: UnmaskingPolicy, longest: int = 1 << 40) -> None:
         config = network.config
         self.network = network.eval().requires_grad_(False)
         self.statistics: frozenset[Statistic] = features.statistics(config.features)
@@ -175,6 +179,7 @@ class LoadedPolicy:
         self.takes_speed = config.takes_speed
         self.temperature = config.temperature
         self.floor = config.floor
+        self.longest = longest
 
     @torch.inference_mode()
     def score(self, step: Step, speed: Tensor | None) -> Tensor:
@@ -198,13 +203,13 @@ class Observation:
 
 def observe(step: Step, config: PolicyConfig) -> Observation:
     """A step as a policy of this configuration sees it."""
-    lengths = torch.tensor([layout.gen_length for layout in step.layouts], device=step.candidate.device)
-    valid = torch.arange(step.candidate.shape[1], device=lengths.device) < lengths[:, None]
+    lengths = step.layout.gen_length
+    valid = step.position < lengths
     return Observation(
         features=features.read(step, config.features),
         masked=step.masked,
         valid=valid,
-        time=step.forward[:, 0] / lengths,
+        time=(step.forward / lengths)[:, 0],
         tokens=step.token if config.tokens else None,
     )
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from policies.block_length import within
 from policies.network.policy_network import LoadedPolicy, parameters
 from policies.serving.checkpoint import NAME, PolicyCard, PolicyError, load_policy
-from samplers import Sampler, SamplerParams, get_sampler
-from samplers.learned.policy import Policy, PolicyParams
+from samplers import ParameterError
+from samplers.learned.policy import Policy
 
 ZOO = Path(__file__).parents[1] / "zoo"
 """Policies that ship with the project: one folder each."""
@@ -98,7 +98,13 @@ class PolicyStore:
                 f"{folder}: reads tokens of a vocabulary of {tokens}, but the model has {self.host.vocab_size}: "
                 "it cannot serve this model"
             )
-        stored = Stored(name, folder, card, Policy(LoadedPolicy(network)), parameters(network))
+        stored = Stored(
+            name,
+            folder,
+            card,
+            Policy(LoadedPolicy(network, longest=max(card.trained_on.gen_lengths))),
+            parameters(network),
+        )
         with self._lock:
             self._stored[name] = stored
         return stored
@@ -132,9 +138,16 @@ class PolicyStore:
             raise self._unknown(name)
         return stored
 
-    def sampler(self, name: str, params: SamplerParams) -> Sampler:
-        """The sampler of that name, for these parameters. Raises UnknownSamplerError, UnknownPolicyError."""
-        return self.get(params.policy).sampler if isinstance(params, PolicyParams) else get_sampler(name)
+    def find(self, name: str | None) -> Policy:
+        """The sampler of a policy, as `Resources.find` has it. Raises ParameterError."""
+        try:
+            return self.get(name).sampler
+        except UnknownPolicyError as error:
+            raise ParameterError("policy", str(error), "unknown_policy") from None
+
+    def missing(self) -> str | None:
+        """Why there is no policy at the moment; None if one is loaded."""
+        return None if self.list() else "no policy is loaded"
 
     def _unknown(self, name: str | None) -> UnknownPolicyError:
         names = _few([stored.name for stored in self.list()], ", ") or "none"

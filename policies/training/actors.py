@@ -9,6 +9,7 @@ from torch import Tensor
 from policies.network.policy_network import LoadedPolicy, UnmaskingPolicy
 from policies.training.rollout import Actor, Decision
 from samplers import Sampler, SamplerParams, Statistic, Step
+from samplers.columns import Columns
 from samplers.learned.policy import bernoulli_draw, commit_at_least_one, dpls_draw, step_gumbel
 
 
@@ -63,19 +64,21 @@ class RuleActor:
         self._sampler = sampler
         self._params = params
         self._block_length = block_length
-        self.statistics, self.top, self.region = sampler.statistics, sampler.top, sampler.region
+        self.statistics, self.top, self.region = sampler.statistics, sampler.top, sampler.whole_region
 
     def choose(self, step: Step, live: Tensor) -> Decision:
         if self._block_length is not None:
             step = replace(step, candidate=step.candidate & _first_block(step.candidate, self._block_length))
-        commit = self._sampler.select(replace(step, params=[self._params] * len(step.params))).commit
+        count = len(step.params)
+        columns = step.columns.keep(f"rule {id(self)}", lambda: Columns.of([self._params] * count))
+        commit = self._sampler.select(replace(step, params=[self._params] * count, columns=columns)).commit
         commit = commit_at_least_one(commit, step.confidence, step.candidate)
         return Decision(commit, commit)
 
 
 def _first_block(candidate: Tensor, block_length: int) -> Tensor:
     """Positions of the block of the first candidate, bool like it."""
-    position = torch.arange(candidate.shape[1])
+    position = torch.arange(candidate.shape[1], device=candidate.device)
     return position // block_length == candidate.int().argmax(dim=1, keepdim=True) // block_length
 
 

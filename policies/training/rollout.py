@@ -3,11 +3,12 @@
 The frozen model and its tokenizer come as a `ModelUnderTest`; nothing here knows an architecture.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from policies.evaluation.oracle import Oracle
@@ -15,9 +16,9 @@ from policies.model_under_test import ModelUnderTest
 from policies.network.features import statistics
 from policies.network.policy_network import Observation, PolicyConfig, observe
 from policies.tasks import Problem, Task
-from samplers import Sampler, Selection, Statistic, Step
-from samplers.loop.denoising import advance, ask
+from samplers import Sampler, SamplerParams, Selection, Statistic, Step
 from samplers.loop.row import Row
+from samplers.loop.run import run
 
 
 @dataclass(frozen=True)
@@ -89,23 +90,31 @@ class _Recorder(Sampler):
     config: PolicyConfig | None
     waits: bool
     oracles: list[Oracle]
-    live: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     lines: list[dict[str, Tensor]] = field(default_factory=list)
     seen: list[Observation] = field(default_factory=list)
     name = "recorder"
+    sees_region = True
+
+    class Params(SamplerParams):
+        number: int = Field(description="place in the rollout")
 
     def __post_init__(self) -> None:
-        self.statistics, self.top, self.region = self.chooser.statistics, self.chooser.top, self.chooser.region
+        self.statistics, self.top, self.whole_region = (
+            self.chooser.statistics,
+            self.chooser.top,
+            self.chooser.region,
+        )
         if self.config is not None:
             self.statistics |= statistics(self.config.features)
             self.top = max(self.top, self.config.largest)
-            self.region |= self.config.region
+            self.whole_region |= self.config.region
 
     def select(self, step: Step) -> Selection:
-        decision = self.chooser.choose(step, self.live)
+        live = step.param("number")[:, 0]
+        decision = self.chooser.choose(step, live)
         if self.config is not None:
             line = {
-                "row": self.live,
+                "row": live,
                 "candidates": step.candidate,
                 "action": decision.action,
                 "committed": decision.commit,
@@ -114,7 +123,7 @@ class _Recorder(Sampler):
             if decision.order is not None:
                 line["order"] = decision.order
             if self.oracles:
-                asked = [self.oracles[i] for i in self.live.tolist()]
+                asked = [self.oracles[i] for i in live.tolist()]
                 right = [each.right(*row) for each, *row in zip(asked, step.token, step.candidate, strict=True)]
                 line["right"] = torch.stack(right)
             self.lines.append(line)
@@ -152,30 +161,31 @@ def rollout(
     Raises ValueError if a prompt is too long for the model, SamplerError if a generation cannot go on.
     """
     recorder = _Recorder(chooser, record, waits=allow_empty, oracles=[])
-    rows = []
+    rows: list[Row] = []
     for problem, seed in zip(problems, seeds, strict=True):
         prompt = model.encode_prompt(problem.prompt)
         prompt = prompt[-(prompt_length or len(prompt)) :]
         model.check_length(task.name, len(prompt), gen_length)
         canvas = model.canvas(prompt, gen_length, block_length)
-        rows.append(Row(canvas, recorder, recorder.Params(), seed=seed, end_ids=model.end_ids))
+        params = recorder.Params(number=len(rows))
+        rows.append(Row(canvas, recorder, params, seed=seed, end_ids=model.end_ids))
         if ask_oracle:
             recorder.oracles.append(Oracle.for_problem(task, problem, canvas, model.encode, model.end_ids))
     stuck: set[int] = set()
-    with torch.inference_mode():
-        while live := [i for i, row in enumerate(rows) if not row.finished and i not in stuck]:
+
+    def parts() -> Iterator[list[Row]]:
+        """All that are not finished, in turn."""
+        while live := [row for i, row in enumerate(rows) if not row.finished and i not in stuck]:
             for start in range(0, len(live), batch):
-                part = live[start : start + batch]
-                recorder.live = torch.tensor(part)
-                running = [rows[i] for i in part]
-                query = ask(running)
-                outcomes = advance(running, query, model.predict(query), may_wait=allow_empty)
-                for i, outcome in zip(part, outcomes, strict=True):
-                    if outcome.error is not None:
-                        raise outcome.error
-                    row = rows[i]
-                    if allow_empty and not row.finished and row.block_step >= row.canvas.layout.block_length:
-                        stuck.add(i)
+                yield live[start : start + batch]
+
+    number, taking = {id(row): i for i, row in enumerate(rows)}, parts()
+    for turn in run(lambda: next(taking, []), model.predict, may_wait=allow_empty):
+        for row, event in turn:
+            if event.error is not None:
+                raise event.error
+            if allow_empty and not row.finished and row.block_step >= row.canvas.layout.block_length:
+                stuck.add(number[id(row)])
     texts = [model.decode(row.text_tokens()) for row in rows]
     right = [
         i not in stuck and task.check(problem, text)

@@ -1,20 +1,17 @@
 """What a generation can come to cost, known before its first forward."""
 
-from samplers.canvas import Layout
-from samplers.contract import Sampler, SamplerParams
 from samplers.loop.guard import count
+from samplers.loop.row import Row
 
-MOST_CANVASES = 1024
-"""Slots, and views of each, that a sampler may have."""
 MOST_FORWARDS = 2**31
 """Forwards that a sampler may say it takes at most."""
 
 
-def work(sampler: Sampler, params: SamplerParams, layout: Layout) -> int:
-    """Most tokens that forwards compute for a generation: slots x views x forwards x canvas.
+def work(row: Row) -> int:
+    """Most tokens that forwards compute for a generation: slots x forwards x lengths of all views.
 
     Raises SamplerError if the sampler cannot tell.
     """
-    slots = count(sampler, "slots", 1, MOST_CANVASES, params)
-    views = count(sampler, "views", 1, MOST_CANVASES, params)
-    return slots * views * count(sampler, "most_forwards", 1, MOST_FORWARDS, params, layout.twin) * layout.length
+    layout = row.canvas.layout
+    forwards = count(row.sampler, "most_forwards", 1, MOST_FORWARDS, row.params, layout.twin)
+    return len(row.lanes) * forwards * sum(each.length for each in row.layouts)

@@ -173,8 +173,8 @@ class ModelNames:
         if policy is not None and params.policy not in (None, policy):
             message = f"{where}.policy says {show(params.policy)}, but model says {show(policy)}: send one of them"
             raise RequestError(f"{where}.policy", message, "conflicting_values")
-        name = self._policy(policy or params.policy, f"{where}.policy").name
-        return choice._replace(params=params.model_copy(update={"policy": name}))
+        stored = self._policy(policy or params.policy, f"{where}.policy")
+        return choice._replace(sampler=stored.sampler, params=params.model_copy(update={"policy": stored.name}))
 
     def _policy(self, name: str | None, field: str) -> Stored:
         try:

@@ -23,6 +23,7 @@ class ModelInfo:
         parameters: number of weights.
         caches: what a backend can keep between forwards.
         pattern: how it reads a canvas.
+        resident: whether it reads and answers tensors on its device, so that the denoising loop runs there too.
     """
 
     architecture: str
@@ -37,6 +38,12 @@ class ModelInfo:
     pattern: AttentionPattern = BIDIRECTIONAL
     caches: frozenset[CacheMode] = frozenset(CacheMode)
     length_limit: str | None = None
+    resident: bool = True
+
+    @property
+    def loop_device(self) -> str:
+        """Where the denoising loop keeps its tensors."""
+        return self.device if self.resident else "cpu"
 
     def blocks(self, asked: int | None) -> int | None:
         """The block length that a request's comes to; for a causal model, none asked for is the model's own."""

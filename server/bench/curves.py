@@ -5,8 +5,8 @@ from functools import partial
 
 from samplers import Canvas, get_sampler
 from samplers.forward.query import Query
-from samplers.loop.denoising import ask
 from samplers.loop.row import Row
+from samplers.loop.run import next_query
 from server.backends.loading import describe
 from server.backends.torch.backend import TorchBackend
 from server.bench.results import Measure, Result, spread, timed
@@ -53,7 +53,7 @@ def _forward(backend: TorchBackend, query: Query) -> Measure:
 def _query(lengths: list[int]) -> Query:
     topk = get_sampler("topk")
     canvases = [Canvas.blank([5] * (length - BLOCK), BLOCK, 0) for length in lengths]
-    return ask([Row(canvas, topk, topk.Params()) for canvas in canvases])
+    return next_query([Row(canvas, topk, topk.Params()) for canvas in canvases])
 
 
 def _model(vocabulary: int) -> TorchBackend:

@@ -9,8 +9,8 @@ import torch
 
 from samplers import Canvas, get_sampler
 from samplers.forward.query import Query
-from samplers.loop.denoising import ask
 from samplers.loop.row import Row
+from samplers.loop.run import next_query
 from server.backends.torch.backend import TorchBackend
 from server.bench.products import bare_products
 from server.bench.reference import generate
@@ -51,8 +51,9 @@ class TimedEngine:
             GenerationRequest(
                 prompt,
                 self._subject.gen_length,
-                sampler,
+                chosen,
                 chosen.Params(**params),
+                sampler,
                 block_length=self._subject.block_length,
                 end_ids=end_ids,
             )
@@ -180,7 +181,7 @@ def _first_step(subject: BenchModel, count: int) -> Query:
         Canvas.blank(prompt, subject.gen_length, subject.backend.info.mask_id, subject.block_length)
         for prompt in subject.prompts[:count]
     ]
-    return ask([Row(canvas, topk, topk.Params()) for canvas in canvases])
+    return next_query([Row(canvas, topk, topk.Params()) for canvas in canvases])
 
 
 def _invariant(subject: BenchModel, rounds: int, detail: dict[str, Any]) -> Result:

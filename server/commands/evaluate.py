@@ -204,12 +204,11 @@ def _measure(
 
     from policies.evaluation.measure import TrialError, check_trial, evaluate
     from policies.evaluation.results import ResultsError, add_row
-    from policies.evaluation.sampler_spec import SamplerSpec, sampler_label
-    from policies.serving.store import UnknownPolicyError
-    from samplers import ParameterError, Sampler, SamplerError
+    from policies.evaluation.sampler_spec import sampler_label
+    from policies.serving.resources import resources_of
+    from samplers import ParameterError, SamplerError
 
-    def choose(spec: SamplerSpec) -> Sampler:
-        return policies.sampler(spec.name, spec.params)
+    resources = resources_of(policies)
 
     @contextmanager
     def refusing(trial: "Trial") -> Iterator[str]:
@@ -220,7 +219,7 @@ def _measure(
             yield what
         except TrialError as error:
             wrong("--count/--gen-length", error)
-        except (ParameterError, UnknownPolicyError) as error:
+        except ParameterError as error:
             wrong("--sampler", f"{what}: {error}")
         except (SamplerError, ResultsError, OSError) as error:
             fail_with_cause(error, what)
@@ -228,11 +227,11 @@ def _measure(
     missing = [trial for trial in trials if results.find(trial) is None]
     for trial in missing:
         with refusing(trial):
-            check_trial(model, trial, choose)
+            check_trial(model, trial, resources)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=progress_console()) as bar:
         task = bar.add_task("", total=sum(trial.count for trial in missing))
         for trial in missing:
             with refusing(trial) as what:
                 bar.update(task, description=what)
-                add_row(path, results, evaluate(model, trial, batch, lambda: bar.advance(task), choose))
+                add_row(path, results, evaluate(model, trial, batch, lambda: bar.advance(task), resources))

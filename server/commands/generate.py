@@ -32,7 +32,7 @@ from server.commands.options import (
 if TYPE_CHECKING:
     from policies.evaluation.sampler_spec import SamplerSpec
     from samplers.forward.query import Predict
-    from samplers.loop.denoising import Outcome
+    from samplers.loop.event import StepEvent
     from samplers.loop.row import Row
 
 
@@ -78,9 +78,10 @@ def generate(
     named = split_policies(policy)
     if top_p == 0:
         wrong("--top-p", "must be above 0")
-    from policies.serving.store import UnknownPolicyError
-    from samplers import CacheMode, Canvas, ParameterError, SamplerError, TokenChoice
+    from policies.serving.resources import resources_of
+    from samplers import CacheMode, Canvas, ParameterError, SamplerError, TokenChoice, get_sampler
     from samplers.loop.row import Row
+    from samplers.resources import bound
 
     use_threads(threads)
     loaded = open_model(model, device, dtype)
@@ -100,11 +101,11 @@ def generate(
     choice = TokenChoice(temperature, top_p, top_k)
     policies = open_policies(named, model, loaded)
     try:
-        rule = policies.sampler(spec.name, spec.params)
+        rule = bound(get_sampler(spec.name), spec.params, resources_of(policies))
         mode = CacheMode(cache or info.cache)
         row = Row(canvas, rule, spec.params, choice, seed, info.end_ids, fill_after_end, mode, info.vocab_size)
-    except (ParameterError, UnknownPolicyError) as error:
-        wrong("--sampler" if getattr(error, "field", None) == "sampler" else "--sampler-params", error)
+    except ParameterError as error:
+        wrong("--sampler" if error.field in ("sampler", "temperature") else "--sampler-params", error)
     except SamplerError as error:
         fail_with_cause(error)
     if watch and sys.stderr.isatty():
@@ -119,21 +120,18 @@ def generate(
     )
 
 
-def steps(row: "Row", predict: "Predict") -> "Iterator[tuple[Outcome, float]]":
+def steps(row: "Row", predict: "Predict") -> "Iterator[tuple[StepEvent, float]]":
     """Denoise a generation to its end; what each forward did, and the seconds it took."""
-    from samplers import SamplerError
-    from samplers.loop.denoising import advance, ask
+    from samplers.loop.run import run
 
-    while not row.finished:
+    began = time.monotonic()
+    for turn in run([row], predict):
+        took = time.monotonic() - began
+        for i, (_, event) in enumerate(turn):
+            if event.error is not None:
+                fail_with_cause(event.error)
+            yield event, 0.0 if i else took
         began = time.monotonic()
-        try:
-            query = ask([row])
-            (outcome,) = advance([row], query, predict(query))
-            if outcome.error is not None:
-                raise outcome.error
-        except SamplerError as error:
-            fail_with_cause(error)
-        yield outcome, time.monotonic() - began
 
 
 def _watch(row: "Row", predict: "Predict", token: Callable[[int], str], pause: float) -> float:
@@ -144,9 +142,9 @@ def _watch(row: "Row", predict: "Predict", token: Callable[[int], str], pause: f
 
     view, seconds = CanvasView(row, token), 0.0
     with Live(view, console=progress_console(), auto_refresh=False) as live:
-        for outcome, took in steps(row, predict):
+        for event, took in steps(row, predict):
             seconds += took
-            view.show(outcome)
+            view.show(event)
             live.refresh()
             time.sleep(pause)
     return seconds

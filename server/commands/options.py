@@ -164,7 +164,7 @@ def open_policies(given: list[tuple[str, Path]], model: str | None, loaded: "Loa
     from policies.serving.store import PolicyStore, ServedModel
 
     info = loaded.backend.info
-    policies = PolicyStore(ServedModel(info.architecture, info.vocab_size))
+    policies = PolicyStore(ServedModel(info.architecture, info.vocab_size), info.loop_device)
     try:
         if model is None:
             policies.load_zoo()

@@ -118,9 +118,9 @@ def _load_and_serve(settings: Settings, bound: socket.socket) -> bool:
         metrics.memory(vars(memory))
     named = [(name, Path(folder)) for name, folder in settings.policy]
     policies = run_in_own_thread(lambda: open_policies(named, settings.model, loaded))
-    engine = Engine(loaded.backend, metrics, limits, policies)
+    engine = Engine(loaded.backend, metrics, limits)
     try:
-        app = create_app(engine, loaded.text, metrics, settings)
+        app = create_app(engine, loaded.text, metrics, settings, policies)
     except RequestError as error:
         wrong(flag(error.field.partition(".")[0]), error)
     engine.start()

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from rich.panel import Panel
 from rich.text import Text
 
-from samplers.loop.denoising import Outcome
+from samplers.loop.event import StepEvent
 from samplers.loop.row import Row
 
 # Unsure to sure, in hues that colour-blind readers tell apart (Okabe and Ito).
@@ -38,11 +38,11 @@ class CanvasView:
         self._newest: set[int] = set()
         self._draft: list[int] = []
 
-    def show(self, outcome: Outcome) -> None:
+    def show(self, event: StepEvent) -> None:
         """Take in what one step did."""
-        self._confidence |= dict(zip(outcome.positions, outcome.confidences, strict=True))
-        self._newest = set(outcome.positions)
-        self._draft = outcome.draft
+        self._confidence |= dict(zip(event.positions, event.confidences, strict=True))
+        self._newest = set(event.positions)
+        self._draft = event.draft
 
     def text(self) -> Text:
         """The region as styled text; settled padding after the end is left out."""

@@ -1,12 +1,12 @@
 """The engine: queue, scheduler and the loop that drives a backend. It knows no HTTP."""
 
+from samplers.loop.event import StepEvent
 from server.backends.contract import Backend, ModelInfo
 from server.engine.engine import Engine
 from server.engine.generation import Generation
 from server.engine.quota import Quota
 from server.engine.request import (
     Budget,
-    Committed,
     EngineError,
     Event,
     Finished,
@@ -23,7 +23,6 @@ from server.engine.scheduler import Limits
 __all__ = [
     "Backend",
     "Budget",
-    "Committed",
     "Engine",
     "EngineError",
     "Event",
@@ -39,4 +38,5 @@ __all__ = [
     "QueueFullError",
     "Quota",
     "RequestError",
+    "StepEvent",
 ]

@@ -8,19 +8,19 @@ from dataclasses import replace
 
 import structlog
 
-from policies.serving.store import PolicyStore, ServedModel, UnknownPolicyError
-from samplers import CacheMode, Canvas, ParameterError, Prediction, SamplerError, UnknownSamplerError
+from samplers import CacheMode, Canvas, ParameterError, Prediction, SamplerError
 from samplers.forward.query import Query
-from samplers.loop.denoising import Outcome, advance, ask
-from samplers.loop.guard import Traits, incompatibility, own_params
+from samplers.loop.batch import Batch
+from samplers.loop.event import ForwardError, StepEvent
+from samplers.loop.guard import own_params
 from samplers.loop.row import Row
+from samplers.loop.run import Turn, run
 from samplers.loop.work import work
 from server.backends.contract import Backend, BackendDeadError, ModelInfo
 from server.engine.generation import Deliver, Generation
 from server.engine.quota import Buckets
 from server.engine.request import (
     Budget,
-    Committed,
     EngineError,
     Finished,
     FinishReason,
@@ -69,6 +69,13 @@ def _time_is_up(generation: Generation) -> str:
     )
 
 
+def _field_of(error: ParameterError) -> str:
+    """The request's field that parameters are in."""
+    if error.field in ("sampler", "temperature", "modifiers") or error.field.startswith("modifiers."):
+        return error.field
+    return f"sampler_params.{error.field}"
+
+
 def _charged(request: GenerationRequest) -> int:
     """Tokens that count against a limit a minute: what was asked for, known before it is written."""
     prompt = len(request.prompt) + len(request.suffix)
@@ -85,7 +92,6 @@ class Engine:
         backend: where the model runs; closed by `stop`.
         metrics: where counts go.
         limits: rows, tokens and queue; no canvas may be longer than a forward.
-        policies: where the sampler `policy` finds its networks; without it, none is loaded.
     """
 
     def __init__(
@@ -93,14 +99,12 @@ class Engine:
         backend: Backend,
         metrics: Metrics,
         limits: Limits | None = None,
-        policies: PolicyStore | None = None,
     ) -> None:
         self.backend = backend
         limits = limits or Limits()
         self.info = backend.info
         if limits.tokens < self.info.max_length:
             self.info = replace(self.info, max_length=limits.tokens, length_limit="--max-batch-tokens")
-        self.policies = policies or PolicyStore(ServedModel(self.info.architecture, self.info.vocab_size))
         self.limits = limits
         self._metrics = metrics
         self._scheduler = Scheduler(limits)
@@ -112,6 +116,9 @@ class Engine:
         self._failure: BaseException | None = None
         self._stuck = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._batch = Batch(self.info.loop_device)
+        self._taking: dict[int, Generation] = {}
+        self._began = self._model_seconds = 0.0
         self._watch = Watch(self._thread)
 
     @property
@@ -157,6 +164,33 @@ class Engine:
 
         Raises RequestError if it does not fit model or sampler, SamplerError if the sampler fails when it is asked.
         """
+        canvas = self._canvas(request)
+        try:
+            params = own_params(request.sampler, request.params)
+            modifiers = [(modifier, own_params(modifier, own)) for modifier, own in request.modifiers]
+            row = Row(
+                canvas,
+                request.sampler,
+                params,
+                request.choice,
+                request.seed,
+                request.end_ids,
+                request.fill_after_end,
+                request.cache,
+                self.info.vocab_size,
+                modifiers,
+            )
+            self._check_size(row)
+            return row, work(row)
+        except ParameterError as error:
+            raise RequestError(_field_of(error), str(error)) from None
+        except SamplerError as error:
+            self._metrics.rejected("sampler_failed")
+            self._log_failure(request, error)
+            raise
+
+    def _canvas(self, request: GenerationRequest) -> Canvas:
+        """The request's canvas. Raises RequestError if it does not fit the model."""
         given = len(request.prompt) + len(request.suffix)
         if request.max_tokens < 1:
             raise RequestError("max_tokens", f"max_tokens must be at least 1, got {request.max_tokens}")
@@ -172,7 +206,7 @@ class Engine:
         if request.suffix and self.info.pattern.causal:
             raise RequestError("suffix", "this model cannot see what comes after the text that it writes")
         try:
-            canvas = Canvas.blank(
+            return Canvas.blank(
                 request.prompt,
                 request.max_tokens,
                 self.info.mask_id,
@@ -183,35 +217,21 @@ class Engine:
             )
         except ValueError as error:
             raise RequestError("block_length", str(error)) from None
-        try:
-            sampler = self.policies.sampler(request.sampler, request.params)
-            if reason := incompatibility(sampler, self.info.pattern):
-                raise RequestError("sampler", reason)
-            if Traits.of(sampler).greedy and request.choice.temperature > 0:
-                raise RequestError("temperature", f"sampler {request.sampler} chooses tokens itself; use temperature 0")
-            params = own_params(sampler, request.params)
-            row = Row(
-                canvas,
-                sampler,
-                params,
-                request.choice,
-                request.seed,
-                request.end_ids,
-                request.fill_after_end,
-                request.cache,
-                self.info.vocab_size,
+
+    def _check_size(self, row: Row) -> None:
+        """Refuse what no forward takes: too many canvases of a generation at a time, or too long ones."""
+        longest = max(layout.length for layout in row.layouts)
+        if longest > self.info.max_length:
+            raise RequestError("modifiers", f"a view of {longest} tokens is longer than {self.info.max_length}")
+        if row.passes == 1:
+            return
+        tokens = len(row.lanes) * sum(layout.length for layout in row.layouts)
+        if row.passes > self.limits.rows or tokens > self.limits.tokens:
+            raise RequestError(
+                "modifiers" if len(row.lanes) == 1 else "sampler_params",
+                f"a forward of this generation has {row.passes} canvases of {tokens} tokens in all, and takes at most "
+                f"{self.limits.rows} (--max-batch) of {self.limits.tokens} (--max-batch-tokens)",
             )
-            return row, work(sampler, params, canvas.layout)
-        except ParameterError as error:
-            raise RequestError(f"sampler_params.{error.field}", str(error)) from None
-        except UnknownPolicyError as error:
-            raise RequestError("sampler_params.policy", str(error), "unknown_policy") from None
-        except UnknownSamplerError as error:
-            raise RequestError("sampler", str(error), "unknown_sampler") from None
-        except SamplerError as error:
-            self._metrics.rejected("sampler_failed")
-            self._log_failure(request, error)
-            raise
 
     def submit(self, request: GenerationRequest, deliver: Deliver) -> Generation:
         """Queue a generation. `deliver` gets its events on the engine's thread and must not block.
@@ -324,8 +344,8 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            while (batch := self._next_batch()) is not None:
-                self._turn(batch)
+            while not (self._stopping or self._stuck):
+                self._steps()
         except BaseException as error:
             self._failure = error
             log.exception("engine died")
@@ -367,94 +387,100 @@ class Engine:
                 self._scheduler.remove(generation)
                 self._finish(generation, FinishReason.TIMEOUT, _time_is_up(generation))
 
-    def _turn(self, running: list[Generation]) -> None:
-        """One step of these, which fit into a forward."""
-        began = time.monotonic()
-        model_seconds = sampler_seconds = 0.0
-        for generations, result, seconds in self._predict(running):
-            model_seconds += seconds
-            if isinstance(result, Exception):
-                log.error("forward pass failed", error=repr(result), exc_info=result)
-                for generation in generations:
-                    self._remove(generation, FinishReason.ERROR, f"the forward pass failed: {type(result).__name__}")
-                continue
-            mark = time.monotonic()
-            try:
-                with self._watch:
-                    outcomes = advance([generation.row for generation in generations], *result)
-            except Exception as error:  # a fault of ours, which is to cost no more than these
-                log.exception("step failed")
-                for generation in generations:
-                    self._remove(generation, FinishReason.ERROR, f"the step failed: {type(error).__name__}")
-                continue
-            sampler_seconds += time.monotonic() - mark
-            for generation, outcome in zip(generations, outcomes, strict=True):
-                try:
-                    self._deliver(generation, outcome)
-                except Exception as error:  # whatever became of this one, the others go on
-                    log.exception("generation failed", sampler=generation.request.sampler)
-                    self._remove(
-                        generation, FinishReason.ERROR, f"its tokens could not be told: {type(error).__name__}"
-                    )
-        with self._change:
-            self._gauge()
-            self._change.notify_all()
-        total = time.monotonic() - began
-        self._seconds = max(total, FADING * self._seconds)
-        self._metrics.step(len(running), model_seconds, sampler_seconds, total - model_seconds - sampler_seconds)
-
-    def _predict(
-        self, generations: list[Generation]
-    ) -> list[tuple[list[Generation], tuple[Query, Prediction] | Exception, float]]:
-        """One forward for all. If it fails, halves are tried on their own, so that one row cannot fail the others."""
-        began = time.monotonic()
+    def _steps(self) -> None:
+        """Run steps until it is time to stop, or until one fails: a fault of ours, which is to cost no more than that
+        step's generations."""
         try:
-            with self._watch:
-                query = ask([generation.row for generation in generations])
-            began = time.monotonic()
-            prediction = self.backend.predict(query)
+            for turn in run(self._next_rows, self._predict, batch=self._batch):
+                self._watch.end()
+                self._told(turn)
         except BackendDeadError:
             raise  # ends the engine, whose health then says so
         except Exception as error:
-            seconds = time.monotonic() - began
-            if len(generations) == 1:
-                return [(generations, error, seconds)]
-            middle = len(generations) // 2
-            return self._predict(generations[:middle]) + self._predict(generations[middle:])
-        self._metrics.model_forward()
-        return [(generations, (query, prediction), time.monotonic() - began)]
+            log.exception("step failed")
+            for generation in self._taking.values():
+                self._remove(generation, FinishReason.ERROR, f"the step failed: {type(error).__name__}")
+        finally:
+            self._watch.end()
 
-    def _deliver(self, generation: Generation, outcome: Outcome) -> None:
-        """Tell what a step did to one generation, and retire it if that was its last."""
-        if outcome.error is not None:
-            self._fail(generation, outcome.error)
+    def _next_rows(self) -> list[Row]:
+        """The rows of the next step; none when it is time to stop."""
+        batch = self._next_batch() or []
+        self._taking = {id(generation.row): generation for generation in batch}
+        self._began = time.monotonic()
+        self._model_seconds = 0.0
+        self._watch.begin()
+        return [generation.row for generation in batch]
+
+    def _predict(self, query: Query) -> Prediction:
+        """One forward for all, between what samplers are asked before and after it."""
+        self._watch.end()
+        began = time.monotonic()
+        try:
+            return self._forward(query)
+        finally:
+            self._model_seconds += time.monotonic() - began
+            self._watch.begin()
+
+    def _forward(self, query: Query) -> Prediction:
+        """If a forward fails, halves of it are tried on their own, so that one row cannot fail the others."""
+        try:
+            found = self.backend.predict(query)
+        except BackendDeadError:
+            raise
+        except Exception as error:
+            count = query.generations
+            if count == 1:
+                log.error("forward pass failed", error=repr(error), exc_info=error)
+                return replace(Prediction.missing(query.wanted, query.answers, query.row.device), failed={0: error})
+            middle = count // 2
+            first, second = self._forward(query.part(0, middle)), self._forward(query.part(middle, count))
+            failed = {**first.failed, **{middle + i: each for i, each in second.failed.items()}}
+            return replace(Prediction.join([first, second]), failed=failed)
+        self._metrics.model_forward()
+        return found
+
+    def _told(self, turn: Turn) -> None:
+        """Deliver what a step did to each generation."""
+        spent = time.monotonic() - self._began - self._model_seconds
+        rows = [row for row, _ in turn]
+        for i, (row, event) in enumerate(turn):
+            generation, last = self._taking[id(row)], i + 1 == len(turn) or rows[i + 1] is not row
+            try:
+                self._deliver(generation, event, last)
+            except Exception as error:  # whatever became of this one, the others go on
+                log.exception("generation failed", sampler=generation.request.name)
+                self._remove(generation, FinishReason.ERROR, f"its tokens could not be told: {type(error).__name__}")
+        with self._change:
+            self._gauge()
+            self._change.notify_all()
+        total = time.monotonic() - self._began
+        self._seconds = max(total, FADING * self._seconds)
+        self._metrics.step(len(self._taking), self._model_seconds, spent, total - self._model_seconds - spent)
+
+    def _deliver(self, generation: Generation, event: StepEvent, last: bool) -> None:
+        """Tell what a step did to one generation, and retire it if that was its last.
+
+        Args:
+            last: whether this is all that the step did to it.
+        """
+        if event.error is not None:
+            self._fail(generation, event.error)
             return
-        row, sampler = generation.row, generation.request.sampler
-        before = generation.counted
-        generation.counted = row.completion_tokens
-        text = row.text_tokens()[before:]
+        row, sampler = generation.row, generation.request.name
+        before, generation.counted = generation.counted, event.settled
         stop = generation.request.stop
-        stopped = None if stop is None else stop.add(text, last=row.finished)
+        stopped = None if stop is None else stop.add(event.text_tokens, last=row.finished and last)
         if stopped is not None:
-            generation.counted, text = stopped, text[: stopped - before]
+            generation.counted, event.text_tokens = stopped, event.text_tokens[: stopped - before]
+        event.settled = generation.counted
         if generation.counted and generation.first_token is None:
             generation.first_token = time.monotonic()
             self._metrics.first_token(generation.first_token - generation.submitted)
-        self._metrics.committed(sampler, len(outcome.positions) - len(outcome.replaced), generation.counted - before)
-        generation.deliver(
-            Committed(
-                row.forwards,
-                outcome.positions,
-                outcome.tokens,
-                outcome.confidences,
-                outcome.filled,
-                generation.counted,
-                text,
-                outcome.replaced,
-                outcome.remasked,
-                outcome.draft,
-            )
-        )
+        self._metrics.committed(sampler, len(event.positions) - len(event.replaced), generation.counted - before)
+        generation.deliver(event)
+        if not last:
+            return
         if stopped is not None or row.ended:
             self._remove(generation, FinishReason.STOP)
         elif row.finished:
@@ -462,12 +488,13 @@ class Engine:
 
     def _fail(self, generation: Generation, error: SamplerError) -> None:
         """Retire a generation that cannot go on."""
-        self._log_failure(generation.request, error)
+        if not isinstance(error, ForwardError):  # which is in the log already
+            self._log_failure(generation.request, error)
         self._remove(generation, FinishReason.ERROR, str(error))
 
     def _log_failure(self, request: GenerationRequest, error: SamplerError) -> None:
         """Say why a generation fails; where the sampler itself raised, with its traceback."""
-        log.error("generation failed", error=str(error), sampler=request.sampler, exc_info=error.__cause__)
+        log.error("generation failed", error=str(error), sampler=request.name, exc_info=error.__cause__)
 
     def _remove(self, generation: Generation, reason: FinishReason, message: str = "") -> None:
         with self._change:
@@ -477,13 +504,14 @@ class Engine:
     def _finish(self, generation: Generation, reason: FinishReason, message: str = "") -> None:
         tokens, forwards = generation.counted, generation.row.forwards
         self._metrics.finished(
-            generation.request.sampler,
+            generation.request.name,
             reason,
             tokens=tokens,
             forwards=forwards,
             seconds=time.monotonic() - generation.submitted,
             decode_seconds=time.monotonic() - (generation.first_token or time.monotonic()),
         )
+        generation.row.release()
         try:
             generation.deliver(Finished(reason, tokens, forwards, message))
         except Exception:  # whoever listens may be gone, which is nothing to the others

@@ -44,10 +44,14 @@ class Generation:
     @property
     def cost(self) -> int:
         """Tokens that its next forward computes."""
-        fed = self.row.span()
-        return fed.stop - fed.start
+        return self.row.cost
 
     @property
-    def keeps(self) -> bool:
-        """Whether something is kept of it between forwards beside its canvas: keys and values."""
-        return self.row.span().memory is not None
+    def rows(self) -> int:
+        """Canvases that its forwards compute at most."""
+        return self.row.passes
+
+    @property
+    def memories(self) -> int:
+        """Canvases of which something is kept between forwards: keys and values."""
+        return self.row.passes if self.row.keeps else 0

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from samplers import Canvas, get_sampler
-from samplers.loop.denoising import ask
 from samplers.loop.row import Row
+from samplers.loop.run import next_query
 from server.backends.torch.backend import TorchBackend
 from server.engine.scheduler import Limits
 from server.runtime.allocator import available_memory, give_back_freed_memory, peak_memory
@@ -71,7 +71,7 @@ def _largest_forward(backend: TorchBackend, limits: Limits, longest: int) -> int
                 )
                 for _ in range(count)
             ]
-            backend.predict(ask([Row(canvas, sampler, sampler.Params()) for canvas in canvases]))
+            backend.predict(next_query([Row(canvas, sampler, sampler.Params()) for canvas in canvases]))
     give_back_freed_memory(backend.device)
     return int(peak.grown * HEAP_FRAGMENTATION) if backend.device.type == "cpu" else peak.grown
 

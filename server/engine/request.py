@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from typing import Any, Protocol
 
-from samplers import CacheMode, SamplerParams, TokenChoice
+from samplers import CacheMode, Modifier, Sampler, SamplerParams, TokenChoice
+from samplers.loop.event import StepEvent
 
 
 class FinishReason(StrEnum):
@@ -52,7 +53,9 @@ class GenerationRequest:
     Attributes:
         prompt, suffix: token ids before and after the generation region.
         max_tokens: longest text. A model that writes block by block denoises the rest of the last block too.
-        sampler, params: the unmasking rule.
+        sampler, params: the unmasking rule, bound to what it requires.
+        name: what the sampler is called in metrics and logs.
+        modifiers: what is around the rule, with parameters, in order.
         block_length: positions denoised together; None is full diffusion.
         choice, seed: how tokens are chosen, and the generation's random stream.
         end_ids: tokens that end the text; empty: denoise the whole region.
@@ -67,8 +70,10 @@ class GenerationRequest:
 
     prompt: list[int]
     max_tokens: int
-    sampler: str
+    sampler: Sampler[Any]
     params: SamplerParams
+    name: str = ""
+    modifiers: Sequence[tuple[Modifier[Any], SamplerParams]] = ()
     suffix: list[int] = field(default_factory=list)
     block_length: int | None = None
     choice: TokenChoice = field(default_factory=TokenChoice)
@@ -84,34 +89,6 @@ class GenerationRequest:
 
 
 @dataclass(frozen=True)
-class Committed:
-    """One forward pass: what it committed, relative to the generation region.
-
-    Positions from `max_tokens` on belong to the last block and are no part of the text.
-
-    Attributes:
-        forward: number of this generation's forward pass, from 1.
-        filled: positions after the end-of-text that became padding.
-        replaced: those of the positions that had another token before.
-        remasked: positions that were masked again.
-        settled: length of the prefix that can no longer change, end-of-text included, padding not.
-        draft: where a sampler drafts, what it would commit by now at each open position of the block, in order.
-        text_tokens: the settled tokens that became known with this pass, end-of-text not included.
-    """
-
-    forward: int
-    positions: list[int]
-    tokens: list[int]
-    confidences: list[float]
-    filled: list[int]
-    settled: int
-    text_tokens: list[int]
-    replaced: list[int] = field(default_factory=list)
-    remasked: list[int] = field(default_factory=list)
-    draft: list[int] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
 class Finished:
     """The end. `completion_tokens` counts up to and including the first end-of-text, or what completes a stop."""
 
@@ -121,7 +98,7 @@ class Finished:
     message: str = ""
 
 
-Event = Committed | Finished
+Event = StepEvent | Finished
 
 
 class EngineError(Exception):

@@ -163,12 +163,13 @@ class Scheduler:
 
     def _may_begin(self, generation: Generation, owner: Owned) -> bool:
         """Whether there is room for what it keeps between forwards; takes it."""
-        if not generation.keeps:
+        more = generation.memories
+        if not more:
             return True
-        if self._memories >= (self.limits.memories if owner.memories == 0 else self.limits.rows):
+        if self._memories + more > (self.limits.memories if owner.memories == 0 else self.limits.rows):
             return False
-        owner.memories += 1
-        self._memories += 1
+        owner.memories += more
+        self._memories += more
         return True
 
     def remove(self, generation: Generation) -> None:
@@ -181,8 +182,8 @@ class Scheduler:
             owner.waiting.remove(generation)
         else:
             owner.begun.remove(generation)
-            owner.memories -= generation.keeps
-            self._memories -= generation.keeps
+            owner.memories -= generation.memories
+            self._memories -= generation.memories
         self._inside -= 1
         if generation in self.running:
             self.running.remove(generation)

@@ -6,9 +6,10 @@ from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
+from samplers.loop.event import StepEvent
 from server.engine.engine import Engine
 from server.engine.generation import Generation
-from server.engine.request import Committed, Event, Finished, FinishReason, GenerationRequest
+from server.engine.request import Event, Finished, FinishReason, GenerationRequest
 
 MOST_EVENTS = 64
 """Events that wait for their consumer one by one; later ones are merged, unless each of them is to be told."""
@@ -35,7 +36,7 @@ class EventStream:
         self._every_pass = every_pass
         self._lock = threading.Lock()
         self._events: deque[Event] = deque()
-        self._merged: Committed | None = None
+        self._merged: StepEvent | None = None
         self._numbers = 0
         self._overrun = False
         self._arrived = asyncio.Event()
@@ -45,7 +46,7 @@ class EventStream:
     def deliver(self, event: Event) -> None:
         """Called on the engine's thread."""
         with self._lock:
-            if isinstance(event, Committed):
+            if isinstance(event, StepEvent):
                 self._keep(event)
             elif self._overrun:
                 message = "the client took its answer too slowly for all forward passes to be kept for it"
@@ -57,7 +58,7 @@ class EventStream:
         except RuntimeError:
             self._ended = True  # the loop is closed: nobody listens any more
 
-    def _keep(self, event: Committed) -> None:
+    def _keep(self, event: StepEvent) -> None:
         if self._overrun:
             self.cancel()
             return
@@ -73,16 +74,16 @@ class EventStream:
         else:
             self._events.append(event)
 
-    def _merge(self, event: Committed) -> None:
+    def _merge(self, event: StepEvent) -> None:
         """Let the last event that waits say what this one does. Only what a text needs is kept."""
         if self._merged is None or self._merged is not self._events[-1]:
-            self._merged = Committed(event.forward, [], [], [], [], event.settled, [])
+            self._merged = StepEvent(event.forward, settled=event.settled)
             self._events.append(self._merged)
         merged = self._merged
         merged.positions.extend(event.positions)
         merged.confidences.extend(event.confidences)
         merged.text_tokens.extend(event.text_tokens)
-        self._merged = self._events[-1] = replace(merged, forward=event.forward, settled=event.settled)
+        merged.forward, merged.settled = event.forward, event.settled
 
     def _take(self) -> Event | None:
         """The next event, if there is one."""
@@ -92,7 +93,7 @@ class EventStream:
             event = self._events.popleft()
             if event is self._merged:
                 self._merged = None
-            if isinstance(event, Committed):
+            if isinstance(event, StepEvent):
                 self._numbers -= _numbers(event)
             return event
 
@@ -113,7 +114,7 @@ class EventStream:
             self._engine.cancel(self.generation)
 
 
-def _numbers(event: Committed) -> int:
+def _numbers(event: StepEvent) -> int:
     where = len(event.positions) + len(event.filled) + len(event.replaced) + len(event.remasked)
     return EVENT + where + len(event.tokens) + len(event.confidences) + len(event.text_tokens) + len(event.draft)
 

@@ -16,7 +16,7 @@ class Owned(Account):
     Attributes:
         begun: those that took part in a forward.
         waiting: the others, by priority and arrival.
-        memories: how many of those begun keep something between forwards.
+        memories: canvases of those begun of which something is kept between forwards.
     """
 
     def __init__(self, served: int) -> None:
@@ -72,8 +72,8 @@ class Turn:
         self.tokens = self.most
 
     def fits(self, generation: Generation) -> bool:
-        """Whether there are tokens enough left for it."""
-        return generation.cost <= self.tokens
+        """Whether there are tokens and rows enough left for it."""
+        return generation.cost <= self.tokens and generation.rows <= self.rows
 
     def take(self, generation: Generation, owner: Owned, payers: Sequence[Account]) -> bool:
         """Let a generation take part at somebody's expense, if it may; it fits."""
@@ -87,7 +87,7 @@ class Turn:
         self.express -= cost
         if generation.begun is None and generation.work <= self.most:
             self.tokens = min(self.tokens, max(0, self.express))
-        self.rows -= 1
+        self.rows -= generation.rows
         self.chosen.append((generation, owner))
         return True
 

@@ -15,7 +15,7 @@ LOOKS = 1.0
 
 
 class Watch:
-    """Whether a thread comes back from what it asks of samplers, which it does inside of `with`."""
+    """Whether a thread comes back from what it asks of samplers, which it does between `begin` and `end`."""
 
     def __init__(self, thread: threading.Thread) -> None:
         self._thread = thread
@@ -23,10 +23,12 @@ class Watch:
         self._seen: object | None = None
         self._looked = self._waited = 0.0
 
-    def __enter__(self) -> None:
+    def begin(self) -> None:
+        """From now on samplers are asked."""
         self._asking = object()
 
-    def __exit__(self, *_: object) -> None:
+    def end(self) -> None:
+        """They have answered."""
         self._asking = None
 
     def look(self) -> bool:

@@ -12,7 +12,7 @@ from starlette.types import Receive
 from server.api.errors import GenerationFailedError, failure
 from server.api.generation.assembly import Detokenizer, StopStrings, TokenText, TokenTexts
 from server.api.schemas.responses import Finish, ForwardPass
-from server.engine import Committed, Finished, FinishReason
+from server.engine import Finished, FinishReason, StepEvent
 from server.engine.stream import EventStream
 from server.models.text.codec import TextCodec
 
@@ -86,7 +86,7 @@ class Choice:
         async for event in self._stream:
             yield self._finished(event) if isinstance(event, Finished) else self._committed(event)
 
-    def _committed(self, event: Committed) -> TextDelta:
+    def _committed(self, event: StepEvent) -> TextDelta:
         self.completion_tokens, self.forwards = event.settled, event.forward
         passes = [self._pass(event)] if self._trajectory else []
         text = self._stops.add(self._decode(event))
@@ -103,7 +103,7 @@ class Choice:
             raise failure(event.reason, event.message)
         return TextDelta(text, self._tell(text, last=True), finish=event.reason)
 
-    def _decode(self, event: Committed) -> str:
+    def _decode(self, event: StepEvent) -> str:
         if self._logprobs:
             for position, confidence in zip(event.positions, event.confidences, strict=True):
                 self._logs[position] = math.log(confidence) if confidence > 0 else NO_CHANCE
@@ -122,7 +122,7 @@ class Choice:
         self._tokens = self._tokens[len(told) :]
         return told
 
-    def _pass(self, event: Committed) -> ForwardPass:
+    def _pass(self, event: StepEvent) -> ForwardPass:
         return ForwardPass(
             forward=event.forward,
             positions=event.positions,

@@ -141,8 +141,9 @@ def _requests(
         GenerationRequest(
             prompt=prompt,
             max_tokens=lengths[i],
-            sampler=chosen.name,
+            sampler=chosen.sampler,
             params=chosen.params,
+            name=chosen.name,
             suffix=encoded.suffix,
             block_length=block_length,
             choice=choice,

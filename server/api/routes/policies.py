@@ -75,7 +75,7 @@ def _same(one: list[Stored], other: list[Stored]) -> bool:
 
 
 def add_routes(app: FastAPI, serving: Serving) -> None:
-    policies, base = serving.engine.policies, serving.model_names.name
+    policies, base = serving.model_names.policies, serving.model_names.name
     secret = serving.settings.admin_key
     admin = None if secret is None else KnownKeys([secret.get_secret_value()])
 

@@ -27,7 +27,7 @@ def add_routes(app: FastAPI, serving: Serving) -> None:
     def current() -> tuple[dict[str, SamplerCard], bytes]:
         # By name and identity: a third party's sampler may not say well whether it equals another.
         there = tuple((name, id(sampler)) for name, sampler in named_samplers().items())
-        return cards(there, tuple(list_unavailable()), bool(serving.engine.policies.list()))
+        return cards(there, tuple(list_unavailable()), bool(serving.model_names.policies.list()))
 
     @app.get("/v1/samplers", response_model=SamplerList, responses=ERRORS, tags=["catalogue"])
     async def samplers() -> Response:

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from samplers.forward.prediction import Prediction
-from samplers.forward.query import Query
+from samplers.forward.query import Mixture, Query
 from samplers.forward.span import KVSlot
 from samplers.forward.statistics import StatisticsRequest
 from samplers.forward.summary import summarise
@@ -38,8 +38,11 @@ class TorchBackend:
     @torch.inference_mode()
     def predict(self, query: Query) -> Prediction:
         if self.batch_invariant:
-            return Prediction.join([self._together(query.one(i)) for i in range(len(query.canvases))]).cpu()
-        return self._together(query).cpu()
+            parts = [self._together(query.part(i, i + 1)) for i in range(query.generations)]
+            found = Prediction.join(parts)
+        else:
+            found = self._together(query)
+        return found if query.row.device == self.device else found.cpu()
 
     def _together(self, query: Query) -> Prediction:
         batch, back = self.pack(query)
@@ -49,6 +52,8 @@ class TorchBackend:
         back = back.to(self.device, non_blocking=True)
         wanted = query.wanted.to(self.device)
         size = max(1, LOGIT_ELEMENTS // self.info.vocab_size)
+        if query.mixture is not None:
+            return self._mixed(query.mixture, hidden[back], wanted, size)
         parts: list[Prediction] = []
         kept: list[Tensor] = []
         for start in range(0, max(1, len(back)), size):  # a forward may be asked for nothing
@@ -59,6 +64,15 @@ class TorchBackend:
         if kept:
             self._keep(query, torch.cat(kept))
         return Prediction.join(parts)
+
+    def _mixed(self, mixture: Mixture, hidden: Tensor, wanted: StatisticsRequest, size: int) -> Prediction:
+        """What there is to say of weighted sums of logits."""
+        return Prediction.join(
+            [
+                self.say(part.mix(self.network.head(hidden[part.asked])), wanted.part(part.first, part.last))
+                for part in mixture.parts(size)
+            ]
+        )
 
     def say(self, logits: Tensor, wanted: StatisticsRequest) -> Prediction:
         """What there is to say of logits [n, vocabulary]."""
@@ -94,14 +108,15 @@ class TorchBackend:
             first[i], asked[i] = tokens - rows[i].start, positions
             tokens += rows[i].fed
             positions += rows[i].wanted
-        ends = torch.tensor(counts).cumsum(0)
-        place = torch.arange(len(query.row)) - (ends - torch.tensor(counts))[query.row]
-        back = place + torch.tensor(asked)[query.row]
+        device = query.row.device
+        ends = torch.tensor(counts, device=device).cumsum(0)
+        place = torch.arange(len(query.row), device=device) - (ends - torch.tensor(counts, device=device))[query.row]
+        back = place + torch.tensor(asked, device=device)[query.row]
         wanted = torch.empty_like(back)
         output = query.position
         if self.network.pattern.shifted:
-            output = (output - 1).maximum(torch.tensor([row.start for row in rows])[query.row])
-        wanted[back] = output + torch.tensor(first)[query.row]
+            output = (output - 1).maximum(torch.tensor([row.start for row in rows], device=device)[query.row])
+        wanted[back] = output + torch.tensor(first, device=device)[query.row]
         ids = torch.cat([query.canvases[i].tokens[rows[i].start : rows[i].stop] for i in order])
         if self.static_shapes:
             ids, wanted = (F.pad(each, (0, padded_size(len(each)) - len(each))) for each in (ids, wanted))

@@ -15,9 +15,14 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
+from samplers.canvas import Canvas
 from samplers.forward.prediction import Prediction
 from samplers.forward.query import Query
 from samplers.forward.span import CacheMode
+from samplers.forward.statistics import NOTHING
+from samplers.forward.summary import summarise
 from server.backends.contract import BackendDeadError, ModelInfo
 from server.backends.vllm.instructions import INSTRUCTION, TASK, Instruction, read
 from server.backends.vllm.names import CONFIG_FORMAT
@@ -129,7 +134,7 @@ class VllmBackend:
         if taken := OURS & options.arguments.keys():
             raise VllmError(f"vLLM's argument {min(taken)!r} follows from our own settings and cannot be given")
         self._library = Library.load(info.device)
-        self.info = replace(info, caches=frozenset({CacheMode.NONE}))
+        self.info = replace(info, caches=frozenset({CacheMode.NONE}), resident=False)
         self._numbers = count()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="vllm", daemon=True)
@@ -160,9 +165,10 @@ class VllmBackend:
 
     def predict(self, query: Query) -> Prediction:
         """See `Backend`. Raises BackendDeadError if vLLM has ended."""
-        parts = [query.one(i) for i in range(len(query.canvases))]
-        if any(feed.stop - feed.start != part.canvases[0].layout.length for part in parts for feed in part.spans):
-            raise ValueError("the vllm engine computes whole canvases only")
+        parts = [query.part(i, i + 1) for i in range(query.generations)]
+        for canvas, span in zip(query.canvases, query.spans, strict=True):
+            if span.stop - span.start != canvas.layout.length:
+                raise ValueError("the vllm engine computes whole canvases only")
         return Prediction.join(self._call(self._steps(parts)))
 
     def close(self) -> None:
@@ -221,12 +227,32 @@ class VllmBackend:
         return found
 
     async def _step(self, part: Query) -> Prediction:
-        """One canvas's forward."""
-        instruction = Instruction(part.position, part.wanted)
+        """One generation's forward, of every view of its canvas."""
+        if part.mixture is None:
+            return read(await self._told(part.canvases[0], Instruction(part.position, part.wanted)), part.wanted)
+        views = [
+            self._told(canvas, Instruction(part.position[part.row == i], NOTHING, logits=True))
+            for i, canvas in enumerate(part.canvases)
+        ]
+        found: list[torch.Tensor] = []
+        for each in await asyncio.gather(*views, return_exceptions=True):
+            if isinstance(each, BaseException):
+                raise each
+            found.append(each)
+        logits = torch.cat(found)
+        return Prediction.join(
+            [
+                summarise(each.mix(logits[each.asked]), self.info.mask_id, part.wanted.part(each.first, each.last))
+                for each in part.mixture.parts(len(logits))
+            ]
+        )
+
+    async def _told(self, canvas: Canvas, instruction: Instruction) -> torch.Tensor:
+        """What the model says of one canvas."""
         params = self._library.PoolingParams(
             task=TASK, use_activation=False, extra_kwargs={INSTRUCTION: instruction.pack()}
         )
-        prompt = {"type": "token", "prompt_token_ids": part.canvases[0].tokens.tolist()}
+        prompt = {"type": "token", "prompt_token_ids": canvas.tokens.tolist()}
         try:
             steps = self._engine.encode(prompt, params, f"step-{next(self._numbers)}")
             (output,) = [output async for output in steps]
@@ -234,7 +260,8 @@ class VllmBackend:
             if self._engine.errored:
                 raise BackendDeadError(f"vLLM has ended: {type(error).__name__}") from error
             raise
-        return read(output.outputs.data, part.wanted)
+        found: torch.Tensor = output.outputs.data
+        return found
 
     async def _shut_down(self) -> None:
         handler = self._engine.output_handler

@@ -28,7 +28,16 @@ Scheduled = tuple[int, dict[str, Any]]
 
 
 class Answers(Pooler):
-    """Cuts each request's answer out of what the forward gave."""
+    """Cuts each request's answer out of what the forward gave.
+
+    Attributes:
+        logits: of the last forward's requests that want them, by their place in it: float32 [positions, vocabulary].
+            Beside the forward's output, which would be as wide as the vocabulary for all tokens.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logits: dict[int, Tensor] = {}
 
     def get_supported_tasks(self) -> set[str]:
         return {TASK}
@@ -36,7 +45,10 @@ class Answers(Pooler):
     def forward(self, hidden_states: Tensor, pooling_metadata: Any) -> list[Tensor]:
         lengths = pooling_metadata.get_pooling_cursor().num_scheduled_tokens_cpu.tolist()
         parts = torch.split(hidden_states, lengths)
-        return [self._answer(*each) for each in zip(parts, pooling_metadata.pooling_params, strict=True)]
+        found = []
+        for i, (part, params) in enumerate(zip(parts, pooling_metadata.pooling_params, strict=True)):
+            found.append(self.logits[i] if i in self.logits else self._answer(part, params))
+        return found
 
     def _answer(self, part: Tensor, params: Any) -> Tensor:
         if not params.extra_kwargs:
@@ -104,6 +116,7 @@ class Denoiser(nn.Module):
         In a warm-up, when nothing is asked, NaN of as many positions as there are tokens, at the cost of real ones.
         """
         hidden = self.hidden(input_ids, positions)
+        self.pooler.logits = {}
         asked, starts = [], []
         first = 0
         for length, params in self.scheduled():
@@ -115,11 +128,20 @@ class Denoiser(nn.Module):
             return hidden.new_full((len(hidden), 2), torch.nan, dtype=torch.float32)
         if first > len(hidden):
             raise RuntimeError(f"a batch of {first} tokens came in parts: {len(hidden)} in one forward")
-        rows = torch.cat([self.source(each.position) + start for each, start in zip(asked, starts, strict=True)])
-        prediction = self.answer(hidden[rows.to(hidden.device, non_blocking=True)], together(asked))
-        out = hidden.new_zeros(len(hidden), max(each.columns for each in asked), dtype=torch.float32)
-        for start, answer in zip(starts, answers(asked, prediction), strict=True):
-            out[start : start + len(answer), : answer.shape[1]] = answer
+        rows = [self.source(each.position) + start for each, start in zip(asked, starts, strict=True)]
+        self.pooler.logits = {
+            i: self.head(hidden[rows[i].to(hidden.device, non_blocking=True)]).float()
+            for i, each in enumerate(asked)
+            if each.logits
+        }
+        plain = [i for i, each in enumerate(asked) if not each.logits]
+        out = hidden.new_zeros(len(hidden), max((asked[i].columns for i in plain), default=2), dtype=torch.float32)
+        if plain:
+            told = [asked[i] for i in plain]
+            places = torch.cat([rows[i] for i in plain]).to(hidden.device, non_blocking=True)
+            prediction = self.answer(hidden[places], together(told))
+            for i, answer in zip(plain, answers(told, prediction), strict=True):
+                out[starts[i] : starts[i] + len(answer), : answer.shape[1]] = answer
         return out
 
     def source(self, position: Tensor) -> Tensor:

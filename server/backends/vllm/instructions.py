@@ -5,7 +5,6 @@ Numbers travel as bytes: a list of a few hundred of them would take msgpack long
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from samplers.forward.prediction import Prediction
 from samplers.forward.statistics import LogitBonus, Statistic, StatisticsRequest
-from samplers.forward.token_choice import TokenChoice
+from samplers.forward.token_choice import TokenChoices
 
 TASK = "token_classify"
 """vLLM's pooling task that gives numbers for single positions."""
@@ -32,10 +31,13 @@ class Instruction:
     Attributes:
         position: int64 [n], where on the canvas.
         wanted: what of each of these positions.
+        logits: whether to give all logits instead, for views of a generation that are mixed elsewhere: vLLM may compute
+            them in different batches.
     """
 
     position: Tensor
     wanted: StatisticsRequest
+    logits: bool = False
 
     @property
     def columns(self) -> int:
@@ -50,11 +52,13 @@ class Instruction:
             packed["statistics"] = sorted(wanted.statistics)
         if wanted.only:
             packed["only"] = {name: _pack(rows, torch.bool) for name, rows in wanted.only.items()}
+        if self.logits:
+            packed["logits"] = True
         if wanted.choices is not None:
-            # All positions of a generation share one choice, so that this is nearly always a single entry.
             packed["choices"] = [
-                [choice.temperature, choice.top_p, choice.top_k, len(list(run))]
-                for choice, run in groupby(wanted.choices)
+                _pack(wanted.choices.temperature, torch.float64),
+                _pack(wanted.choices.top_p, torch.float64),
+                _pack(wanted.choices.top_k, torch.int64),
             ]
         if wanted.uniform is not None:
             packed["uniform"] = _pack(wanted.uniform, torch.float64)
@@ -76,11 +80,10 @@ class Instruction:
         position = _unpack(packed["position"], torch.int32).long()
         choices = named = bonus = None
         if "choices" in packed:
-            choices = [
-                TokenChoice(temperature, top_p, top_k)
-                for temperature, top_p, top_k, count in packed["choices"]
-                for _ in range(count)
-            ]
+            temperature, top_p, top_k = packed["choices"]
+            choices = TokenChoices(
+                _unpack(temperature, torch.float64), _unpack(top_p, torch.float64), _unpack(top_k, torch.int64)
+            )
         if "named" in packed:
             width, tokens = packed["named"]
             named = _unpack(tokens, torch.int32).long().view(-1, width)
@@ -98,7 +101,7 @@ class Instruction:
             named=named,
             bonus=bonus,
         )
-        return cls(position, wanted)
+        return cls(position, wanted, packed.get("logits", False))
 
 
 def together(asked: Sequence[Instruction]) -> StatisticsRequest:
@@ -123,7 +126,7 @@ def read(answer: Tensor, wanted: StatisticsRequest) -> Prediction:
 
 
 def _pack(values: Tensor, dtype: torch.dtype) -> bytes:
-    return values.to(dtype).numpy().tobytes()
+    return values.to(dtype).cpu().numpy().tobytes()
 
 
 def _unpack(data: bytes, dtype: torch.dtype) -> Tensor:

@@ -318,7 +318,10 @@ class DiffusionGemma(Network):
         Far smaller than the logits; filters of tokens do not count.
         """
         weight = self.decoder.embed_tokens.weight
-        drawn = [choice.temperature or 1.0 for choice in wanted.choices or ()] or [1.0] * len(logits)
-        scaled = (logits / logits.new_tensor(drawn)[:, None]).to(weight.dtype)
+        scaled = logits
+        if wanted.choices is not None:
+            heat = wanted.choices.temperature.to(logits.device, logits.dtype)
+            scaled = logits / torch.where(heat > 0, heat, 1.0)[:, None]
+        scaled = scaled.to(weight.dtype)
         mixed: Tensor = scaled.softmax(dim=-1, dtype=torch.float32).to(weight.dtype) @ weight
         return mixed * self._factor
