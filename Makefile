@@ -16,7 +16,7 @@ VLLM := .venv-vllm/bin/python
 help:
 	@echo "make serve            serve the embedded model on 127.0.0.1:$(PORT)          (PORT=8000, PYTHON=python3)"
 	@echo "make test             run the default tests"
-	@echo "make test-fuzz        ask every family a thousand random things       (REQUESTS=1000 SEED=a fresh one)"
+	@echo "make test-fuzz        a thousand random requests, properties on fresh examples (REQUESTS=1000 SEED=a fresh one)"
 	@echo "make soak             use servers in all ways for half an hour: nothing grows  (MINUTES=30 SEED=a fresh one)"
 	@echo "make guards           take each guard out, and see that a test notices (half an hour)"
 	@echo "make check            lint, types, import rules"
@@ -38,6 +38,7 @@ test: .venv/.test
 test-fuzz: .venv/.test
 	$(BIN)/python -m tests.fuzz --requests $(REQUESTS) $(if $(SEED),--seed $(SEED))
 	$(BIN)/python -m tests.fuzz --requests 45 $(if $(SEED),--seed $(SEED)) --process
+	$(BIN)/python -m tests.fuzz.properties $(if $(SEED),--seed $(SEED))
 
 soak: .venv/.test
 	$(BIN)/python -m tests.soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))

@@ -109,12 +109,6 @@ def test_other_number_types(folder: Path, dtype: str) -> None:
     assert {p.dtype for p in network.parameters()} == {getattr(torch, dtype)}
 
 
-def test_tied_weights(folder: Path) -> None:
-    edit_json(folder / "config.json", weight_tying=True)
-    edit_weights(folder, lambda tensors: tensors.pop("model.transformer.ff_out.weight"))
-    network_of(folder)
-
-
 def test_the_context_can_be_limited_but_not_stretched(folder: Path) -> None:
     lengths = [load_model(str(folder), max_model_len=limit).backend.info.max_length for limit in (None, 100, 9999)]
     assert lengths == [256, 100, 256]
@@ -255,9 +249,8 @@ def test_broken_folders_are_told_in_one_line(folder: Path, name: str) -> None:
     assert str(folder) in line, "the file or the folder is named"
 
 
-def test_nothing_is_unpickled_and_no_code_of_a_folder_runs(folder: Path) -> None:
+def test_no_code_of_a_folder_runs(folder: Path) -> None:
     (folder / "modeling_llada.py").write_text("raise SystemExit('ran')")
-    (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     edit_json(folder / "config.json", auto_map={"AutoModel": "modeling_llada.LLaDAModelLM"})
     load_model(str(folder))
 
