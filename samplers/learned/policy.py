@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import replace
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from pydantic import Field
@@ -130,7 +130,8 @@ class Policy(Sampler[PolicyParams]):
         action = commit_at_least_one(action, logits, step.candidate)
         if columns is None:
             return Selection(action)
-        return Selection(torch.zeros_like(whole.candidate).scatter(1, columns, action) & whole.candidate)
+        found = torch.zeros_like(whole.candidate, dtype=torch.int64).scatter_add(1, columns, action.long())
+        return Selection((found > 0) & whole.candidate)
 
     def _bits(self, step: Step[PolicyParams], logits: Tensor, temperature: Tensor) -> Tensor:
         """Independent decisions: drawn, or cut where a probability is large enough."""
@@ -144,19 +145,18 @@ class Policy(Sampler[PolicyParams]):
 
 
 def nearby(step: Step[PolicyParams], longest: int) -> tuple[Step[PolicyParams], Tensor | None]:
-    """A step over at most so many positions, the active block among them, and their columns; None: all of them.
+    """A step over at most so many positions a row, the active block among them, and their columns; None: all of them.
 
     In block decoding of a long region a policy sees no more positions than in its training: half of what is beside the
     block before it, and half after it. A block that is longer is seen as a whole.
     """
-    width = step.candidate.shape[1]
-    block = int(step.layout.block_length.clamp(max=width).max())
-    size = max(longest, block)
-    if size >= width:
+    gen, block = step.layout.gen_length, step.layout.block_length
+    own, size = step.columns.keep("nearby", lambda: _sizes(gen, block, longest))
+    if size is None:
         return step, None
-    start, gen = step.block_start, step.layout.gen_length
-    first = (start - (size - block) // 2).clamp(min=0).minimum((gen - size).clamp(min=0))
-    columns = first + torch.arange(size, device=first.device)
+    first = (step.block_start - (own - block) // 2).clamp(min=0).minimum(gen - own)
+    offset = torch.arange(size, device=first.device)
+    columns = (first + offset).clamp(max=step.candidate.shape[1] - 1)
 
     def near(values: Tensor | None) -> Tensor | None:
         if values is None:
@@ -164,10 +164,18 @@ def nearby(step: Step[PolicyParams], longest: int) -> tuple[Step[PolicyParams], 
         at = columns.view(*columns.shape, *[1] * (values.dim() - 2)).expand(*columns.shape, *values.shape[2:])
         return values.gather(1, at)
 
-    names = ("candidate", "masked", "committed", "position", "token", "confidence", "top", "named", "probability")
-    changes = {name: near(getattr(step, name)) for name in names}
+    names = ("masked", "committed", "token", "confidence", "top", "named", "probability")
+    changes: dict[str, Any] = {name: near(getattr(step, name)) for name in names}
     extra = {name: near(values) for name, values in step.extra.items()}
-    return replace(step, **changes, extra=extra), columns  # type: ignore[arg-type]
+    there = offset < own  # rows differ in how many positions they see
+    position = step.position.gather(1, columns).where(there, gen)
+    return replace(step, **changes, extra=extra, position=position, candidate=there & near(step.candidate)), columns
+
+
+def _sizes(gen: Tensor, block: Tensor, longest: int) -> tuple[Tensor, int | None]:
+    """Positions that each row sees, int64 [rows, 1], and the most of them; None where all see their whole region."""
+    own = block.clamp(min=longest).minimum(gen)
+    return own, None if bool((own == gen).all()) else int(own.max())
 
 
 def step_gumbel(step: Step) -> Tensor:

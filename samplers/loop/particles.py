@@ -119,13 +119,15 @@ class Particles:
             batch.groups[lanes[0].key].layers[0].state[name][slots] = value
         if froms == list(range(len(froms))):
             return
-        copies = [(list(lanes[i].told), lanes[i].reported, lanes[i].forked(), list(self.events[i])) for i in froms]
-        for lane, (told, reported, plans, _), i in zip(lanes, copies, range(len(lanes)), strict=True):
+        told = [list(lanes[i].told) for i in froms]
+        plans = {i: lanes[ancestor].forked() for i, ancestor in enumerate(froms) if ancestor != i}
+        self.events = [list(self.events[i]) for i in froms]
+        for i, lane in enumerate(lanes):
             lane.read()
-            if froms[i] != i:
-                lane.told, lane.reported = told, reported
-                lane.take_plans(plans)
-        self.events = [events for *_, events in copies]
+            lane.told = told[i]
+            lane.reported = len(lane.told)
+            if i in plans:
+                lane.take_plans(plans[i])
 
     def _end(self) -> list[StepEvent]:
         """Let one canvas be the generation's, and tell all that it did."""
