@@ -1,4 +1,4 @@
-"""The server's settings: flags over environment over file."""
+"""Server settings. Flags override environment variables, which override the configuration file."""
 
 import json
 import os
@@ -20,18 +20,18 @@ from policies.files.regular import read_text
 PREFIX = "UNMASK_"
 MOST_FILE_BYTES = 1 << 20
 MOST_TOKENS, MOST_SECONDS = 2**31 - 1, 10_000_000.0
-"""Above all that makes sense, and below what the system can count."""
+"""Upper bounds of counts and durations: beyond any sensible value, within what the operating system can represent."""
 MOST_SAID = 200
-"""Characters of a wrong value that are repeated."""
+"""Characters of a wrong value that an error message repeats."""
 MOST_THREADS = 1024
 MOST = 10**12
-"""No limit of a key's can be more."""
+"""Upper bound of every per-key limit."""
 THREADS = "Processor threads that compute."
 THREADS_DEFAULT = "Default: one a core, within a container's limit."
 
 
 def _json_object(value: Any) -> Any:
-    """Flags and the environment hold JSON as text; a file holds a table."""
+    """Parse JSON given as text, as in flags and environment variables; a table from a file passes through."""
     if not isinstance(value, str):
         return value
     try:
@@ -41,21 +41,21 @@ def _json_object(value: Any) -> Any:
 
 
 def _split(value: Any) -> Any:
-    """The environment holds several values as one text, with commas between them."""
+    """Split a comma-separated text, the form in which an environment variable holds several values."""
     return value.split(",") if isinstance(value, str) else value
 
 
 SPACE = " \t\n\r\f\v"
-"""White space as HTTP knows it, which clients' keys are freed of too."""
+"""White space as HTTP defines it. Clients' keys are stripped of it too."""
 
 
 NO_KEY = "there is no key in it: leave it out altogether to do without"
 
 
 def _split_keys(value: Any) -> Any:
-    """As `_split`, without what holds no key: white space and nothing, which a secret mounted from a file can have.
+    """Like `_split`, but drop entries that are empty or only white space, as in a secret mounted from a file.
 
-    What holds no key at all is an error: a variable that was to hold a secret and does not must not open the server.
+    A value without any key is an error: a variable meant to hold a secret, but empty, must not leave the server open.
     """
     keys = [key for key in _split(value) if key.strip(SPACE)] if isinstance(value, str) else value
     if keys == []:
@@ -64,7 +64,7 @@ def _split_keys(value: Any) -> Any:
 
 
 def _key(value: Any) -> Any:
-    """A key without white space around it. Raises ValueError for one that nobody could see, which is a mistake."""
+    """Strip white space around a key. Raises ValueError for a key of invisible characters, which is a mistake."""
     if not isinstance(value, str):
         return value
     if not any(character.isprintable() and not character.isspace() for character in value):
@@ -74,11 +74,11 @@ def _key(value: Any) -> Any:
 
 Key = Annotated[SecretStr, BeforeValidator(_key)]
 KEYS = ("api_key", "admin_key")
-"""Fields that decide who may do what."""
+"""Fields that hold keys for authorization."""
 
 
 def name_and_folder(value: Any) -> Any:
-    """NAME=DIR as a pair; what is no text is left to validation. Raises ValueError."""
+    """Parse NAME=DIR into a pair; values other than text are left to validation. Raises ValueError."""
     if not isinstance(value, str):
         return value
     name, equals, folder = value.partition("=")
@@ -88,7 +88,7 @@ def name_and_folder(value: Any) -> Any:
 
 
 class KeyLimit(BaseModel):
-    """What each key may have; None is no limit of its own."""
+    """Limits of each key; None means that only the server's overall limits apply."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -98,7 +98,7 @@ class KeyLimit(BaseModel):
 
 
 def _key_limit(value: Any) -> Any:
-    """A limit from `rows=4,queued=32,tokens_per_minute=60000` or a table. Raises ValueError that names the fault."""
+    """Parse `rows=4,queued=32,tokens_per_minute=60000` or a table. Raises ValueError that names the mistake."""
     parts = value
     if isinstance(value, str):
         parts = {}
@@ -124,7 +124,7 @@ NamedFolder = Annotated[tuple[str, str], BeforeValidator(name_and_folder)]
 
 
 class Settings(BaseSettings):
-    """How to serve. Each field is a flag of `unmask serve`, an `UNMASK_...` variable and a key of a `--config` file."""
+    """Settings. Each field is a flag of `unmask serve`, an `UNMASK_...` variable and a key of a `--config` file."""
 
     model_config = SettingsConfigDict(
         frozen=True, extra="forbid", env_prefix=PREFIX, env_ignore_empty=True, allow_inf_nan=False
@@ -270,7 +270,7 @@ class Settings(BaseSettings):
 
 
 class WrongSettingError(ValueError):
-    """A setting that cannot be used. `where` is how the user gave it: a flag, a variable or a key of a file."""
+    """A setting that cannot be used. `where` is the flag, variable or file key that it came from."""
 
     def __init__(self, where: str, message: str) -> None:
         super().__init__(message)
@@ -278,12 +278,12 @@ class WrongSettingError(ValueError):
 
 
 def flag(name: str) -> str:
-    """The flag of a field."""
+    """Command line flag of a field."""
     return f"--{name.replace('_', '-')}"
 
 
 def load_settings(flags: dict[str, Any], config: Path | None = None) -> Settings:
-    """Settings from the flags that were given, the environment and a TOML file. Raises WrongSettingError."""
+    """Load settings from the given flags, the environment and a TOML file. Raises WrongSettingError."""
     from_file = _read(config) if config is not None else {}
 
     class Sourced(Settings):
@@ -314,13 +314,13 @@ def load_settings(flags: dict[str, Any], config: Path | None = None) -> Settings
 
 
 def _empty_keys() -> dict[str, str]:
-    """The fields of keys whose variables are there, but empty: validation refuses these, and ignores others."""
+    """Key fields whose variables are set but empty, which pydantic would ignore; validation refuses these values."""
     empty = {name.upper() for name, value in os.environ.items() if not value}
     return {name: "" for name in KEYS if f"{PREFIX}{name.upper()}" in empty}
 
 
 def _where(name: str, flags: dict[str, Any], config: Path | None) -> str:
-    """What gave the field its value: the first of flag, environment and file that names it."""
+    """The source of a field's value: the first of flag, environment variable and file that sets it."""
     if name in flags:
         return flag(name)
     variable = f"{PREFIX}{name.upper()}"

@@ -1,4 +1,4 @@
-"""Limits of connections: how many, how long each may keep the server waiting, and who has to go for a newcomer."""
+"""Connection limits: their number, the time each may keep the server waiting, and eviction in favour of new ones."""
 
 import asyncio
 import os
@@ -15,30 +15,30 @@ from server.http.incoming import Bodies, Sender
 log = structlog.get_logger(__name__)
 
 MOST_CONNECTIONS = 1024
-"""Connections by default, where the limit on open files allows them."""
+"""Default maximum of connections, if the limit on open files allows it."""
 RESERVE = 64
-"""Descriptors, beyond those that are open, that are left to the server's own files: models, policies, /proc."""
+"""Free file descriptors reserved for the server's own files: models, policies, /proc."""
 MOST_UNREAD = 256 << 20
-"""Bytes of answers, over all connections, that clients have not taken."""
+"""Bytes of unread responses allowed over all connections."""
 LITTLE = 64 * 1024
-"""Bytes of an answer that may wait for a client as slow as it likes."""
+"""Bytes of an unread response that a client may take at any speed."""
 SLOW = 2.0
-"""Seconds after which a client that does not take enough may go, if it must be."""
+"""Seconds behind the minimum rate after which a slow reader may be disconnected to free memory."""
 PERIOD = 0.25
-"""Seconds between two looks at all connections."""
+"""Seconds between two checks of all connections."""
 
 
 class TooFewDescriptorsError(Exception):
-    """The limit on open files leaves too few of them for connections."""
+    """The limit on open files leaves too few descriptors for connections."""
 
 
 class Watched(Sender, Protocol):
-    """A connection, as its watch sees it.
+    """Interface of a connection that `ConnectionWatch` monitors.
 
     Attributes:
-        worth: how fast what it owes is coming; 0 as long as no body is.
-        unread: bytes that its client has not taken.
-        taken_at: the time up to which it has taken enough of them.
+        worth: rate at which an incoming body arrives, in bytes per second; 0 if none is incoming.
+        unread: bytes of responses that the client has not read yet.
+        taken_at: time up to which the client has kept up with the minimum rate.
     """
 
     unread: int
@@ -48,25 +48,25 @@ class Watched(Sender, Protocol):
     def worth(self) -> float: ...
 
     def check(self, now: float) -> None:
-        """End it if it has kept the server waiting for too long."""
+        """Disconnect the client if it has kept the server waiting for too long."""
 
     def end(self) -> None:
-        """End it at once."""
+        """Close the connection immediately."""
 
     def make_room(self) -> None:
-        """End it in favour of a newcomer."""
+        """Close the connection in favour of a new one."""
 
 
 @dataclass(frozen=True)
 class ConnectionLimits:
-    """Seconds are those that a client may take.
+    """Limits of connections; times in seconds.
 
     Attributes:
-        header_timeout: to send its first request once it is connected, or the head of a request it has begun.
-        body_timeout: to send a body, or as much of it as comes at the slowest rate.
-        write_timeout: to take anything of what is there for it.
-        keep_alive: between requests.
-        connections: how many there may be.
+        header_timeout: to send the first request after connecting, or the rest of a request's head.
+        body_timeout: to send a body, or as much of it as arrives at the minimum rate.
+        write_timeout: to read any part of a pending response.
+        keep_alive: idle time between requests.
+        connections: maximum number.
     """
 
     header_timeout: float = 10.0
@@ -78,14 +78,14 @@ class ConnectionLimits:
 
 @dataclass(eq=False)
 class ConnectionWatch:
-    """All connections of one server.
+    """Monitors all connections of one server.
 
     Attributes:
-        rejected: counts a refusal by its reason.
-        open: every connection.
-        owing: those whose client owes a request or the rest of one, in the order in which they began to.
-        bodies: those that are coming in.
-        cut: answers that were not sent in full because the server ended their connection.
+        rejected: callback that counts a refusal by its reason.
+        open: all connections.
+        owing: connections whose client owes a request or the rest of one, oldest debt first.
+        bodies: memory of the incoming bodies.
+        cut: number of responses truncated because the server closed their connection.
     """
 
     limits: ConnectionLimits
@@ -96,10 +96,10 @@ class ConnectionWatch:
     cut: int = 0
 
     def welcome(self, connection: Watched) -> bool:
-        """Take a new connection in; whether there is room.
+        """Register a new connection. False if there is no room for it.
 
-        If need be, it takes the place of the one that has owed a request longest; of those whose bodies come only where
-        there are no others.
+        A full server evicts the client that has owed a request longest. One whose body is arriving is evicted only if
+        no other client owes anything.
         """
         self.open.add(connection)
         if len(self.open) > self.limits.connections:
@@ -113,20 +113,20 @@ class ConnectionWatch:
         return True
 
     def owes(self, connection: Watched, owes: bool) -> None:
-        """Note whether a client owes something."""
+        """Note that a client owes a request or the rest of one, or owes nothing any more."""
         if owes:
             self.owing[connection] = None
         else:
             self.owing.pop(connection, None)
 
     def gone(self, connection: Watched) -> None:
-        """A connection has ended."""
+        """Unregister a closed connection."""
         self.open.discard(connection)
         self.owing.pop(connection, None)
         self.bodies.holds(connection, 0)
 
     async def run(self) -> None:
-        """Look at all connections again and again. One timer for all costs a request nothing."""
+        """Check all connections periodically. One shared timer costs a request nothing."""
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(PERIOD)
@@ -136,11 +136,11 @@ class ConnectionWatch:
             for look in looks:
                 try:
                     look(now)
-                except Exception:  # the others are looked at all the same
+                except Exception:  # check the other connections all the same
                     log.exception("a connection cannot be watched")
 
     def _end_unread(self, now: float) -> None:
-        """End the connections that take their answers most slowly, while there is too much of what nobody takes."""
+        """Disconnect the slowest readers while unread responses take too much memory."""
         unread = sum(connection.unread for connection in self.open)
         for connection in sorted(self.open, key=lambda connection: connection.taken_at):
             if unread <= MOST_UNREAD or now - connection.taken_at < SLOW:
@@ -152,7 +152,7 @@ class ConnectionWatch:
 
 
 def check_connections(asked: int | None) -> None:
-    """Raise TooFewDescriptorsError unless the limit on open files allows so many connections, or any by default."""
+    """Raise TooFewDescriptorsError if the limit on open files leaves fewer connections than asked for, or none."""
     left = _left()
     if left is not None and left < (asked or 1):
         raise TooFewDescriptorsError(
@@ -162,13 +162,13 @@ def check_connections(asked: int | None) -> None:
 
 
 def most_connections(asked: int | None) -> int:
-    """How many connections there may be: as asked, else what is usual and the limit on open files leaves."""
+    """Maximum number of connections: `asked`, or the default within the limit on open files."""
     left = _left()
     return asked or (MOST_CONNECTIONS if left is None else max(1, min(MOST_CONNECTIONS, left)))
 
 
 def _left() -> int | None:
-    """Descriptors that are left to connections; None where there is no limit."""
+    """Descriptors available to connections; None without a limit."""
     limit = _limit()
     return None if limit == resource.RLIM_INFINITY else limit - _open_files() - RESERVE
 
@@ -178,7 +178,7 @@ def _limit() -> int:
 
 
 def _open_files() -> int:
-    """Descriptors of this process."""
+    """Number of descriptors that this process has open."""
     try:
         return len(os.listdir("/dev/fd"))
     except OSError:

@@ -1,6 +1,6 @@
-"""HTTP/1.1 on one connection: uvicorn's protocol, with limits on whatever a client controls.
+"""HTTP/1.1 on one connection: uvicorn's protocol with limits on everything a client controls.
 
-Apart from limits it differs in upgrades, half-closed clients and what is no request.
+Beyond limits, it differs in its treatment of upgrades, half-closed clients and malformed requests.
 """
 
 import asyncio
@@ -27,48 +27,48 @@ from server.engine import NotServingError
 from server.http.connections import LITTLE, ConnectionWatch
 
 STATUS_LINE = b"HTTP/1.1 "
-"""How every answer begins, whatever its status."""
+"""Common beginning of all responses, whatever their status."""
 PROBE_DELAYS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0)
-"""Seconds between the probes of a half-closed connection: one for each byte of STATUS_LINE, the first goes at once."""
+"""Seconds between probes of a half-closed connection: one per byte of STATUS_LINE, the first sent immediately."""
 MAX_HEAD = 64 * 1024
-"""Bytes of a request's line and headers, and of what frames a chunked body: extensions of chunks, trailers."""
+"""Bytes of a request line with headers, and of a chunked body's framing: chunk extensions and trailers."""
 MAX_HEADERS = 256
-"""Headers of a request."""
+"""Maximum number of headers of a request."""
 AHEAD = 4
-"""Requests that are read before the one in front of them is answered."""
+"""Pipelined requests read before the current one is answered."""
 SLICE = 1024
-"""Bytes that are parsed at a time, so that not many requests are parsed before their number is looked at."""
+"""Bytes parsed at a time, so that the number of pipelined requests is checked before many of them are parsed."""
 FRAMED = 16
-"""Bytes that may come for each of a chunked body's own, in all; chunks of a byte each take six."""
+"""Bytes received per byte of a chunked body, on average at most; chunks of one byte each take six."""
 RATE = 4096
-"""Bytes a second with which a body, or a long answer, is not slow."""
+"""Minimum rate of a body or of the reading of a long response, in bytes per second."""
 PACE = 2.0
-"""Seconds over which it is measured how fast a body comes."""
+"""Seconds over which the rate of a body is measured."""
 LINGER = 1.0
-"""Seconds in which a refused client can read why; ending the connection while it sends would take that from it."""
+"""Seconds for a refused client to read the error; closing while it still sends would discard the response."""
 LEFTOVER = 1 << 20
-"""Bytes that such a client may still send."""
+"""Bytes that a refused client may still send."""
 
 
 class Protocol(HttpToolsProtocol):
-    """One connection.
+    """Protocol of one connection.
 
-    Upgrades are never made, so a request that offers one (Java's HTTP client offers h2c in every one) is read as if it
-    did not: its body is a body, never another request.
+    Upgrades are never made. A request that offers one (Java's HTTP client offers h2c in every request) is parsed as if
+    it did not, so that its body is never taken for another request.
 
-    A client may shut its sending side down once its request is complete, and still gets its answer. On the wire this
-    looks just like a client that is gone. Only sending tells the two apart: a client that is gone refuses what it gets.
-    So from the moment when a client's side ends, the first bytes of the answer go out one by one ahead of the others:
-    of the status line, which begins the same whatever the answer; later, in a stream, leading zeros of the next chunk's
-    size. A client that still reads gets exactly the answer that it would get otherwise. One that goes more than some
-    seconds after its side has ended is noticed when the next part of its answer is sent.
+    A client may shut down its sending side once its request is complete, and still gets its response. On the wire this
+    looks exactly like a client that has disconnected. Only sending tells them apart: the peer of a closed connection
+    rejects data. So once the client's side has ended, the first bytes of the response are sent ahead, one by one: those
+    of the status line, which begins all responses; later, in a stream, leading zeros of the next chunk's size.
+    A client that still reads gets exactly the response that it would get otherwise. One that disconnects more than a
+    few seconds after the end of its side is noticed when the next part of its response is sent.
 
-    What comes in is parsed in slices, whose bytes are counted before the parser gets them: it keeps the beginning of a
-    header, however long that grows. Behind a few requests that wait for the one in front, the rest is kept as it came
-    and nothing more is read.
+    Incoming data is parsed in slices, counted before the parser gets them: the parser buffers the beginning of a
+    header, however long that grows. While several pipelined requests wait for the current one, the rest is kept
+    unparsed and nothing more is read.
 
     Args:
-        watch: counts the connections, and checks each of them now and then.
+        watch: registers the connections, and checks each of them periodically.
     """
 
     flow: "Flow"
@@ -77,21 +77,21 @@ class Protocol(HttpToolsProtocol):
     _running: RequestResponseCycle | None = None
     _deaf = False
     _probing: asyncio.TimerHandle | None = None
-    _held = b""  # came in, ...
-    _at = 0  # ... of which this much is parsed
+    _held = b""  # received data, ...
+    _at = 0  # ... parsed up to this offset
     _in_head = True
-    _head = 0  # bytes of the head that comes in
-    _framing = 0  # bytes of a body's frame since the last that belonged to the body
-    _received = 0  # bytes of the body that comes in, with all that frames it
-    _length = 0  # bytes of the body, as far as its head says
-    _body = 0  # bytes of the body that comes in
-    _due = math.inf  # when more of it, or all, must be here
-    _paced = (0.0, 0)  # when its pace was last measured, and how many bytes there were then
+    _head = 0  # bytes of the incoming head
+    _framing = 0  # bytes of a body's framing since the last byte of content
+    _received = 0  # bytes of the incoming body, with its framing
+    _length = 0  # bytes of the body according to its content-length
+    _body = 0  # bytes of the incoming body
+    _due = math.inf  # deadline for more of the body, or all of it
+    _paced = (0.0, 0)  # time of the last measurement of the pace, and the body's bytes then
     pace = math.inf
     unread = 0
-    _leftover = 0  # bytes of a refused client
-    _leaves_by: float | None = None  # when a refused client's time is up
-    _taken = 0  # bytes that the client has taken
+    _leftover = 0  # bytes received from a refused client
+    _leaves_by: float | None = None  # deadline of a refused client
+    _taken = 0  # bytes that the client has read
 
     def __init__(self, *args: Any, watch: ConnectionWatch, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -107,7 +107,7 @@ class Protocol(HttpToolsProtocol):
             self._refuse(TooManyConnectionsError("too many connections are open (--max-connections): try again later"))
             transport.close()
 
-    # What comes in
+    # Receiving
 
     def data_received(self, data: bytes) -> None:
         if self._deaf:
@@ -121,12 +121,12 @@ class Protocol(HttpToolsProtocol):
         self._account()
 
     def _account(self) -> None:
-        """Tell how much of a body that is not complete is in the app's hands. What is not is bounded by itself."""
+        """Report the bytes of an incomplete body that the app has not read yet. Unparsed data has its own bound."""
         nothing = self._in_head or self._deaf or self.cycle.response_complete
         self._watch.bodies.holds(self, 0 if nothing else self._body - len(self.cycle.body))
 
     def _parse(self) -> None:
-        """Parse what is held, up to where enough requests wait."""
+        """Parse the received data, up to the limit of pipelined requests."""
         data, end = self._held, len(self._held)
         while self._at < end and not self._deaf:
             if self._enough_waits():
@@ -143,7 +143,7 @@ class Protocol(HttpToolsProtocol):
                     self._refuse_head()
                     return
             else:
-                # What is known to be body is parsed at once.
+                # Bytes known to be body content are parsed in one go.
                 until = max(until, min(end, self._at + self._length - self._body))
                 self._framing += until - self._at
                 self._received += until - self._at
@@ -164,7 +164,7 @@ class Protocol(HttpToolsProtocol):
         return len(self.pipeline) >= AHEAD
 
     def _feed(self, data: bytes) -> None:
-        """Parse what came in, and a request that offers an upgrade once more without the offer."""
+        """Parse a slice. A request that offers an upgrade is parsed again without the offer."""
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
@@ -172,7 +172,7 @@ class Protocol(HttpToolsProtocol):
             if head is None:
                 self.send_400_response("CONNECT is not supported: this server is no proxy")
                 return
-            # The parser skips the body of such a request, and what comes after it would be read as a request.
+            # The parser skips the body of such a request; the bytes after it would be read as another request.
             self.parser = httptools.HttpRequestParser(self)
             self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
             self._feed(head)
@@ -191,7 +191,7 @@ class Protocol(HttpToolsProtocol):
             self._length = int(length) if length.isdigit() and len(length) < 18 else 0
             self._due, self._paced, self.pace = now + self._limits.body_timeout, (now, 0), math.inf
             super().on_headers_complete()
-            self.headers = []  # trailers are no headers of the request
+            self.headers = []  # trailers are not headers of the request
         elif (method := self.parser.get_method()) != b"CONNECT":
             line = b" ".join([method, self.url, f"HTTP/{self.parser.get_http_version()}".encode()])
             lines = [line, *(b": ".join(header) for header in _without_upgrade(self.headers))]
@@ -216,7 +216,7 @@ class Protocol(HttpToolsProtocol):
             else:
                 self._since = self.loop.time()
 
-    # Answers
+    # Responding
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._running = cycle
@@ -224,7 +224,7 @@ class Protocol(HttpToolsProtocol):
         super()._start_asgi_task(cycle, app)
 
     def on_response_complete(self) -> None:
-        # Not the parent's, which reads on however many requests wait, and sets a timer for each request.
+        # Not the parent's: it resumes reading regardless of the pipeline, and sets a timer for each request.
         self.server_state.total_requests += 1
         if self.transport.is_closing():
             return
@@ -241,11 +241,11 @@ class Protocol(HttpToolsProtocol):
         self._account()
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse what is no request, in our errors' shape, after the answers to the requests before it."""
+        """Refuse a malformed request with our error body, after the responses to the requests before it."""
         self._refuse(BadHeaderError(msg))
 
     def _refuse_head(self) -> None:
-        """Refuse a request for the length of its head, or of what frames its body."""
+        """Refuse a request because its head, or its body's framing, is too long."""
         limit = f"longer than {MAX_HEAD} bytes"
         if not self._in_head:
             error: Exception = HeadersTooLargeError(f"the body's trailers or extensions of chunks are {limit}")
@@ -263,14 +263,14 @@ class Protocol(HttpToolsProtocol):
         self._refuse(error)
 
     def _refuse(self, error: Exception) -> None:
-        """Answer what comes in with an error, after the answers to the requests before it, and end the connection."""
+        """Answer the incoming request with an error, after earlier responses, and close the connection."""
         self._watch.owes(self, False)
         self._watch.bodies.holds(self, 0)
         self._held, self._at = b"", 0
         if self.transport.is_closing():
             return
         if self._answers_are_due():
-            self.flow.release()  # what still comes is dropped
+            self.flow.release()  # further data is dropped
             return
         running = self._running
         if running is None or running.response_complete or not running.response_started:
@@ -288,14 +288,14 @@ class Protocol(HttpToolsProtocol):
 
     @staticmethod
     def _disconnect(cycle: RequestResponseCycle) -> None:
-        """Tell who answers a request that its client is gone."""
+        """Tell the app that the client of a request has disconnected."""
         cycle.disconnected = True
         cycle.message_event.set()
 
-    # Time
+    # Timeouts
 
     def check(self, now: float) -> None:
-        """End the connection if the client takes too long to send what it owes, or to take what is there for it."""
+        """Disconnect a client that takes too long to send what it owes or to read its response."""
         waiting = self.transport.get_write_buffer_size()
         taken, self._taken, self.unread = self._taken, self._output.written - waiting, waiting
         if not waiting or (waiting <= LITTLE and self._taken > taken):
@@ -314,14 +314,14 @@ class Protocol(HttpToolsProtocol):
 
     @property
     def worth(self) -> float:
-        """Bytes a second of the body that is coming in; 0 while none is."""
+        """Rate of the incoming body in bytes per second; 0 if there is none."""
         if self._in_head:
             return 0
         return self._body if self.pace == math.inf else self.pace
 
     def _check_reading(self, now: float) -> None:
         limits = self._limits
-        if self.flow.read_paused:  # what the client still has to send is not read: it is not to blame
+        if self.flow.read_paused:  # reading is paused: the client is not to blame
             self._since, self._due, self._paced = now, now + limits.body_timeout, (now, self._body)
         elif now - self._paced[0] >= PACE:
             self.pace, self._paced = (self._body - self._paced[1]) / (now - self._paced[0]), (now, self._body)
@@ -342,36 +342,36 @@ class Protocol(HttpToolsProtocol):
             self.transport.close()
 
     def hold_body(self) -> None:
-        """Read nothing more of a body for now."""
+        """Pause reading the body."""
         self.flow.hold("bodies")
 
     def read_body(self) -> None:
-        """Read on."""
+        """Resume reading the body."""
         self.flow.release("bodies")
 
     def end_slow_body(self) -> None:
-        """End the connection for the sake of other bodies, since its own comes more slowly."""
+        """Close the connection because its body arrives too slowly while memory is short."""
         self._reject("slow_request", SlowRequestError("the request's body came too slowly for a server this busy"))
 
     def end_waiting_body(self) -> None:
-        """End the connection, whose body has waited for others for too long."""
+        """Close the connection because its body has been paused for too long."""
         self._reject("bodies", TooManyBodiesError("too many long bodies are being sent: try again later"))
 
     def make_room(self) -> None:
-        """End a connection whose client owes a request, in favour of another's."""
+        """Close the connection, whose client owes a request, in favour of a new one."""
         if self._head or not self._in_head:
             self._refuse(TooManyConnectionsError("too many connections are open (--max-connections): try again later"))
         self.transport.close()
 
     def shutdown(self) -> None:
-        """The server stops: end the connection, after the answers that are due."""
+        """Close the connection on shutdown, after the pending responses."""
         if not self._in_head and self.cycle.more_body and not self.pipeline and not self.cycle.response_started:
             self._refuse(NotServingError("the server is shutting down"))
         else:
             super().shutdown()
 
     def end(self) -> None:
-        """End the connection at once."""
+        """Close the connection immediately."""
         running = self._running
         if self.transport.get_write_buffer_size() or (
             running is not None and not running.response_complete and not running.disconnected
@@ -379,11 +379,11 @@ class Protocol(HttpToolsProtocol):
             self._watch.cut += 1
         self.transport.abort()
 
-    # Clients that go
+    # Disconnecting clients
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """The client sends no more. True keeps the connection until its answers are sent."""
-        if self.scheme == "https" or not self._answers_are_due():  # TLS has no connections that are half closed
+        """Handle the end of the client's sending side. True keeps the connection until its responses are sent."""
+        if self.scheme == "https" or not self._answers_are_due():  # TLS connections cannot be half-closed
             return False
         if self._probing is None:
             self._probe(iter(PROBE_DELAYS))
@@ -399,7 +399,7 @@ class Protocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def _answers_are_due(self) -> bool:
-        """Take nothing more from the client; whether it sent whole requests that have no answer yet."""
+        """Ignore further input. True if complete requests are still to be answered."""
         self._deaf = True
         if self.pipeline and self.pipeline[0][0].more_body:  # the newest, which will never be complete
             self.pipeline.popleft()
@@ -411,7 +411,7 @@ class Protocol(HttpToolsProtocol):
         return True
 
     def _probe(self, delays: Iterator[float]) -> None:
-        """Send a byte of the answer that comes next; where the client is gone, that ends the connection."""
+        """Send one byte of the next response ahead; if the client has disconnected, that closes the connection."""
         cycle = self._running
         if cycle is None or self.transport.is_closing():
             return
@@ -424,19 +424,19 @@ class Protocol(HttpToolsProtocol):
 
 
 class Flow(FlowControl):
-    """Flow control in which whoever reads a body cannot make the connection read on while something holds it."""
+    """Flow control with named holds: the reader of a body cannot resume a connection that is on hold."""
 
     def __init__(self, transport: asyncio.Transport) -> None:
         super().__init__(transport)
         self._holds: set[str] = set()
 
     def hold(self, why: str) -> None:
-        """Read nothing until this is released."""
+        """Pause reading until this reason is released."""
         self._holds.add(why)
         self.pause_reading()
 
     def release(self, *why: str) -> None:
-        """Read on, if nothing else holds the connection; without a reason, whatever holds it."""
+        """Resume reading if no other reason holds the connection. Without an argument, release all of them."""
         if self._holds:
             self._holds = self._holds.difference(why) if why else set()
             self.resume_reading()
@@ -447,10 +447,10 @@ class Flow(FlowControl):
 
 
 class Output:
-    """A transport that counts, and on which the first bytes of the next answer can be sent before the rest is known.
+    """Transport that counts the bytes written, and can send the first bytes of the next response ahead of the rest.
 
     Attributes:
-        written: bytes so far.
+        written: bytes written so far.
     """
 
     def __init__(self, transport: asyncio.Transport) -> None:
@@ -459,7 +459,7 @@ class Output:
         self.written = 0
 
     def begin(self) -> None:
-        """Send one byte more of what every answer begins with."""
+        """Send one more byte of the common beginning of all responses."""
         byte = STATUS_LINE[self._sent : self._sent + 1]
         self._sent += len(byte)
         self.written += len(byte)
@@ -479,7 +479,7 @@ class Output:
 
 
 def _without_upgrade(headers: list[tuple[bytes, bytes]]) -> Iterator[tuple[bytes, bytes]]:
-    """The headers of a request that offers no upgrade."""
+    """Headers of a request without its upgrade offer."""
     for name, value in headers:
         if name in (b"upgrade", b"http2-settings"):
             continue
