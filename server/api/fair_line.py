@@ -1,4 +1,4 @@
-"""Who is next where more wait than can be served, and who has to go where more come than can wait."""
+"""Fair queueing: the order in which waiting requests are served, and which to refuse when the queue is full."""
 
 import asyncio
 from collections.abc import Callable
@@ -10,16 +10,16 @@ from server.engine import Owner
 from server.engine.ledger import Account, Ledger
 
 FEW = 16
-"""Owners who are remembered, beside as many as wait."""
+"""Owners remembered in addition to those that wait."""
 
 
 @dataclass(order=True)
 class Waiter:
-    """One who waits or is served. Ordered as its group's turns are served.
+    """A queued or served request, ordered by its turn within its group.
 
     Attributes:
-        end: what its owner will have had of the group's share by then, in bytes.
-        called: is done when it is served, and raises what it is sent away with.
+        end: bytes of its owner's virtual service at the end of this request, as in weighted fair queueing.
+        called: future that completes when the request is served, or raises if it is refused.
     """
 
     end: int
@@ -31,12 +31,12 @@ class Waiter:
 
 
 class WaiterGroup(Account):
-    """Those of a group.
+    """Queued requests of one group.
 
     Attributes:
-        waiting: a heap.
-        had: bytes that an owner could have had so far who always wanted more.
-        ends: the last turn's end of owners who wait, or have had more than that.
+        waiting: heap of queued requests.
+        had: virtual time of the group: bytes served to an owner that always had requests waiting.
+        ends: for each owner that waits or is ahead of `had`, the `end` of its last request.
     """
 
     def __init__(self, served: int) -> None:
@@ -48,16 +48,15 @@ class WaiterGroup(Account):
 
 
 class FairLine:
-    """Serves groups by turns, and within each its owners, by the bytes that they bring.
+    """Fair queue over groups, and over the owners within each group, by request size in bytes.
 
-    Who brings little is served before those who bring much, whatever these have waiting. Where the line is full, the
-    group that takes most of it gives way to one that takes less, and within a group the turn that would be served last.
-    Belongs to the event loop's thread.
+    An owner with few bytes is served before one with many, however much the latter has waiting. When the queue is full,
+    the group with the most requests loses the one that would be served last. Use from the event loop's thread only.
 
     Args:
-        at_once: those who are served together.
-        most: those who may be there altogether.
-        full: makes what one is told who is sent away.
+        at_once: number of requests served concurrently.
+        most: maximum number of requests, queued and being served.
+        full: makes the exception for a refused request.
     """
 
     def __init__(self, at_once: int, most: int, full: Callable[[], Exception]) -> None:
@@ -69,7 +68,7 @@ class FairLine:
         self.inside = 0
 
     async def enter(self, owner: Owner, size: int) -> Waiter:
-        """Wait to be served; to be left afterwards. Raises what `full` makes."""
+        """Wait for service. Call `leave` afterwards. Raises the exception made by `full`."""
         group = self._groups.enter(owner.group)
         end = max(group.had, group.ends.get(owner.name, 0)) + size
         turn = Waiter(end, next(self._number), size, owner, asyncio.get_running_loop().create_future())
@@ -82,7 +81,7 @@ class FairLine:
         self._call()
         try:
             await turn.called
-        except BaseException:  # sent away, or the one who waits was ended
+        except BaseException:  # refused, or the waiting task was cancelled
             if turn.served:
                 self.leave(turn)
             elif turn in group.waiting:
@@ -91,7 +90,7 @@ class FairLine:
         return turn
 
     def leave(self, turn: Waiter) -> None:
-        """Make room for the next one, having been served."""
+        """Release a served request's place for the next one."""
         self._free += 1
         self._gone(turn)
         self._call()
@@ -105,7 +104,7 @@ class FairLine:
             turn = heappop(group.waiting)
             group.served += turn.size
             group.had += -(-turn.size // max(1, len(group.ends)))
-            if len(group.ends) > 2 * len(group.waiting) + FEW:  # who has had no more is as one who was never there
+            if len(group.ends) > 2 * len(group.waiting) + FEW:  # an owner that is not ahead needs no entry
                 group.ends = {name: end for name, end in group.ends.items() if end > group.had}
             self._free -= 1
             turn.served = True

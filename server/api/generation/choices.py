@@ -1,4 +1,4 @@
-"""A generation as one choice of an answer: its events become pieces of text."""
+"""A choice of a response: turns the events of one generation into pieces of text."""
 
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
@@ -17,12 +17,12 @@ from server.engine.stream import EventStream
 from server.models.text.codec import TextCodec
 
 NO_CHANCE = -9999.0
-"""The log probability that stands for one which is too low to tell."""
+"""Log probability reported in place of values that are too low."""
 
 
 @dataclass(frozen=True)
 class Token:
-    """A token of the text, and the log probability that it was committed with."""
+    """A token of the text with the log probability it was committed with."""
 
     part: TokenText
     logprob: float
@@ -30,7 +30,7 @@ class Token:
 
 @dataclass(frozen=True)
 class TextDelta:
-    """What became certain of a choice. `tokens` and `passes` are there where they were asked for."""
+    """New final output of a choice. `tokens` and `passes` are set if requested."""
 
     text: str = ""
     tokens: list[Token] = field(default_factory=list)
@@ -39,16 +39,16 @@ class TextDelta:
 
 
 class Choice:
-    """Follows one generation.
+    """Output of one generation.
 
     Args:
-        index: place in the answer.
-        prompt: which of the request's prompts it continues.
-        stops: texts before which it ends.
-        logprobs, trajectory: whether to tell tokens and forward passes too.
+        index: position in the response.
+        prompt: index of the request's prompt.
+        stops: stop strings.
+        logprobs, trajectory: also report tokens and forward passes.
 
     Attributes:
-        completion_tokens, forwards: what the engine has counted so far.
+        completion_tokens, forwards: the engine's counts so far.
     """
 
     def __init__(
@@ -73,16 +73,16 @@ class Choice:
         self._logprobs = logprobs
         self._trajectory = trajectory
         self._logs: dict[int, float] = {}  # by position
-        self._tokens: list[Token] = []  # whose text has not been told yet
-        self._positions = 0  # tokens whose text is known
-        self._told = 0  # characters that were told
+        self._tokens: list[Token] = []  # tokens whose text is not reported yet
+        self._positions = 0  # tokens with known text
+        self._told = 0  # characters reported
 
     def cancel(self) -> None:
-        """End the generation, if it has not ended."""
+        """Cancel the generation, if it still runs."""
         self._stream.cancel()
 
     async def pieces(self) -> AsyncIterator[TextDelta]:
-        """What becomes certain, as it does. Raises GenerationFailedError."""
+        """Yield pieces as they become final. Raises GenerationFailedError."""
         async for event in self._stream:
             yield self._finished(event) if isinstance(event, Finished) else self._committed(event)
 
@@ -116,7 +116,7 @@ class Choice:
             self._positions += 1
 
     def _tell(self, text: str, last: bool = False) -> list[Token]:
-        """The tokens that begin in the text that is told now; at the end also those without a text."""
+        """Tokens that begin in the newly reported text; at the end also those without text."""
         self._told += len(text)
         told = [token for token in self._tokens if last or token.part.start < self._told]
         self._tokens = self._tokens[len(told) :]
@@ -139,7 +139,7 @@ class Choice:
 
 @contextmanager
 def cancelling(choices: Sequence[Choice]) -> Iterator[None]:
-    """Whatever happens inside: no generation outlives it."""
+    """Cancel all generations when the block is left, by an exception or otherwise."""
     try:
         yield
     finally:
@@ -150,9 +150,9 @@ def cancelling(choices: Sequence[Choice]) -> Iterator[None]:
 async def follow(
     choices: Sequence[Choice], receive: Receive, consume: Callable[[Choice, TextDelta], Awaitable[None]]
 ) -> None:
-    """Hand over the pieces of all choices as they come.
+    """Pass the pieces of all choices to `consume` as they come.
 
-    Raises GenerationFailedError when one of them fails, ClientDisconnect when the client goes.
+    Raises GenerationFailedError if a choice fails, ClientDisconnect if the client disconnects.
     """
     ended: list[Exception] = []
     async with anyio.create_task_group() as watching:

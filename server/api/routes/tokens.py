@@ -1,4 +1,4 @@
-"""`/tokenize` and `/detokenize`, in vLLM's shapes."""
+"""`/tokenize` and `/detokenize`, in vLLM's formats."""
 
 from functools import partial
 
@@ -17,7 +17,7 @@ from server.engine.engine import CONTEXT_LENGTH_EXCEEDED
 from server.models.text.codec import TextTooLongError
 
 COUNTED = 2 << 20
-"""Bytes of a body whose text is tokenized even where it cannot fit the context."""
+"""Bytes of the largest body whose text is tokenized even if it cannot fit the context."""
 
 
 def add_routes(app: FastAPI, serving: Serving) -> None:
@@ -58,7 +58,7 @@ def add_routes(app: FastAPI, serving: Serving) -> None:
 
 
 def _tokenized(serving: Serving, body: TokenizeBody, is_long: bool) -> Response:
-    """The tokens; of a long text only if it can fit the context. Raises RequestError."""
+    """Tokens of a body; a long text only if it can fit the context. Raises RequestError."""
     try:
         tokens = _encode(serving, body, serving.engine.info.max_length if is_long else None)
     except TextTooLongError as error:
@@ -70,7 +70,7 @@ def _tokenized(serving: Serving, body: TokenizeBody, is_long: bool) -> Response:
         raise RequestError(field, message, CONTEXT_LENGTH_EXCEEDED) from None
     strings = [serving.text.token_name(token) for token in tokens] if body.return_token_strs else None
     limit = serving.engine.info.max_length
-    # Millions of tokens that we made ourselves are not validated again, with the interpreter's lock held.
+    # Skip validation of our own tokens: millions of them would hold the interpreter lock.
     return json_response(
         Tokens.model_construct(count=len(tokens), max_model_len=limit, tokens=tokens, token_strs=strings)
     )
