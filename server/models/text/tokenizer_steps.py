@@ -1,4 +1,4 @@
-"""What the steps of a tokenizer around its model may make of a text: a bound on each, before the first text is read."""
+"""Bounds on the expansion of a text by a tokenizer's steps around its model, checked before any text is encoded."""
 
 import json
 import math
@@ -12,27 +12,27 @@ from tokenizers import Tokenizer
 from server.models.files import ModelError
 
 MOST_GROWTH = 256
-"""Characters that the steps before a tokenizer's model, or those after it, may make of one. The usual ones make 3."""
+"""Characters that the steps before a tokenizer's model, or after it, may make of one. Usual: up to 3."""
 MOST_AROUND = 1024
-"""Tokens that may be put around a text. Usual are 2."""
+"""Tokens that may be added around a text. Usual: 2."""
 MOST_STEPS = 64
-"""Steps of one kind. Usual are up to 10."""
+"""Steps of one kind. Usual: up to 10."""
 MOST_STATE = 8 << 20
-"""Characters that say what the steps of one kind do. Tables of characters have up to half a million."""
+"""Characters of the description of the steps of one kind. Character maps have up to half a million."""
 MOST_ADDED = 65_536
-"""Tokens added to the vocabulary. Models of text have up to some thousands; those of pictures have more of them."""
+"""Tokens added to the vocabulary. Text models have up to some thousands, multimodal models more."""
 
 LISTS = ("normalizers", "pretokenizers", "processors", "decoders")
 GROWTH = {"ByteLevel": 5, "NFKC": 18, "NFKD": 18, "NFC": 3, "NFD": 4, "Lowercase": 2, "BertNormalizer": 12}
-"""Characters that a step makes of one, where that is not told by its settings: of a byte, of a ligature, and so on.
+"""Maximum characters that a step makes of one, where its settings do not tell: of a byte, of a ligature, and so on.
 
-`ByteLevel` may put a space in front of each piece.
+`ByteLevel` may also put a space in front of each piece.
 """
 BEFORE, AFTER = ("normalizer", "pre_tokenizer"), "decoder"
 
 
 def check_steps(tokenizer: Tokenizer, path: Path) -> None:
-    """Raise ModelError for a tokenizer whose steps make very much of a text, which this does not try."""
+    """Raise ModelError for a tokenizer whose steps could expand a text too much. Does not run them."""
     steps = {kind: _steps(tokenizer, kind, path) for kind in (*BEFORE, "post_processor", AFTER)}
     for kinds in (BEFORE, (AFTER,)):
         growth = math.prod(_growth(step) for kind in kinds for step in steps[kind])
@@ -52,7 +52,7 @@ def check_steps(tokenizer: Tokenizer, path: Path) -> None:
 
 
 def _steps(tokenizer: Tokenizer, kind: str, path: Path) -> list[dict[str, Any]]:
-    """The single steps of a kind, in order. Raises ModelError."""
+    """Steps of a kind, flattened, in order. Raises ModelError."""
     if getattr(tokenizer, kind) is None:
         return []
     state = getattr(tokenizer, kind).__getstate__()
@@ -74,10 +74,10 @@ def _flat(step: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _growth(step: dict[str, Any]) -> int:
-    """Characters that a step may make of one."""
+    """Maximum number of characters that a step makes of one."""
     kind = step["type"]
     if kind == "Replace":
-        # A text is found where it is; a pattern may be found between all characters too.
+        # A literal text matches itself only; a regular expression may match between all characters too.
         found = len(step["pattern"].get("String", ""))
         return math.ceil(len(step["content"]) / found) or 1 if found else 1 + len(step["content"])
     if kind in ("Prepend", "Metaspace"):
@@ -88,12 +88,12 @@ def _growth(step: dict[str, Any]) -> int:
 
 
 def _longest(table: bytes) -> int:
-    """Bytes of the longest text in a table of replacements: the length of its index, that, texts that end with 0."""
+    """Bytes of the longest replacement in a map, whose format is: length of the index, index, texts ending in 0."""
     return max(map(len, table[4 + int.from_bytes(table[:4], "little") :].split(b"\0")), default=1) or 1
 
 
 def _around(step: dict[str, Any]) -> tuple[int, int]:
-    """How many tokens a post-processor puts around a text, and how often the text is there."""
+    """Number of tokens that a post-processor adds to a text, and how often it includes the text."""
     if step["type"] != "TemplateProcessing":
         return 2, 1  # or none
     ids = {name: len(token["ids"]) for name, token in step["special_tokens"].items()}
