@@ -79,7 +79,7 @@ class DrainingServer(uvicorn.Server):
         watch = ConnectionWatch(limits, engine.metrics.rejected)
         config = uvicorn.Config(
             app,
-            http=partial(Protocol, watch=watch),  # any factory of protocols will do
+            http=partial(Protocol, watch=watch),  # type: ignore[arg-type] # any factory of protocols will do
             ws="none",
             lifespan="off",
             log_config=None,
