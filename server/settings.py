@@ -18,13 +18,13 @@ from pydantic_settings import (
 from policies.files.regular import read_text
 
 PREFIX = "UNMASK_"
-MOST_FILE_BYTES = 1 << 20
-MOST_TOKENS, MOST_SECONDS = 2**31 - 1, 10_000_000.0
+MAX_FILE_BYTES = 1 << 20
+MAX_TOKENS, MAX_SECONDS = 2**31 - 1, 10_000_000.0
 """Upper bounds of counts and durations: beyond any sensible value, within what the operating system can represent."""
-MOST_SAID = 200
+MAX_QUOTED = 200
 """Characters of a wrong value that an error message repeats."""
-MOST_THREADS = 1024
-MOST = 10**12
+MAX_THREADS = 1024
+MAX_KEY_LIMIT = 10**12
 """Upper bound of every per-key limit."""
 THREADS = "Processor threads that compute."
 THREADS_DEFAULT = "Default: one a core, within a container's limit."
@@ -45,7 +45,7 @@ def _split(value: Any) -> Any:
     return value.split(",") if isinstance(value, str) else value
 
 
-SPACE = " \t\n\r\f\v"
+HTTP_WHITESPACE = " \t\n\r\f\v"
 """White space as HTTP defines it. Clients' keys are stripped of it too."""
 
 
@@ -57,7 +57,7 @@ def _split_keys(value: Any) -> Any:
 
     A value without any key is an error: a variable meant to hold a secret, but empty, must not leave the server open.
     """
-    keys = [key for key in _split(value) if key.strip(SPACE)] if isinstance(value, str) else value
+    keys = [key for key in _split(value) if key.strip(HTTP_WHITESPACE)] if isinstance(value, str) else value
     if keys == []:
         raise ValueError(NO_KEY)
     return keys
@@ -69,11 +69,11 @@ def _key(value: Any) -> Any:
         return value
     if not any(character.isprintable() and not character.isspace() for character in value):
         raise ValueError(NO_KEY)
-    return value.strip(SPACE)
+    return value.strip(HTTP_WHITESPACE)
 
 
 Key = Annotated[SecretStr, BeforeValidator(_key)]
-KEYS = ("api_key", "admin_key")
+KEY_FIELDS = ("api_key", "admin_key")
 """Fields that hold keys for authorization."""
 
 
@@ -83,7 +83,7 @@ def name_and_folder(value: Any) -> Any:
         return value
     name, equals, folder = value.partition("=")
     if not (name and equals and folder):
-        raise ValueError(f"{value[:MOST_SAID]!r} is not NAME=DIR")
+        raise ValueError(f"{value[:MAX_QUOTED]!r} is not NAME=DIR")
     return name, folder
 
 
@@ -92,9 +92,9 @@ class KeyLimit(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    rows: int | None = Field(None, ge=1, le=MOST)
-    queued: int | None = Field(None, ge=0, le=MOST)
-    tokens_per_minute: int | None = Field(None, ge=1, le=MOST)
+    rows: int | None = Field(None, ge=1, le=MAX_KEY_LIMIT)
+    queued: int | None = Field(None, ge=0, le=MAX_KEY_LIMIT)
+    tokens_per_minute: int | None = Field(None, ge=1, le=MAX_KEY_LIMIT)
 
 
 def _key_limit(value: Any) -> Any:
@@ -106,7 +106,7 @@ def _key_limit(value: Any) -> Any:
             name, equals, number = (text.strip() for text in part.partition("="))
             if not equals or name in parts:
                 raise ValueError("write each limit once, as NAME=NUMBER, with commas between them")
-            parts[name] = int(number) if len(number) <= len(str(MOST)) and number.isdecimal() else number
+            parts[name] = int(number) if len(number) <= len(str(MAX_KEY_LIMIT)) and number.isdecimal() else number
     if not isinstance(parts, dict):
         return value
     if unknown := parts.keys() - KeyLimit.model_fields.keys():
@@ -115,8 +115,8 @@ def _key_limit(value: Any) -> Any:
         raise ValueError("there is no limit in it")
     for name, number in parts.items():
         least = 0 if name == "queued" else 1
-        if not isinstance(number, int) or isinstance(number, bool) or not least <= number <= MOST:
-            raise ValueError(f"{name} must be a whole number from {least} to {MOST}")
+        if not isinstance(number, int) or isinstance(number, bool) or not least <= number <= MAX_KEY_LIMIT:
+            raise ValueError(f"{name} must be a whole number from {least} to {MAX_KEY_LIMIT}")
     return KeyLimit(**parts)
 
 
@@ -147,20 +147,20 @@ class Settings(BaseSettings):
     )
     device: str = Field("auto", description="cpu, cuda, cuda:N, or auto: a GPU if there is one.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="Number type of the weights.")
-    threads: int | None = Field(None, ge=1, le=MOST_THREADS, description=f"{THREADS} {THREADS_DEFAULT}")
+    threads: int | None = Field(None, ge=1, le=MAX_THREADS, description=f"{THREADS} {THREADS_DEFAULT}")
     cache: Literal["none", "prefix", "dual"] | None = Field(
         None,
         description="What is kept of a block's first step, where a request does not say: none; prefix, all before the "
         "block; dual, all but the block. Default: what is exact, prefix for a block-causal model and none for others.",
     )
     max_model_len: int | None = Field(
-        None, ge=2, le=MOST_TOKENS, description="Longest canvas, prompt included, in tokens."
+        None, ge=2, le=MAX_TOKENS, description="Longest canvas, prompt included, in tokens."
     )
     max_batch: int = Field(16, ge=1, le=65536, description="Generations that share a forward pass.")
     max_batch_tokens: int = Field(
         8192,
         ge=2,
-        le=MOST_TOKENS,
+        le=MAX_TOKENS,
         description="Tokens of one forward pass over all its rows; what does not fit takes turns. "
         "No canvas can be longer.",
     )
@@ -204,7 +204,7 @@ class Settings(BaseSettings):
     )
     metrics_open: bool = Field(False, description="Serve /metrics without a key.")
     max_body_bytes: int = Field(
-        4 * 1024 * 1024, ge=1, le=MOST_TOKENS, description="Longest request body; longer ones get 413."
+        4 * 1024 * 1024, ge=1, le=MAX_TOKENS, description="Longest request body; longer ones get 413."
     )
     key_limit: Annotated[KeyLimit | None, NoDecode, BeforeValidator(_key_limit)] = Field(
         None,
@@ -216,21 +216,21 @@ class Settings(BaseSettings):
     max_work: int | None = Field(
         None,
         ge=1,
-        le=MOST,
+        le=MAX_KEY_LIMIT,
         description="Tokens that forwards may have to compute for one request: of each of its generations, forward "
         "passes at most, times canvas. More is answered 400. Default: no limit.",
     )
     request_timeout: float = Field(
         600.0,
         ge=0,
-        le=MOST_SECONDS,
+        le=MAX_SECONDS,
         description="Seconds from its arrival in the queue after which a request, waiting or running, is ended and "
         "answered 504; 0: never.",
     )
     drain_timeout: float = Field(
         60.0,
         ge=0,
-        le=MOST_SECONDS,
+        le=MAX_SECONDS,
         description="Seconds that running requests get to finish when the server is asked to stop.",
     )
     max_connections: int | None = Field(
@@ -243,26 +243,26 @@ class Settings(BaseSettings):
     header_timeout: float = Field(
         10.0,
         gt=0,
-        le=MOST_SECONDS,
+        le=MAX_SECONDS,
         description="Seconds in which a connection's first request, or the head of one that began, must come.",
     )
     body_timeout: float = Field(
         30.0,
         gt=0,
-        le=MOST_SECONDS,
+        le=MAX_SECONDS,
         description="Seconds in which a request's body must come, or 4096 bytes of it for each.",
     )
     write_timeout: float = Field(
         30.0,
         gt=0,
-        le=MOST_SECONDS,
+        le=MAX_SECONDS,
         description="Seconds after which a client that takes nothing of its answer is cut off, or of a long one less "
         "than 4096 bytes for each.",
     )
     keep_alive: float = Field(
         75.0,
         gt=0,
-        le=MOST_SECONDS,
+        le=MAX_SECONDS,
         description="Seconds that a connection may idle between requests; "
         "more than the clients and proxies before the server keep one in their pools.",
     )
@@ -303,20 +303,20 @@ def load_settings(flags: dict[str, Any], config: Path | None = None) -> Settings
         return Sourced(**flags)
     except ValidationError as error:
         first = error.errors()[0]
-        name = str(first["loc"][0])[:MOST_SAID]
+        name = str(first["loc"][0])[:MAX_QUOTED]
         message = first["msg"].removeprefix("Value error, ")
-        if name in KEYS:
+        if name in KEY_FIELDS:
             raise WrongSettingError(_where(name, flags, config), message) from None
         given = json.dumps(first["input"], default=str)
-        if len(given) > MOST_SAID:
-            given = f"{given[:MOST_SAID]}..."
+        if len(given) > MAX_QUOTED:
+            given = f"{given[:MAX_QUOTED]}..."
         raise WrongSettingError(_where(name, flags, config), f"{message} (got {given})") from None
 
 
 def _empty_keys() -> dict[str, str]:
     """Key fields whose variables are set but empty, which pydantic would ignore; validation refuses these values."""
     empty = {name.upper() for name, value in os.environ.items() if not value}
-    return {name: "" for name in KEYS if f"{PREFIX}{name.upper()}" in empty}
+    return {name: "" for name in KEY_FIELDS if f"{PREFIX}{name.upper()}" in empty}
 
 
 def _where(name: str, flags: dict[str, Any], config: Path | None) -> str:
@@ -329,7 +329,7 @@ def _where(name: str, flags: dict[str, Any], config: Path | None) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(read_text(path, MOST_FILE_BYTES))
+        return tomllib.loads(read_text(path, MAX_FILE_BYTES))
     except OSError as error:
         raise WrongSettingError("--config", f"{path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:

@@ -9,7 +9,7 @@ from itertools import count
 from server.engine import Owner
 from server.engine.ledger import Account, Ledger
 
-FEW = 16
+MIN_REMEMBERED = 16
 """Owners remembered in addition to those that wait."""
 
 
@@ -19,14 +19,14 @@ class Waiter:
 
     Attributes:
         end: bytes of its owner's virtual service at the end of this request, as in weighted fair queueing.
-        called: future that completes when the request is served, or raises if it is refused.
+        admission: future that completes when the request is served, or raises if it is refused.
     """
 
     end: int
     number: int
     size: int = field(compare=False)
     owner: Owner = field(compare=False)
-    called: "asyncio.Future[None]" = field(compare=False)
+    admission: "asyncio.Future[None]" = field(compare=False)
     served: bool = field(default=False, compare=False)
 
 
@@ -35,15 +35,15 @@ class WaiterGroup(Account):
 
     Attributes:
         waiting: heap of queued requests.
-        had: virtual time of the group: bytes served to an owner that always had requests waiting.
-        ends: for each owner that waits or is ahead of `had`, the `end` of its last request.
+        virtual_time: virtual time of the group: bytes served to an owner that always virtual_time requests waiting.
+        ends: for each owner that waits or is ahead of `virtual_time`, the `end` of its last request.
     """
 
     def __init__(self, served: int) -> None:
         super().__init__(served)
         self.waiting: list[Waiter] = []
         self.inside = 0
-        self.had = 0
+        self.virtual_time = 0
         self.ends: dict[str, int] = {}
 
 
@@ -70,17 +70,17 @@ class FairLine:
     async def enter(self, owner: Owner, size: int) -> Waiter:
         """Wait for service. Call `leave` afterwards. Raises the exception made by `full`."""
         group = self._groups.enter(owner.group)
-        end = max(group.had, group.ends.get(owner.name, 0)) + size
+        end = max(group.virtual_time, group.ends.get(owner.name, 0)) + size
         turn = Waiter(end, next(self._number), size, owner, asyncio.get_running_loop().create_future())
         group.ends[owner.name] = end
         group.inside += 1
         self.inside += 1
         heappush(group.waiting, turn)
         if self.inside > self._most:
-            self._send_away(group)
-        self._call()
+            self._refuse_last(group)
+        self._serve_next()
         try:
-            await turn.called
+            await turn.admission
         except BaseException:  # refused, or the waiting task was cancelled
             if turn.served:
                 self.leave(turn)
@@ -92,10 +92,10 @@ class FairLine:
     def leave(self, turn: Waiter) -> None:
         """Release a served request's place for the next one."""
         self._free += 1
-        self._gone(turn)
-        self._call()
+        self._leave_group(turn)
+        self._serve_next()
 
-    def _call(self) -> None:
+    def _serve_next(self) -> None:
         while self._free:
             groups = [each for each in self._groups.accounts.values() if each.waiting]
             if not groups:
@@ -103,20 +103,20 @@ class FairLine:
             group = min(groups, key=lambda each: each.served + each.waiting[0].size)
             turn = heappop(group.waiting)
             group.served += turn.size
-            group.had += -(-turn.size // max(1, len(group.ends)))
-            if len(group.ends) > 2 * len(group.waiting) + FEW:  # an owner that is not ahead needs no entry
-                group.ends = {name: end for name, end in group.ends.items() if end > group.had}
+            group.virtual_time += -(-turn.size // max(1, len(group.ends)))
+            if len(group.ends) > 2 * len(group.waiting) + MIN_REMEMBERED:  # an owner that is not ahead needs no entry
+                group.ends = {name: end for name, end in group.ends.items() if end > group.virtual_time}
             self._free -= 1
             turn.served = True
-            if not turn.called.done():
-                turn.called.set_result(None)
+            if not turn.admission.done():
+                turn.admission.set_result(None)
 
-    def _send_away(self, newest: WaiterGroup) -> None:
+    def _refuse_last(self, newest: WaiterGroup) -> None:
         groups = [each for each in self._groups.accounts.values() if each.waiting]
         largest = max(groups, key=lambda each: (each.inside, each is newest))
         turn = max(largest.waiting)
         self._remove(turn)
-        turn.called.set_exception(self._full())
+        turn.admission.set_exception(self._full())
 
     def _remove(self, turn: Waiter) -> None:
         group = self._groups.accounts[turn.owner.group]
@@ -124,9 +124,9 @@ class FairLine:
         heapify(group.waiting)
         if group.ends.get(turn.owner.name) == turn.end:
             group.ends[turn.owner.name] = turn.end - turn.size
-        self._gone(turn)
+        self._leave_group(turn)
 
-    def _gone(self, turn: Waiter) -> None:
+    def _leave_group(self, turn: Waiter) -> None:
         group = self._groups.accounts[turn.owner.group]
         group.inside -= 1
         self.inside -= 1

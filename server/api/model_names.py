@@ -28,9 +28,9 @@ from server.settings import Settings
 
 log = structlog.get_logger(__name__)
 
-MOST_STATED = 16 * 1024
+MAX_STATED = 16 * 1024
 """Bytes of sampler parameters that a response repeats, once for each choice."""
-MOST_NAME = 65
+MAX_NAME = 65
 """Characters of a sampler's name that are looked at, one more than a valid name has."""
 
 
@@ -43,7 +43,7 @@ class SamplerChoice(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Wish:
+class SamplerRequest:
     """Sampler asked for by a request, before any of the sampler's own code has run.
 
     Attributes:
@@ -128,7 +128,7 @@ class ModelNames:
             return suffix, None
         raise NotFoundError("model", f"model {show(model)} is not served here: use {self.name!r}", "model_not_found")
 
-    def choose(self, body: GenerationBody) -> Wish:
+    def choose(self, body: GenerationBody) -> SamplerRequest:
         """Determine the sampler and parameters that a request asks for. Raises NotFoundError, RequestError.
 
         The sampler is named by the model's suffix, by `sampler` or by `vllm_xargs.sampler`; several must agree.
@@ -150,9 +150,9 @@ class ModelNames:
         if name is not None:
             _sampler(name, "sampler" if body.sampler is not None else "vllm_xargs.sampler")
             given = given or {}
-        return Wish(name or self._default.name, where, given, policy)
+        return SamplerRequest(name or self._default.name, where, given, policy)
 
-    def sampler_choice(self, wish: Wish) -> SamplerChoice:
+    def sampler_choice(self, wish: SamplerRequest) -> SamplerChoice:
         """Resolve a request's sampler. Runs the sampler's own validation, which may take any time.
 
         Raises RequestError, SamplerError.
@@ -230,8 +230,8 @@ def stated(sampler: Sampler, params: SamplerParams) -> dict[str, Any]:
         found: object = params.model_dump(mode="json")
         if not isinstance(found, dict):
             raise TypeError("its parameters are no object")
-        if len(to_json(found)) > MOST_STATED:
-            raise ContractError(f"its parameters are more than {MOST_STATED} bytes")
+        if len(to_json(found)) > MAX_STATED:
+            raise ContractError(f"its parameters are more than {MAX_STATED} bytes")
         return found
 
     return told(sampler, dump)
@@ -250,6 +250,6 @@ def _agreed(given: dict[str, Any]) -> tuple[str, Any]:
 
 def _sampler(name: str, field: str) -> Sampler:
     try:
-        return get_sampler(name[:MOST_NAME])
+        return get_sampler(name[:MAX_NAME])
     except UnknownSamplerError as error:
         raise RequestError(field, str(error), "unknown_sampler") from None

@@ -14,9 +14,9 @@ from server.runtime.processors import allowed
 
 LONG = 64 * 1024
 """Bytes from which on a body counts as long."""
-LONG_THREADS, MOST_LONG = max(1, min(4, len(allowed()) // 2)), 64
+LONG_THREADS, MAX_LONG = max(1, min(4, len(allowed()) // 2)), 64
 """Long bodies processed concurrently, and their maximum number including queued ones."""
-SHORT_THREADS, MOST_SHORT = 4, 2048
+SHORT_THREADS, MAX_SHORT = 4, 2048
 """The same for short bodies."""
 ANSWER_THREADS = 2
 """Responses assembled concurrently."""
@@ -57,8 +57,8 @@ class TextThreads:
             (kind, long): _Lane(f"{kind}-{name}", threads, most, self._full)
             for kind in Work
             for long, name, threads, most in (
-                (False, "short", SHORT_THREADS, MOST_SHORT),
-                (True, "long", LONG_THREADS, MOST_LONG),
+                (False, "short", SHORT_THREADS, MAX_SHORT),
+                (True, "long", LONG_THREADS, MAX_LONG),
             )
         }
         self._answers = ThreadPoolExecutor(ANSWER_THREADS, "text-answers")

@@ -71,12 +71,12 @@ def _tell(results: "Iterable[Result]", json: Path | None) -> None:
     """Print the machine and each result as it comes, and write all of them to the file."""
     from server.bench.machine import in_words, machine
     from server.bench.results import write_results
-    from server.runtime.waiting import CALM, PERIOD
+    from server.runtime.waiting import CALM_READINGS, READING_PERIOD
 
     measured_on = machine()
     typer.echo(in_words(measured_on))
     # Reading the CPU's features took another process, next to which idle threads sleep. Wait until they spin again.
-    time.sleep((CALM + 2) * PERIOD)
+    time.sleep((CALM_READINGS + 2) * READING_PERIOD)
     found: list[Result] = []
     with progress_console().status("measuring"):
         for result in results:

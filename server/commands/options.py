@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 import typer
 from rich.console import Console
 
-from server.settings import MOST_THREADS, THREADS, THREADS_DEFAULT, name_and_folder
+from server.settings import MAX_THREADS, THREADS, THREADS_DEFAULT, name_and_folder
 
 if TYPE_CHECKING:
     from policies.model_under_test import ModelUnderTest
@@ -50,8 +50,8 @@ Cache = Annotated[
         "is exact, prefix for a block-causal model and none for others.",
     ),
 ]
-Threads = Annotated[int | None, typer.Option("--threads", min=1, max=MOST_THREADS, help=f"{THREADS} {THREADS_DEFAULT}")]
-TrainingThreads = Annotated[int, typer.Option("--threads", min=1, max=MOST_THREADS, help=THREADS)]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, max=MAX_THREADS, help=f"{THREADS} {THREADS_DEFAULT}")]
+TrainingThreads = Annotated[int, typer.Option("--threads", min=1, max=MAX_THREADS, help=THREADS)]
 
 
 def fail(message: object) -> NoReturn:

@@ -10,21 +10,21 @@ from typing import Protocol
 
 import structlog
 
-from server.http.incoming import Bodies, Sender
+from server.http.incoming import IncomingBodies, Sender
 
 log = structlog.get_logger(__name__)
 
-MOST_CONNECTIONS = 1024
+DEFAULT_CONNECTIONS = 1024
 """Default maximum of connections, if the limit on open files allows it."""
-RESERVE = 64
+RESERVED_DESCRIPTORS = 64
 """Free file descriptors reserved for the server's own files: models, policies, /proc."""
-MOST_UNREAD = 256 << 20
+MAX_UNREAD = 256 << 20
 """Bytes of unread responses allowed over all connections."""
-LITTLE = 64 * 1024
+SMALL_RESPONSE = 64 * 1024
 """Bytes of an unread response that a client may take at any speed."""
-SLOW = 2.0
+MAX_READ_LAG = 2.0
 """Seconds behind the minimum rate after which a slow reader may be disconnected to free memory."""
-PERIOD = 0.25
+CHECK_PERIOD = 0.25
 """Seconds between two checks of all connections."""
 
 
@@ -32,11 +32,11 @@ class TooFewDescriptorsError(Exception):
     """The limit on open files leaves too few descriptors for connections."""
 
 
-class Watched(Sender, Protocol):
+class MonitoredConnection(Sender, Protocol):
     """Interface of a connection that `ConnectionWatch` monitors.
 
     Attributes:
-        worth: rate at which an incoming body arrives, in bytes per second; 0 if none is incoming.
+        body_rate: rate at which an incoming body arrives, in bytes per second; 0 if none is incoming.
         unread: bytes of responses that the client has not read yet.
         taken_at: time up to which the client has kept up with the minimum rate.
     """
@@ -45,7 +45,7 @@ class Watched(Sender, Protocol):
     taken_at: float
 
     @property
-    def worth(self) -> float: ...
+    def body_rate(self) -> float: ...
 
     def check(self, now: float) -> None:
         """Disconnect the client if it has kept the server waiting for too long."""
@@ -73,7 +73,7 @@ class ConnectionLimits:
     body_timeout: float = 30.0
     write_timeout: float = 30.0
     keep_alive: float = 75.0
-    connections: int = MOST_CONNECTIONS
+    connections: int = DEFAULT_CONNECTIONS
 
 
 @dataclass(eq=False)
@@ -90,12 +90,12 @@ class ConnectionWatch:
 
     limits: ConnectionLimits
     rejected: Callable[[str], None]
-    open: set[Watched] = field(default_factory=set)
-    owing: dict[Watched, None] = field(default_factory=dict)
-    bodies: Bodies = field(default_factory=Bodies)
+    open: set[MonitoredConnection] = field(default_factory=set)
+    owing: dict[MonitoredConnection, None] = field(default_factory=dict)
+    bodies: IncomingBodies = field(default_factory=IncomingBodies)
     cut: int = 0
 
-    def welcome(self, connection: Watched) -> bool:
+    def admit(self, connection: MonitoredConnection) -> bool:
         """Register a new connection. False if there is no room for it.
 
         A full server evicts the client that has owed a request longest. One whose body is arriving is evicted only if
@@ -106,33 +106,33 @@ class ConnectionWatch:
             self.rejected("connections")
             if not self.owing:
                 return False
-            least = min(self.owing, key=lambda connection: connection.worth)
-            self.owes(least, False)
+            least = min(self.owing, key=lambda connection: connection.body_rate)
+            self.set_owing(least, False)
             least.make_room()
-        self.owes(connection, True)
+        self.set_owing(connection, True)
         return True
 
-    def owes(self, connection: Watched, owes: bool) -> None:
+    def set_owing(self, connection: MonitoredConnection, owes: bool) -> None:
         """Note that a client owes a request or the rest of one, or owes nothing any more."""
         if owes:
             self.owing[connection] = None
         else:
             self.owing.pop(connection, None)
 
-    def gone(self, connection: Watched) -> None:
+    def remove(self, connection: MonitoredConnection) -> None:
         """Unregister a closed connection."""
         self.open.discard(connection)
         self.owing.pop(connection, None)
-        self.bodies.holds(connection, 0)
+        self.bodies.set_held(connection, 0)
 
     async def run(self) -> None:
         """Check all connections periodically. One shared timer costs a request nothing."""
         loop = asyncio.get_running_loop()
         while True:
-            await asyncio.sleep(PERIOD)
+            await asyncio.sleep(CHECK_PERIOD)
             now = loop.time()
             looks: list[Callable[[float], None]] = [connection.check for connection in self.open]
-            looks += [partial(self.bodies.look, patience=self.limits.body_timeout), self._end_unread]
+            looks += [partial(self.bodies.check, patience=self.limits.body_timeout), self._end_unread]
             for look in looks:
                 try:
                     look(now)
@@ -143,9 +143,9 @@ class ConnectionWatch:
         """Disconnect the slowest readers while unread responses take too much memory."""
         unread = sum(connection.unread for connection in self.open)
         for connection in sorted(self.open, key=lambda connection: connection.taken_at):
-            if unread <= MOST_UNREAD or now - connection.taken_at < SLOW:
+            if unread <= MAX_UNREAD or now - connection.taken_at < MAX_READ_LAG:
                 break
-            if connection.unread > LITTLE:
+            if connection.unread > SMALL_RESPONSE:
                 unread -= connection.unread
                 self.rejected("slow_reader")
                 connection.end()
@@ -153,7 +153,7 @@ class ConnectionWatch:
 
 def check_connections(asked: int | None) -> None:
     """Raise TooFewDescriptorsError if the limit on open files leaves fewer connections than asked for, or none."""
-    left = _left()
+    left = _available_descriptors()
     if left is not None and left < (asked or 1):
         raise TooFewDescriptorsError(
             f"the limit of {_limit()} open files (ulimit -n) leaves {max(0, left)} connections: raise it"
@@ -161,16 +161,16 @@ def check_connections(asked: int | None) -> None:
         )
 
 
-def most_connections(asked: int | None) -> int:
+def connection_limit(asked: int | None) -> int:
     """Maximum number of connections: `asked`, or the default within the limit on open files."""
-    left = _left()
-    return asked or (MOST_CONNECTIONS if left is None else max(1, min(MOST_CONNECTIONS, left)))
+    left = _available_descriptors()
+    return asked or (DEFAULT_CONNECTIONS if left is None else max(1, min(DEFAULT_CONNECTIONS, left)))
 
 
-def _left() -> int | None:
+def _available_descriptors() -> int | None:
     """Descriptors available to connections; None without a limit."""
     limit = _limit()
-    return None if limit == resource.RLIM_INFINITY else limit - _open_files() - RESERVE
+    return None if limit == resource.RLIM_INFINITY else limit - _open_files() - RESERVED_DESCRIPTORS
 
 
 def _limit() -> int:
@@ -182,4 +182,4 @@ def _open_files() -> int:
     try:
         return len(os.listdir("/dev/fd"))
     except OSError:
-        return RESERVE
+        return RESERVED_DESCRIPTORS

@@ -2,13 +2,13 @@
 
 from typing import Protocol
 
-MOST = 256 << 20
+MAX_INCOMPLETE = 256 << 20
 """Bytes of all incomplete bodies. Beyond it, bodies are read one at a time."""
-SMALL = 64 * 1024
+SMALL_BODY = 64 * 1024
 """Bytes up to which a body is read in any case."""
-READ = 256 * 1024
+READ_SIZE = 256 * 1024
 """Bytes read from a connection at a time."""
-FAST = 64 * 1024
+MIN_PACE = 64 * 1024
 """Bytes per second below which a body may be dropped when memory is short, slowest first."""
 
 
@@ -34,7 +34,7 @@ class Sender(Protocol):
         """Close the connection because its body has been paused for too long."""
 
 
-class Bodies:
+class IncomingBodies:
     """All incomplete bodies.
 
     Over the limit, slow senders are disconnected, slowest first, and the other bodies are paused, except for the one
@@ -43,17 +43,17 @@ class Bodies:
     Attributes:
         total: bytes held now.
         freed: bytes held earlier and released since.
-        most: limit of `total`.
+        max_total: limit of `total`.
     """
 
-    def __init__(self, most: int = MOST) -> None:
+    def __init__(self, max_total: int = MAX_INCOMPLETE) -> None:
         self.total = self.freed = 0
-        self.most = most
+        self.max_total = max_total
         self._held: dict[Sender, int] = {}
         self._waiting: dict[Sender, float | None] = {}  # time of the first check that found it paused
-        self._first: Sender | None = None  # read although the limit is exceeded
+        self._exempt: Sender | None = None  # read although the limit is exceeded
 
-    def holds(self, sender: Sender, size: int) -> None:
+    def set_held(self, sender: Sender, size: int) -> None:
         """Note how many bytes of its body are held; 0 once the body is complete or no longer wanted."""
         held = self._held.get(sender, 0)
         if not (size or held):
@@ -61,7 +61,8 @@ class Bodies:
         self.total += size - held
         if size:
             self._held[sender] = size
-            if self.total > self.most and size > SMALL and sender is not self._first and sender not in self._waiting:
+            over_limit = self.total > self.max_total
+            if over_limit and size > SMALL_BODY and sender is not self._exempt and sender not in self._waiting:
                 self._waiting[sender] = None
                 sender.hold_body()
             return
@@ -70,14 +71,14 @@ class Bodies:
         if sender in self._waiting:
             del self._waiting[sender]
             sender.read_body()
-        if sender is self._first:
-            self._first = None
+        if sender is self._exempt:
+            self._exempt = None
         self._read_on()
 
-    def look(self, now: float, patience: float) -> None:
+    def check(self, now: float, patience: float) -> None:
         """Over the limit, end bodies that are slow. End those that have been paused for over `patience` seconds."""
         for sender in sorted(self._held, key=lambda sender: sender.pace):
-            if self.total <= self.most or sender.pace >= FAST:
+            if self.total <= self.max_total or sender.pace >= MIN_PACE:
                 break
             sender.end_slow_body()
         for sender, since in list(self._waiting.items()):
@@ -89,12 +90,12 @@ class Bodies:
 
     def _read_on(self) -> None:
         """Resume the bodies that have waited longest: as many as fit, and at least one."""
-        room = (self.most - self.total) // READ + 1 if self.total <= self.most else 0
-        while self._waiting and (room > 0 or self._first is None):
+        room = (self.max_total - self.total) // READ_SIZE + 1 if self.total <= self.max_total else 0
+        while self._waiting and (room > 0 or self._exempt is None):
             sender = next(iter(self._waiting))
             del self._waiting[sender]
             if room > 0:
                 room -= 1
             else:
-                self._first = sender
+                self._exempt = sender
             sender.read_body()

@@ -15,7 +15,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from server.engine import Engine
-from server.http.connections import ConnectionLimits, ConnectionWatch, most_connections
+from server.http.connections import ConnectionLimits, ConnectionWatch, connection_limit
 from server.http.protocol import Protocol
 from server.runtime.allocator import give_back_heap
 from server.settings import Settings
@@ -45,17 +45,17 @@ def listen(host: str, port: int) -> socket.socket:
     return bound
 
 
-DEATH_NOTICE = 2.0
+FAILURE_NOTICE = 2.0
 """Seconds that a server keeps answering after its engine died, so that clients and probes learn of it."""
-LAST_ANSWERS = 1
+FINAL_RESPONSES = 1
 """Seconds then left for responses in progress."""
-LEAVE_WITHIN = 5.0
+EXIT_TIMEOUT = 5.0
 """Seconds until a process whose engine died or whose drain timed out exits, whatever hangs."""
-FREED = 64 << 20
+TRIM_AFTER = 64 << 20
 """Bytes of bodies freed since the last trim after which the heap is trimmed, once no more of them arrive."""
-QUIET = 30
+QUIET_TICKS = 30
 """Server ticks without freed bodies before the heap is trimmed."""
-LOOK = 0.02
+POLL_PERIOD = 0.02
 """Seconds between two checks for completion."""
 
 
@@ -74,7 +74,7 @@ class DrainingServer(uvicorn.Server):
             settings.body_timeout,
             settings.write_timeout,
             settings.keep_alive,
-            most_connections(settings.max_connections),
+            connection_limit(settings.max_connections),
         )
         watch = ConnectionWatch(limits, engine.metrics.rejected)
         config = uvicorn.Config(
@@ -118,8 +118,8 @@ class DrainingServer(uvicorn.Server):
         if self._died is None and self._engine.failure is not None:
             self._died = time.monotonic()
             log.error("the engine died: the server ends, with exit status 1", error=repr(self._engine.failure))
-        if self._died is not None and time.monotonic() - self._died > DEATH_NOTICE:
-            self._deadline = time.monotonic() + LAST_ANSWERS
+        if self._died is not None and time.monotonic() - self._died > FAILURE_NOTICE:
+            self._deadline = time.monotonic() + FINAL_RESPONSES
             return True
         self._give_back()
         return await super().on_tick(counter)
@@ -129,7 +129,7 @@ class DrainingServer(uvicorn.Server):
         given, seen, quiet = self._freed
         freed = self._watch.bodies.freed
         quiet = quiet + 1 if freed == seen else 0
-        if quiet == QUIET and freed - given > FREED:
+        if quiet == QUIET_TICKS and freed - given > TRIM_AFTER:
             asyncio.get_running_loop().run_in_executor(None, give_back_heap)
             given = freed
         self._freed = (given, freed, quiet)
@@ -146,9 +146,9 @@ class DrainingServer(uvicorn.Server):
                 self.drained = False
                 log.warning("requests were still running when the time for draining was up", flag="--drain-timeout")
                 self._engine.end_all()
-                self._deadline = time.monotonic() + LAST_ANSWERS
+                self._deadline = time.monotonic() + FINAL_RESPONSES
                 break
-            await asyncio.sleep(LOOK)
+            await asyncio.sleep(POLL_PERIOD)
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -161,10 +161,10 @@ class DrainingServer(uvicorn.Server):
         for connection in list(state.connections):
             connection.shutdown()
         while (state.connections or state.tasks) and time.monotonic() < self._deadline and not self.force_exit:
-            await asyncio.sleep(LOOK)
+            await asyncio.sleep(POLL_PERIOD)
         for left in list(self._watch.open):
             left.end()
-        await asyncio.sleep(LOOK)
+        await asyncio.sleep(POLL_PERIOD)
         if self._watch.cut > self._cut_before or state.tasks:
             self.drained = False
             log.warning("answers were not sent in full", connections=self._watch.cut - self._cut_before)
@@ -182,7 +182,7 @@ def serve(app: FastAPI, engine: Engine, bound: socket.socket, settings: Settings
     finally:
         if engine.failure is not None or not server.drained:
             # A broken device, a dead worker process or a text without end can block the rest of the shutdown.
-            deadline = threading.Timer(LEAVE_WITHIN, os._exit, (1,))
+            deadline = threading.Timer(EXIT_TIMEOUT, os._exit, (1,))
             deadline.daemon = True
             deadline.start()
         engine.stop()

@@ -24,7 +24,7 @@ from server.api.errors import (
     error_response,
 )
 from server.engine import NotServingError
-from server.http.connections import LITTLE, ConnectionWatch
+from server.http.connections import SMALL_RESPONSE, ConnectionWatch
 
 STATUS_LINE = b"HTTP/1.1 "
 """Common beginning of all responses, whatever their status."""
@@ -34,19 +34,19 @@ MAX_HEAD = 64 * 1024
 """Bytes of a request line with headers, and of a chunked body's framing: chunk extensions and trailers."""
 MAX_HEADERS = 256
 """Maximum number of headers of a request."""
-AHEAD = 4
+MAX_PIPELINED = 4
 """Pipelined requests read before the current one is answered."""
-SLICE = 1024
+PARSE_SLICE = 1024
 """Bytes parsed at a time, so that the number of pipelined requests is checked before many of them are parsed."""
-FRAMED = 16
+MAX_FRAMING_RATIO = 16
 """Bytes received per byte of a chunked body, on average at most; chunks of one byte each take six."""
-RATE = 4096
+MIN_RATE = 4096
 """Minimum rate of a body or of the reading of a long response, in bytes per second."""
-PACE = 2.0
+PACE_PERIOD = 2.0
 """Seconds over which the rate of a body is measured."""
 LINGER = 1.0
 """Seconds for a refused client to read the error; closing while it still sends would discard the response."""
-LEFTOVER = 1 << 20
+MAX_LEFTOVER = 1 << 20
 """Bytes that a refused client may still send."""
 
 
@@ -74,94 +74,94 @@ class Protocol(HttpToolsProtocol):
     flow: "Flow"
     url = b""
     _upgrade_head: bytes | None = None
-    _running: RequestResponseCycle | None = None
-    _deaf = False
+    _current: RequestResponseCycle | None = None
+    _ignores_input = False
     _probing: asyncio.TimerHandle | None = None
-    _held = b""  # received data, ...
-    _at = 0  # ... parsed up to this offset
+    _buffer = b""  # received data, ...
+    _parsed = 0  # ... parsed up to this offset
     _in_head = True
-    _head = 0  # bytes of the incoming head
-    _framing = 0  # bytes of a body's framing since the last byte of content
-    _received = 0  # bytes of the incoming body, with its framing
-    _length = 0  # bytes of the body according to its content-length
-    _body = 0  # bytes of the incoming body
-    _due = math.inf  # deadline for more of the body, or all of it
-    _paced = (0.0, 0)  # time of the last measurement of the pace, and the body's bytes then
+    _head_bytes = 0  # bytes of the incoming head
+    _framing_bytes = 0  # bytes of a body's framing since the last byte of content
+    _received_bytes = 0  # bytes of the incoming body, with its framing
+    _content_length = 0  # bytes of the body according to its content-length
+    _body_bytes = 0  # bytes of the incoming body
+    _body_deadline = math.inf  # deadline for more of the body, or all of it
+    _pace_measured = (0.0, 0)  # time of the last measurement of the pace, and the body's bytes then
     pace = math.inf
     unread = 0
-    _leftover = 0  # bytes received from a refused client
-    _leaves_by: float | None = None  # deadline of a refused client
-    _taken = 0  # bytes that the client has read
+    _leftover_bytes = 0  # bytes received from a refused client
+    _close_by: float | None = None  # deadline of a refused client
+    _read_by_client = 0  # bytes that the client has read
 
     def __init__(self, *args: Any, watch: ConnectionWatch, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._watch = watch
         self._limits = watch.limits
-        self._since = self.taken_at = self.loop.time()
+        self._waiting_since = self.taken_at = self.loop.time()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.flow = Flow(transport)
         self._output = Output(transport)
-        if not self._watch.welcome(self):
+        if not self._watch.admit(self):
             self._refuse(TooManyConnectionsError("too many connections are open (--max-connections): try again later"))
             transport.close()
 
     # Receiving
 
     def data_received(self, data: bytes) -> None:
-        if self._deaf:
-            self._leftover += len(data)
-            if self._leftover > LEFTOVER:
+        if self._ignores_input:
+            self._leftover_bytes += len(data)
+            if self._leftover_bytes > MAX_LEFTOVER:
                 self.flow.hold("refused")
             return
-        self._held = self._held[self._at :] + data
-        self._at = 0
+        self._buffer = self._buffer[self._parsed :] + data
+        self._parsed = 0
         self._parse()
-        self._account()
+        self._report_body()
 
-    def _account(self) -> None:
+    def _report_body(self) -> None:
         """Report the bytes of an incomplete body that the app has not read yet. Unparsed data has its own bound."""
-        nothing = self._in_head or self._deaf or self.cycle.response_complete
-        self._watch.bodies.holds(self, 0 if nothing else self._body - len(self.cycle.body))
+        nothing = self._in_head or self._ignores_input or self.cycle.response_complete
+        self._watch.bodies.set_held(self, 0 if nothing else self._body_bytes - len(self.cycle.body))
 
     def _parse(self) -> None:
         """Parse the received data, up to the limit of pipelined requests."""
-        data, end = self._held, len(self._held)
-        while self._at < end and not self._deaf:
-            if self._enough_waits():
+        data, end = self._buffer, len(self._buffer)
+        while self._parsed < end and not self._ignores_input:
+            if self._pipeline_is_full():
                 self.flow.hold("pipeline")
                 return
-            until = min(end, self._at + SLICE)
+            until = min(end, self._parsed + PARSE_SLICE)
             if self._in_head:
-                if (last := data.find(b"\r\n\r\n", self._at, until)) >= 0:
+                if (last := data.find(b"\r\n\r\n", self._parsed, until)) >= 0:
                     until = last + 4
-                if not self._head:
-                    self._since = self.loop.time()
-                self._head += until - self._at
-                if self._head > MAX_HEAD:
+                if not self._head_bytes:
+                    self._waiting_since = self.loop.time()
+                self._head_bytes += until - self._parsed
+                if self._head_bytes > MAX_HEAD:
                     self._refuse_head()
                     return
             else:
                 # Bytes known to be body content are parsed in one go.
-                until = max(until, min(end, self._at + self._length - self._body))
-                self._framing += until - self._at
-                self._received += until - self._at
-            part, self._at = data[self._at : until], until
+                until = max(until, min(end, self._parsed + self._content_length - self._body_bytes))
+                self._framing_bytes += until - self._parsed
+                self._received_bytes += until - self._parsed
+            part, self._parsed = data[self._parsed : until], until
             try:
                 self._feed(part)
             except httptools.HttpParserError:
                 self.send_400_response("this is not HTTP")
                 return
-            if self._framing > MAX_HEAD or self._received > MAX_HEAD + FRAMED * self._body:
+            if self._framing_bytes > MAX_HEAD or self._received_bytes > MAX_HEAD + MAX_FRAMING_RATIO * self._body_bytes:
                 self._refuse_head()
-            elif self.headers and len(self.headers) > MAX_HEADERS and not self._deaf:
+            elif self.headers and len(self.headers) > MAX_HEADERS and not self._ignores_input:
                 self._refuse_number()
-        self._held, self._at = b"", 0
+        self._buffer, self._parsed = b"", 0
         self.flow.release("pipeline")
 
-    def _enough_waits(self) -> bool:
-        return len(self.pipeline) >= AHEAD
+    def _pipeline_is_full(self) -> bool:
+        return len(self.pipeline) >= MAX_PIPELINED
 
     def _feed(self, data: bytes) -> None:
         """Parse a slice. A request that offers an upgrade is parsed again without the offer."""
@@ -179,17 +179,17 @@ class Protocol(HttpToolsProtocol):
             self._feed(data[upgrade.args[0] :])
 
     def on_headers_complete(self) -> None:
-        if self._deaf:
+        if self._ignores_input:
             return
         if len(self.headers) > MAX_HEADERS:
             self._refuse_number()
             return
         if not self.parser.should_upgrade():
-            self._in_head, self._framing, self._received, self._body = False, 0, 0, 0
+            self._in_head, self._framing_bytes, self._received_bytes, self._body_bytes = False, 0, 0, 0
             now = self.loop.time()
             length = next((value for name, value in self.headers if name == b"content-length"), b"0")
-            self._length = int(length) if length.isdigit() and len(length) < 18 else 0
-            self._due, self._paced, self.pace = now + self._limits.body_timeout, (now, 0), math.inf
+            self._content_length = int(length) if length.isdigit() and len(length) < 18 else 0
+            self._body_deadline, self._pace_measured, self.pace = now + self._limits.body_timeout, (now, 0), math.inf
             super().on_headers_complete()
             self.headers = []  # trailers are not headers of the request
         elif (method := self.parser.get_method()) != b"CONNECT":
@@ -198,28 +198,28 @@ class Protocol(HttpToolsProtocol):
             self._upgrade_head = b"\r\n".join([*lines, b"", b""])
 
     def on_body(self, body: bytes) -> None:
-        if self._deaf:
+        if self._ignores_input:
             return
-        self._framing = 0
-        self._body += len(body)
+        self._framing_bytes = 0
+        self._body_bytes += len(body)
         if not self.cycle.response_complete:
             latest = self.loop.time() + self._limits.body_timeout
-            self._due = min(latest, self._due + len(body) / RATE)
+            self._body_deadline = min(latest, self._body_deadline + len(body) / MIN_RATE)
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        if not self._deaf and not self.parser.should_upgrade():
+        if not self._ignores_input and not self.parser.should_upgrade():
             super().on_message_complete()
-            self._in_head, self._head, self._framing, self._received = True, 0, 0, 0
+            self._in_head, self._head_bytes, self._framing_bytes, self._received_bytes = True, 0, 0, 0
             if not self.cycle.response_complete:
-                self._watch.owes(self, False)
+                self._watch.set_owing(self, False)
             else:
-                self._since = self.loop.time()
+                self._waiting_since = self.loop.time()
 
     # Responding
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
-        self._running = cycle
+        self._current = cycle
         cycle.transport = self._output  # type: ignore[assignment]
         super()._start_asgi_task(cycle, app)
 
@@ -233,12 +233,12 @@ class Protocol(HttpToolsProtocol):
             cycle, app = self.pipeline.pop()
             self._start_asgi_task(cycle, app)
         else:
-            if self._in_head and not self._head:
-                self._since = self.loop.time()
-            self._watch.owes(self, True)
-        if self._held:
+            if self._in_head and not self._head_bytes:
+                self._waiting_since = self.loop.time()
+            self._watch.set_owing(self, True)
+        if self._buffer:
             self._parse()
-        self._account()
+        self._report_body()
 
     def send_400_response(self, msg: str) -> None:
         """Refuse a malformed request with our error body, after the responses to the requests before it."""
@@ -264,15 +264,15 @@ class Protocol(HttpToolsProtocol):
 
     def _refuse(self, error: Exception) -> None:
         """Answer the incoming request with an error, after earlier responses, and close the connection."""
-        self._watch.owes(self, False)
-        self._watch.bodies.holds(self, 0)
-        self._held, self._at = b"", 0
+        self._watch.set_owing(self, False)
+        self._watch.bodies.set_held(self, 0)
+        self._buffer, self._parsed = b"", 0
         if self.transport.is_closing():
             return
-        if self._answers_are_due():
+        if self._stop_reading():
             self.flow.release()  # further data is dropped
             return
-        running = self._running
+        running = self._current
         if running is None or running.response_complete or not running.response_started:
             response = error_response(error)
             head = [*response.raw_headers, (b"connection", b"close")]
@@ -283,7 +283,7 @@ class Protocol(HttpToolsProtocol):
             self._disconnect(running)
         if self.transport.can_write_eof():
             self.transport.write_eof()
-        self._leaves_by = self.loop.time() + LINGER
+        self._close_by = self.loop.time() + LINGER
         self.flow.release()
 
     @staticmethod
@@ -297,42 +297,47 @@ class Protocol(HttpToolsProtocol):
     def check(self, now: float) -> None:
         """Disconnect a client that takes too long to send what it owes or to read its response."""
         waiting = self.transport.get_write_buffer_size()
-        taken, self._taken, self.unread = self._taken, self._output.written - waiting, waiting
-        if not waiting or (waiting <= LITTLE and self._taken > taken):
+        taken, self._read_by_client, self.unread = self._read_by_client, self._output.written - waiting, waiting
+        if not waiting or (waiting <= SMALL_RESPONSE and self._read_by_client > taken):
             self.taken_at = now
-        elif self._taken > taken:
-            self.taken_at = min(now, self.taken_at + (self._taken - taken) / RATE)
+        elif self._read_by_client > taken:
+            self.taken_at = min(now, self.taken_at + (self._read_by_client - taken) / MIN_RATE)
         if now - self.taken_at > self._limits.write_timeout:
             self._watch.rejected("slow_reader")
             self.end()
             return
-        if self._leaves_by is not None:
-            if now > self._leaves_by and not waiting:
+        if self._close_by is not None:
+            if now > self._close_by and not waiting:
                 self.transport.close()
-        elif not (self._deaf or self._held or (waiting and self._in_head) or self.transport.is_closing()):
+        elif not (self._ignores_input or self._buffer or (waiting and self._in_head) or self.transport.is_closing()):
             self._check_reading(now)
 
     @property
-    def worth(self) -> float:
+    def body_rate(self) -> float:
         """Rate of the incoming body in bytes per second; 0 if there is none."""
         if self._in_head:
             return 0
-        return self._body if self.pace == math.inf else self.pace
+        return self._body_bytes if self.pace == math.inf else self.pace
 
     def _check_reading(self, now: float) -> None:
         limits = self._limits
         if self.flow.read_paused:  # reading is paused: the client is not to blame
-            self._since, self._due, self._paced = now, now + limits.body_timeout, (now, self._body)
-        elif now - self._paced[0] >= PACE:
-            self.pace, self._paced = (self._body - self._paced[1]) / (now - self._paced[0]), (now, self._body)
-        waits = now - self._since
-        if self._head and self._in_head:
+            self._waiting_since = now
+            self._body_deadline = now + limits.body_timeout
+            self._pace_measured = (now, self._body_bytes)
+        elif now - self._pace_measured[0] >= PACE_PERIOD:
+            self.pace, self._pace_measured = (
+                (self._body_bytes - self._pace_measured[1]) / (now - self._pace_measured[0]),
+                (now, self._body_bytes),
+            )
+        waits = now - self._waiting_since
+        if self._head_bytes and self._in_head:
             if waits > limits.header_timeout:
                 seconds = f"{limits.header_timeout:g} s (--header-timeout)"
                 self._reject("slow_request", SlowRequestError(f"the request's head took longer than {seconds}"))
         elif not self._in_head:
-            if now > self._due:
-                rate = f"{RATE} bytes a second over {limits.body_timeout:g} s (--body-timeout)"
+            if now > self._body_deadline:
+                rate = f"{MIN_RATE} bytes a second over {limits.body_timeout:g} s (--body-timeout)"
                 self._reject("slow_request", SlowRequestError(f"the request's body came slower than {rate}"))
         elif self.cycle is None:
             if waits > limits.header_timeout:
@@ -359,7 +364,7 @@ class Protocol(HttpToolsProtocol):
 
     def make_room(self) -> None:
         """Close the connection, whose client owes a request, in favour of a new one."""
-        if self._head or not self._in_head:
+        if self._head_bytes or not self._in_head:
             self._refuse(TooManyConnectionsError("too many connections are open (--max-connections): try again later"))
         self.transport.close()
 
@@ -372,7 +377,7 @@ class Protocol(HttpToolsProtocol):
 
     def end(self) -> None:
         """Close the connection immediately."""
-        running = self._running
+        running = self._current
         if self.transport.get_write_buffer_size() or (
             running is not None and not running.response_complete and not running.disconnected
         ):
@@ -383,27 +388,27 @@ class Protocol(HttpToolsProtocol):
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """Handle the end of the client's sending side. True keeps the connection until its responses are sent."""
-        if self.scheme == "https" or not self._answers_are_due():  # TLS connections cannot be half-closed
+        if self.scheme == "https" or not self._stop_reading():  # TLS connections cannot be half-closed
             return False
         if self._probing is None:
             self._probe(iter(PROBE_DELAYS))
         return True
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._watch.gone(self)
-        self._held, self._at = b"", 0
+        self._watch.remove(self)
+        self._buffer, self._parsed = b"", 0
         if self._probing is not None:
             self._probing.cancel()
-        if self._running is not None and not self._running.response_complete:
-            self._disconnect(self._running)
+        if self._current is not None and not self._current.response_complete:
+            self._disconnect(self._current)
         super().connection_lost(exc)
 
-    def _answers_are_due(self) -> bool:
+    def _stop_reading(self) -> bool:
         """Ignore further input. True if complete requests are still to be answered."""
-        self._deaf = True
+        self._ignores_input = True
         if self.pipeline and self.pipeline[0][0].more_body:  # the newest, which will never be complete
             self.pipeline.popleft()
-            self.cycle = self.pipeline[0][0] if self.pipeline else self._running  # type: ignore[assignment]
+            self.cycle = self.pipeline[0][0] if self.pipeline else self._current  # type: ignore[assignment]
         last = self.cycle
         if last is None or last.response_complete or last.more_body:
             return False
@@ -412,7 +417,7 @@ class Protocol(HttpToolsProtocol):
 
     def _probe(self, delays: Iterator[float]) -> None:
         """Send one byte of the next response ahead; if the client has disconnected, that closes the connection."""
-        cycle = self._running
+        cycle = self._current
         if cycle is None or self.transport.is_closing():
             return
         if not cycle.response_started:

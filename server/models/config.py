@@ -4,14 +4,14 @@ from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-MOST_LAYERS = 1000
+MAX_LAYERS = 1000
 """Upper bound of layers, and of experts over all layers: building modules takes long, whatever their size."""
-MOST_EXPERTS = 25_000
-MOST = 2**24
+MAX_EXPERTS = 25_000
+MAX_COUNT = 2**24
 """Upper bound of everything else: widths, heads, positions, vocabulary."""
 
-Count = Annotated[int, Field(gt=0, le=MOST)]
-Layers = Annotated[int, Field(gt=0, le=MOST_LAYERS)]
+Count = Annotated[int, Field(gt=0, le=MAX_COUNT)]
+Layers = Annotated[int, Field(gt=0, le=MAX_LAYERS)]
 TokenIds = int | tuple[int, ...]
 
 
@@ -54,9 +54,9 @@ class CheckpointConfig(BaseModel):
     @model_validator(mode="after")
     def _few_enough_experts(self) -> Self:
         layers, experts = getattr(self, "num_hidden_layers", 0), getattr(self, "num_experts", 0)
-        if layers * experts > MOST_EXPERTS:
+        if layers * experts > MAX_EXPERTS:
             raise ValueError(
-                f"num_experts = {experts} in each of num_hidden_layers = {layers} are more than {MOST_EXPERTS} in all"
+                f"num_experts = {experts} in each of num_hidden_layers = {layers} are more than {MAX_EXPERTS} in all"
             )
         return self
 

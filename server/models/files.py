@@ -9,9 +9,9 @@ from typing import Any
 
 from policies.files.regular import read_file
 
-MOST_JSON, MOST_INDEX, MOST_TOKENIZER, MOST_TEMPLATE = 8 << 20, 64 << 20, 128 << 20, 1 << 20
+MAX_JSON, MAX_INDEX, MAX_TOKENIZER, MAX_TEMPLATE = 8 << 20, 64 << 20, 128 << 20, 1 << 20
 """Size limits in bytes: ten times the largest published files for JSON and indexes, three times for tokenizers."""
-MOST_MESSAGE = 1000
+MAX_MESSAGE = 1000
 INDEX = "model.safetensors.index.json"
 
 
@@ -19,8 +19,8 @@ class ModelError(Exception):
     """A model that cannot be served. The message is one line, whatever a file holds: the file and the problem."""
 
     def __init__(self, message: str) -> None:
-        half = MOST_MESSAGE // 2
-        short = message if len(message) <= MOST_MESSAGE else f"{message[:half]} ... {message[-half:]}"
+        half = MAX_MESSAGE // 2
+        short = message if len(message) <= MAX_MESSAGE else f"{message[:half]} ... {message[-half:]}"
         super().__init__(re.sub(r"[\s\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", short).strip())
 
 
@@ -38,7 +38,7 @@ def read_text(path: Path, most: int) -> str:
         raise ModelError(f"{path}: {error}") from None
 
 
-def read_json(path: Path, most: int = MOST_JSON) -> dict[str, Any]:
+def read_json(path: Path, most: int = MAX_JSON) -> dict[str, Any]:
     """JSON object in a file. Raises ModelError if the file is missing or contains no object."""
     content = read_bytes(path, most)
     if not content.strip():

@@ -14,13 +14,13 @@ import torch
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 MMAP_THRESHOLD = 32 << 20
 """Bytes; the largest value glibc accepts. Larger allocations are mapped separately and returned as soon as freed."""
-KEPT = 1 << 30
+TRIM_THRESHOLD = 1 << 30
 """Bytes of free memory at the end of the heap above which glibc returns it to the system."""
-PAUSE = 0.001
+SAMPLING_PERIOD = 0.001
 """Seconds between two samples of the resident memory."""
-KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+KERNEL_CACHE_VARIABLES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 """Environment variables that set the capacity of oneDNN's primitive cache and of torch's cache of its descriptions."""
-KERNELS = 128
+KERNEL_CACHE_CAPACITY = 128
 """Enough for the shapes of one forward pass and those that recur; each kernel takes up to 0.8 MB."""
 
 
@@ -29,7 +29,7 @@ def share_one_heap() -> None:
 
     glibc gives each thread its own heap by default. No effect with other C libraries.
     """
-    _tell_glibc(M_ARENA_MAX, 1)
+    _mallopt(M_ARENA_MAX, 1)
 
 
 def keep_few_kernels() -> None:
@@ -39,8 +39,8 @@ def keep_few_kernels() -> None:
     default each cache keeps 1,024 entries: memory grows by some 700 MB over the first thousands of requests, whatever
     the model's size. Smaller caches cost no measurable time: shapes that recur do so soon.
     """
-    if not any(name in os.environ for name in (*KERNEL_CACHES, "DNNL_PRIMITIVE_CACHE_CAPACITY")):
-        os.environ.update(dict.fromkeys(KERNEL_CACHES, str(KERNELS)))
+    if not any(name in os.environ for name in (*KERNEL_CACHE_VARIABLES, "DNNL_PRIMITIVE_CACHE_CAPACITY")):
+        os.environ.update(dict.fromkeys(KERNEL_CACHE_VARIABLES, str(KERNEL_CACHE_CAPACITY)))
 
 
 def keep_freed_memory() -> None:
@@ -50,11 +50,11 @@ def keep_freed_memory() -> None:
     the tensors of the next forward pass: with a small model that takes longer than the computation. The default is
     right while a model is loaded, because no block freed then has a size that is needed again. Call this afterwards.
     """
-    _tell_glibc(M_MMAP_THRESHOLD, MMAP_THRESHOLD)
-    _tell_glibc(M_TRIM_THRESHOLD, KEPT)
+    _mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD)
+    _mallopt(M_TRIM_THRESHOLD, TRIM_THRESHOLD)
 
 
-def _tell_glibc(option: int, value: int) -> None:
+def _mallopt(option: int, value: int) -> None:
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).mallopt(option, value)
 
@@ -106,7 +106,7 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
     before, over = _resident(), threading.Event()
 
     def watch() -> None:
-        while not over.wait(PAUSE):
+        while not over.wait(SAMPLING_PERIOD):
             peak.grown = max(peak.grown, _resident() - before)
 
     thread = threading.Thread(target=watch, daemon=True)

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-TURN = 0.001
+SWITCH_INTERVAL = 0.001
 """Seconds after which a thread that runs Python yields to a waiting one."""
 
 
@@ -18,7 +18,7 @@ def share_the_interpreter() -> None:
     The garbage collector stops all threads while it scans every object: a fifth of a second for torch's alone. Objects
     that exist now live as long as the process and are excluded from later scans.
     """
-    sys.setswitchinterval(TURN)
+    sys.setswitchinterval(SWITCH_INTERVAL)
     gc.collect()
     gc.freeze()
 

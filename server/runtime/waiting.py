@@ -11,15 +11,15 @@ import torch
 
 from server.runtime.processors import ProcessorUsage, allowed, read_usage
 
-CHOSEN_BY = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+POLICY_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 """Environment variables with which a user chooses how threads wait."""
-PERIOD = 0.25
+READING_PERIOD = 0.25
 """Seconds between two readings of the processor time."""
-MARGIN = 0.3
+SPARE_PROCESSORS = 0.3
 """Processors, beside those our threads need, that others may keep busy: clients and system services."""
-CALM = 8
+CALM_READINGS = 8
 """Consecutive readings that must find processors free before threads spin again."""
-MOST_SLEEPERS = 128
+MAX_TEAM = 128
 """Largest team: containers limit threads, and the library ends the process when it cannot start one."""
 
 
@@ -39,26 +39,26 @@ class Sleepers:
 
     def __init__(self, libraries: list[ctypes.CDLL]) -> None:
         self._libraries = libraries
-        self._over = threading.Event()
+        self._ending = threading.Event()
         self._thread: threading.Thread | None = None
 
     @property
-    def there(self) -> bool:
+    def running(self) -> bool:
         return self._thread is not None
 
-    def come(self) -> None:
+    def start(self) -> None:
         """Start the threads, unless they are running."""
         if self._thread is None:
-            self._over.clear()
+            self._ending.clear()
             started = threading.Event()
             self._thread = threading.Thread(target=self._hold, args=(started,), name="sleepers", daemon=True)
             self._thread.start()
             started.wait()
 
-    def go(self) -> None:
+    def stop(self) -> None:
         """End the threads."""
         if self._thread is not None:
-            self._over.set()
+            self._ending.set()
             self._thread.join()
             self._thread = None
 
@@ -68,10 +68,10 @@ class Sleepers:
         for library in self._libraries:
             # Together with the other threads' helpers, one more than there are processors.
             team = max(2, library.omp_get_num_procs() - torch.get_num_threads() + 2)
-            if team <= MOST_SLEEPERS:
+            if team <= MAX_TEAM:
                 library.GOMP_parallel(nothing, None, ctypes.c_uint(team), ctypes.c_uint(0))
         started.set()
-        self._over.wait()
+        self._ending.wait()
 
 
 def openmp_libraries() -> list[ctypes.CDLL]:
@@ -99,14 +99,14 @@ class CrowdWatch:
         self._calm = 0
         self.crowded = False
 
-    def look(self, usage: ProcessorUsage) -> bool:
+    def update(self, usage: ProcessorUsage) -> bool:
         """Take one reading. True if threads should sleep while they wait, until the next reading."""
         last, self._last = self._last, usage
         if last is not None:
             free = self._processors() - last.others_until(usage)
-            enough = self._needed() == 1 or free >= self._needed() - MARGIN
+            enough = self._needed() == 1 or free >= self._needed() - SPARE_PROCESSORS
             self._calm = self._calm + 1 if enough else 0
-            self.crowded = not enough or (self.crowded and self._calm < CALM)
+            self.crowded = not enough or (self.crowded and self._calm < CALM_READINGS)
         return self.crowded
 
 
@@ -118,7 +118,7 @@ def sleep_where_crowded() -> None:
     the process.
     """
     libraries = openmp_libraries()
-    if libraries and read_usage() is not None and not any(name in os.environ for name in CHOSEN_BY):
+    if libraries and read_usage() is not None and not any(name in os.environ for name in POLICY_VARIABLES):
         sleepers = Sleepers(libraries)
         threading.Thread(target=_watch, args=(sleepers,), name="processor-watch", daemon=True).start()
 
@@ -128,6 +128,6 @@ def _watch(sleepers: Sleepers) -> None:
     while True:
         usage = read_usage()
         assert usage is not None
-        if watch.look(usage) != sleepers.there:
-            (sleepers.come if watch.crowded else sleepers.go)()
-        never.wait(PERIOD)
+        if watch.update(usage) != sleepers.running:
+            (sleepers.start if watch.crowded else sleepers.stop)()
+        never.wait(READING_PERIOD)

@@ -12,7 +12,7 @@ from policies.tasks.chain import Chain, Piece, equation
 from server.training.recipe import MicroBatch, Recipe
 from server.training.tokenizer import END, MASK, special_id
 
-MOST_MISSES = 10_000
+MAX_MISSES = 10_000
 """Consecutive problems that may fail to fit a canvas before the recipe is refused."""
 
 
@@ -27,7 +27,7 @@ class Rows:
 
 def _nothing_fits(task: Task, batch: MicroBatch) -> str:
     return (
-        f"of {MOST_MISSES} problems of task {task.name} none has more than {batch.longer_than} and fewer than "
+        f"of {MAX_MISSES} problems of task {task.name} none has more than {batch.longer_than} and fewer than "
         f"{batch.length} tokens, prompt and response together"
     )
 
@@ -83,7 +83,7 @@ class CanvasMaker:
                 if self._fits(batch, *row):
                     rows.append(row)
                     misses = 0
-                elif (misses := misses + 1) == MOST_MISSES:
+                elif (misses := misses + 1) == MAX_MISSES:
                     raise ValueError(_nothing_fits(task, batch))
         return self._lay_out(rows, batch.length)
 
@@ -169,7 +169,7 @@ class CanvasMaker:
         hidden: list[list[int]] = []
         misses = 0
         while len(rows) < count:
-            if (misses := misses + 1) > MOST_MISSES:
+            if (misses := misses + 1) > MAX_MISSES:
                 raise ValueError(_nothing_fits(chain, batch))
             problem, pieces = chain.sample_worked(rng)
             row = self._encode(problem.prompt), self._ids(pieces)

@@ -18,7 +18,7 @@ from server.models.families.llada import LLaDAConfig
 from server.training.tokenizer import END, MASK
 from server.training.trainer import Trainer
 
-MOST_LOG_BYTES = 1 << 30
+MAX_LOG_BYTES = 1 << 30
 
 # The model was trained on single problems without any context, so an earlier message would only confuse it.
 CHAT_TEMPLATE = (
@@ -164,7 +164,7 @@ def _how_to_measure(tasks: dict[str, Task], tokenizer: Tokenizer) -> str:
 def curve(log: Path, last: int, points: int = 6) -> str:
     """Learning rate and losses as a Markdown table: means over equal shares of the logged steps up to `last`."""
     # A killed run repeats the steps after its last checkpoint; the latest line of a step counts.
-    lines = {line["step"]: line for line in map(json.loads, read_text(log, MOST_LOG_BYTES).splitlines())}
+    lines = {line["step"]: line for line in map(json.loads, read_text(log, MAX_LOG_BYTES).splitlines())}
     steps = sorted(step for step in lines if step <= last)
     if not steps:
         return "Its log holds no steps."

@@ -16,7 +16,7 @@ from server.engine import Committed, Finished, FinishReason
 from server.engine.stream import EventStream
 from server.models.text.codec import TextCodec
 
-NO_CHANCE = -9999.0
+MIN_LOGPROB = -9999.0
 """Log probability reported in place of values that are too low."""
 
 
@@ -106,7 +106,7 @@ class Choice:
     def _decode(self, event: Committed) -> str:
         if self._logprobs:
             for position, confidence in zip(event.positions, event.confidences, strict=True):
-                self._logs[position] = math.log(confidence) if confidence > 0 else NO_CHANCE
+                self._logs[position] = math.log(confidence) if confidence > 0 else MIN_LOGPROB
             self._know(self._texts.add(event.text_tokens))
         return self._detokenizer.add(event.text_tokens)
 

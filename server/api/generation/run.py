@@ -13,7 +13,7 @@ from samplers.learned.policy import Policy, PolicyParams
 from server.api.errors import budget_headers
 from server.api.generation.choices import Choice
 from server.api.generation.stopping import TextStop
-from server.api.model_names import SamplerChoice, Wish, stated
+from server.api.model_names import SamplerChoice, SamplerRequest, stated
 from server.api.schemas.requests import DEFAULT_MAX_TOKENS, INT64, ChatBody, GenerationBody
 from server.api.schemas.responses import EffectiveSettings, Usage
 from server.api.serving import Serving
@@ -107,7 +107,12 @@ async def start(
 
 
 def _submit(
-    serving: Serving, body: B, owner: Owner, wish: Wish, read: Callable[[B], EncodedPrompts], streams: list[EventStream]
+    serving: Serving,
+    body: B,
+    owner: Owner,
+    wish: SamplerRequest,
+    read: Callable[[B], EncodedPrompts],
+    streams: list[EventStream],
 ) -> tuple[EncodedPrompts, EffectiveSettings]:
     serving.engine.check_accepting()  # before work that may take long, and that may have been queued for long
     chosen = serving.model_names.sampler_choice(wish)

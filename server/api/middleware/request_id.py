@@ -17,7 +17,7 @@ log = structlog.get_logger(__name__)
 HEADER = "x-request-id"
 SHOWN_PATH = 200
 """Characters of a path quoted in the log."""
-SANE = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
+VALID_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
 
 
 class RequestId:
@@ -31,7 +31,7 @@ class RequestId:
             await self.app(scope, receive, send)
             return
         given = Headers(scope=scope).get(HEADER, "")
-        name = given if SANE.fullmatch(given) else uuid.uuid4().hex
+        name = given if VALID_ID.fullmatch(given) else uuid.uuid4().hex
         status = 0
 
         async def send_named(message: Message) -> None:

@@ -16,7 +16,7 @@ from server.engine import RequestError
 from server.engine.engine import CONTEXT_LENGTH_EXCEEDED
 from server.models.text.codec import TextTooLongError
 
-COUNTED = 2 << 20
+MAX_COUNTED = 2 << 20
 """Bytes of the largest body whose text is tokenized even if it cannot fit the context."""
 
 
@@ -39,7 +39,7 @@ def add_routes(app: FastAPI, serving: Serving) -> None:
             raise RequestError("add_generation_prompt", "add_generation_prompt is for messages: leave it out")
         size = len(await request.body())
         kind = Work.TEXT if body.messages is None else Work.CHAT
-        return await serving.threads.run(partial(_tokenized, serving, body, size > COUNTED), owner, size, kind)
+        return await serving.threads.run(partial(_tokenized, serving, body, size > MAX_COUNTED), owner, size, kind)
 
     @app.post(
         "/detokenize",
@@ -65,7 +65,7 @@ def _tokenized(serving: Serving, body: TokenizeBody, is_long: bool) -> Response:
         field = "prompt" if body.messages is None else "messages"
         message = (
             f"{field}: at least {error.at_least} tokens, far more than the context's {serving.engine.info.max_length}: "
-            f"beyond that, only bodies of at most {COUNTED} bytes are tokenized ({CONTEXT_LENGTH_EXCEEDED})"
+            f"beyond that, only bodies of at most {MAX_COUNTED} bytes are tokenized ({CONTEXT_LENGTH_EXCEEDED})"
         )
         raise RequestError(field, message, CONTEXT_LENGTH_EXCEEDED) from None
     strings = [serving.text.token_name(token) for token in tokens] if body.return_token_strs else None

@@ -16,7 +16,7 @@ from server.engine import Owner, RequestError
 
 SMALL = 16 * 1024
 """Bytes up to which a body is parsed on the event loop: handing it to another thread would take longer."""
-SHOWN = 60
+MAX_SHOWN = 60
 """Characters quoted of a wrong value."""
 MAX_CONTAINERS = 10_000
 """Maximum number of lists and objects in a body."""
@@ -187,9 +187,9 @@ def request_error(error: ErrorDetails, where: tuple[str, ...] = ()) -> RequestEr
 
 def show(value: Any) -> str:
     """A value for an error message, shortened."""
-    if isinstance(value, int) and value.bit_length() > SHOWN * 3:
+    if isinstance(value, int) and value.bit_length() > MAX_SHOWN * 3:
         return f"an integer of {value.bit_length()} bits"
     if isinstance(value, list | dict):
         return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
-    text = repr(value[: SHOWN + 1] if isinstance(value, str) else value)
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+    text = repr(value[: MAX_SHOWN + 1] if isinstance(value, str) else value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."

@@ -80,7 +80,7 @@ def _as_the_temperature(value: Any, given: Given) -> bool:
 NOTHING: tuple[Any, ...] = ([], {}, "", False)
 
 # OpenAI, vLLM, SGLang, llama.cpp, text-generation-inference, Ollama, text-generation-webui, Hugging Face's `generate`.
-_FORM = _refused(
+_OUTPUT_FORMAT = _refused(
     "response_format structured_outputs structural_tag guided_decoding guided_json guided_regex guided_choice "
     "guided_grammar guided_whitespace_pattern regex regex_pattern json_schema ebnf grammar grammar_string grammar_lazy "
     "grammar_triggers guideline format nvext",
@@ -125,7 +125,7 @@ _LENGTH_AND_END = {
     **_refused("include_stop_str_in_output no_stop_trim", False),
     **_refused("skip_special_tokens trim_stop", True),
 }
-_MORE_TO_TELL = {
+_EXTRA_OUTPUT = {
     **_refused(
         "prompt_logprobs top_n_tokens top_logprobs_num logprob_token_ids token_ids_logprob return_text_in_logprobs "
         "post_sampling_probs return_token_ids return_token_strs return_tokens return_tokens_as_token_ids "
@@ -179,7 +179,7 @@ _DIFFUSION = {
     **_refused("small_block_size sub_block_size sub_block_length mask_id mask_token_id"),
     **_refused("logits_eos_inf confidence_eos_eot_inf eos_early_stop eos_suppress", False),
 }
-_GENERATION = _FORM | _CHOICE_OF_TOKENS | _LENGTH_AND_END | _MORE_TO_TELL | _THINKING | _ELSEWHERE | _DIFFUSION
+_GENERATION = _OUTPUT_FORMAT | _CHOICE_OF_TOKENS | _LENGTH_AND_END | _EXTRA_OUTPUT | _THINKING | _ELSEWHERE | _DIFFUSION
 _TEMPLATE = {
     **_refused("chat_template documents tools", *NOTHING),
     **_refused("continue_final_message", False),
@@ -246,7 +246,7 @@ HARMLESS = {
 """Fields ignored deliberately, even if they resemble others, with the reason why that is harmless."""
 MAX_NAME = 100
 """Characters of a name that is compared with ours."""
-CLOSE = 0.86
+MIN_SIMILARITY = 0.86
 """Minimum similarity, as computed by difflib, of a longer name to the one it misspells."""
 
 
@@ -301,7 +301,7 @@ def _nearest(name: str, names: Iterable[str], shortest: int) -> str | None:
     if plain in known or len(plain) < shortest:
         return known.get(plain)
     slips = [each for each in known if _is_slip(plain, each)]
-    close = slips or (get_close_matches(plain, known, 1, CLOSE) if len(plain) > 4 else [])
+    close = slips or (get_close_matches(plain, known, 1, MIN_SIMILARITY) if len(plain) > 4 else [])
     return known[close[0]] if close else None
 
 

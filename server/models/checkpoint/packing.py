@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from server.runtime.allocator import give_back_freed_memory
 
-PORTIONS = 16
+RELEASES = 16
 """Number of times that freed plain weights are returned to the system: packed weights seldom reuse their memory."""
 
 PACKED_TYPES = (torch.float32, torch.bfloat16)
@@ -35,7 +35,7 @@ def pack_linear_layers(network: nn.Module) -> None:
         return
     # Without the linear layers themselves, which the list would keep alive.
     parents = [module for module in network.modules() if type(module) is not nn.Linear]
-    portion = sum(weight.nbytes for weight in network.parameters()) // PORTIONS
+    portion = sum(weight.nbytes for weight in network.parameters()) // RELEASES
     freed = 0
     for module in parents:
         for name, child in module.named_children():

@@ -14,17 +14,17 @@ from torch.overrides import TorchFunctionMode
 
 from policies.files.regular import check_safetensors
 from server.models.checkpoint.variants import looks_quantised
-from server.models.files import INDEX, MOST_INDEX, ModelError, is_there, other_forms, read_json
+from server.models.files import INDEX, MAX_INDEX, ModelError, is_there, other_forms, read_json
 from server.models.network import Network, matches
 from server.runtime.allocator import available_memory
 
 SINGLE = "model.safetensors"
 FLOATS = ("F64", "F32", "F16", "BF16")
 DRAWN_STD = 0.02
-PORTIONS = 64
+REOPENINGS = 64
 """Number of times files are reopened while all weights are read: pages read through an open file count as used memory.
 Opening a file takes milliseconds if it lists the thousands of tensors of a mixture of experts."""
-COMPARED = 2**22
+COMPARED_AT_ONCE = 2**22
 """Elements of two tensors compared at a time."""
 
 
@@ -59,7 +59,7 @@ def load_weights(network: Network, folder: Path, device: torch.device, dtype: to
     _check_memory(network, device, dtype)
     tensors: dict[str, Tensor] = {}
     paths = dict.fromkeys(source.path for source in sources.values())
-    most = sum(path.stat().st_size for path in paths) // PORTIONS
+    most = sum(path.stat().st_size for path in paths) // REOPENINGS
     for path in paths:
         names = deque(name for name, source in sources.items() if source.path == path)
         while names:
@@ -161,7 +161,7 @@ def _files(folder: Path) -> list[Path]:
     if is_there(single):
         return [single]
     if is_there(index):
-        shards = read_json(index, MOST_INDEX).get("weight_map")
+        shards = read_json(index, MAX_INDEX).get("weight_map")
         if not isinstance(shards, dict) or not shards:
             raise ModelError(f"{index}: has no weight_map")
         names = sorted({str(name) for name in shards.values()})
@@ -213,7 +213,7 @@ def _check_copy(folder: Path, source: Source, copy: Source) -> None:
             slices = one.get_slice(source.name), other.get_slice(copy.name)
             shape = slices[0].get_shape()
             rows = shape[0] if shape else 1
-            step = max(1, COMPARED // max(1, math.prod(shape[1:])))
+            step = max(1, COMPARED_AT_ONCE // max(1, math.prod(shape[1:])))
             parts = [part[done : done + step] if shape else part[...] for part in slices]
             kind = torch.promote_types(parts[0].dtype, parts[1].dtype)
             if not torch.equal(parts[0].to(kind), parts[1].to(kind)):

@@ -7,7 +7,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor
 
-from server.models.config import MOST_LAYERS, CheckpointConfig, Count, Layers, TokenIds
+from server.models.config import MAX_LAYERS, CheckpointConfig, Count, Layers, TokenIds
 
 GLOBAL_HEAD_DIM = 512
 """Default head size of full-attention layers."""
@@ -92,7 +92,7 @@ class TextConfig(CheckpointConfig):
         if not isinstance(data, dict):
             return data
         kinds, layers = data.get("layer_types"), data.get("num_hidden_layers")
-        if kinds is None and isinstance(layers, int) and layers <= MOST_LAYERS:
+        if kinds is None and isinstance(layers, int) and layers <= MAX_LAYERS:
             kinds = [Kind.SLIDING if (index + 1) % PATTERN else Kind.FULL for index in range(layers)]
         if isinstance(kinds, list) and kinds:
             kinds = [*kinds[:-1], Kind.FULL]  # like the original, whatever the file says

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from samplers import AttentionPattern
-from server.models.config import MOST_EXPERTS, Count
+from server.models.config import MAX_EXPERTS, Count
 from server.models.decoder import DecoderConfig, DecoderNetwork, GatedMLP, Layer
 from server.models.experts import highest, mix
 from server.models.layers import RMSNorm, rotate
@@ -25,7 +25,7 @@ class LLaDA2Config(DecoderConfig):
     moe_intermediate_size: Count
     num_experts: Count
     num_experts_per_tok: Count
-    num_shared_experts: int | None = Field(None, ge=0, le=MOST_EXPERTS)
+    num_shared_experts: int | None = Field(None, ge=0, le=MAX_EXPERTS)
     n_group: Count = 8
     topk_group: Count = 4
     routed_scaling_factor: float = 2.5

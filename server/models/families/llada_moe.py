@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from server.models.config import MOST, Count
+from server.models.config import MAX_COUNT, Count
 from server.models.decoder import Attention, DecoderConfig, DecoderNetwork, GatedMLP, Layer, Projections
 from server.models.experts import SoftmaxMixture
 from server.models.layers import RMSNorm
@@ -19,7 +19,7 @@ class LLaDAMoEConfig(DecoderConfig):
 
     published: ClassVar = {"rms_norm_eps": 1e-5}
 
-    intermediate_size: int = Field(gt=0, le=MOST, validation_alias="dense_intermediate_size")
+    intermediate_size: int = Field(gt=0, le=MAX_COUNT, validation_alias="dense_intermediate_size")
     expert_intermediate_size: Count
     shared_expert_intermediate_size: Count | None = None
     num_experts: Count

@@ -8,10 +8,10 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from server.models.files import MOST_TOKENIZER, ModelError, read_json, read_text
+from server.models.files import MAX_TOKENIZER, ModelError, read_json, read_text
 from server.models.text.tokenizer_settings import named_tokens
 
-MOST_IDS = 2**32
+MAX_IDS = 2**32
 """Limit of the tokenizers library."""
 
 CLASSES = ("Qwen2Tokenizer", "Qwen2TokenizerFast", "DreamTokenizer")
@@ -78,15 +78,15 @@ def _around(tokenizer: Tokenizer, settings: dict[str, Any]) -> processors.Templa
 
 
 def _vocabulary(path: Path) -> dict[str, int]:
-    found = read_json(path, MOST_TOKENIZER)
-    if not all(isinstance(id, int) and 0 <= id < MOST_IDS for id in found.values()):
-        raise ModelError(f"{path}: a token's id is no number from 0 to {MOST_IDS - 1}")
+    found = read_json(path, MAX_TOKENIZER)
+    if not all(isinstance(id, int) and 0 <= id < MAX_IDS for id in found.values()):
+        raise ModelError(f"{path}: a token's id is no number from 0 to {MAX_IDS - 1}")
     return found
 
 
 def _merges(path: Path) -> list[tuple[str, str]]:
     found = []
-    for number, line in enumerate(read_text(path, MOST_TOKENIZER).split("\n"), start=1):
+    for number, line in enumerate(read_text(path, MAX_TOKENIZER).split("\n"), start=1):
         parts = line.split()
         if not parts or (number == 1 and parts[0].startswith("#version")):
             continue

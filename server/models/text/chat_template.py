@@ -8,7 +8,7 @@ from typing import Any
 
 from jinja2 import TemplateSyntaxError
 
-from server.models.files import MOST_TEMPLATE, ModelError, is_there, read_optional_json, read_text
+from server.models.files import MAX_TEMPLATE, ModelError, is_there, read_optional_json, read_text
 from server.models.text.template_worker import TemplateLimitError, TemplateRefusedError, template_workers
 from server.models.text.tokenizer_settings import named_tokens
 
@@ -36,11 +36,11 @@ def one_part(texts: list[str]) -> list[Part]:
     return parts([joined(texts)])
 
 
-THOUGHTS = ("reasoning_content", "thinking", "reasoning")
+REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 """Fields in which clients send an assistant's reasoning. Templates read the first, some the second."""
 PROBES = ["first \\ text", "second \\ text"]
 """Texts to find in the prompt: a list printed as Python or JSON doubles the backslash, and so does not show them."""
-TURNS = {
+PROBE_CHATS = {
     "user": [["user"], ["system", "user"]],
     "system": [["system", "user"]],
     "assistant": [["user", "assistant", "user"], ["system", "user", "assistant", "user"]],
@@ -48,9 +48,9 @@ TURNS = {
 """Chats with which each role is tried, in this order: some templates require a system message."""
 
 
-MOST_SOURCE = 1_000_000
+MAX_SOURCE = 1_000_000
 """Characters of a template; published ones have some thousands."""
-PROBING = 10.0
+PROBING_SECONDS = 10.0
 """Seconds that detecting the forms a template reads may take."""
 
 
@@ -68,17 +68,17 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None) -> None:
-        if len(source) > MOST_SOURCE:
-            raise TemplateLimitError(f"it is longer than {MOST_SOURCE} characters")
+        if len(source) > MAX_SOURCE:
+            raise TemplateLimitError(f"it is longer than {MAX_SOURCE} characters")
         self.source = source
         self._special_tokens = dict(special_tokens or {})
         template_workers().compile(source)
-        self._probing_ends = time.monotonic() + PROBING
-        self._of_text: dict[str, Form] = dict.fromkeys(TURNS, joined)
-        self._of_parts: dict[str, Form] = dict.fromkeys(TURNS, joined)
-        for role in TURNS:
-            self._of_text[role] = self._first_that_shows(role, PROBES[:1], [joined, parts])
-            self._of_parts[role] = self._first_that_shows(role, PROBES, [parts, joined, one_part])
+        self._probing_ends = time.monotonic() + PROBING_SECONDS
+        self._of_text: dict[str, Form] = dict.fromkeys(PROBE_CHATS, joined)
+        self._of_parts: dict[str, Form] = dict.fromkeys(PROBE_CHATS, joined)
+        for role in PROBE_CHATS:
+            self._of_text[role] = self._first_visible(role, PROBES[:1], [joined, parts])
+            self._of_parts[role] = self._first_visible(role, PROBES, [parts, joined, one_part])
 
     @classmethod
     def load(cls, folder: Path, settings: dict[str, Any]) -> "ChatTemplate | None":
@@ -94,12 +94,12 @@ class ChatTemplate:
         except TemplateLimitError as error:
             raise ModelError(f"{path}: chat template: {error}") from None
 
-    def in_its_form(self, message: Message) -> dict[str, Any]:
+    def normalize(self, message: Message) -> dict[str, Any]:
         """Copy of a message with its content in the form that the template reads."""
         role, content = message["role"], message.get("content")
         if content is None:
             content = ""
-        thought = next((message[name] for name in THOUGHTS if message.get(name) is not None), None)
+        thought = next((message[name] for name in REASONING_FIELDS if message.get(name) is not None), None)
         if thought is not None:
             message = {"thinking": thought, **message, "reasoning_content": thought}
         forms, texts = (
@@ -126,13 +126,13 @@ class ChatTemplate:
         }
         return template_workers().render(self.source, variables)
 
-    def _first_that_shows(self, role: str, texts: list[str], forms: Sequence[Form]) -> Form:
+    def _first_visible(self, role: str, texts: list[str], forms: Sequence[Form]) -> Form:
         """First form in which a role's texts appear in the prompt; a plain text if there is none."""
-        others: list[dict[str, Form]] = [self._of_text, dict.fromkeys(TURNS, parts)]
-        for form, turns, other in product(forms, TURNS[role], others):
+        others: list[dict[str, Form]] = [self._of_text, dict.fromkeys(PROBE_CHATS, parts)]
+        for form, turns, other in product(forms, PROBE_CHATS[role], others):
             chat = [{"role": each, "content": form(texts) if each == role else other[each](["text"])} for each in turns]
             if time.monotonic() > self._probing_ends:
-                raise TemplateLimitError(f"some short chats take more than {PROBING:g} s")
+                raise TemplateLimitError(f"some short chats take more than {PROBING_SECONDS:g} s")
             try:
                 text = self._render(chat, True)
             except TemplateRefusedError:
@@ -147,7 +147,7 @@ def _source(folder: Path, settings: dict[str, Any]) -> tuple[Path, str] | None:
     for name in ("chat_template.jinja", "additional_chat_templates/default.jinja"):
         path = folder / name
         if is_there(path):  # a dangling link counts as present
-            return path, read_text(path, MOST_TEMPLATE)
+            return path, read_text(path, MAX_TEMPLATE)
     for path, setting in (
         (folder / "tokenizer_config.json", settings.get("chat_template")),
         (folder / "chat_template.json", read_optional_json(folder / "chat_template.json").get("chat_template")),

@@ -16,7 +16,7 @@ from server.models.text.tokenizer_settings import named_tokens
 
 __all__ = ["ChatTemplateError", "TextCodec", "TextTooLongError"]
 
-FEW = 4096
+SHORT_DECODE = 4096
 """Largest number of tokens decoded while holding the interpreter lock."""
 
 
@@ -122,7 +122,7 @@ class TextCodec:
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids; ids below 2^32 without a token are skipped."""
         # Decoding a batch releases the interpreter lock, which is not worth it for few tokens.
-        if len(ids) <= FEW:
+        if len(ids) <= SHORT_DECODE:
             return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
         (text,) = self._tokenizer.decode_batch([ids], skip_special_tokens=skip_special_tokens)
         return text

@@ -30,7 +30,7 @@ PRIVATE = range(0xE000, 0xF900)
 """Private use characters, from which markers are taken."""
 ESCAPE = re.compile(r"\\u([ef][0-9a-f]{3})")
 """Escaped form of such a character in the output of templates that print JSON or Python's representation."""
-BESIDE = frozenset({"content", "name", "reasoning_content", "reasoning", "thinking"})
+ADJACENT_FIELDS = frozenset({"content", "name", "reasoning_content", "reasoning", "thinking"})
 """Fields that a template can write directly next to its own text."""
 
 
@@ -85,7 +85,7 @@ class ControlTokens:
         Args:
             check: called with the prompt before it is encoded; may raise.
         """
-        chat = [self._template.in_its_form(message) for message in messages]
+        chat = [self._template.normalize(message) for message in messages]
         texts = list(_texts(chat))
         marker, *stand_ins = _unused([*texts, self._template.source], 1 + len(self._edges.single))
         marking = Marking(marker, dict(zip(self._edges.single, stand_ins, strict=True)))
@@ -143,7 +143,7 @@ class ControlTokens:
                 return value
             if name == "content" and isinstance(value, list):
                 return [{**part, "text": beside(part["text"])} for part in value]
-            return beside(value) if name in BESIDE and isinstance(value, str) else everywhere(value)
+            return beside(value) if name in ADJACENT_FIELDS and isinstance(value, str) else everywhere(value)
 
         return {broken(name): field(name, value) for name, value in message.items()}
 

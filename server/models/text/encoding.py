@@ -14,7 +14,7 @@ CHARACTER = 4
 """Maximum bytes of a character."""
 PIECE = 1 << 16
 """Characters processed at a time, after which another thread may run."""
-KEEPING = frozenset(
+LOSSLESS_STEPS = frozenset(
     ("ByteLevel", "Digits", "FixedLength", "Metaspace", "Punctuation", "Split", "UnicodeScripts", "Sequence")
 )
 """Pre-tokenizers that preserve the whole text, unless configured otherwise."""
@@ -50,7 +50,7 @@ class TokenBound:
         self._loses_spaces |= any(token.lstrip or token.rstrip for token in added)
         steps = list(_steps(_state(tokenizer.pre_tokenizer)))
         byte_level = any(step["type"] == "ByteLevel" for step in [*steps, *_steps(_state(tokenizer.normalizer))])
-        keeps = all(step["type"] in KEEPING and step.get("behavior") != "Removed" for step in steps)
+        keeps = all(step["type"] in LOSSLESS_STEPS and step.get("behavior") != "Removed" for step in steps)
         self.bytes_per_token: int | None = None
         """Bytes of the text for each token, at most; None where that cannot be told."""
         if shrinks is not None and keeps and _knows_all(tokenizer.model, byte_level):

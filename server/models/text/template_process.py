@@ -26,9 +26,9 @@ TEXT, REFUSED, SYNTAX, LIMIT = b"T", b"R", b"S", b"L"
 """Replies: rendered text; the template's refusal; a syntax error (JSON); the limit that was exceeded."""
 CALL, ANSWER = struct.Struct("!dQQQ"), struct.Struct("!cQ")
 """Headers of a call (seconds, bytes of memory, characters of text, length) and of a reply."""
-MOST_SAID = 1000
+MAX_QUOTED = 1000
 """Characters quoted of a template's own error."""
-KEPT = 4
+COMPILED_KEPT = 4
 """Number of compiled templates kept."""
 
 
@@ -78,7 +78,7 @@ def _answer(source: str, variables: dict[str, Any] | None, most: int) -> tuple[b
     try:
         template = _compiled(source)
     except TemplateSyntaxError as error:
-        return SYNTAX, json.dumps({"line": error.lineno, "message": str(error.message)[:MOST_SAID]})
+        return SYNTAX, json.dumps({"line": error.lineno, "message": str(error.message)[:MAX_QUOTED]})
     except MemoryError:
         raise
     except Exception as error:  # nested too deeply for Jinja or Python
@@ -93,7 +93,7 @@ def _answer(source: str, variables: dict[str, Any] | None, most: int) -> tuple[b
         return REFUSED, _words(error)
 
 
-@lru_cache(KEPT)
+@lru_cache(COMPILED_KEPT)
 def _compiled(source: str) -> Template:
     return chat_environment().from_string(source)
 
@@ -112,7 +112,7 @@ def _rendered(template: Template, variables: dict[str, Any], most: int) -> tuple
 
 
 def _words(error: Exception) -> str:
-    return " ".join(str(error)[:MOST_SAID].split()) or type(error).__name__
+    return " ".join(str(error)[:MAX_QUOTED].split()) or type(error).__name__
 
 
 def _read(connection: socket.socket, size: int) -> bytearray | None:

@@ -27,7 +27,7 @@ MEMORY, MEMORY_PER_BYTE = 256 << 20, 64
 CHARACTERS, CHARACTERS_PER_BYTE = 1_000_000, 8
 """Characters that a template may write: a fixed number, and a number per byte of the call."""
 
-UTF8, MOST_ERROR = 4, 100_000
+UTF8, MAX_ERROR = 4, 100_000
 """Maximum bytes of a character, and of an error reply."""
 
 
@@ -78,7 +78,7 @@ class _Process:
             self._connection.sendall(CALL.pack(*limits, len(payload)))
             self._connection.sendall(payload)
             kind, size = ANSWER.unpack(self._read(ANSWER.size))
-            if size > MOST_ERROR + UTF8 * limits[2]:
+            if size > MAX_ERROR + UTF8 * limits[2]:
                 raise TemplateLimitError("its answer is too long")
             return kind, self._read(size).decode("utf-8")
         except TimeoutError:

@@ -7,7 +7,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from server.models.files import MOST_TOKENIZER, ModelError, is_there, read_bytes
+from server.models.files import MAX_TOKENIZER, ModelError, is_there, read_bytes
 from server.models.text.byte_bpe import load_byte_bpe
 from server.models.text.tokenizer_settings import flagged_tokens, listed_tokens, named_tokens
 from server.models.text.tokenizer_steps import check_steps
@@ -51,7 +51,7 @@ def _from_file(folder: Path) -> Tokenizer:
         if is_there(folder / "vocab.json"):
             return load_byte_bpe(folder)
         raise ModelError(f"{path}: no such file (a tokenizer in the format of the `tokenizers` library is needed)")
-    content = read_bytes(path, MOST_TOKENIZER)
+    content = read_bytes(path, MAX_TOKENIZER)
     with library_errors(path):
         tokenizer = Tokenizer.from_buffer(content)
         check_steps(tokenizer, path)

@@ -11,15 +11,15 @@ from tokenizers import Tokenizer
 
 from server.models.files import ModelError
 
-MOST_GROWTH = 256
+MAX_GROWTH = 256
 """Characters that the steps before a tokenizer's model, or after it, may make of one. Usual: up to 3."""
-MOST_AROUND = 1024
+MAX_AROUND = 1024
 """Tokens that may be added around a text. Usual: 2."""
-MOST_STEPS = 64
+MAX_STEPS = 64
 """Steps of one kind. Usual: up to 10."""
-MOST_STATE = 8 << 20
+MAX_STATE = 8 << 20
 """Characters of the description of the steps of one kind. Character maps have up to half a million."""
-MOST_ADDED = 65_536
+MAX_ADDED = 65_536
 """Tokens added to the vocabulary. Text models have up to some thousands, multimodal models more."""
 
 LISTS = ("normalizers", "pretokenizers", "processors", "decoders")
@@ -36,19 +36,19 @@ def check_steps(tokenizer: Tokenizer, path: Path) -> None:
     steps = {kind: _steps(tokenizer, kind, path) for kind in (*BEFORE, "post_processor", AFTER)}
     for kinds in (BEFORE, (AFTER,)):
         growth = math.prod(_growth(step) for kind in kinds for step in steps[kind])
-        if growth > MOST_GROWTH:
+        if growth > MAX_GROWTH:
             of = " and ".join(kind.replace("_", "-") for kind in kinds if steps[kind])
-            raise ModelError(f"{path}: its {of} may make {growth} characters of one, more than {MOST_GROWTH}")
+            raise ModelError(f"{path}: its {of} may make {growth} characters of one, more than {MAX_GROWTH}")
     around, times = 0, 1
     for step in steps["post_processor"]:
         more, again = _around(step)
         around, times = around * again + more, times * again
     if times > 1:
         raise ModelError(f"{path}: its post-processor repeats the text")
-    if around > MOST_AROUND:
-        raise ModelError(f"{path}: its post-processor puts {around} tokens around a text, more than {MOST_AROUND}")
-    if (added := len(tokenizer.get_added_tokens_decoder())) > MOST_ADDED:
-        raise ModelError(f"{path}: it adds {added} tokens to its vocabulary, more than {MOST_ADDED}")
+    if around > MAX_AROUND:
+        raise ModelError(f"{path}: its post-processor puts {around} tokens around a text, more than {MAX_AROUND}")
+    if (added := len(tokenizer.get_added_tokens_decoder())) > MAX_ADDED:
+        raise ModelError(f"{path}: it adds {added} tokens to its vocabulary, more than {MAX_ADDED}")
 
 
 def _steps(tokenizer: Tokenizer, kind: str, path: Path) -> list[dict[str, Any]]:
@@ -56,11 +56,11 @@ def _steps(tokenizer: Tokenizer, kind: str, path: Path) -> list[dict[str, Any]]:
     if getattr(tokenizer, kind) is None:
         return []
     state = getattr(tokenizer, kind).__getstate__()
-    if len(state) > MOST_STATE:
-        raise ModelError(f"{path}: its {kind.replace('_', '-')} has more than {MOST_STATE} characters")
+    if len(state) > MAX_STATE:
+        raise ModelError(f"{path}: its {kind.replace('_', '-')} has more than {MAX_STATE} characters")
     steps = list(_flat(json.loads(state)))
-    if len(steps) > MOST_STEPS:
-        raise ModelError(f"{path}: its {kind.replace('_', '-')} has {len(steps)} steps, more than {MOST_STEPS}")
+    if len(steps) > MAX_STEPS:
+        raise ModelError(f"{path}: its {kind.replace('_', '-')} has {len(steps)} steps, more than {MAX_STEPS}")
     return steps
 
 

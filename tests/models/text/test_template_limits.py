@@ -85,7 +85,7 @@ def test_what_python_itself_refuses_is_an_error_of_the_template(source: str) -> 
 
 
 def test_many_slow_probes_take_too_long_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat_template, "PROBING", -1)
+    monkeypatch.setattr(chat_template, "PROBING_SECONDS", -1)
     with pytest.raises(TemplateLimitError, match="short chats"):
         ChatTemplate(ECHO)
 
