@@ -19,7 +19,8 @@ class Sender(Protocol):
         pace: recent rate of the body while it was read, in bytes per second.
     """
 
-    pace: float
+    @property
+    def pace(self) -> float: ...
 
     def hold_body(self) -> None:
         """Pause reading the body."""

@@ -27,7 +27,8 @@ from server.http.connections import (
     connection_limit,
 )
 from server.http.lifecycle import SEND_BUFFER, listen
-from server.http.protocol import MAX_HEAD, MAX_HEADERS, MAX_PIPELINED, PARSE_SLICE, Protocol
+from server.http.progress import MAX_HEAD
+from server.http.protocol import MAX_HEADERS, MAX_PIPELINED, PARSE_SLICE, Protocol
 from tests.api.serving import PROMPT, Running, serving, until
 from tests.http.test_connections import BODY, Answers, connected, head, sized
 

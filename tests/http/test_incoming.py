@@ -9,7 +9,7 @@ import pytest
 
 from server.http.connections import ConnectionLimits
 from server.http.incoming import MIN_PACE, READ_SIZE, SMALL_BODY, IncomingBodies
-from server.http.protocol import PACE_PERIOD
+from server.http.progress import PACE_PERIOD
 from tests.api.serving import serving, until
 from tests.http.test_connection_limits import GET, POST, Connection, rejected, soon
 from tests.http.test_connections import BODY, Answers, connected, head, sized
@@ -158,16 +158,16 @@ def test_others_are_served_while_bodies_are_held(tiny_model: Path, monkeypatch: 
     monkeypatch.setattr("server.http.lifecycle.TRIM_AFTER", BIG)
     monkeypatch.setattr("server.http.lifecycle.QUIET_TICKS", 2)
     monkeypatch.setattr("server.http.lifecycle.give_back_heap", lambda: trimmed.append(None))
-    monkeypatch.setattr("server.http.protocol.PACE_PERIOD", 0.2)
+    monkeypatch.setattr("server.http.progress.PACE_PERIOD", 0.2)
     with serving(tiny_model) as running, ExitStack() as stack:
         bodies = running.server._watch.bodies
-        bodies.most = 2 * BIG
+        bodies.max_total = 2 * BIG
         holding = [stack.enter_context(connected(running)) for _ in range(6)]
         for connection in holding:
             connection.sendall(POST + b"content-length: %d\r\n\r\n" % (2 * BIG) + b" " * BIG)
         quick = stack.enter_context(connected(running))
         quick.sendall(sized(body=BODY + b" " * 3 * BIG))
         assert Answers(quick).next()[0] == 200
-        until(lambda: bodies.total <= bodies.most)
+        until(lambda: bodies.total <= bodies.max_total)
         assert rejected(running, "slow_request") >= 3
         until(lambda: trimmed)
