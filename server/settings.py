@@ -306,11 +306,11 @@ def load_settings(flags: dict[str, Any], config: Path | None = None) -> Settings
         name = str(first["loc"][0])[:MAX_QUOTED]
         message = first["msg"].removeprefix("Value error, ")
         if name in KEY_FIELDS:
-            raise WrongSettingError(_where(name, flags, config), message) from None
+            raise WrongSettingError(_source(name, flags, config), message) from None
         given = json.dumps(first["input"], default=str)
         if len(given) > MAX_QUOTED:
             given = f"{given[:MAX_QUOTED]}..."
-        raise WrongSettingError(_where(name, flags, config), f"{message} (got {given})") from None
+        raise WrongSettingError(_source(name, flags, config), f"{message} (got {given})") from None
 
 
 def _empty_keys() -> dict[str, str]:
@@ -319,7 +319,7 @@ def _empty_keys() -> dict[str, str]:
     return {name: "" for name in KEY_FIELDS if f"{PREFIX}{name.upper()}" in empty}
 
 
-def _where(name: str, flags: dict[str, Any], config: Path | None) -> str:
+def _source(name: str, flags: dict[str, Any], config: Path | None) -> str:
     """The source of a field's value: the first of flag, environment variable and file that sets it."""
     if name in flags:
         return flag(name)

@@ -54,14 +54,14 @@ class FairLine:
     the group with the most requests loses the one that would be served last. Use from the event loop's thread only.
 
     Args:
-        at_once: number of requests served concurrently.
-        most: maximum number of requests, queued and being served.
+        concurrency: number of requests served concurrently.
+        capacity: maximum number of requests, queued and being served.
         full: makes the exception for a refused request.
     """
 
-    def __init__(self, at_once: int, most: int, full: Callable[[], Exception]) -> None:
-        self._free = at_once
-        self._most = most
+    def __init__(self, concurrency: int, capacity: int, full: Callable[[], Exception]) -> None:
+        self._free = concurrency
+        self._capacity = capacity
         self._full = full
         self._groups: Ledger[WaiterGroup] = Ledger(WaiterGroup)
         self._number = count()
@@ -76,7 +76,7 @@ class FairLine:
         group.inside += 1
         self.inside += 1
         heappush(group.waiting, turn)
-        if self.inside > self._most:
+        if self.inside > self._capacity:
             self._refuse_last(group)
         self._serve_next()
         try:

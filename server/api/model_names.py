@@ -152,16 +152,20 @@ class ModelNames:
             given = given or {}
         return SamplerRequest(name or self._default.name, where, given, policy)
 
-    def sampler_choice(self, wish: SamplerRequest) -> SamplerChoice:
+    def sampler_choice(self, sampler_request: SamplerRequest) -> SamplerChoice:
         """Resolve a request's sampler. Runs the sampler's own validation, which may take any time.
 
         Raises RequestError, SamplerError.
         """
-        if wish.given is None:
-            return self._named(self._default, wish.where, wish.policy)
-        sampler = _sampler(wish.name, "sampler")
+        if sampler_request.given is None:
+            return self._named(self._default, sampler_request.where, sampler_request.policy)
+        sampler = _sampler(sampler_request.name, "sampler")
         return self._named(
-            SamplerChoice(sampler, validate_params(sampler, wish.given, wish.where), wish.name), wish.where, wish.policy
+            SamplerChoice(
+                sampler, validate_params(sampler, sampler_request.given, sampler_request.where), sampler_request.name
+            ),
+            sampler_request.where,
+            sampler_request.policy,
         )
 
     def _named(self, choice: SamplerChoice, where: str, policy: str | None) -> SamplerChoice:

@@ -88,7 +88,7 @@ def load_model(
         architecture, family, network = build_network(folder, text=text)
         if engine == "torch":
             keep_few_kernels()
-            run_in_own_thread(lambda: give_weights(network, folder, place, kind, load_format))
+            run_in_own_thread(lambda: fill_weights(network, folder, place, kind, load_format))
         else:
             _check_for_vllm(folder, architecture, network, load_format)
     config = network.config
@@ -176,11 +176,11 @@ def load_network(
         text: codec that identifies the mask token if `config.json` names none.
     """
     architecture, family, network = build_network(folder, settings, text)
-    give_weights(network, folder, device, dtype, load_format)
+    fill_weights(network, folder, device, dtype, load_format)
     return architecture, family, network
 
 
-def give_weights(
+def fill_weights(
     network: Network, folder: Path, device: torch.device, dtype: torch.dtype, load_format: str = "auto"
 ) -> None:
     """Load a network's weights from the folder, or draw random ones. Raises ModelError."""

@@ -44,7 +44,7 @@ def engine(json: Json = None, rounds: Rounds = 5, embedded_only: Small = False, 
             yield from measure_engine(run_in_own_thread(lambda: random_model(16)), rounds)
             yield from measure_growth(rounds)
 
-    _tell(results(), json)
+    _report(results(), json)
 
 
 def http(json: Json = None, rounds: Rounds = 5, embedded_only: Small = False, threads: Threads = None) -> None:
@@ -64,10 +64,10 @@ def http(json: Json = None, rounds: Rounds = 5, embedded_only: Small = False, th
                 write_random_model(subject, Path(folder))
                 yield from measure_http(subject, Path(folder), rounds, (1, 16), threads)
 
-    _tell(results(), json)
+    _report(results(), json)
 
 
-def _tell(results: "Iterable[Result]", json: Path | None) -> None:
+def _report(results: "Iterable[Result]", json: Path | None) -> None:
     """Print the machine and each result as it comes, and write all of them to the file."""
     from server.bench.machine import in_words, machine
     from server.bench.results import write_results

@@ -85,7 +85,7 @@ class ConnectionWatch:
         open: all connections.
         owing: connections whose client owes a request or the rest of one, oldest debt first.
         bodies: memory of the incoming bodies.
-        cut: number of responses truncated because the server closed their connection.
+        truncated: number of responses truncated because the server closed their connection.
     """
 
     limits: ConnectionLimits
@@ -93,7 +93,7 @@ class ConnectionWatch:
     open: set[MonitoredConnection] = field(default_factory=set)
     owing: dict[MonitoredConnection, None] = field(default_factory=dict)
     bodies: IncomingBodies = field(default_factory=IncomingBodies)
-    cut: int = 0
+    truncated: int = 0
 
     def admit(self, connection: MonitoredConnection) -> bool:
         """Register a new connection. False if there is no room for it.

@@ -95,7 +95,7 @@ class DrainingServer(uvicorn.Server):
         self._drain: asyncio.Task[None] | None = None
         self._deadline = 0.0
         self._died: float | None = None
-        self._cut_before = 0
+        self._truncated_before = 0
         self._freed = (0, 0, 0)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -136,7 +136,7 @@ class DrainingServer(uvicorn.Server):
 
     async def _drain_and_exit(self) -> None:
         self._deadline = time.monotonic() + self._timeout
-        self._cut_before = self._watch.cut
+        self._truncated_before = self._watch.truncated
         self._engine.drain()
         log.info("stopping: running requests may finish", seconds=self._timeout)
         # Nothing here waits for a thread: the requests that are to finish may occupy all of the app's threads.
@@ -165,9 +165,9 @@ class DrainingServer(uvicorn.Server):
         for left in list(self._watch.open):
             left.end()
         await asyncio.sleep(POLL_PERIOD)
-        if self._watch.cut > self._cut_before or state.tasks:
+        if self._watch.truncated > self._truncated_before or state.tasks:
             self.drained = False
-            log.warning("answers were not sent in full", connections=self._watch.cut - self._cut_before)
+            log.warning("answers were not sent in full", connections=self._watch.truncated - self._truncated_before)
         self._watching.cancel()
 
 

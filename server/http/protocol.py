@@ -345,7 +345,7 @@ class Protocol(HttpToolsProtocol):
         if self.transport.get_write_buffer_size() or (
             running is not None and not running.response_complete and not running.disconnected
         ):
-            self._watch.cut += 1
+            self._watch.truncated += 1
         self.transport.abort()
 
     # Disconnecting clients

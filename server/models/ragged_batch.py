@@ -99,8 +99,8 @@ class RaggedBatch:
         self.wanted = wanted
         position = torch.cat([torch.arange(row.start, row.stop) for row in rows])
         self.position = F.pad(position, (0, len(tokens) - len(position))).to(tokens.device)
-        self._runs = _runs(rows, [row.fed for row in rows], self.position)
-        self._last_runs = _runs(rows, [row.wanted for row in rows], self.position[wanted])
+        self._attention_groups = _attention_groups(rows, [row.fed for row in rows], self.position)
+        self._last_groups = _attention_groups(rows, [row.wanted for row in rows], self.position[wanted])
         self._exact = len(tokens) == len(position) and len(wanted) == sum(row.wanted for row in rows)
 
     def attend(
@@ -123,29 +123,29 @@ class RaggedBatch:
             window: size of the sliding window, which ends at the query; that of a draft ends at the draft's first
             position.
         """
-        runs = self._last_runs if last else self._runs
-        out = None if len(runs) == 1 and self._exact else torch.zeros_like(q)
+        groups = self._last_groups if last else self._attention_groups
+        out = None if len(groups) == 1 and self._exact else torch.zeros_like(q)
         asked = first = 0
-        for run in runs:
-            rows, fed = len(run.rows), run.rows[0].fed
-            queries = slice(asked, asked + rows * run.count)
+        for group in groups:
+            rows, fed = len(group.rows), group.rows[0].fed
+            queries = slice(asked, asked + rows * group.count)
             keys = slice(first, first + rows * fed)
             asked, first = queries.stop, keys.stop
             row_k, row_v = k[keys], v[keys]
-            for i, row in enumerate(run.rows):
+            for i, row in enumerate(group.rows):
                 if row.memory is not None:
                     part = slice(i * fed, (i + 1) * fed)
                     row.memory.states[layer][0, row.start : row.stop] = row_k[part]
                     row.memory.states[layer][1, row.start : row.stop] = row_v[part]
-            only = run.rows[0]
+            only = group.rows[0]
             if not only.whole:
                 assert only.memory is not None
-                row_k, row_v = only.memory.states[layer][:, run.first_key(window) : only.visible]
+                row_k, row_v = only.memory.states[layer][:, group.first_key(window) : only.visible]
             mixed = F.scaled_dot_product_attention(
                 _heads_first(q[queries], rows),
                 _heads_first(row_k, rows),
                 _heads_first(row_v, rows),
-                attn_mask=run.mask(window),
+                attn_mask=group.mask(window),
                 scale=scale,
                 enable_gqa=q.shape[1] != k.shape[1],
             ).transpose(1, 2)
@@ -161,22 +161,22 @@ def _heads_first(x: Tensor, rows: int) -> Tensor:
     return x.view(rows, len(x) // rows, *x.shape[1:]).transpose(1, 2)  # works without tokens too
 
 
-def _runs(rows: Sequence[Segment], queries: Sequence[int], position: Tensor) -> list[AttentionGroup]:
+def _attention_groups(rows: Sequence[Segment], queries: Sequence[int], position: Tensor) -> list[AttentionGroup]:
     """Group neighbours of equal shape. A row that reads cached positions forms its own group.
 
     Args:
         queries: number of queries of each row.
         position: position on its canvas of each query.
     """
-    runs: list[AttentionGroup] = []
+    groups: list[AttentionGroup] = []
     first = 0
     for (_, count), same in groupby(zip(rows, queries, strict=True), key=lambda each: (each[0].shape, each[1])):
         members = [row for row, _ in same]
         for batch in [members] if members[0].whole else [[row] for row in members]:
             places = position[first : first + count * len(batch)].view(len(batch), 1, count, 1)
             first += count * len(batch)
-            runs.append(AttentionGroup(batch, count, places))
-    return runs
+            groups.append(AttentionGroup(batch, count, places))
+    return groups
 
 
 def _mask(row: Segment, places: Tensor, window: int | None, first: int) -> Tensor | None:

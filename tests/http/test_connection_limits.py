@@ -271,7 +271,7 @@ async def test_a_client_that_takes_nothing_is_cut_off_and_one_that_takes_little_
     assert not fake.transport.aborted
     fake.protocol.check(now + 31)
     assert fake.transport.aborted and fake.counted == ["slow_reader"]
-    assert fake.watch.cut == 1
+    assert fake.watch.truncated == 1
 
 
 def test_answers_that_nobody_reads_end_the_connection(hasty: Running) -> None:

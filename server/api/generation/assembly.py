@@ -93,7 +93,7 @@ class TokenTexts:
 
     def _split(self, text: str) -> list[TokenText]:
         group, self._group = self._group, []
-        own = iter(self._own([id for id in group if not self._codec.silent(id)], text))
+        own = iter(self._token_bytes([id for id in group if not self._codec.silent(id)], text))
         reader, found = codecs.getincrementaldecoder("utf-8")("replace"), []
         start, self._length = self._length, self._length + len(text)
         for id in group:
@@ -106,7 +106,7 @@ class TokenTexts:
             start = min(start + len(reader.decode(data)), self._length)
         return found
 
-    def _own(self, heard: Sequence[int], text: str) -> list[bytes]:
+    def _token_bytes(self, heard: Sequence[int], text: str) -> list[bytes]:
         """Bytes of each token of a group with this text."""
         found = [self._codec.token_bytes(id) for id in heard]
         # Prefer the text, unless it is part of a character: the bytes of a token depend on its place.
@@ -116,7 +116,7 @@ class TokenTexts:
             count = len(found) - (not self._codec.is_byte(heard[-1]))
             run = b"".join(found[:count])
             read = _text(run)
-            if read is not None and (stripped := _missing(read, text)):
+            if read is not None and (stripped := _stripped_spaces(read, text)):
                 found[:count] = _without_first(found[:count], stripped)
                 read = read[stripped:]
             if count < len(found):
@@ -129,7 +129,7 @@ def escaped(data: bytes) -> str:
     return "".join(f"\\x{byte:02x}" for byte in data)
 
 
-def _missing(read: str, text: str) -> int:
+def _stripped_spaces(read: str, text: str) -> int:
     """Number of spaces that a decoder strips from the beginning of a text."""
     spaces = len(read) - len(read.lstrip(" "))
     return next((i for i in range(spaces + 1) if text.startswith(read[i:])), 0)

@@ -75,7 +75,7 @@ class Choice:
         self._logs: dict[int, float] = {}  # by position
         self._tokens: list[Token] = []  # tokens whose text is not reported yet
         self._positions = 0  # tokens with known text
-        self._told = 0  # characters reported
+        self._reported = 0  # characters reported
 
     def cancel(self) -> None:
         """Cancel the generation, if it still runs."""
@@ -90,37 +90,37 @@ class Choice:
         self.completion_tokens, self.forwards = event.settled, event.forward
         passes = [self._pass(event)] if self._trajectory else []
         text = self._stops.add(self._decode(event))
-        return TextDelta(text, self._tell(text), passes)
+        return TextDelta(text, self._take_tokens(text), passes)
 
     def _finished(self, event: Finished) -> TextDelta:
         self.completion_tokens, self.forwards = event.completion_tokens, event.forwards
         if self._logprobs:
-            self._know(self._texts.add([], last=True))
+            self._add_tokens(self._texts.add([], last=True))
         text = self._stops.add(self._detokenizer.add([], last=True), last=True)
         if self._stops.stopped:
-            return TextDelta(text, self._tell(text), finish=FinishReason.STOP)
+            return TextDelta(text, self._take_tokens(text), finish=FinishReason.STOP)
         if event.reason is not FinishReason.STOP and event.reason is not FinishReason.LENGTH:
             raise failure(event.reason, event.message)
-        return TextDelta(text, self._tell(text, last=True), finish=event.reason)
+        return TextDelta(text, self._take_tokens(text, last=True), finish=event.reason)
 
     def _decode(self, event: Committed) -> str:
         if self._logprobs:
             for position, confidence in zip(event.positions, event.confidences, strict=True):
                 self._logs[position] = math.log(confidence) if confidence > 0 else MIN_LOGPROB
-            self._know(self._texts.add(event.text_tokens))
+            self._add_tokens(self._texts.add(event.text_tokens))
         return self._detokenizer.add(event.text_tokens)
 
-    def _know(self, parts: Sequence[TokenText]) -> None:
+    def _add_tokens(self, parts: Sequence[TokenText]) -> None:
         for part in parts:
             self._tokens.append(Token(part, self._logs[self._positions]))
             self._positions += 1
 
-    def _tell(self, text: str, last: bool = False) -> list[Token]:
+    def _take_tokens(self, text: str, last: bool = False) -> list[Token]:
         """Tokens that begin in the newly reported text; at the end also those without text."""
-        self._told += len(text)
-        told = [token for token in self._tokens if last or token.part.start < self._told]
-        self._tokens = self._tokens[len(told) :]
-        return told
+        self._reported += len(text)
+        taken = [token for token in self._tokens if last or token.part.start < self._reported]
+        self._tokens = self._tokens[len(taken) :]
+        return taken
 
     def _pass(self, event: Committed) -> ForwardPass:
         return ForwardPass(

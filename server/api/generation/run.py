@@ -83,7 +83,7 @@ async def start(
 
     Raises RequestError, QueueFullError, KeyLimitError, NotServingError.
     """
-    wish = serving.model_names.choose(body)
+    sampler_request = serving.model_names.choose(body)
     number = body.n or 1
     total = count * number
     if total > serving.settings.max_queue:
@@ -94,9 +94,9 @@ async def start(
         )
     serving.engine.check_room(owner, total)
     streams = [EventStream(serving.engine, every_pass=bool(body.return_trajectory)) for _ in range(total)]
-    work = partial(_submit, serving, body, owner, wish, read, streams)
+    work = partial(_submit, serving, body, owner, sampler_request, read, streams)
     kind = Work.CHAT if isinstance(body, ChatBody) else Work.TEXT
-    if not is_ours(wish.name):
+    if not is_ours(sampler_request.name):
         kind = Work.SAMPLER
     encoded, used = await serving.threads.run(work, owner, size, kind)
     choices = [
@@ -110,12 +110,12 @@ def _submit(
     serving: Serving,
     body: B,
     owner: Owner,
-    wish: SamplerRequest,
+    sampler_request: SamplerRequest,
     read: Callable[[B], EncodedPrompts],
     streams: list[EventStream],
 ) -> tuple[EncodedPrompts, EffectiveSettings]:
     serving.engine.check_accepting()  # before work that may take long, and that may have been queued for long
-    chosen = serving.model_names.sampler_choice(wish)
+    chosen = serving.model_names.sampler_choice(sampler_request)
     encoded = read(body)
     requests, used = _requests(serving, body, owner, chosen, encoded)
     try:

@@ -81,22 +81,22 @@ def parse_body(data: bytes, cls: type[B]) -> B:
 def check_counts(data: bytes) -> None:
     """Raise RequestError if JSON has too many parts: parsed, they take far more memory than its bytes."""
     # Texts may contain any of these signs. If there are few including those in texts, the exact count is not needed.
-    if _beyond(*_signs(data)) is None:
+    if _exceeded_limit(*_count_separators(data)) is None:
         return
     containers = members = values = 0
-    for part in _outside_texts(data):
-        more = _signs(part)
+    for part in _without_strings(data):
+        more = _count_separators(part)
         containers, members, values = containers + more[0], members + more[1], values + more[2]
-        if (limit := _beyond(containers, members, values)) is not None:
+        if (limit := _exceeded_limit(containers, members, values)) is not None:
             raise RequestError("body", f"the body holds more than {limit}: send less at a time", "too_many_values")
 
 
-def _signs(data: bytes) -> tuple[int, int, int]:
+def _count_separators(data: bytes) -> tuple[int, int, int]:
     """Number of containers opened, of fields and of values, by their separators."""
     return data.count(b"[") + data.count(b"{"), data.count(b":"), data.count(b",")
 
 
-def _beyond(containers: int, members: int, values: int) -> str | None:
+def _exceeded_limit(containers: int, members: int, values: int) -> str | None:
     """Limit exceeded by these counts; None if there is none."""
     if containers > MAX_CONTAINERS:
         return f"{MAX_CONTAINERS} lists and objects"
@@ -105,7 +105,7 @@ def _beyond(containers: int, members: int, values: int) -> str | None:
     return f"{MAX_VALUES} values" if values > MAX_VALUES else None
 
 
-def _outside_texts(data: bytes) -> Iterator[bytes]:
+def _without_strings(data: bytes) -> Iterator[bytes]:
     """JSON without the content of its strings, in parts."""
     data = data.replace(b"\\\\", b"").replace(b'\\"', b"")
     inside = 0
@@ -118,7 +118,7 @@ def _outside_texts(data: bytes) -> Iterator[bytes]:
 def refuse_fields(body: Body) -> None:
     """Raise RequestError for the first field at any depth that is neither known nor harmless."""
     unknown: set[str] = set()
-    top = _given(body)
+    top = _given_fields(body)
     for where, part in _parts(body):
         extra = part.model_extra
         if not extra:
@@ -126,7 +126,7 @@ def refuse_fields(body: Body) -> None:
         unknown |= extra.keys()
         if len(unknown) > MAX_UNKNOWN:
             raise RequestError("body", f"more than {MAX_UNKNOWN} fields of the body are not known", "unknown_parameter")
-        given = top if part is body else _given(part)
+        given = top if part is body else _given_fields(part)
         for name, value in extra.items():
             if isinstance(part, SamplerArguments) and name in top and top[name] == value:
                 continue  # repeats another field of the body
@@ -139,7 +139,7 @@ def refuse_fields(body: Body) -> None:
         _refuse_template_arguments(top.get("chat_template_kwargs"))
 
 
-def _given(part: BaseModel) -> dict[str, Any]:
+def _given_fields(part: BaseModel) -> dict[str, Any]:
     """All fields that were given, known or unknown."""
     extra = part.model_extra or {}
     return {name: getattr(part, name) for name in part.model_fields_set - extra.keys()} | extra

@@ -273,8 +273,8 @@ def refusal(cls: type[BaseModel], name: str, given: Given) -> str | None:
 def _known(name: str, cls: type[BaseModel]) -> tuple[bool, Refusal | None]:
     """True if a name in any style belongs to a harmless field, and the refusal of a refused one."""
     refused = REFUSED.get(cls, {})
-    found = refused.get(name) or refused.get(_plainly(refused).get(_plain(name), ""))
-    return _plain(name) in _plainly(HARMLESS), found
+    found = refused.get(name) or refused.get(_by_plain_name(refused).get(_plain(name), ""))
+    return _plain(name) in _by_plain_name(HARMLESS), found
 
 
 @lru_cache(maxsize=4096)
@@ -282,22 +282,22 @@ def misspelt(name: str, cls: type[BaseModel]) -> str | None:
     """Correct spelling of a name that resembles one of the body's fields or a refused one."""
     refused = REFUSED.get(cls, {})
     if found := _nearest(name, cls.model_fields, 3):
-        return _write(found, name, found)
+        return _suggestion(found, name, found)
     if issubclass(cls, GenerationBody) and (found := _nearest(name, _parameters(), 6)):
-        return _write(f"sampler_params.{found}", name, found)
+        return _suggestion(f"sampler_params.{found}", name, found)
     if found := _nearest(name, refused, 6):
         return f"if it is to be {found}: {refused[found].instead}"
     return None
 
 
-def _write(instead: str, name: str, found: str) -> str:
+def _suggestion(instead: str, name: str, found: str) -> str:
     sure = _plain(name) == _plain(found)
     return f"write {instead}" if sure else f"write {instead} if you mean that, else leave it out"
 
 
 def _nearest(name: str, names: Iterable[str], shortest: int) -> str | None:
     """Name that matches in another style or, if at least this long, with a misspelling."""
-    plain, known = _plain(name), _plainly(names)
+    plain, known = _plain(name), _by_plain_name(names)
     if plain in known or len(plain) < shortest:
         return known.get(plain)
     slips = [each for each in known if _is_slip(plain, each)]
@@ -331,7 +331,7 @@ def _plain(name: str) -> str:
     return name.lower().replace("_", "").replace("-", "")
 
 
-def _plainly(names: Iterable[str]) -> dict[str, str]:
+def _by_plain_name(names: Iterable[str]) -> dict[str, str]:
     """Original names by their plain form."""
     return {_plain(each): each for each in names}
 

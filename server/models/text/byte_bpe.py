@@ -59,11 +59,11 @@ def load_byte_bpe(folder: Path) -> Tokenizer:
             raise ModelError(
                 f"{path}: added token {token.content!r} cannot have the id {id}: ids must follow one another"
             )
-    tokenizer.post_processor = _around(tokenizer, settings)
+    tokenizer.post_processor = _post_processor(tokenizer, settings)
     return tokenizer
 
 
-def _around(tokenizer: Tokenizer, settings: dict[str, Any]) -> processors.TemplateProcessing:
+def _post_processor(tokenizer: Tokenizer, settings: dict[str, Any]) -> processors.TemplateProcessing:
     """Post-processor that adds the tokens requested by `add_bos_token` and `add_eos_token` to a text."""
     names = named_tokens(settings)
     bos, eos = (

@@ -43,7 +43,7 @@ class TextCodec:
         self._tokenizer = tokenizer
         self._template = template
         self._learn_special_tokens()
-        self._begin, self._end = _around(tokenizer)
+        self._begin, self._end = _surrounding_tokens(tokenizer)
         self._special_tokens = special_tokens
         self.vocab_size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         """One more than the highest token id."""
@@ -165,7 +165,7 @@ class TextCodec:
         return id if id is not None and self._bytes.is_special(id) else None
 
 
-def _around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+def _surrounding_tokens(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """Special tokens that the tokenizer adds before and after a text."""
     plain = tokenizer.encode("a", add_special_tokens=False).ids
     found = tokenizer.encode("a", add_special_tokens=True)

@@ -90,15 +90,15 @@ class ControlTokens:
         marker, *stand_ins = _unused([*texts, self._template.source], 1 + len(self._edges.single))
         marking = Marking(marker, dict(zip(self._edges.single, stand_ins, strict=True)))
 
-        def render(wary: bool) -> str:
-            marked = [self._mark(message, marking, wary) for message in chat]
+        def render(cautious: bool) -> str:
+            marked = [self._mark(message, marking, cautious) for message in chat]
             return self._template.render(marked, add_generation_prompt)
 
-        text = render(wary=False)
+        text = render(cautious=False)
         check(marking.removed(text))  # refuse a text that is too long before further work
         found = self._found(text)
         if any(first in each for each in texts for first in self._firsts):
-            other = render(wary=True)
+            other = render(cautious=True)
             proven = self._found(other)
             if [text[start:end] for start, end in found] != [other[start:end] for start, end in proven]:
                 text, found = other, proven
@@ -118,15 +118,15 @@ class ControlTokens:
             special=True,
         )
 
-    def _mark(self, message: Mapping[str, Any], marking: "Marking", wary: bool) -> dict[str, Any]:
-        """Message with its control tokens broken; if `wary`, with every possible beginning of one broken."""
+    def _mark(self, message: Mapping[str, Any], marking: "Marking", cautious: bool) -> dict[str, Any]:
+        """Message with its control tokens broken; if `cautious`, with every possible beginning of one broken."""
 
         def broken(text: str) -> str:
-            if wary:
-                return marking.broken_wherever(self._firsts, text)
+            if cautious:
+                return marking.broken_after(self._firsts, text)
             return marking.broken(text, self._found(text))
 
-        def beside(text: str) -> str:
+        def adjacent(text: str) -> str:
             return self._edges.marked(broken(text), marking.marker)
 
         def everywhere(value: Any) -> Any:
@@ -142,8 +142,8 @@ class ControlTokens:
             if name == "role":
                 return value
             if name == "content" and isinstance(value, list):
-                return [{**part, "text": beside(part["text"])} for part in value]
-            return beside(value) if name in ADJACENT_FIELDS and isinstance(value, str) else everywhere(value)
+                return [{**part, "text": adjacent(part["text"])} for part in value]
+            return adjacent(value) if name in ADJACENT_FIELDS and isinstance(value, str) else everywhere(value)
 
         return {broken(name): field(name, value) for name, value in message.items()}
 
@@ -192,7 +192,7 @@ class Marking:
             last = end
         return "".join([*out, text[last:]])
 
-    def broken_wherever(self, firsts: Iterable[str], text: str) -> str:
+    def broken_after(self, firsts: Iterable[str], text: str) -> str:
         """Break the text after each of these characters, so that no edit can complete a token."""
         for typed, mark in self._single.items():
             text = _replaced(text, typed, mark)

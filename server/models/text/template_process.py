@@ -82,7 +82,7 @@ def _answer(source: str, variables: dict[str, Any] | None, most: int) -> tuple[b
     except MemoryError:
         raise
     except Exception as error:  # nested too deeply for Jinja or Python
-        return LIMIT, f"it cannot be compiled: {_words(error)}"
+        return LIMIT, f"it cannot be compiled: {_summary(error)}"
     if variables is None:
         return TEXT, ""
     try:
@@ -90,7 +90,7 @@ def _answer(source: str, variables: dict[str, Any] | None, most: int) -> tuple[b
     except MemoryError:
         raise
     except Exception as error:  # a template is a program: its errors depend on the messages
-        return REFUSED, _words(error)
+        return REFUSED, _summary(error)
 
 
 @lru_cache(COMPILED_KEPT)
@@ -111,7 +111,7 @@ def _rendered(template: Template, variables: dict[str, Any], most: int) -> tuple
     return TEXT, text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _words(error: Exception) -> str:
+def _summary(error: Exception) -> str:
     return " ".join(str(error)[:MAX_QUOTED].split()) or type(error).__name__
 
 

@@ -171,23 +171,23 @@ class TemplateWorkers:
         return text
 
     def _ask(self, limits: tuple[float, int, int], payload: bytes) -> tuple[bytes, str]:
-        process = self._take()
+        process = self._acquire()
         try:
             kind, text = process.call(limits, payload)
         except BaseException:
-            self._drop(process)
+            self._discard(process)
             raise
         if kind == LIMIT:  # the process may not have released all memory
-            self._drop(process)
+            self._discard(process)
         else:
-            self._give_back(process)
+            self._release(process)
         return kind, text
 
-    def _take(self) -> _Process:
+    def _acquire(self) -> _Process:
         while idle := self._next_idle():
             if idle.alive:
                 return idle
-            self._drop(idle)  # killed from outside, e.g. when the system was out of memory
+            self._discard(idle)  # killed from outside, e.g. when the system was out of memory
         process = _Process()
         with self._lock:
             self._all.add(process)
@@ -197,11 +197,11 @@ class TemplateWorkers:
         with self._lock:
             return self._idle.pop() if self._idle else None
 
-    def _give_back(self, process: _Process) -> None:
+    def _release(self, process: _Process) -> None:
         with self._lock:
             self._idle.append(process)
 
-    def _drop(self, process: _Process) -> None:
+    def _discard(self, process: _Process) -> None:
         with self._lock:
             self._all.discard(process)
         process.end()

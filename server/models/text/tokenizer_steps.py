@@ -41,7 +41,7 @@ def check_steps(tokenizer: Tokenizer, path: Path) -> None:
             raise ModelError(f"{path}: its {of} may make {growth} characters of one, more than {MAX_GROWTH}")
     around, times = 0, 1
     for step in steps["post_processor"]:
-        more, again = _around(step)
+        more, again = _surrounding_tokens(step)
         around, times = around * again + more, times * again
     if times > 1:
         raise ModelError(f"{path}: its post-processor repeats the text")
@@ -92,7 +92,7 @@ def _longest(table: bytes) -> int:
     return max(map(len, table[4 + int.from_bytes(table[:4], "little") :].split(b"\0")), default=1) or 1
 
 
-def _around(step: dict[str, Any]) -> tuple[int, int]:
+def _surrounding_tokens(step: dict[str, Any]) -> tuple[int, int]:
     """Number of tokens that a post-processor adds to a text, and how often it includes the text."""
     if step["type"] != "TemplateProcessing":
         return 2, 1  # or none
