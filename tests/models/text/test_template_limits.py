@@ -139,7 +139,7 @@ def test_processes_stay_as_long_as_they_answer(workers: TemplateWorkers) -> None
     for _ in range(5):
         workers.render("a", {})
     assert workers.pids == [first]
-    both = [workers._acquire(), workers._take()]
+    both = [workers._acquire(), workers._acquire()]
     for process in both:
         workers._release(process)
         os.kill(process.pid, signal.SIGKILL)
