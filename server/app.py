@@ -1,4 +1,4 @@
-"""The ASGI application: engine, tokenizer, metrics and settings in, routes out."""
+"""The ASGI application, built from engine, tokenizer, metrics and settings."""
 
 from fastapi import FastAPI
 
@@ -24,7 +24,7 @@ from server.settings import Settings
 
 
 def limits_of(settings: Settings) -> Limits:
-    """The engine's limits by the settings."""
+    """Engine limits taken from the settings."""
     each = settings.key_limit
     quota = Quota() if each is None else Quota(each.rows, each.queued, each.tokens_per_minute)
     return Limits(settings.max_batch, settings.max_queue, settings.max_batch_tokens, settings.max_work, quota)
@@ -33,9 +33,12 @@ def limits_of(settings: Settings) -> Limits:
 def create_app(
     engine: Engine, text: TextCodec, metrics: Metrics, settings: Settings, policies: PolicyStore | None = None
 ) -> FastAPI:
-    """The server's face. The engine is started and stopped by whoever made it; the model goes by the metrics' name.
+    """Build the HTTP application.
 
-    Raises RequestError for `sampler` or `sampler_params` if the settings' default sampler does not exist or fit.
+    The caller starts and stops the engine. The model is served under the name that `metrics` carries.
+
+    Raises RequestError for `sampler` or `sampler_params` if the default sampler of the settings does not exist or does
+    not fit the model.
     """
     info = engine.info
     policies = policies or PolicyStore(ServedModel(info.architecture, info.vocab_size))
@@ -58,7 +61,7 @@ def create_app(
     policy_routes.add_routes(app, serving)
     tokens.add_routes(app, serving)
     operations.add_routes(app, serving)
-    # The last one added is the first to see a request.
+    # The middleware added last sees a request first.
     app.add_middleware(PlainPaths)
     app.add_middleware(HeadAsGet)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, owner_of=serving.owners.of)

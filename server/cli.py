@@ -1,4 +1,4 @@
-"""The command `unmask`. Exit status: 0 fine, 2 wrong use (the message names the flag), 1 anything else."""
+"""The `unmask` command. Exit status: 0 success, 2 usage error (the message names the flag), 1 any other failure."""
 
 import sys
 
@@ -9,7 +9,7 @@ from server.runtime.packages import foreign_packages
 
 
 def create_cli() -> typer.Typer:
-    """All commands."""
+    """Build the command line application with all its commands."""
     from server.commands import bench, catalogue, evaluate, generate, serve, train, train_policy
 
     cli = typer.Typer(

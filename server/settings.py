@@ -1,4 +1,4 @@
-"""The server's settings: flags over environment over file."""
+"""Server settings. Flags override environment variables, which override the configuration file."""
 
 import json
 import os
@@ -18,20 +18,20 @@ from pydantic_settings import (
 from policies.files.regular import read_text
 
 PREFIX = "UNMASK_"
-MOST_FILE_BYTES = 1 << 20
-MOST_TOKENS, MOST_SECONDS = 2**31 - 1, 10_000_000.0
-"""Above all that makes sense, and below what the system can count."""
-MOST_SAID = 200
-"""Characters of a wrong value that are repeated."""
-MOST_THREADS = 1024
-MOST = 10**12
-"""No limit of a key's can be more."""
+MAX_FILE_BYTES = 1 << 20
+MAX_TOKENS, MAX_SECONDS = 2**31 - 1, 10_000_000.0
+"""Upper bounds of counts and durations: beyond any sensible value, within what the operating system can represent."""
+MAX_QUOTED = 200
+"""Characters of a wrong value that an error message repeats."""
+MAX_THREADS = 1024
+MAX_KEY_LIMIT = 10**12
+"""Upper bound of every per-key limit."""
 THREADS = "Processor threads that compute."
 THREADS_DEFAULT = "Default: one a core, within a container's limit."
 
 
 def _json_object(value: Any) -> Any:
-    """Flags and the environment hold JSON as text; a file holds a table."""
+    """Parse JSON given as text, as in flags and environment variables; a table from a file passes through."""
     if not isinstance(value, str):
         return value
     try:
@@ -41,64 +41,64 @@ def _json_object(value: Any) -> Any:
 
 
 def _split(value: Any) -> Any:
-    """The environment holds several values as one text, with commas between them."""
+    """Split a comma-separated text, the form in which an environment variable holds several values."""
     return value.split(",") if isinstance(value, str) else value
 
 
-SPACE = " \t\n\r\f\v"
-"""White space as HTTP knows it, which clients' keys are freed of too."""
+HTTP_WHITESPACE = " \t\n\r\f\v"
+"""White space as HTTP defines it. Clients' keys are stripped of it too."""
 
 
 NO_KEY = "there is no key in it: leave it out altogether to do without"
 
 
 def _split_keys(value: Any) -> Any:
-    """As `_split`, without what holds no key: white space and nothing, which a secret mounted from a file can have.
+    """Like `_split`, but drop entries that are empty or only white space, as in a secret mounted from a file.
 
-    What holds no key at all is an error: a variable that was to hold a secret and does not must not open the server.
+    A value without any key is an error: a variable meant to hold a secret, but empty, must not leave the server open.
     """
-    keys = [key for key in _split(value) if key.strip(SPACE)] if isinstance(value, str) else value
+    keys = [key for key in _split(value) if key.strip(HTTP_WHITESPACE)] if isinstance(value, str) else value
     if keys == []:
         raise ValueError(NO_KEY)
     return keys
 
 
 def _key(value: Any) -> Any:
-    """A key without white space around it. Raises ValueError for one that nobody could see, which is a mistake."""
+    """Strip white space around a key. Raises ValueError for a key of invisible characters, which is a mistake."""
     if not isinstance(value, str):
         return value
     if not any(character.isprintable() and not character.isspace() for character in value):
         raise ValueError(NO_KEY)
-    return value.strip(SPACE)
+    return value.strip(HTTP_WHITESPACE)
 
 
 Key = Annotated[SecretStr, BeforeValidator(_key)]
-KEYS = ("api_key", "admin_key")
-"""Fields that decide who may do what."""
+KEY_FIELDS = ("api_key", "admin_key")
+"""Fields that hold keys for authorization."""
 
 
 def name_and_folder(value: Any) -> Any:
-    """NAME=DIR as a pair; what is no text is left to validation. Raises ValueError."""
+    """Parse NAME=DIR into a pair; values other than text are left to validation. Raises ValueError."""
     if not isinstance(value, str):
         return value
     name, equals, folder = value.partition("=")
     if not (name and equals and folder):
-        raise ValueError(f"{value[:MOST_SAID]!r} is not NAME=DIR")
+        raise ValueError(f"{value[:MAX_QUOTED]!r} is not NAME=DIR")
     return name, folder
 
 
 class KeyLimit(BaseModel):
-    """What each key may have; None is no limit of its own."""
+    """Limits of each key; None means that only the server's overall limits apply."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    rows: int | None = Field(None, ge=1, le=MOST)
-    queued: int | None = Field(None, ge=0, le=MOST)
-    tokens_per_minute: int | None = Field(None, ge=1, le=MOST)
+    rows: int | None = Field(None, ge=1, le=MAX_KEY_LIMIT)
+    queued: int | None = Field(None, ge=0, le=MAX_KEY_LIMIT)
+    tokens_per_minute: int | None = Field(None, ge=1, le=MAX_KEY_LIMIT)
 
 
 def _key_limit(value: Any) -> Any:
-    """A limit from `rows=4,queued=32,tokens_per_minute=60000` or a table. Raises ValueError that names the fault."""
+    """Parse `rows=4,queued=32,tokens_per_minute=60000` or a table. Raises ValueError that names the mistake."""
     parts = value
     if isinstance(value, str):
         parts = {}
@@ -106,7 +106,7 @@ def _key_limit(value: Any) -> Any:
             name, equals, number = (text.strip() for text in part.partition("="))
             if not equals or name in parts:
                 raise ValueError("write each limit once, as NAME=NUMBER, with commas between them")
-            parts[name] = int(number) if len(number) <= len(str(MOST)) and number.isdecimal() else number
+            parts[name] = int(number) if len(number) <= len(str(MAX_KEY_LIMIT)) and number.isdecimal() else number
     if not isinstance(parts, dict):
         return value
     if unknown := parts.keys() - KeyLimit.model_fields.keys():
@@ -115,8 +115,8 @@ def _key_limit(value: Any) -> Any:
         raise ValueError("there is no limit in it")
     for name, number in parts.items():
         least = 0 if name == "queued" else 1
-        if not isinstance(number, int) or isinstance(number, bool) or not least <= number <= MOST:
-            raise ValueError(f"{name} must be a whole number from {least} to {MOST}")
+        if not isinstance(number, int) or isinstance(number, bool) or not least <= number <= MAX_KEY_LIMIT:
+            raise ValueError(f"{name} must be a whole number from {least} to {MAX_KEY_LIMIT}")
     return KeyLimit(**parts)
 
 
@@ -124,7 +124,7 @@ NamedFolder = Annotated[tuple[str, str], BeforeValidator(name_and_folder)]
 
 
 class Settings(BaseSettings):
-    """How to serve. Each field is a flag of `unmask serve`, an `UNMASK_...` variable and a key of a `--config` file."""
+    """Settings. Each field is a flag of `unmask serve`, an `UNMASK_...` variable and a key of a `--config` file."""
 
     model_config = SettingsConfigDict(
         frozen=True, extra="forbid", env_prefix=PREFIX, env_ignore_empty=True, allow_inf_nan=False
@@ -147,20 +147,20 @@ class Settings(BaseSettings):
     )
     device: str = Field("auto", description="cpu, cuda, cuda:N, or auto: a GPU if there is one.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="Number type of the weights.")
-    threads: int | None = Field(None, ge=1, le=MOST_THREADS, description=f"{THREADS} {THREADS_DEFAULT}")
+    threads: int | None = Field(None, ge=1, le=MAX_THREADS, description=f"{THREADS} {THREADS_DEFAULT}")
     cache: Literal["none", "prefix", "dual"] | None = Field(
         None,
         description="What is kept of a block's first step, where a request does not say: none; prefix, all before the "
         "block; dual, all but the block. Default: what is exact, prefix for a block-causal model and none for others.",
     )
     max_model_len: int | None = Field(
-        None, ge=2, le=MOST_TOKENS, description="Longest canvas, prompt included, in tokens."
+        None, ge=2, le=MAX_TOKENS, description="Longest canvas, prompt included, in tokens."
     )
     max_batch: int = Field(16, ge=1, le=65536, description="Generations that share a forward pass.")
     max_batch_tokens: int = Field(
         8192,
         ge=2,
-        le=MOST_TOKENS,
+        le=MAX_TOKENS,
         description="Tokens of one forward pass over all its rows; what does not fit takes turns. "
         "No canvas can be longer.",
     )
@@ -204,7 +204,7 @@ class Settings(BaseSettings):
     )
     metrics_open: bool = Field(False, description="Serve /metrics without a key.")
     max_body_bytes: int = Field(
-        4 * 1024 * 1024, ge=1, le=MOST_TOKENS, description="Longest request body; longer ones get 413."
+        4 * 1024 * 1024, ge=1, le=MAX_TOKENS, description="Longest request body; longer ones get 413."
     )
     key_limit: Annotated[KeyLimit | None, NoDecode, BeforeValidator(_key_limit)] = Field(
         None,
@@ -216,21 +216,21 @@ class Settings(BaseSettings):
     max_work: int | None = Field(
         None,
         ge=1,
-        le=MOST,
+        le=MAX_KEY_LIMIT,
         description="Tokens that forwards may have to compute for one request: of each of its generations, forward "
         "passes at most, times canvas. More is answered 400. Default: no limit.",
     )
     request_timeout: float = Field(
         600.0,
         ge=0,
-        le=MOST_SECONDS,
+        le=MAX_SECONDS,
         description="Seconds from its arrival in the queue after which a request, waiting or running, is ended and "
         "answered 504; 0: never.",
     )
     drain_timeout: float = Field(
         60.0,
         ge=0,
-        le=MOST_SECONDS,
+        le=MAX_SECONDS,
         description="Seconds that running requests get to finish when the server is asked to stop.",
     )
     max_connections: int | None = Field(
@@ -243,26 +243,26 @@ class Settings(BaseSettings):
     header_timeout: float = Field(
         10.0,
         gt=0,
-        le=MOST_SECONDS,
+        le=MAX_SECONDS,
         description="Seconds in which a connection's first request, or the head of one that began, must come.",
     )
     body_timeout: float = Field(
         30.0,
         gt=0,
-        le=MOST_SECONDS,
+        le=MAX_SECONDS,
         description="Seconds in which a request's body must come, or 4096 bytes of it for each.",
     )
     write_timeout: float = Field(
         30.0,
         gt=0,
-        le=MOST_SECONDS,
+        le=MAX_SECONDS,
         description="Seconds after which a client that takes nothing of its answer is cut off, or of a long one less "
         "than 4096 bytes for each.",
     )
     keep_alive: float = Field(
         75.0,
         gt=0,
-        le=MOST_SECONDS,
+        le=MAX_SECONDS,
         description="Seconds that a connection may idle between requests; "
         "more than the clients and proxies before the server keep one in their pools.",
     )
@@ -270,7 +270,7 @@ class Settings(BaseSettings):
 
 
 class WrongSettingError(ValueError):
-    """A setting that cannot be used. `where` is how the user gave it: a flag, a variable or a key of a file."""
+    """A setting that cannot be used. `where` is the flag, variable or file key that it came from."""
 
     def __init__(self, where: str, message: str) -> None:
         super().__init__(message)
@@ -278,12 +278,12 @@ class WrongSettingError(ValueError):
 
 
 def flag(name: str) -> str:
-    """The flag of a field."""
+    """Command line flag of a field."""
     return f"--{name.replace('_', '-')}"
 
 
 def load_settings(flags: dict[str, Any], config: Path | None = None) -> Settings:
-    """Settings from the flags that were given, the environment and a TOML file. Raises WrongSettingError."""
+    """Load settings from the given flags, the environment and a TOML file. Raises WrongSettingError."""
     from_file = _read(config) if config is not None else {}
 
     class Sourced(Settings):
@@ -303,24 +303,24 @@ def load_settings(flags: dict[str, Any], config: Path | None = None) -> Settings
         return Sourced(**flags)
     except ValidationError as error:
         first = error.errors()[0]
-        name = str(first["loc"][0])[:MOST_SAID]
+        name = str(first["loc"][0])[:MAX_QUOTED]
         message = first["msg"].removeprefix("Value error, ")
-        if name in KEYS:
-            raise WrongSettingError(_where(name, flags, config), message) from None
+        if name in KEY_FIELDS:
+            raise WrongSettingError(_source(name, flags, config), message) from None
         given = json.dumps(first["input"], default=str)
-        if len(given) > MOST_SAID:
-            given = f"{given[:MOST_SAID]}..."
-        raise WrongSettingError(_where(name, flags, config), f"{message} (got {given})") from None
+        if len(given) > MAX_QUOTED:
+            given = f"{given[:MAX_QUOTED]}..."
+        raise WrongSettingError(_source(name, flags, config), f"{message} (got {given})") from None
 
 
 def _empty_keys() -> dict[str, str]:
-    """The fields of keys whose variables are there, but empty: validation refuses these, and ignores others."""
+    """Key fields whose variables are set but empty, which pydantic would ignore; validation refuses these values."""
     empty = {name.upper() for name, value in os.environ.items() if not value}
-    return {name: "" for name in KEYS if f"{PREFIX}{name.upper()}" in empty}
+    return {name: "" for name in KEY_FIELDS if f"{PREFIX}{name.upper()}" in empty}
 
 
-def _where(name: str, flags: dict[str, Any], config: Path | None) -> str:
-    """What gave the field its value: the first of flag, environment and file that names it."""
+def _source(name: str, flags: dict[str, Any], config: Path | None) -> str:
+    """The source of a field's value: the first of flag, environment variable and file that sets it."""
     if name in flags:
         return flag(name)
     variable = f"{PREFIX}{name.upper()}"
@@ -329,7 +329,7 @@ def _where(name: str, flags: dict[str, Any], config: Path | None) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(read_text(path, MOST_FILE_BYTES))
+        return tomllib.loads(read_text(path, MAX_FILE_BYTES))
     except OSError as error:
         raise WrongSettingError("--config", f"{path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:

@@ -1,1 +1,1 @@
-"""The HTTP face: OpenAI's routes and ours. It computes nothing; the engine does."""
+"""HTTP API: OpenAI's routes and our own. All computation is left to the engine."""

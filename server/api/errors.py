@@ -1,4 +1,4 @@
-"""Errors in OpenAI's shape: one table from exception to status, type and code."""
+"""Errors in OpenAI's format: one table from exception to status, type and code."""
 
 import math
 from http import HTTPStatus
@@ -14,13 +14,13 @@ from samplers import SamplerError
 from server.engine import Budget, FinishReason, KeyLimitError, NotServingError, QueueFullError, RequestError
 
 MAX_PARAM = 60
-"""Characters of a field's name, which may be a client's."""
+"""Characters of a field's name, which a client may have chosen."""
 MAX_MESSAGE = 1000
-"""Characters of a message. Those that repeat something repeat less: this is for what nobody thought of."""
+"""Characters of a message: a last resort, since messages shorten the values they quote."""
 MAX_PATH = 100
-"""Characters of a path that a message repeats."""
+"""Characters of a path quoted in a message."""
 RETRY_SECONDS = 1
-"""What `Retry-After` says: a full queue moves on with every generation that ends."""
+"""Seconds in `Retry-After`: a full queue moves on with every generation that ends."""
 
 
 class ErrorDetail(BaseModel):
@@ -96,7 +96,7 @@ class GenerationEndedError(GenerationFailedError):
 
 INVALID, SERVER = "invalid_request_error", "server_error"
 
-# The first row that an exception is an instance of counts. Code None: the exception has its own.
+# The first matching row counts. Code None: the exception carries its own code.
 ERRORS: list[tuple[type[Exception], int, str, str | None]] = [
     (NotFoundError, 404, INVALID, None),
     (RequestError, 400, INVALID, None),
@@ -124,9 +124,9 @@ HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
 def describe(error: Exception) -> tuple[int, ErrorDetail]:
-    """Status and body of an exception. What is not meant for users says nothing about its inside.
+    """Status and body of an exception. Internal errors reveal no details.
 
-    Whatever it holds, the body is short: what a client sent comes back in small parts only.
+    The body is short whatever the exception holds: values sent by a client are quoted in part only.
     """
     status, detail = _describe(error)
     update: dict[str, Any] = {"message": shortened(detail.message, MAX_MESSAGE)}
@@ -136,7 +136,7 @@ def describe(error: Exception) -> tuple[int, ErrorDetail]:
 
 
 def shortened(text: str, length: int) -> str:
-    """A text, or its beginning and three dots."""
+    """Text cut to a length, marked by three dots if it was longer."""
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
@@ -154,7 +154,7 @@ def _describe(error: Exception) -> tuple[int, ErrorDetail]:
 
 
 def error_response(error: Exception) -> Response:
-    """The whole answer for an exception."""
+    """Complete response for an exception."""
     status, detail = describe(error)
     headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
     if status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE):
@@ -166,19 +166,19 @@ def error_response(error: Exception) -> Response:
     if status == HTTPStatus.UNSUPPORTED_MEDIA_TYPE:
         headers["accept-encoding"] = "identity"
     if status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
-        headers["connection"] = "close"  # the rest of the body is not worth reading
+        headers["connection"] = "close"  # do not read the rest of the body
     return Response(ErrorResponse(error=detail).model_dump_json(), status, headers, media_type="application/json")
 
 
 def _key_limit_headers(error: KeyLimitError) -> dict[str, str]:
-    """When to try again, and what is left. `x-should-retry` tells OpenAI's clients where that is no use."""
+    """Headers with the retry time and the remaining budget. `x-should-retry` keeps OpenAI's clients from retrying."""
     if math.isinf(error.wait):
         return {"retry-after": "60", "x-should-retry": "false"} | budget_headers(error.budget)
     return {"retry-after": str(max(RETRY_SECONDS, math.ceil(error.wait)))} | budget_headers(error.budget)
 
 
 def budget_headers(budget: Budget | None) -> dict[str, str]:
-    """What is left of a key's tokens a minute, in OpenAI's headers; none where that is not limited."""
+    """Remaining tokens per minute of a key, in OpenAI's headers; empty without a limit."""
     if budget is None:
         return {}
     return {
@@ -189,7 +189,7 @@ def budget_headers(budget: Budget | None) -> dict[str, str]:
 
 
 def failure(reason: FinishReason, message: str) -> GenerationFailedError:
-    """The exception for a generation that ended without being done."""
+    """Exception for a generation that ended before it was complete."""
     if reason is FinishReason.TIMEOUT:
         return GenerationTimeoutError(message)
     if reason is FinishReason.ABORT:
@@ -198,7 +198,7 @@ def failure(reason: FinishReason, message: str) -> GenerationFailedError:
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Answer every exception that the table names, and the framework's own, in our shape."""
+    """Handle all exceptions of the table, and the framework's own, with our error format."""
 
     async def answer(request: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException) and error.detail == HTTPStatus(error.status_code).phrase:
@@ -211,12 +211,12 @@ def add_error_handlers(app: FastAPI) -> None:
 
     app.add_exception_handler(HTTPException, answer)
     for cls, *_ in ERRORS:
-        if cls is not Exception:  # that is what the outermost middleware answers, under the request's name
+        if cls is not Exception:  # handled by the outermost middleware, which knows the request's id
             app.add_exception_handler(cls, answer)
 
 
 def _allowed(app: FastAPI, request: Request) -> list[str]:
-    """The methods of a request's path, by all of its routes: the first route knows only its own."""
+    """Methods allowed on a request's path over all routes: the framework's first match knows only its own."""
     routes = [route for route in app.routes if isinstance(route, Route)]
     fitting = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
     methods = {method for route in fitting for method in route.methods or ()}

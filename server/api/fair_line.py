@@ -1,4 +1,4 @@
-"""Who is next where more wait than can be served, and who has to go where more come than can wait."""
+"""Fair queueing: the order in which waiting requests are served, and which to refuse when the queue is full."""
 
 import asyncio
 from collections.abc import Callable
@@ -9,80 +9,79 @@ from itertools import count
 from server.engine import Owner
 from server.engine.ledger import Account, Ledger
 
-FEW = 16
-"""Owners who are remembered, beside as many as wait."""
+MIN_REMEMBERED = 16
+"""Owners remembered in addition to those that wait."""
 
 
 @dataclass(order=True)
 class Waiter:
-    """One who waits or is served. Ordered as its group's turns are served.
+    """A queued or served request, ordered by its turn within its group.
 
     Attributes:
-        end: what its owner will have had of the group's share by then, in bytes.
-        called: is done when it is served, and raises what it is sent away with.
+        end: bytes of its owner's virtual service at the end of this request, as in weighted fair queueing.
+        admission: future that completes when the request is served, or raises if it is refused.
     """
 
     end: int
     number: int
     size: int = field(compare=False)
     owner: Owner = field(compare=False)
-    called: "asyncio.Future[None]" = field(compare=False)
+    admission: "asyncio.Future[None]" = field(compare=False)
     served: bool = field(default=False, compare=False)
 
 
 class WaiterGroup(Account):
-    """Those of a group.
+    """Queued requests of one group.
 
     Attributes:
-        waiting: a heap.
-        had: bytes that an owner could have had so far who always wanted more.
-        ends: the last turn's end of owners who wait, or have had more than that.
+        waiting: heap of queued requests.
+        virtual_time: virtual time of the group: bytes served to an owner that always virtual_time requests waiting.
+        ends: for each owner that waits or is ahead of `virtual_time`, the `end` of its last request.
     """
 
     def __init__(self, served: int) -> None:
         super().__init__(served)
         self.waiting: list[Waiter] = []
         self.inside = 0
-        self.had = 0
+        self.virtual_time = 0
         self.ends: dict[str, int] = {}
 
 
 class FairLine:
-    """Serves groups by turns, and within each its owners, by the bytes that they bring.
+    """Fair queue over groups, and over the owners within each group, by request size in bytes.
 
-    Who brings little is served before those who bring much, whatever these have waiting. Where the line is full, the
-    group that takes most of it gives way to one that takes less, and within a group the turn that would be served last.
-    Belongs to the event loop's thread.
+    An owner with few bytes is served before one with many, however much the latter has waiting. When the queue is full,
+    the group with the most requests loses the one that would be served last. Use from the event loop's thread only.
 
     Args:
-        at_once: those who are served together.
-        most: those who may be there altogether.
-        full: makes what one is told who is sent away.
+        concurrency: number of requests served concurrently.
+        capacity: maximum number of requests, queued and being served.
+        full: makes the exception for a refused request.
     """
 
-    def __init__(self, at_once: int, most: int, full: Callable[[], Exception]) -> None:
-        self._free = at_once
-        self._most = most
+    def __init__(self, concurrency: int, capacity: int, full: Callable[[], Exception]) -> None:
+        self._free = concurrency
+        self._capacity = capacity
         self._full = full
         self._groups: Ledger[WaiterGroup] = Ledger(WaiterGroup)
         self._number = count()
         self.inside = 0
 
     async def enter(self, owner: Owner, size: int) -> Waiter:
-        """Wait to be served; to be left afterwards. Raises what `full` makes."""
+        """Wait for service. Call `leave` afterwards. Raises the exception made by `full`."""
         group = self._groups.enter(owner.group)
-        end = max(group.had, group.ends.get(owner.name, 0)) + size
+        end = max(group.virtual_time, group.ends.get(owner.name, 0)) + size
         turn = Waiter(end, next(self._number), size, owner, asyncio.get_running_loop().create_future())
         group.ends[owner.name] = end
         group.inside += 1
         self.inside += 1
         heappush(group.waiting, turn)
-        if self.inside > self._most:
-            self._send_away(group)
-        self._call()
+        if self.inside > self._capacity:
+            self._refuse_last(group)
+        self._serve_next()
         try:
-            await turn.called
-        except BaseException:  # sent away, or the one who waits was ended
+            await turn.admission
+        except BaseException:  # refused, or the waiting task was cancelled
             if turn.served:
                 self.leave(turn)
             elif turn in group.waiting:
@@ -91,12 +90,12 @@ class FairLine:
         return turn
 
     def leave(self, turn: Waiter) -> None:
-        """Make room for the next one, having been served."""
+        """Release a served request's place for the next one."""
         self._free += 1
-        self._gone(turn)
-        self._call()
+        self._leave_group(turn)
+        self._serve_next()
 
-    def _call(self) -> None:
+    def _serve_next(self) -> None:
         while self._free:
             groups = [each for each in self._groups.accounts.values() if each.waiting]
             if not groups:
@@ -104,20 +103,20 @@ class FairLine:
             group = min(groups, key=lambda each: each.served + each.waiting[0].size)
             turn = heappop(group.waiting)
             group.served += turn.size
-            group.had += -(-turn.size // max(1, len(group.ends)))
-            if len(group.ends) > 2 * len(group.waiting) + FEW:  # who has had no more is as one who was never there
-                group.ends = {name: end for name, end in group.ends.items() if end > group.had}
+            group.virtual_time += -(-turn.size // max(1, len(group.ends)))
+            if len(group.ends) > 2 * len(group.waiting) + MIN_REMEMBERED:  # an owner that is not ahead needs no entry
+                group.ends = {name: end for name, end in group.ends.items() if end > group.virtual_time}
             self._free -= 1
             turn.served = True
-            if not turn.called.done():
-                turn.called.set_result(None)
+            if not turn.admission.done():
+                turn.admission.set_result(None)
 
-    def _send_away(self, newest: WaiterGroup) -> None:
+    def _refuse_last(self, newest: WaiterGroup) -> None:
         groups = [each for each in self._groups.accounts.values() if each.waiting]
         largest = max(groups, key=lambda each: (each.inside, each is newest))
         turn = max(largest.waiting)
         self._remove(turn)
-        turn.called.set_exception(self._full())
+        turn.admission.set_exception(self._full())
 
     def _remove(self, turn: Waiter) -> None:
         group = self._groups.accounts[turn.owner.group]
@@ -125,9 +124,9 @@ class FairLine:
         heapify(group.waiting)
         if group.ends.get(turn.owner.name) == turn.end:
             group.ends[turn.owner.name] = turn.end - turn.size
-        self._gone(turn)
+        self._leave_group(turn)
 
-    def _gone(self, turn: Waiter) -> None:
+    def _leave_group(self, turn: Waiter) -> None:
         group = self._groups.accounts[turn.owner.group]
         group.inside -= 1
         self.inside -= 1

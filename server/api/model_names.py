@@ -1,4 +1,4 @@
-"""What a request can choose: the served model's names and the samplers, in one table built at start-up."""
+"""Resolution of a request's model name and sampler, from one table built at start-up."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -28,14 +28,14 @@ from server.settings import Settings
 
 log = structlog.get_logger(__name__)
 
-MOST_STATED = 16 * 1024
-"""Bytes of its parameters that an answer repeats, once for each choice."""
-MOST_NAME = 65
-"""Characters of a sampler's name that are looked at, one more than a name has."""
+MAX_STATED = 16 * 1024
+"""Bytes of sampler parameters that a response repeats, once for each choice."""
+MAX_NAME = 65
+"""Characters of a sampler's name that are looked at, one more than a valid name has."""
 
 
 class SamplerChoice(NamedTuple):
-    """What denoises a request. The name is the registry's, whatever a third party's sampler says later."""
+    """A sampler with its parameters. The name is the registry's, whatever a plugin's sampler reports later."""
 
     sampler: Sampler
     params: SamplerParams
@@ -43,14 +43,14 @@ class SamplerChoice(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What a request says of its sampler, before any of the sampler's own code has run.
+class SamplerRequest:
+    """Sampler asked for by a request, before any of the sampler's own code has run.
 
     Attributes:
-        name: the sampler; there is one of that name.
-        where: the field that `given` is in.
-        given: its parameters; None are the default's.
-        policy: the one that the model's name chooses.
+        name: name of an existing sampler.
+        where: field that contains `given`.
+        given: the parameters; None selects the default's.
+        policy: policy chosen by the model's name.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Wish:
 
 
 def default_sampler(settings: Settings, info: ModelInfo) -> SamplerChoice:
-    """What requests get that choose nothing. Raises RequestError for `sampler` or `sampler_params`."""
+    """Sampler of requests that choose none. Raises RequestError for `sampler` or `sampler_params`."""
     name = settings.sampler or info.sampler
     sampler = _sampler(name, "sampler")
     if reason := why_not(sampler, info.pattern):
@@ -69,7 +69,7 @@ def default_sampler(settings: Settings, info: ModelInfo) -> SamplerChoice:
 
 
 def check_default_sampler(settings: Settings) -> None:
-    """Check the settings' sampler as far as is possible without a model. Raises RequestError as `default_sampler`."""
+    """Check the default sampler as far as possible without a model. Raises RequestError like `default_sampler`."""
     if settings.sampler is not None:
         _default_params(_sampler(settings.sampler, "sampler"), settings)
 
@@ -82,17 +82,17 @@ def _default_params(sampler: Sampler, settings: Settings) -> SamplerParams:
 
 
 POLICY = "policy-"
-"""What stands before a policy's name in `model:policy-NAME`."""
+"""Prefix of a policy's name in `model:policy-NAME`."""
 
 
 class ModelNames:
-    """The names that the served model goes by, and what each of them implies.
+    """Names of the served model, and the sampler or policy that each implies.
 
     Args:
-        name: the served model.
-        default: what requests get that choose neither sampler nor parameters.
-        policies: the policies that are loaded, which may change at any time.
-        pattern: how the model reads a canvas.
+        name: name of the served model.
+        default: sampler and parameters of requests that choose neither.
+        policies: store of the loaded policies, which may change at any time.
+        pattern: attention pattern of the model.
     """
 
     def __init__(
@@ -102,22 +102,22 @@ class ModelNames:
         self.pattern = pattern
         self.policies = policies
         self._default = default
-        # Asked once: a third party's answer may take any time, and is needed on the event loop.
+        # Computed once: a plugin's answer may take any time, and is needed on the event loop.
         self._reasons = {each: why_not(sampler, pattern) for each, sampler in named_samplers().items()}
 
     def why_not(self, sampler: str) -> str | None:
-        """Why the model cannot be denoised by a sampler; None if it can."""
+        """Reason why the sampler cannot run with this model; None if it can."""
         return self._reasons.get(sampler)
 
     def names(self) -> list[str]:
-        """The plain name, and the name with each sampler and each loaded policy that this model can do with."""
+        """The model's plain name, and its name with each sampler and loaded policy that can run with this model."""
         suffixes = [sampler for sampler in named_samplers() if not self.why_not(sampler)]
         if not self.why_not(Policy.name):
             suffixes += [f"{POLICY}{stored.name}" for stored in self.policies.list()]
         return [self.name, *(f"{self.name}:{suffix}" for suffix in suffixes)]
 
     def check_model(self, model: str | None) -> tuple[str | None, str | None]:
-        """The name of the sampler that a model's name chooses, and the policy. Raises NotFoundError, RequestError."""
+        """Names of the sampler and of the policy that a model name selects. Raises NotFoundError, RequestError."""
         if model is None or model == self.name:
             return None, None
         if model.startswith(f"{self.name}:"):
@@ -128,11 +128,11 @@ class ModelNames:
             return suffix, None
         raise NotFoundError("model", f"model {show(model)} is not served here: use {self.name!r}", "model_not_found")
 
-    def choose(self, body: GenerationBody) -> Wish:
-        """Which sampler and parameters a request asks for. Raises NotFoundError, RequestError.
+    def choose(self, body: GenerationBody) -> SamplerRequest:
+        """Determine the sampler and parameters that a request asks for. Raises NotFoundError, RequestError.
 
-        The sampler is named by the model's suffix, by `sampler` or by `vllm_xargs.sampler`; by more than one only if
-        they agree. Parameters are those of the sampler in force.
+        The sampler is named by the model's suffix, by `sampler` or by `vllm_xargs.sampler`; several must agree.
+        Parameters are those of the sampler in effect.
         """
         xargs = body.vllm_xargs
         suffix, policy = self.check_model(body.model)
@@ -150,22 +150,26 @@ class ModelNames:
         if name is not None:
             _sampler(name, "sampler" if body.sampler is not None else "vllm_xargs.sampler")
             given = given or {}
-        return Wish(name or self._default.name, where, given, policy)
+        return SamplerRequest(name or self._default.name, where, given, policy)
 
-    def sampler_choice(self, wish: Wish) -> SamplerChoice:
-        """What a request asks for. Runs the sampler's own checks, which may take any time.
+    def sampler_choice(self, sampler_request: SamplerRequest) -> SamplerChoice:
+        """Resolve a request's sampler. Runs the sampler's own validation, which may take any time.
 
         Raises RequestError, SamplerError.
         """
-        if wish.given is None:
-            return self._named(self._default, wish.where, wish.policy)
-        sampler = _sampler(wish.name, "sampler")
+        if sampler_request.given is None:
+            return self._named(self._default, sampler_request.where, sampler_request.policy)
+        sampler = _sampler(sampler_request.name, "sampler")
         return self._named(
-            SamplerChoice(sampler, validate_params(sampler, wish.given, wish.where), wish.name), wish.where, wish.policy
+            SamplerChoice(
+                sampler, validate_params(sampler, sampler_request.given, sampler_request.where), sampler_request.name
+            ),
+            sampler_request.where,
+            sampler_request.policy,
         )
 
     def _named(self, choice: SamplerChoice, where: str, policy: str | None) -> SamplerChoice:
-        """The choice with its policy's name filled in, if it has one. Raises RequestError if it is not loaded."""
+        """Fill in the name of the policy, if the sampler has one. Raises RequestError if it is not loaded."""
         if choice.name != Policy.name:
             return choice
         params = choice.params
@@ -184,9 +188,9 @@ class ModelNames:
 
 
 def validate_params(sampler: Sampler, params: dict[str, Any], where: str = "sampler_params") -> SamplerParams:
-    """A sampler's parameters.
+    """Validate a sampler's parameters.
 
-    Raises RequestError, which names the parameter, and SamplerError if the sampler's own checks fail otherwise.
+    Raises RequestError that names the parameter, or SamplerError if the sampler's own validation fails otherwise.
     """
     refused: Exception
     try:
@@ -204,7 +208,7 @@ def validate_params(sampler: Sampler, params: dict[str, Any], where: str = "samp
 
 
 def _validated(sampler: Sampler, params: dict[str, Any]) -> SamplerParams:
-    # As JSON, which is what the parameters came as: strict validation takes a list for a tuple there.
+    # As JSON, the format the parameters arrived in: strict validation then accepts a list for a tuple.
     found: object = sampler.Params.model_validate_json(to_json(params))
     if not isinstance(found, SamplerParams):
         raise TypeError("its parameters are none")
@@ -224,21 +228,21 @@ def _refusal(sampler: Sampler, error: ValidationError, where: str) -> RequestErr
 
 
 def stated(sampler: Sampler, params: SamplerParams) -> dict[str, Any]:
-    """Parameters as an answer repeats them. Raises SamplerError if they cannot be told."""
+    """Parameters as repeated in a response. Raises SamplerError if they cannot be serialised."""
 
     def dump() -> dict[str, Any]:
         found: object = params.model_dump(mode="json")
         if not isinstance(found, dict):
             raise TypeError("its parameters are no object")
-        if len(to_json(found)) > MOST_STATED:
-            raise ContractError(f"its parameters are more than {MOST_STATED} bytes")
+        if len(to_json(found)) > MAX_STATED:
+            raise ContractError(f"its parameters are more than {MAX_STATED} bytes")
         return found
 
     return told(sampler, dump)
 
 
 def _agreed(given: dict[str, Any]) -> tuple[str, Any]:
-    """The one value that is given in any of several fields, and where. Raises RequestError if two differ."""
+    """The field and value set in any of several fields. Raises RequestError if two values differ."""
     found = [(field, value) for field, value in given.items() if value is not None]
     for field, value in found[1:]:
         if value != found[0][1]:
@@ -250,6 +254,6 @@ def _agreed(given: dict[str, Any]) -> tuple[str, Any]:
 
 def _sampler(name: str, field: str) -> Sampler:
     try:
-        return get_sampler(name[:MOST_NAME])
+        return get_sampler(name[:MAX_NAME])
     except UnknownSamplerError as error:
         raise RequestError(field, str(error), "unknown_sampler") from None

@@ -1,4 +1,4 @@
-"""Whose share of the server a request uses."""
+"""Owner of a request, by whom shares of the server are counted."""
 
 import hashlib
 import hmac
@@ -12,13 +12,13 @@ from server.engine import Owner
 from server.settings import Settings
 
 IPV6_PREFIX = 64
-"""Bits that tell one client's network from another's; the rest a client can choose."""
+"""Bits of an IPv6 address that identify a client's network; the client can choose the rest."""
 
 
 class Owners:
-    """Tells who is asking: by key, or by connection and address where there are no keys.
+    """Identifies the owner of a request: by key, or by connection and address if the server has no keys.
 
-    Keys are told apart by digests salted anew in each process, which say nothing about them.
+    Keys are identified by digests with a new random salt in each process, which reveal nothing about them.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -28,7 +28,7 @@ class Owners:
         self._admin = None if admin is None else self._digest(admin.get_secret_value().encode())
 
     def of(self, request: HTTPConnection) -> Owner:
-        """The owner of a request, whose key is one that is known, if there are keys."""
+        """Owner of a request. If the server has keys, the request's key must be valid."""
         key = bearer_key(request.headers)
         digest = self._digest(key or b"")
         if self._admin is not None and key is not None and hmac.compare_digest(digest, self._admin):
@@ -44,7 +44,7 @@ class Owners:
 
 
 def network(host: str) -> str:
-    """The part of an address that a client cannot choose."""
+    """Part of an address that a client cannot choose."""
     try:
         address = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:

@@ -1,4 +1,4 @@
-"""What the routes need to know of the server."""
+"""State of the running server, as shared with the routes."""
 
 import time
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from server.settings import Settings
 
 @dataclass(frozen=True)
 class Serving:
-    """A running server, as its routes see it. `created`: Unix time of its start."""
+    """State of the running server. `created`: Unix time of its start."""
 
     engine: Engine
     text: TextCodec

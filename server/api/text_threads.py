@@ -1,4 +1,4 @@
-"""Threads in which bodies are parsed and texts become tokens, apart from those of other work."""
+"""Threads for parsing bodies and tokenizing texts, separate from other work."""
 
 import asyncio
 from collections.abc import Callable
@@ -13,30 +13,30 @@ from server.runtime.metrics import Metrics
 from server.runtime.processors import allowed
 
 LONG = 64 * 1024
-"""Bytes of a body from which on it counts as long."""
-LONG_THREADS, MOST_LONG = max(1, min(4, len(allowed()) // 2)), 64
-"""Long bodies that are worked on at once, and that may be there altogether."""
-SHORT_THREADS, MOST_SHORT = 4, 2048
-"""The same of short ones."""
+"""Bytes from which on a body counts as long."""
+LONG_THREADS, MAX_LONG = max(1, min(4, len(allowed()) // 2)), 64
+"""Long bodies processed concurrently, and their maximum number including queued ones."""
+SHORT_THREADS, MAX_SHORT = 4, 2048
+"""The same for short bodies."""
 ANSWER_THREADS = 2
-"""Answers that are put together at once."""
+"""Responses assembled concurrently."""
 
 T = TypeVar("T")
 
 
 class Work(StrEnum):
-    """Whose code takes most of the time of a piece of work."""
+    """Origin of the code that takes most of the time."""
 
     TEXT = "text"
-    """Ours, and libraries'."""
+    """Our own and libraries' code."""
     CHAT = "chat"
-    """A chat template's."""
+    """A chat template."""
     SAMPLER = "sampler"
-    """A third party's sampler's."""
+    """A plugin's sampler."""
 
 
 class _Lane:
-    """Threads for bodies of one kind, and the line of those who want one."""
+    """Thread pool for one kind of body, with its queue."""
 
     def __init__(self, name: str, threads: int, most: int, full: Callable[[], Exception]) -> None:
         self.threads = ThreadPoolExecutor(threads, name)
@@ -44,11 +44,10 @@ class _Lane:
 
 
 class TextThreads:
-    """Runs work on texts off the event loop, a bounded amount of it.
+    """Runs bounded amounts of text processing off the event loop.
 
-    Short bodies do not wait behind long ones, nor anybody's behind all that another client has sent, nor any behind
-    chat templates and third parties' samplers, whose code may take any time. Nothing else waits behind any of them:
-    draining and loading have threads of their own.
+    Short bodies do not wait behind long ones, a client's bodies do not wait behind all those of another, and none waits
+    behind chat templates or plugins' samplers, which may take any time. Draining and model loading use other threads.
     """
 
     def __init__(self, engine: Engine, metrics: Metrics) -> None:
@@ -58,28 +57,28 @@ class TextThreads:
             (kind, long): _Lane(f"{kind}-{name}", threads, most, self._full)
             for kind in Work
             for long, name, threads, most in (
-                (False, "short", SHORT_THREADS, MOST_SHORT),
-                (True, "long", LONG_THREADS, MOST_LONG),
+                (False, "short", SHORT_THREADS, MAX_SHORT),
+                (True, "long", LONG_THREADS, MAX_LONG),
             )
         }
         self._answers = ThreadPoolExecutor(ANSWER_THREADS, "text-answers")
 
     async def run(self, work: Callable[[], T], owner: Owner, size: int, kind: Work = Work.TEXT) -> T:
-        """What the work returns, or raises.
+        """Run work in a thread and return its result, or raise its exception.
 
         Args:
-            owner: who asks for it.
+            owner: owner of the request.
             size: bytes of the request's body.
-            kind: whose code takes most of its time.
+            kind: origin of the code that takes most of the time.
 
-        Raises QueueFullError where too many are there and others have fewer of them, and for long ones NotServingError
-        if the server stops.
+        Raises QueueFullError if too many requests wait and other owners have fewer of them, and NotServingError for a
+        long body if the server stops.
         """
         long = size > LONG
         lane = self._lanes[kind, long]
 
         def unless_stopping() -> T:
-            # Long ones that still wait when the server stops would only hold that up.
+            # Long bodies that still wait when the server stops would only delay the shutdown.
             if long and not self._engine.accepting:
                 raise NotServingError("the server takes no more long texts: it is shutting down, or its engine ended")
             return work()
@@ -91,7 +90,7 @@ class TextThreads:
             lane.line.leave(turn)
 
     async def finish(self, work: Callable[[], T]) -> T:
-        """The same for the answer of a request that has been worked on: it is never refused."""
+        """Like `run`, for the response of a request that has been processed: never refused."""
         return await _in_thread(self._answers, work)
 
     def _full(self) -> QueueFullError:

@@ -1,1 +1,1 @@
-"""Where a model runs: the seam between the engine and torch or vLLM."""
+"""Backends: where a model runs, torch or vLLM, and the interface to the engine."""

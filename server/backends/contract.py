@@ -1,4 +1,4 @@
-"""The seam between the denoising loop and where the model runs."""
+"""Interface between the denoising loop and the runtime of the model."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -10,20 +10,20 @@ from samplers.forward.query import Query
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What the engine must know of a model.
+    """Properties of a model that the engine needs.
 
     Attributes:
         architecture: class name in the checkpoint's `architectures`.
         max_length: longest canvas, in tokens.
-        length_limit: the setting that makes it shorter than the model could do, if one does.
-        vocab_size: rows of the head.
-        mask_id, end_ids: special tokens; a model without a mask token has None.
-        block_length: the family's default; None is full diffusion.
-        device, dtype: where and how it computes.
+        length_limit: setting that limits the canvas to less than the model supports, if any.
+        vocab_size: rows of the output head.
+        mask_id, end_ids: special tokens; `mask_id` is None for a model without a mask token.
+        block_length: the family's default, in positions; None is full diffusion.
+        device, dtype: where and in which type it computes.
         parameters: number of weights.
-        caches: what a backend can keep between forwards.
-        pattern: how it reads a canvas.
-        resident: whether it reads and answers tensors on its device, so that the denoising loop runs there too.
+        caches: what the backend can keep between forward passes.
+        pattern: attention pattern of a canvas.
+        resident: whether the backend reads and answers tensors on its device, so that the loop runs there too.
     """
 
     architecture: str
@@ -46,31 +46,31 @@ class ModelInfo:
         return self.device if self.resident else "cpu"
 
     def blocks(self, asked: int | None) -> int | None:
-        """The block length that a request's comes to; for a causal model, none asked for is the model's own."""
+        """Block length for a requested one. For a causal model, None selects the model's own."""
         return asked or self.block_length if self.pattern.causal else asked
 
     @property
     def cache(self) -> CacheMode:
-        """What is kept between forwards unless somebody chooses: all that can be kept exactly."""
+        """Default cache mode: everything that can be cached exactly."""
         return CacheMode.PREFIX if self.pattern.causal else CacheMode.NONE
 
     @property
     def sampler(self) -> str:
-        """What denoises unless somebody chooses."""
+        """Name of the default sampler."""
         return "threshold" if self.pattern.noise is None else "diffusion_gemma"
 
 
 class BackendDeadError(Exception):
-    """The model runs no more, and no later forward can succeed."""
+    """The model has stopped for good: no later forward pass can succeed."""
 
 
 class Backend(Protocol):
-    """Runs the model. Called from the engine's thread only."""
+    """Runs the model. All methods are called from the engine's thread."""
 
     info: ModelInfo
 
     def predict(self, query: Query) -> Prediction:
-        """One forward pass over the query's canvases; statistics on the CPU for the positions it names."""
+        """Run one forward pass over the query's canvases. Returns statistics, on the CPU, of the positions it names."""
 
     def close(self) -> None:
-        """Give back what it holds."""
+        """Release all resources."""

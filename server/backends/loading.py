@@ -1,4 +1,4 @@
-"""From a folder or a hub id to a model that is ready to run."""
+"""Model loading: from a folder or a hub id to a model ready to run."""
 
 from dataclasses import dataclass, replace
 from importlib.resources import files
@@ -38,7 +38,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model under the name it goes by, and its tokenizer."""
+    """A model with the name it is served under, and its tokenizer."""
 
     name: str
     backend: Backend
@@ -56,18 +56,18 @@ def load_model(
     vllm: VllmOptions | None = None,
     compile_for: int | None = None,
 ) -> LoadedModel:
-    """Load a model for inference. Raises ModelError, one line, for whatever is wrong with it.
+    """Load a model for inference. Raises ModelError, with one line, for any problem with it.
 
     Args:
-        model: a folder, or a Hugging Face hub id (`HF_HUB_OFFLINE` is honoured); None is the embedded model.
-        engine: what runs it.
+        model: folder, or Hugging Face hub id (`HF_HUB_OFFLINE` is honoured); None is the embedded model.
+        engine: name of the backend.
         device: "cpu", "cuda", "cuda:N", or "auto": a GPU if there is one.
         dtype: "float32", "bfloat16", "float16", or "auto": bfloat16 where the device computes in it, else float32.
-        max_model_len: a limit on the canvas below the model's own.
-        batch_invariant: results are bitwise the same whatever shares the batch.
-        load_format: "auto" reads safetensors, "dummy" draws random weights of the configuration's shapes.
-        vllm: how the engine of that name runs it.
-        compile_for: compile the layers, for forwards of at most so many tokens.
+        max_model_len: limit on the canvas, in tokens, below the model's own.
+        batch_invariant: compute results that are bitwise independent of the other rows of the batch.
+        load_format: "auto" reads safetensors; "dummy" draws random weights of the configured shapes.
+        vllm: options of the vllm backend.
+        compile_for: compile the layers, for forward passes of at most this many tokens.
     """
     if engine not in ENGINES:
         raise ModelError(f"unknown engine {engine!r}; choose from {', '.join(ENGINES)}")
@@ -83,12 +83,12 @@ def load_model(
     with readable(folder):
         if not is_there(folder / CONFIG):
             raise ModelError(f"{folder / CONFIG}: no such file{other_forms(folder)}")
-    with unchanged(folder / CONFIG):  # which whoever writes a model there replaces too
+    with unchanged(folder / CONFIG):  # written last by other programs too, so a change of it reveals a rewritten folder
         text = TextCodec.load(folder)
         architecture, family, network = build_network(folder, text=text)
         if engine == "torch":
             keep_few_kernels()
-            run_in_own_thread(lambda: give_weights(network, folder, place, kind, load_format))
+            run_in_own_thread(lambda: fill_weights(network, folder, place, kind, load_format))
         else:
             _check_for_vllm(folder, architecture, network, load_format)
     config = network.config
@@ -124,20 +124,20 @@ def load_model(
 
 
 def _check_for_vllm(folder: Path, architecture: str, network: Network, load_format: str) -> None:
-    """Hold a checkpoint against our own network, which says better what is wrong than vLLM does. Raises ModelError."""
+    """Check a checkpoint with our own network, whose error messages are clearer than vLLM's. Raises ModelError."""
     try:
         check_supported(architecture)
     except VllmError as error:
         raise ModelError(str(error)) from None
     _check_all_files(folder)
-    # A quantised checkpoint has other tensors, which vLLM knows.
+    # The tensors of a quantised checkpoint differ; vLLM checks these itself.
     if load_format == "auto" and quantised_by(folder) is None:
         with readable(folder):
             find_weights(network, folder)
 
 
 def _check_all_files(folder: Path) -> None:
-    """Refuse a folder with a pipe or a device in it: vLLM reads files that we do not. Raises ModelError."""
+    """Refuse a folder that contains a pipe or a device: vLLM reads more files than we do. Raises ModelError."""
     with readable(folder):
         for path in folder.iterdir():
             if not path.is_dir():
@@ -145,7 +145,7 @@ def _check_all_files(folder: Path) -> None:
 
 
 def describe(architecture: str, network: Network) -> ModelInfo:
-    """What a network itself says of it, in full precision on the processor."""
+    """Model description from the network alone, as if in float32 on the CPU."""
     config = network.config
     return ModelInfo(
         architecture=architecture,
@@ -169,21 +169,21 @@ def load_network(
     load_format: str = "auto",
     text: TextCodec | None = None,
 ) -> tuple[str, Family, Network]:
-    """Architecture, family and the network itself, from `config.json` and the weights. Raises ModelError.
+    """Architecture, family and network, built from `config.json` and the weights. Raises ModelError.
 
     Args:
-        settings: entries in place of those of `config.json`.
-        text: whose mask token it is where `config.json` names none.
+        settings: entries that override those of `config.json`.
+        text: codec that identifies the mask token if `config.json` names none.
     """
     architecture, family, network = build_network(folder, settings, text)
-    give_weights(network, folder, device, dtype, load_format)
+    fill_weights(network, folder, device, dtype, load_format)
     return architecture, family, network
 
 
-def give_weights(
+def fill_weights(
     network: Network, folder: Path, device: torch.device, dtype: torch.dtype, load_format: str = "auto"
 ) -> None:
-    """Weights for a network without, those of the folder or random ones. Raises ModelError."""
+    """Load a network's weights from the folder, or draw random ones. Raises ModelError."""
     if method := quantised_by(folder):
         raise ModelError(f"{folder}: the checkpoint is quantised ({method}), which the torch engine does not support")
     try:
@@ -201,7 +201,7 @@ def give_weights(
 def build_network(
     folder: Path, settings: dict[str, Any] | None = None, text: TextCodec | None = None
 ) -> tuple[str, Family, Network]:
-    """Architecture, family and the network, without weights, as `load_network` reads them. Raises ModelError."""
+    """Architecture, family and the network without weights; arguments as of `load_network`. Raises ModelError."""
     path = folder / CONFIG
     config, generation = read_json(path) | (settings or {}), read_optional_json(folder / GENERATION)
     refuse_growing_canvases(folder, (config, generation), text)
@@ -220,13 +220,13 @@ def build_network(
     try:
         with torch.device("meta"), SkipInit():
             network = family.network(parsed)
-    except (RuntimeError, OverflowError, TypeError) as error:  # sizes whose product is no number
+    except (RuntimeError, OverflowError, TypeError) as error:  # sizes whose product overflows
         raise ModelError(f"{path}: {str(error).splitlines()[0]}") from None
     return architecture, family, network
 
 
 def choose_device(device: str) -> torch.device:
-    """The device of that name. Raises ModelError if there is no such device here."""
+    """Torch device of this name, or the default for "auto". Raises ModelError if it does not exist here."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -241,9 +241,9 @@ def choose_device(device: str) -> torch.device:
 
 
 def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The number type of that name. Raises ModelError."""
+    """Torch dtype of this name, or the default for "auto". Raises ModelError."""
     if dtype == "auto":
-        # A processor without bfloat16 units emulates them some thirty times slower than float32.
+        # A CPU without bfloat16 units emulates it, some thirty times slower than float32.
         return torch.bfloat16 if device.type == "cuda" or _cpu_has_bfloat16() else torch.float32
     if dtype not in DTYPES:
         raise ModelError(f"unknown dtype {dtype!r}; choose from auto, {', '.join(DTYPES)}")
@@ -256,7 +256,7 @@ def _cpu_has_bfloat16() -> bool:
 
 
 def find_model(model: str | None) -> tuple[str, Path]:
-    """Name and folder of a model, downloaded where it is a hub id that is not in the cache. Raises ModelError."""
+    """Name and folder of a model; downloads a hub id that is not in the cache. Raises ModelError."""
     if model is None:
         folder = Path(str(files("server.models"))) / "embedded"
         if not folder.is_dir():
@@ -267,9 +267,9 @@ def find_model(model: str | None) -> tuple[str, Path]:
         with readable(folder):
             is_folder, exists = folder.is_dir(), is_there(folder)
             if is_folder:
-                next(folder.iterdir(), None)  # told here once, and not of each file in another way
+                next(folder.iterdir(), None)  # an unreadable folder fails here, not once for each file
                 return folder.resolve().name, folder
-    except (RuntimeError, ValueError) as error:  # no such user's home; a name with a NUL
+    except (RuntimeError, ValueError) as error:  # unknown home directory, or a name with a null character
         raise ModelError(f"{model!r}: {error}") from None
     if exists and folder.exists():
         raise ModelError(
@@ -283,12 +283,12 @@ def find_model(model: str | None) -> tuple[str, Path]:
 
 
 def _download(name: str) -> Path:
-    """The folder of a model of the hub, downloaded unless it is in the cache."""
+    """Folder of a hub model, downloaded unless it is cached."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
-        # Never code, never pickles, and no second copies in sub-folders.
+        # No code, no pickles, no second copies in sub-folders.
         return Path(
             snapshot_download(
                 name, allow_patterns=["*.safetensors", "*.json", "*.jinja", "merges.txt"], ignore_patterns=["*/*"]
@@ -306,7 +306,7 @@ def _download(name: str) -> Path:
 
 
 def _end_ids(folder: Path, network: Network, family: Family, text: TextCodec) -> frozenset[int]:
-    """Tokens that end a text. Raises ModelError if the mask is one of them."""
+    """Tokens that end a text. Raises ModelError if the mask token is one of them."""
     config, generation = network.config, read_optional_json(folder / GENERATION)
     ends = find_ends(folder, config.end_ids, generation, family, text, config.rows)
     if config.mask_token_id in ends:

@@ -1,1 +1,1 @@
-"""The commands of `unmask`, one file a family. Each file has `register(app)`, which adds its commands."""
+"""Commands of `unmask`, one file a family. Each file has `register(app)`, which adds its commands."""

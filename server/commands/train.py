@@ -32,7 +32,7 @@ def train_model(
 
     try:
         parsed = load_recipe(recipe)
-        text = read_text(recipe, MOST_BYTES)  # now: the file may be another one when the run is done
+        text = read_text(recipe, MOST_BYTES)  # read now: the file may have changed by the end of the run
     except ValueError as error:
         wrong("RECIPE.toml", error)
     check_folder("--out", out)

@@ -89,7 +89,7 @@ def train_policy(
 
 
 def _origin(model: str | None, loaded: "LoadedModel") -> "Origin":
-    """What the policy's card says of the model."""
+    """Description of the model for the policy's card."""
     from policies.evaluation.results import model_digest
     from policies.serving.checkpoint import Origin
     from server.backends.loading import find_model
@@ -105,7 +105,7 @@ def _origin(model: str | None, loaded: "LoadedModel") -> "Origin":
 
 @contextmanager
 def _reporting(trainer: "PolicyTrainer") -> "Iterator[Report]":
-    """A progress bar on stderr, a line of JSON for each report in `metrics.jsonl`, and the same for TensorBoard."""
+    """Report to a progress bar on standard error, to `metrics.jsonl` (one JSON line a report) and to TensorBoard."""
     if not trainer.world.first:
         yield lambda line: None
         return

@@ -1,4 +1,4 @@
-"""A canvas that settles before one's eyes."""
+"""Live view of a canvas in the terminal."""
 
 from collections.abc import Callable
 
@@ -8,27 +8,27 @@ from rich.text import Text
 from samplers.loop.event import StepEvent
 from samplers.loop.row import Row
 
-# Unsure to sure, in hues that colour-blind readers tell apart (Okabe and Ito).
+# Low to high confidence, in colours distinguishable by colour-blind readers (Okabe and Ito).
 SHADES = ("#D55E00", "#E69F00", "#CC79A7", "#56B4E9", "#009E73")
 MASK, END = " ░░", " ∎"
 
 
 def shade(confidence: float) -> str:
-    """Colour of a committed token, in steps of a fifth."""
+    """Colour of a committed token, in steps of 0.2."""
     return SHADES[min(int(confidence * len(SHADES)), len(SHADES) - 1)]
 
 
 def printable(token: str) -> str:
-    """A token's text without what would steer a terminal."""
+    """Text of a token without terminal control sequences."""
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in token)
 
 
 class CanvasView:
-    """The generation region of one generation: tokens coloured by confidence, the newest reversed, what is open dim.
+    """View of a generation region: tokens coloured by confidence, the newest in reverse video, masked positions dim.
 
     Args:
-        row: the generation; read at each rendering.
-        token: the text of one token.
+        row: the generation, read at each rendering.
+        token: function from a token id to its text.
     """
 
     def __init__(self, row: Row, token: Callable[[int], str]) -> None:
@@ -39,13 +39,13 @@ class CanvasView:
         self._draft: list[int] = []
 
     def show(self, event: StepEvent) -> None:
-        """Take in what one step did."""
+        """Record the outcome of one step."""
         self._confidence |= dict(zip(event.positions, event.confidences, strict=True))
         self._newest = set(event.positions)
         self._draft = event.draft
 
     def text(self) -> Text:
-        """The region as styled text; settled padding after the end is left out."""
+        """The region as styled text, without settled padding after the end of text."""
         text = Text()
         drafted = iter(self._draft)
         masked, tokens = self._row.canvas.masked.tolist(), self._row.canvas.generated.tolist()

@@ -1,1 +1,1 @@
-"""Sockets, connections and the life of the server's process."""
+"""Sockets, connections and the lifecycle of the server process."""

@@ -1,67 +1,69 @@
-"""Bodies that are coming in: how much memory those that are not complete may take, over all connections."""
+"""Memory limit of request bodies that are still incoming, over all connections."""
 
 from typing import Protocol
 
-MOST = 256 << 20
-"""Bytes of all bodies that are not complete. Beyond it one of them is read at a time."""
-SMALL = 64 * 1024
-"""Bytes of a body up to which it is read in any case."""
-READ = 256 * 1024
-"""Bytes that are read at once from a connection."""
-FAST = 64 * 1024
-"""Bytes a second; bodies that come more slowly go first when there are too many."""
+MAX_INCOMPLETE = 256 << 20
+"""Bytes of all incomplete bodies. Beyond it, bodies are read one at a time."""
+SMALL_BODY = 64 * 1024
+"""Bytes up to which a body is read in any case."""
+READ_SIZE = 256 * 1024
+"""Bytes read from a connection at a time."""
+MIN_PACE = 64 * 1024
+"""Bytes per second below which a body may be dropped when memory is short, slowest first."""
 
 
 class Sender(Protocol):
-    """A connection on which a body may be coming in.
+    """Interface of a connection that may have an incoming body.
 
     Attributes:
-        pace: bytes of the body a second, lately, while it was read.
+        pace: recent rate of the body while it was read, in bytes per second.
     """
 
-    pace: float
+    @property
+    def pace(self) -> float: ...
 
     def hold_body(self) -> None:
-        """Read nothing more of it."""
+        """Pause reading the body."""
 
     def read_body(self) -> None:
-        """Read on."""
+        """Resume reading the body."""
 
     def end_slow_body(self) -> None:
-        """End the connection, since its body comes slowly."""
+        """Close the connection because its body arrives too slowly."""
 
     def end_waiting_body(self) -> None:
-        """End the connection, since its body has waited for too long."""
+        """Close the connection because its body has been paused for too long."""
 
 
-class Bodies:
-    """All bodies that are not complete.
+class IncomingBodies:
+    """All incomplete bodies.
 
-    When they take too much, those that come slowly are ended, slowest first, and the others wait, but for the one that
-    has waited longest: so all but the slow ones get through, one after another.
+    Over the limit, slow senders are disconnected, slowest first, and the other bodies are paused, except for the one
+    that has waited longest: so every body that is not slow gets through, one after another.
 
     Attributes:
-        total: bytes of all.
-        freed: bytes that were held once and are not any more.
-        most: bytes that there may be.
+        total: bytes held now.
+        freed: bytes held earlier and released since.
+        max_total: limit of `total`.
     """
 
-    def __init__(self, most: int = MOST) -> None:
+    def __init__(self, max_total: int = MAX_INCOMPLETE) -> None:
         self.total = self.freed = 0
-        self.most = most
+        self.max_total = max_total
         self._held: dict[Sender, int] = {}
-        self._waiting: dict[Sender, float | None] = {}  # since when, once somebody has looked
-        self._first: Sender | None = None  # is read although there are too many
+        self._waiting: dict[Sender, float | None] = {}  # time of the first check that found it paused
+        self._exempt: Sender | None = None  # read although the limit is exceeded
 
-    def holds(self, sender: Sender, size: int) -> None:
-        """Note how much of its body is held; 0 once that is complete or nobody wants it any more."""
+    def set_held(self, sender: Sender, size: int) -> None:
+        """Note how many bytes of its body are held; 0 once the body is complete or no longer wanted."""
         held = self._held.get(sender, 0)
         if not (size or held):
             return
         self.total += size - held
         if size:
             self._held[sender] = size
-            if self.total > self.most and size > SMALL and sender is not self._first and sender not in self._waiting:
+            over_limit = self.total > self.max_total
+            if over_limit and size > SMALL_BODY and sender is not self._exempt and sender not in self._waiting:
                 self._waiting[sender] = None
                 sender.hold_body()
             return
@@ -70,14 +72,14 @@ class Bodies:
         if sender in self._waiting:
             del self._waiting[sender]
             sender.read_body()
-        if sender is self._first:
-            self._first = None
+        if sender is self._exempt:
+            self._exempt = None
         self._read_on()
 
-    def look(self, now: float, patience: float) -> None:
-        """End what is too slow, or has waited for longer than so many seconds, while there is too much."""
+    def check(self, now: float, patience: float) -> None:
+        """Over the limit, end bodies that are slow. End those that have been paused for over `patience` seconds."""
         for sender in sorted(self._held, key=lambda sender: sender.pace):
-            if self.total <= self.most or sender.pace >= FAST:
+            if self.total <= self.max_total or sender.pace >= MIN_PACE:
                 break
             sender.end_slow_body()
         for sender, since in list(self._waiting.items()):
@@ -88,13 +90,13 @@ class Bodies:
         self._read_on()
 
     def _read_on(self) -> None:
-        """Read on those that have waited longest: as many as there is room for, and one in any case."""
-        room = (self.most - self.total) // READ + 1 if self.total <= self.most else 0
-        while self._waiting and (room > 0 or self._first is None):
+        """Resume the bodies that have waited longest: as many as fit, and at least one."""
+        room = (self.max_total - self.total) // READ_SIZE + 1 if self.total <= self.max_total else 0
+        while self._waiting and (room > 0 or self._exempt is None):
             sender = next(iter(self._waiting))
             del self._waiting[sender]
             if room > 0:
                 room -= 1
             else:
-                self._first = sender
+                self._exempt = sender
             sender.read_body()

@@ -1,17 +1,14 @@
-"""HTTP/1.1 on one connection: uvicorn's protocol, with limits on whatever a client controls.
+"""HTTP/1.1 on one connection: uvicorn's protocol with limits on everything a client controls.
 
-Apart from limits it differs in upgrades, half-closed clients and what is no request.
+Beyond limits, it differs in its treatment of upgrades, half-closed clients and malformed requests.
 """
 
 import asyncio
-import math
 from collections.abc import Iterator
-from http import HTTPStatus
 from typing import Any
 
 import httptools
 from uvicorn._types import ASGI3Application
-from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from server.api.errors import (
@@ -20,151 +17,134 @@ from server.api.errors import (
     SlowRequestError,
     TooManyBodiesError,
     TooManyConnectionsError,
-    UrlTooLongError,
-    error_response,
 )
 from server.engine import NotServingError
-from server.http.connections import LITTLE, ConnectionWatch
+from server.http.connections import SMALL_RESPONSE, ConnectionWatch
+from server.http.progress import MAX_HEAD, MIN_RATE, RequestProgress
+from server.http.refusal import head_error, refusal
+from server.http.transport import Flow, Output
+from server.http.upgrade import head_without_upgrade
 
-STATUS_LINE = b"HTTP/1.1 "
-"""How every answer begins, whatever its status."""
 PROBE_DELAYS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0)
-"""Seconds between the probes of a half-closed connection: one for each byte of STATUS_LINE, the first goes at once."""
-MAX_HEAD = 64 * 1024
-"""Bytes of a request's line and headers, and of what frames a chunked body: extensions of chunks, trailers."""
+"""Seconds between probes of a half-closed connection: one per byte of STATUS_LINE, the first sent immediately."""
 MAX_HEADERS = 256
-"""Headers of a request."""
-AHEAD = 4
-"""Requests that are read before the one in front of them is answered."""
-SLICE = 1024
-"""Bytes that are parsed at a time, so that not many requests are parsed before their number is looked at."""
-FRAMED = 16
-"""Bytes that may come for each of a chunked body's own, in all; chunks of a byte each take six."""
-RATE = 4096
-"""Bytes a second with which a body, or a long answer, is not slow."""
-PACE = 2.0
-"""Seconds over which it is measured how fast a body comes."""
+"""Maximum number of headers of a request."""
+MAX_PIPELINED = 4
+"""Pipelined requests read before the current one is answered."""
+PARSE_SLICE = 1024
+"""Bytes parsed at a time, so that the number of pipelined requests is checked before many of them are parsed."""
 LINGER = 1.0
-"""Seconds in which a refused client can read why; ending the connection while it sends would take that from it."""
-LEFTOVER = 1 << 20
-"""Bytes that such a client may still send."""
+"""Seconds for a refused client to read the error; closing while it still sends would discard the response."""
+MAX_LEFTOVER = 1 << 20
+"""Bytes that a refused client may still send."""
 
 
 class Protocol(HttpToolsProtocol):
-    """One connection.
+    """Protocol of one connection.
 
-    Upgrades are never made, so a request that offers one (Java's HTTP client offers h2c in every one) is read as if it
-    did not: its body is a body, never another request.
+    Upgrades are never made. A request that offers one (Java's HTTP client offers h2c in every request) is parsed as if
+    it did not, so that its body is never taken for another request.
 
-    A client may shut its sending side down once its request is complete, and still gets its answer. On the wire this
-    looks just like a client that is gone. Only sending tells the two apart: a client that is gone refuses what it gets.
-    So from the moment when a client's side ends, the first bytes of the answer go out one by one ahead of the others:
-    of the status line, which begins the same whatever the answer; later, in a stream, leading zeros of the next chunk's
-    size. A client that still reads gets exactly the answer that it would get otherwise. One that goes more than some
-    seconds after its side has ended is noticed when the next part of its answer is sent.
+    A client may shut down its sending side once its request is complete, and still gets its response. On the wire this
+    looks exactly like a client that has disconnected. Only sending tells them apart: the peer of a closed connection
+    rejects data. So once the client's side has ended, the first bytes of the response are sent ahead, one by one: those
+    of the status line, which begins all responses; later, in a stream, leading zeros of the next chunk's size.
+    A client that still reads gets exactly the response that it would get otherwise. One that disconnects more than a
+    few seconds after the end of its side is noticed when the next part of its response is sent.
 
-    What comes in is parsed in slices, whose bytes are counted before the parser gets them: it keeps the beginning of a
-    header, however long that grows. Behind a few requests that wait for the one in front, the rest is kept as it came
-    and nothing more is read.
+    Incoming data is parsed in slices, counted before the parser gets them: the parser buffers the beginning of a
+    header, however long that grows. While several pipelined requests wait for the current one, the rest is kept
+    unparsed and nothing more is read.
 
     Args:
-        watch: counts the connections, and checks each of them now and then.
+        watch: registers the connections, and checks each of them periodically.
     """
 
-    flow: "Flow"
+    flow: Flow
     url = b""
     _upgrade_head: bytes | None = None
-    _running: RequestResponseCycle | None = None
-    _deaf = False
+    _current: RequestResponseCycle | None = None
+    _ignores_input = False
     _probing: asyncio.TimerHandle | None = None
-    _held = b""  # came in, ...
-    _at = 0  # ... of which this much is parsed
-    _in_head = True
-    _head = 0  # bytes of the head that comes in
-    _framing = 0  # bytes of a body's frame since the last that belonged to the body
-    _received = 0  # bytes of the body that comes in, with all that frames it
-    _length = 0  # bytes of the body, as far as its head says
-    _body = 0  # bytes of the body that comes in
-    _due = math.inf  # when more of it, or all, must be here
-    _paced = (0.0, 0)  # when its pace was last measured, and how many bytes there were then
-    pace = math.inf
+    _buffer = b""  # received data, ...
+    _parsed = 0  # ... parsed up to this offset
     unread = 0
-    _leftover = 0  # bytes of a refused client
-    _leaves_by: float | None = None  # when a refused client's time is up
-    _taken = 0  # bytes that the client has taken
+    _leftover_bytes = 0  # bytes received from a refused client
+    _close_by: float | None = None  # deadline of a refused client
+    _read_by_client = 0  # bytes that the client has read
 
     def __init__(self, *args: Any, watch: ConnectionWatch, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._watch = watch
         self._limits = watch.limits
-        self._since = self.taken_at = self.loop.time()
+        self._progress = RequestProgress()
+        self._waiting_since = self.taken_at = self.loop.time()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.flow = Flow(transport)
         self._output = Output(transport)
-        if not self._watch.welcome(self):
+        if not self._watch.admit(self):
             self._refuse(TooManyConnectionsError("too many connections are open (--max-connections): try again later"))
             transport.close()
 
-    # What comes in
+    # Receiving
 
     def data_received(self, data: bytes) -> None:
-        if self._deaf:
-            self._leftover += len(data)
-            if self._leftover > LEFTOVER:
+        if self._ignores_input:
+            self._leftover_bytes += len(data)
+            if self._leftover_bytes > MAX_LEFTOVER:
                 self.flow.hold("refused")
             return
-        self._held = self._held[self._at :] + data
-        self._at = 0
+        self._buffer = self._buffer[self._parsed :] + data
+        self._parsed = 0
         self._parse()
-        self._account()
+        self._report_body()
 
-    def _account(self) -> None:
-        """Tell how much of a body that is not complete is in the app's hands. What is not is bounded by itself."""
-        nothing = self._in_head or self._deaf or self.cycle.response_complete
-        self._watch.bodies.holds(self, 0 if nothing else self._body - len(self.cycle.body))
+    def _report_body(self) -> None:
+        """Report the bytes of an incomplete body that the app has not read yet. Unparsed data has its own bound."""
+        nothing = self._progress.in_head or self._ignores_input or self.cycle.response_complete
+        self._watch.bodies.set_held(self, 0 if nothing else self._progress.body - len(self.cycle.body))
 
     def _parse(self) -> None:
-        """Parse what is held, up to where enough requests wait."""
-        data, end = self._held, len(self._held)
-        while self._at < end and not self._deaf:
-            if self._enough_waits():
+        """Parse the received data, up to the limit of pipelined requests."""
+        data, end, progress = self._buffer, len(self._buffer), self._progress
+        while self._parsed < end and not self._ignores_input:
+            if self._pipeline_is_full():
                 self.flow.hold("pipeline")
                 return
-            until = min(end, self._at + SLICE)
-            if self._in_head:
-                if (last := data.find(b"\r\n\r\n", self._at, until)) >= 0:
+            until = min(end, self._parsed + PARSE_SLICE)
+            if progress.in_head:
+                if (last := data.find(b"\r\n\r\n", self._parsed, until)) >= 0:
                     until = last + 4
-                if not self._head:
-                    self._since = self.loop.time()
-                self._head += until - self._at
-                if self._head > MAX_HEAD:
+                if not progress.head:
+                    self._waiting_since = self.loop.time()
+                progress.head += until - self._parsed
+                if progress.head > MAX_HEAD:
                     self._refuse_head()
                     return
             else:
-                # What is known to be body is parsed at once.
-                until = max(until, min(end, self._at + self._length - self._body))
-                self._framing += until - self._at
-                self._received += until - self._at
-            part, self._at = data[self._at : until], until
+                # Bytes known to be body content are parsed in one go.
+                until = max(until, min(end, self._parsed + progress.content_left))
+                progress.count(until - self._parsed)
+            part, self._parsed = data[self._parsed : until], until
             try:
                 self._feed(part)
             except httptools.HttpParserError:
                 self.send_400_response("this is not HTTP")
                 return
-            if self._framing > MAX_HEAD or self._received > MAX_HEAD + FRAMED * self._body:
+            if progress.framing_is_excessive:
                 self._refuse_head()
-            elif self.headers and len(self.headers) > MAX_HEADERS and not self._deaf:
+            elif self.headers and len(self.headers) > MAX_HEADERS and not self._ignores_input:
                 self._refuse_number()
-        self._held, self._at = b"", 0
+        self._buffer, self._parsed = b"", 0
         self.flow.release("pipeline")
 
-    def _enough_waits(self) -> bool:
-        return len(self.pipeline) >= AHEAD
+    def _pipeline_is_full(self) -> bool:
+        return len(self.pipeline) >= MAX_PIPELINED
 
     def _feed(self, data: bytes) -> None:
-        """Parse what came in, and a request that offers an upgrade once more without the offer."""
+        """Parse a slice. A request that offers an upgrade is parsed again without the offer."""
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
@@ -172,59 +152,52 @@ class Protocol(HttpToolsProtocol):
             if head is None:
                 self.send_400_response("CONNECT is not supported: this server is no proxy")
                 return
-            # The parser skips the body of such a request, and what comes after it would be read as a request.
+            # The parser skips the body of such a request; the bytes after it would be read as another request.
             self.parser = httptools.HttpRequestParser(self)
             self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
             self._feed(head)
             self._feed(data[upgrade.args[0] :])
 
     def on_headers_complete(self) -> None:
-        if self._deaf:
+        if self._ignores_input:
             return
         if len(self.headers) > MAX_HEADERS:
             self._refuse_number()
             return
         if not self.parser.should_upgrade():
-            self._in_head, self._framing, self._received, self._body = False, 0, 0, 0
-            now = self.loop.time()
-            length = next((value for name, value in self.headers if name == b"content-length"), b"0")
-            self._length = int(length) if length.isdigit() and len(length) < 18 else 0
-            self._due, self._paced, self.pace = now + self._limits.body_timeout, (now, 0), math.inf
+            self._progress.begin_body(self.headers, self.loop.time(), self._limits.body_timeout)
             super().on_headers_complete()
-            self.headers = []  # trailers are no headers of the request
+            self.headers = []  # trailers are not headers of the request
         elif (method := self.parser.get_method()) != b"CONNECT":
-            line = b" ".join([method, self.url, f"HTTP/{self.parser.get_http_version()}".encode()])
-            lines = [line, *(b": ".join(header) for header in _without_upgrade(self.headers))]
-            self._upgrade_head = b"\r\n".join([*lines, b"", b""])
+            version = self.parser.get_http_version()
+            self._upgrade_head = head_without_upgrade(method, self.url, version, self.headers)
 
     def on_body(self, body: bytes) -> None:
-        if self._deaf:
+        if self._ignores_input:
             return
-        self._framing = 0
-        self._body += len(body)
+        self._progress.add_content(len(body))
         if not self.cycle.response_complete:
-            latest = self.loop.time() + self._limits.body_timeout
-            self._due = min(latest, self._due + len(body) / RATE)
+            self._progress.extend_deadline(len(body), self.loop.time(), self._limits.body_timeout)
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        if not self._deaf and not self.parser.should_upgrade():
+        if not self._ignores_input and not self.parser.should_upgrade():
             super().on_message_complete()
-            self._in_head, self._head, self._framing, self._received = True, 0, 0, 0
+            self._progress.end()
             if not self.cycle.response_complete:
-                self._watch.owes(self, False)
+                self._watch.set_owing(self, False)
             else:
-                self._since = self.loop.time()
+                self._waiting_since = self.loop.time()
 
-    # Answers
+    # Responding
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
-        self._running = cycle
+        self._current = cycle
         cycle.transport = self._output  # type: ignore[assignment]
         super()._start_asgi_task(cycle, app)
 
     def on_response_complete(self) -> None:
-        # Not the parent's, which reads on however many requests wait, and sets a timer for each request.
+        # Not the parent's: it resumes reading regardless of the pipeline, and sets a timer for each request.
         self.server_state.total_requests += 1
         if self.transport.is_closing():
             return
@@ -233,27 +206,20 @@ class Protocol(HttpToolsProtocol):
             cycle, app = self.pipeline.pop()
             self._start_asgi_task(cycle, app)
         else:
-            if self._in_head and not self._head:
-                self._since = self.loop.time()
-            self._watch.owes(self, True)
-        if self._held:
+            if self._progress.in_head and not self._progress.head:
+                self._waiting_since = self.loop.time()
+            self._watch.set_owing(self, True)
+        if self._buffer:
             self._parse()
-        self._account()
+        self._report_body()
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse what is no request, in our errors' shape, after the answers to the requests before it."""
+        """Refuse a malformed request with our error body, after the responses to the requests before it."""
         self._refuse(BadHeaderError(msg))
 
     def _refuse_head(self) -> None:
-        """Refuse a request for the length of its head, or of what frames its body."""
-        limit = f"longer than {MAX_HEAD} bytes"
-        if not self._in_head:
-            error: Exception = HeadersTooLargeError(f"the body's trailers or extensions of chunks are {limit}")
-        elif len(self.url) > MAX_HEAD // 2:
-            error = UrlTooLongError(f"the request's URL and headers are {limit}")
-        else:
-            error = HeadersTooLargeError(f"the request's headers are {limit}")
-        self._reject("headers", error)
+        """Refuse a request because its head, or its body's framing, is too long."""
+        self._reject("headers", head_error(self._progress.in_head, self.url))
 
     def _refuse_number(self) -> None:
         self._reject("headers", HeadersTooLargeError(f"the request has more than {MAX_HEADERS} headers"))
@@ -263,76 +229,78 @@ class Protocol(HttpToolsProtocol):
         self._refuse(error)
 
     def _refuse(self, error: Exception) -> None:
-        """Answer what comes in with an error, after the answers to the requests before it, and end the connection."""
-        self._watch.owes(self, False)
-        self._watch.bodies.holds(self, 0)
-        self._held, self._at = b"", 0
+        """Answer the incoming request with an error, after earlier responses, and close the connection."""
+        self._watch.set_owing(self, False)
+        self._watch.bodies.set_held(self, 0)
+        self._buffer, self._parsed = b"", 0
         if self.transport.is_closing():
             return
-        if self._answers_are_due():
-            self.flow.release()  # what still comes is dropped
+        if self._stop_reading():
+            self.flow.release()  # further data is dropped
             return
-        running = self._running
+        running = self._current
         if running is None or running.response_complete or not running.response_started:
-            response = error_response(error)
-            head = [*response.raw_headers, (b"connection", b"close")]
-            status = STATUS_LINE + f"{response.status_code} {HTTPStatus(response.status_code).phrase}".encode()
-            lines = [status, *(b": ".join(header) for header in head)]
-            self._output.write(b"\r\n".join([*lines, b"", bytes(response.body)]))
+            self._output.write(refusal(error))
         if running is not None and not running.response_complete:
             self._disconnect(running)
         if self.transport.can_write_eof():
             self.transport.write_eof()
-        self._leaves_by = self.loop.time() + LINGER
+        self._close_by = self.loop.time() + LINGER
         self.flow.release()
 
     @staticmethod
     def _disconnect(cycle: RequestResponseCycle) -> None:
-        """Tell who answers a request that its client is gone."""
+        """Tell the app that the client of a request has disconnected."""
         cycle.disconnected = True
         cycle.message_event.set()
 
-    # Time
+    # Timeouts
 
     def check(self, now: float) -> None:
-        """End the connection if the client takes too long to send what it owes, or to take what is there for it."""
+        """Disconnect a client that takes too long to send what it owes or to read its response."""
         waiting = self.transport.get_write_buffer_size()
-        taken, self._taken, self.unread = self._taken, self._output.written - waiting, waiting
-        if not waiting or (waiting <= LITTLE and self._taken > taken):
+        taken, self._read_by_client, self.unread = self._read_by_client, self._output.written - waiting, waiting
+        if not waiting or (waiting <= SMALL_RESPONSE and self._read_by_client > taken):
             self.taken_at = now
-        elif self._taken > taken:
-            self.taken_at = min(now, self.taken_at + (self._taken - taken) / RATE)
+        elif self._read_by_client > taken:
+            self.taken_at = min(now, self.taken_at + (self._read_by_client - taken) / MIN_RATE)
         if now - self.taken_at > self._limits.write_timeout:
             self._watch.rejected("slow_reader")
             self.end()
             return
-        if self._leaves_by is not None:
-            if now > self._leaves_by and not waiting:
+        if self._close_by is not None:
+            if now > self._close_by and not waiting:
                 self.transport.close()
-        elif not (self._deaf or self._held or (waiting and self._in_head) or self.transport.is_closing()):
+            return
+        pending = self._buffer or (waiting and self._progress.in_head)
+        if not (self._ignores_input or pending or self.transport.is_closing()):
             self._check_reading(now)
 
     @property
-    def worth(self) -> float:
-        """Bytes a second of the body that is coming in; 0 while none is."""
-        if self._in_head:
-            return 0
-        return self._body if self.pace == math.inf else self.pace
+    def body_rate(self) -> float:
+        """Rate of the incoming body in bytes per second; 0 if there is none."""
+        return self._progress.body_rate
+
+    @property
+    def pace(self) -> float:
+        """Recent rate of the incoming body while it was read, in bytes per second."""
+        return self._progress.pace
 
     def _check_reading(self, now: float) -> None:
         limits = self._limits
-        if self.flow.read_paused:  # what the client still has to send is not read: it is not to blame
-            self._since, self._due, self._paced = now, now + limits.body_timeout, (now, self._body)
-        elif now - self._paced[0] >= PACE:
-            self.pace, self._paced = (self._body - self._paced[1]) / (now - self._paced[0]), (now, self._body)
-        waits = now - self._since
-        if self._head and self._in_head:
+        if self.flow.read_paused:  # reading is paused: the client is not to blame
+            self._waiting_since = now
+            self._progress.pause(now, limits.body_timeout)
+        else:
+            self._progress.measure(now)
+        waits = now - self._waiting_since
+        if self._progress.head and self._progress.in_head:
             if waits > limits.header_timeout:
                 seconds = f"{limits.header_timeout:g} s (--header-timeout)"
                 self._reject("slow_request", SlowRequestError(f"the request's head took longer than {seconds}"))
-        elif not self._in_head:
-            if now > self._due:
-                rate = f"{RATE} bytes a second over {limits.body_timeout:g} s (--body-timeout)"
+        elif not self._progress.in_head:
+            if now > self._progress.deadline:
+                rate = f"{MIN_RATE} bytes a second over {limits.body_timeout:g} s (--body-timeout)"
                 self._reject("slow_request", SlowRequestError(f"the request's body came slower than {rate}"))
         elif self.cycle is None:
             if waits > limits.header_timeout:
@@ -342,68 +310,69 @@ class Protocol(HttpToolsProtocol):
             self.transport.close()
 
     def hold_body(self) -> None:
-        """Read nothing more of a body for now."""
+        """Pause reading the body."""
         self.flow.hold("bodies")
 
     def read_body(self) -> None:
-        """Read on."""
+        """Resume reading the body."""
         self.flow.release("bodies")
 
     def end_slow_body(self) -> None:
-        """End the connection for the sake of other bodies, since its own comes more slowly."""
+        """Close the connection because its body arrives too slowly while memory is short."""
         self._reject("slow_request", SlowRequestError("the request's body came too slowly for a server this busy"))
 
     def end_waiting_body(self) -> None:
-        """End the connection, whose body has waited for others for too long."""
+        """Close the connection because its body has been paused for too long."""
         self._reject("bodies", TooManyBodiesError("too many long bodies are being sent: try again later"))
 
     def make_room(self) -> None:
-        """End a connection whose client owes a request, in favour of another's."""
-        if self._head or not self._in_head:
+        """Close the connection, whose client owes a request, in favour of a new one."""
+        if self._progress.head or not self._progress.in_head:
             self._refuse(TooManyConnectionsError("too many connections are open (--max-connections): try again later"))
         self.transport.close()
 
     def shutdown(self) -> None:
-        """The server stops: end the connection, after the answers that are due."""
-        if not self._in_head and self.cycle.more_body and not self.pipeline and not self.cycle.response_started:
+        """Close the connection on shutdown, after the pending responses."""
+        incomplete = not self._progress.in_head and self.cycle.more_body
+        if incomplete and not self.pipeline and not self.cycle.response_started:
             self._refuse(NotServingError("the server is shutting down"))
         else:
             super().shutdown()
 
     def end(self) -> None:
-        """End the connection at once."""
-        running = self._running
+        """Close the connection immediately."""
+        running = self._current
         if self.transport.get_write_buffer_size() or (
             running is not None and not running.response_complete and not running.disconnected
         ):
-            self._watch.cut += 1
+            self._watch.truncated += 1
         self.transport.abort()
 
-    # Clients that go
+    # Disconnecting clients
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """The client sends no more. True keeps the connection until its answers are sent."""
-        if self.scheme == "https" or not self._answers_are_due():  # TLS has no connections that are half closed
+        """Handle the end of the client's sending side. True keeps the connection until its responses are sent."""
+        if self.scheme == "https" or not self._stop_reading():  # TLS connections cannot be half-closed
             return False
         if self._probing is None:
             self._probe(iter(PROBE_DELAYS))
         return True
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._watch.gone(self)
-        self._held, self._at = b"", 0
+        self._watch.remove(self)
+        self._buffer, self._parsed = b"", 0
         if self._probing is not None:
             self._probing.cancel()
-        if self._running is not None and not self._running.response_complete:
-            self._disconnect(self._running)
+        if self._current is not None and not self._current.response_complete:
+            self._disconnect(self._current)
         super().connection_lost(exc)
 
-    def _answers_are_due(self) -> bool:
-        """Take nothing more from the client; whether it sent whole requests that have no answer yet."""
-        self._deaf = True
+    def _stop_reading(self) -> bool:
+        """Ignore further input. True if complete requests are still to be answered."""
+        self._ignores_input = True
         if self.pipeline and self.pipeline[0][0].more_body:  # the newest, which will never be complete
             self.pipeline.popleft()
-            self.cycle = self.pipeline[0][0] if self.pipeline else self._running  # type: ignore[assignment]
+            self.cycle = self.pipeline[0][0] if self.pipeline else self._current  # type: ignore[assignment]
         last = self.cycle
         if last is None or last.response_complete or last.more_body:
             return False
@@ -411,8 +380,8 @@ class Protocol(HttpToolsProtocol):
         return True
 
     def _probe(self, delays: Iterator[float]) -> None:
-        """Send a byte of the answer that comes next; where the client is gone, that ends the connection."""
-        cycle = self._running
+        """Send one byte of the next response ahead; if the client has disconnected, that closes the connection."""
+        cycle = self._current
         if cycle is None or self.transport.is_closing():
             return
         if not cycle.response_started:
@@ -421,71 +390,3 @@ class Protocol(HttpToolsProtocol):
             self._output.write(b"0")
         if (delay := next(delays, None)) is not None:
             self._probing = self.loop.call_later(delay, self._probe, delays)
-
-
-class Flow(FlowControl):
-    """Flow control in which whoever reads a body cannot make the connection read on while something holds it."""
-
-    def __init__(self, transport: asyncio.Transport) -> None:
-        super().__init__(transport)
-        self._holds: set[str] = set()
-
-    def hold(self, why: str) -> None:
-        """Read nothing until this is released."""
-        self._holds.add(why)
-        self.pause_reading()
-
-    def release(self, *why: str) -> None:
-        """Read on, if nothing else holds the connection; without a reason, whatever holds it."""
-        if self._holds:
-            self._holds = self._holds.difference(why) if why else set()
-            self.resume_reading()
-
-    def resume_reading(self) -> None:
-        if not self._holds:
-            super().resume_reading()
-
-
-class Output:
-    """A transport that counts, and on which the first bytes of the next answer can be sent before the rest is known.
-
-    Attributes:
-        written: bytes so far.
-    """
-
-    def __init__(self, transport: asyncio.Transport) -> None:
-        self._transport = transport
-        self._sent = 0
-        self.written = 0
-
-    def begin(self) -> None:
-        """Send one byte more of what every answer begins with."""
-        byte = STATUS_LINE[self._sent : self._sent + 1]
-        self._sent += len(byte)
-        self.written += len(byte)
-        self._transport.write(byte)
-
-    def write(self, data: bytes) -> None:
-        if self._sent:
-            data, self._sent = data[self._sent :], 0
-        self.written += len(data)
-        self._transport.write(data)
-
-    def close(self) -> None:
-        self._transport.close()
-
-    def is_closing(self) -> bool:
-        return self._transport.is_closing()
-
-
-def _without_upgrade(headers: list[tuple[bytes, bytes]]) -> Iterator[tuple[bytes, bytes]]:
-    """The headers of a request that offers no upgrade."""
-    for name, value in headers:
-        if name in (b"upgrade", b"http2-settings"):
-            continue
-        if name == b"connection":
-            tokens = [token.strip() for token in value.split(b",")]
-            value = b", ".join(token for token in tokens if token.lower() not in (b"upgrade", b"http2-settings"))
-            if not value:
-                continue
-        yield name, value

@@ -1,1 +1,1 @@
-"""Diffusion language models: one file an architecture, and the loading of checkpoints."""
+"""Diffusion language models, one file per architecture, and checkpoint loading."""

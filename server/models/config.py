@@ -1,25 +1,25 @@
-"""Common parts of all families' configurations: defaults, variants that are refused, special tokens."""
+"""Common base of all families' configurations: defaults, refused variants, special tokens."""
 
 from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-MOST_LAYERS = 1000
-"""More are a mistake, as are more experts in all layers: building that many takes long, whatever their size."""
-MOST_EXPERTS = 25_000
-MOST = 2**24
-"""The same of everything else that is counted: widths, heads, positions, tokens of a vocabulary."""
+MAX_LAYERS = 1000
+"""Upper bound of layers, and of experts over all layers: building modules takes long, whatever their size."""
+MAX_EXPERTS = 25_000
+MAX_COUNT = 2**24
+"""Upper bound of everything else: widths, heads, positions, vocabulary."""
 
-Count = Annotated[int, Field(gt=0, le=MOST)]
-Layers = Annotated[int, Field(gt=0, le=MOST_LAYERS)]
+Count = Annotated[int, Field(gt=0, le=MAX_COUNT)]
+Layers = Annotated[int, Field(gt=0, le=MAX_LAYERS)]
 TokenIds = int | tuple[int, ...]
 
 
 class CheckpointConfig(BaseModel):
-    """Base of a family's configuration. An entry that is null counts as left out, as it does in transformers' classes.
+    """Base of a family's configuration. Null entries count as missing, as in transformers' classes.
 
     Attributes:
-        published: the original class's values of entries that are left out, where these differ from the fields'.
+        published: the original class's defaults, where they differ from the fields'.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
@@ -54,15 +54,15 @@ class CheckpointConfig(BaseModel):
     @model_validator(mode="after")
     def _few_enough_experts(self) -> Self:
         layers, experts = getattr(self, "num_hidden_layers", 0), getattr(self, "num_experts", 0)
-        if layers * experts > MOST_EXPERTS:
+        if layers * experts > MAX_EXPERTS:
             raise ValueError(
-                f"num_experts = {experts} in each of num_hidden_layers = {layers} are more than {MOST_EXPERTS} in all"
+                f"num_experts = {experts} in each of num_hidden_layers = {layers} are more than {MAX_EXPERTS} in all"
             )
         return self
 
     @property
     def built(self) -> dict[str, Any]:
-        """Keys and the only values (a tuple: one of these) that the family's network can do."""
+        """Keys with the only values (or tuple of values) that the family's network implements."""
         return {}
 
     @property
@@ -77,7 +77,7 @@ class CheckpointConfig(BaseModel):
 
 
 class RotaryConfig(CheckpointConfig):
-    """The same of a family whose layers all rotate alike, in the default way."""
+    """Configuration of a family whose layers all use the same, default rotary embedding."""
 
     rope_theta: float = Field(10_000.0, gt=0)
     partial_rotary_factor: float = Field(1.0, gt=0, le=1)
@@ -85,10 +85,10 @@ class RotaryConfig(CheckpointConfig):
     @model_validator(mode="before")
     @classmethod
     def _flat_rotation(cls, data: Any) -> Any:
-        """Put the rotation's numbers beside the others: transformers 5 keeps them in `rope_parameters`.
+        """Merge the rotary parameters into the top level: transformers 5 nests them in `rope_parameters`.
 
-        `rope_scaling` is that entry's older name. Any rotation but the default one is refused, and so are numbers that
-        contradict each other.
+        `rope_scaling` is the older name of that entry. Variants other than the default, and contradictory values, are
+        refused.
         """
         if not isinstance(data, dict):
             return data
@@ -102,12 +102,12 @@ class RotaryConfig(CheckpointConfig):
 
 
 def _default_rotation(key: str, said: Any) -> dict[str, Any]:
-    """The numbers of a rotation that is described in one entry. Raises ValueError if it is not the default one."""
+    """Parameters of a default rotary embedding described in one entry. Raises ValueError for any other kind."""
     if not said:
         return {}
     if not isinstance(said, dict):
         raise ValueError(f"{key} = {said!r} is not an object")
-    if isinstance(said.get("full_attention"), dict):  # by kind of layer, of which there are no others here
+    if isinstance(said.get("full_attention"), dict):  # nested by kind of layer; this family has only one kind
         said = said["full_attention"]
     if (said.get("rope_type") or said.get("type") or "default") != "default":
         raise ValueError(f"{key} = {said!r} is a variant that is not built (only the default rotation is)")

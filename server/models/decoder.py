@@ -1,4 +1,4 @@
-"""The decoder that most families are built from: Qwen's, with what differs between them as options."""
+"""Decoder shared by most families: Qwen's architecture, with the families' differences as options."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -15,13 +15,13 @@ from server.models.network import Network
 from server.models.ragged_batch import RaggedBatch
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Queries, keys and values [tokens, heads, head_dim] to what each query reads, of the queries' shape."""
+"""Attention function: queries, keys and values [tokens, heads, head_dim] to an output of the queries' shape."""
 
 
 class DecoderConfig(RotaryConfig):
-    """The keys of a `config.json` that matter here; variants that are not built are refused by name.
+    """Keys of `config.json` that the network uses. Unsupported variants are refused by name.
 
-    What may be left out has the value that Qwen2's and Qwen3's own classes give it.
+    Defaults are those of Qwen2's and Qwen3's own classes.
     """
 
     hidden_size: Count
@@ -84,26 +84,26 @@ class DecoderConfig(RotaryConfig):
 
     @property
     def rotated_size(self) -> int:
-        """How many of a head's numbers, from its first, are rotated by position."""
+        """Number of a head's dimensions, counted from the first, that are rotated by position."""
         return int(self.head_size * self.partial_rotary_factor)
 
 
 class Projections(Protocol):
-    """An attention's part in a layer, but for the attention itself."""
+    """Linear parts of an attention layer."""
 
     def project(self, h: Tensor, cos: Tensor, sin: Tensor, wanted: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Of normed states [tokens, width]: queries of the wanted ones, keys and values, [n, heads, head_dim]."""
+        """Queries (of the wanted tokens), keys and values, [n, heads, head_dim], of normed states [tokens, width]."""
 
     def output(self, read: Tensor) -> Tensor:
-        """What is added to the states, of what the queries found."""
+        """Project the attention output to the residual, [tokens, width]."""
 
 
 class Attention(nn.Module):
-    """Grouped-query attention: what is before and after it.
+    """Grouped-query attention, except for the attention operation itself.
 
     Args:
-        bias: of queries, keys and values; the output has none.
-        norm: makes the norm over each head of queries and of keys, before their rotation; None for none.
+        bias: add a bias to queries, keys and values; the output never has one.
+        norm: constructor of the norm over each head of queries and keys, before rotation; None for no norm.
     """
 
     def __init__(
@@ -150,11 +150,11 @@ class GatedMLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and MLP, each behind a norm and added to what came in.
+    """Pre-norm transformer layer: attention and MLP, each with a residual connection.
 
     Attributes:
-        attention_name: what checkpoints call the attention.
-        norm: makes its norms.
+        attention_name: name of the attention module in checkpoints.
+        norm: class of its norms.
     """
 
     attention_name: ClassVar[str] = "self_attn"
@@ -168,7 +168,7 @@ class Layer(nn.Module):
         self.mlp = mlp
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, wanted: Tensor | None = None) -> Tensor:
-        """States after this layer, of all tokens [tokens, width], or of the `wanted` ones (indices)."""
+        """States after this layer, [tokens, width]: of all tokens, or of the `wanted` ones (indices)."""
         q, k, v = self.project(x, cos, sin, wanted)
         return self.finish(x if wanted is None else x[wanted], attend(q, k, v))
 
@@ -177,22 +177,22 @@ class Layer(nn.Module):
         return cast(Projections, self.get_submodule(self.attention_name))
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor, wanted: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, of the wanted tokens, keys and values: what is before attention."""
+        """Part before attention: queries (of the wanted tokens), keys and values."""
         return self.projections.project(self.input_layernorm(x), cos, sin, wanted)
 
     def finish(self, x: Tensor, read: Tensor) -> Tensor:
-        """What is after attention, `read` being what the queries found."""
+        """Part after attention, given the attention output `read`."""
         x = x + self.projections.output(read)
         return x + self.feed_forward(self.post_attention_layernorm(x))
 
     def feed_forward(self, h: Tensor) -> Tensor:
-        """What is added after attention, of normed states [tokens, width]."""
+        """Output of the MLP for normed states [tokens, width]."""
         out: Tensor = self.mlp(h)
         return out
 
 
 class Decoder(nn.Module):
-    """Embedding, layers and the last norm."""
+    """Embedding, layers and the final norm."""
 
     def __init__(
         self,
@@ -208,13 +208,13 @@ class Decoder(nn.Module):
 
 
 class DecoderNetwork(Network):
-    """A network whose tensors are `model.*` and `lm_head`. A family says what its layers are, in `make_layer`.
+    """Network with tensors `model.*` and `lm_head`. Families define their layers in `make_layer`.
 
-    Cosines and sines are float32 and, as the families' originals have it, rounded to the states' type before use.
+    Cosines and sines are computed in float32 and, as in the originals, rounded to the states' dtype before use.
 
     Attributes:
-        embedding_name: what checkpoints call the embedding.
-        norm: makes the last norm.
+        embedding_name: name of the embedding in checkpoints.
+        norm: class of the final norm.
     """
 
     config: DecoderConfig
@@ -231,7 +231,7 @@ class DecoderNetwork(Network):
         self._tables = RotaryTables(config.rotated_size, config.rope_theta, reach)
 
     def make_layer(self, index: int) -> nn.Module:
-        """The layer of that index."""
+        """Build the layer with this index."""
         return Layer(
             self.config, Attention(self.config), GatedMLP(self.config.hidden_size, self.config.intermediate_size)
         )
@@ -253,7 +253,7 @@ class DecoderNetwork(Network):
         return [(self.config.num_key_value_heads, self.config.head_size)] * self.config.num_hidden_layers
 
     def _rotation(self, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Tables of at least this length, [length, 1, rotated size]."""
+        """Cosine and sine tables of at least this length, [length, 1, rotated size]."""
         cos, sin = self._tables(length, self.embedding.weight.device)
         return cos.to(dtype), sin.to(dtype)
 

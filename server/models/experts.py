@@ -1,4 +1,4 @@
-"""Mixtures of experts: every token goes through the few that its router chose."""
+"""Mixture of experts: each token is processed by the few experts its router chose."""
 
 from collections.abc import Callable, Iterable
 
@@ -9,21 +9,21 @@ from server.models.decoder import GatedMLP
 
 
 def highest(scores: Tensor, count: int) -> Tensor:
-    """Indices of the `count` largest of each row, the largest first; among equals the lower index, on every device."""
+    """Indices of the `count` largest scores of each row, in descending order; ties: lower index first."""
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
 
 
 def mix(experts: Iterable[Callable[[Tensor], Tensor]], x: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
-    """What each token's experts make of it, weighted and summed in the weights' type, [tokens, width].
+    """Weighted sum of each token's expert outputs, in the weights' dtype, [tokens, width].
 
-    Tokens are sorted by expert, so that each expert computes all of its tokens at once. The sum runs over a token's
-    experts in the order of their index, one after the other: how it is rounded depends on nothing but that token.
+    Tokens are sorted by expert, so that each expert processes all its tokens at once. The sum runs over a token's
+    experts in index order, one by one, so that its rounding depends on that token only.
 
     Args:
-        experts: all of them, each from [n, width] to [n, width].
+        experts: all experts, each a function from [n, width] to [n, width].
         x: [tokens, width].
-        chosen: int64 [tokens, k], indices of each token's experts, no two alike.
-        weight: [tokens, k], theirs.
+        chosen: int64 [tokens, k], distinct indices of each token's experts.
+        weight: [tokens, k], weights of these experts.
     """
     tokens, k = chosen.shape
     chosen, by_index = chosen.sort(dim=1)
@@ -45,20 +45,20 @@ def mix(experts: Iterable[Callable[[Tensor], Tensor]], x: Tensor, chosen: Tensor
 
 
 def _counts(ascending: Tensor) -> dict[int, int]:
-    """How often each value occurs; one copy from the device."""
+    """Number of occurrences of each value, with a single copy from the device."""
     values, counts = torch.unique_consecutive(ascending, return_counts=True)
     found: list[list[int]] = torch.stack([values, counts]).tolist()
     return dict(zip(*found, strict=True))
 
 
 class SoftmaxMixture(nn.Module):
-    """The experts of a layer, and a router whose softmax over all of them chooses.
+    """Experts of a layer with a router that takes the largest values of a softmax over all experts.
 
     Args:
-        width, inner: of states, and of what is inside an expert.
-        count, chosen: experts, and how many of them a token goes through.
-        normalised: whether the weights of those sum up to 1.
-        biased: whether experts have a bias, which counts in the choice and in the weights.
+        width, inner: sizes of the states and of the experts' hidden layer.
+        count, chosen: number of experts, and of experts per token.
+        normalised: normalise the weights of the chosen experts to a sum of 1.
+        biased: add a bias per expert to the scores, in the choice and in the weights.
     """
 
     def __init__(

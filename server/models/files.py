@@ -1,4 +1,4 @@
-"""Reading the files of a model folder: regular ones only, and of each no more than its kind may have."""
+"""Reading of a model folder's files: regular files only, with a size limit for each kind."""
 
 import json
 import re
@@ -9,43 +9,43 @@ from typing import Any
 
 from policies.files.regular import read_file
 
-MOST_JSON, MOST_INDEX, MOST_TOKENIZER, MOST_TEMPLATE = 8 << 20, 64 << 20, 128 << 20, 1 << 20
-"""Bytes. The largest that are published have about a tenth of the first two, and a third of a tokenizer's."""
-MOST_MESSAGE = 1000
+MAX_JSON, MAX_INDEX, MAX_TOKENIZER, MAX_TEMPLATE = 8 << 20, 64 << 20, 128 << 20, 1 << 20
+"""Size limits in bytes: ten times the largest published files for JSON and indexes, three times for tokenizers."""
+MAX_MESSAGE = 1000
 INDEX = "model.safetensors.index.json"
 
 
 class ModelError(Exception):
-    """A model that cannot be served. One line, whatever a file says: which file, and what is wrong with it."""
+    """A model that cannot be served. The message is one line, whatever a file holds: the file and the problem."""
 
     def __init__(self, message: str) -> None:
-        half = MOST_MESSAGE // 2
-        short = message if len(message) <= MOST_MESSAGE else f"{message[:half]} ... {message[-half:]}"
+        half = MAX_MESSAGE // 2
+        short = message if len(message) <= MAX_MESSAGE else f"{message[:half]} ... {message[-half:]}"
         super().__init__(re.sub(r"[\s\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", short).strip())
 
 
 def read_bytes(path: Path, most: int) -> bytes:
-    """The bytes of a file. Raises ModelError if there is none, if it is no regular one or has more than `most`."""
+    """Content of a file. Raises ModelError if it is missing, not a regular file or longer than `most` bytes."""
     with readable(path):
         return read_file(path, most)
 
 
 def read_text(path: Path, most: int) -> str:
-    """The text of a file, likewise. Raises ModelError, also if it is not UTF-8."""
+    """Text of a file. Raises ModelError like `read_bytes`, and for invalid UTF-8."""
     try:
         return read_bytes(path, most).decode()
     except UnicodeDecodeError as error:
         raise ModelError(f"{path}: {error}") from None
 
 
-def read_json(path: Path, most: int = MOST_JSON) -> dict[str, Any]:
-    """The JSON object in a file. Raises ModelError if there is no file or no object in it."""
+def read_json(path: Path, most: int = MAX_JSON) -> dict[str, Any]:
+    """JSON object in a file. Raises ModelError if the file is missing or contains no object."""
     content = read_bytes(path, most)
     if not content.strip():
         raise ModelError(f"{path}: the file is empty")
     try:
         found = json.loads(content)
-    except (ValueError, RecursionError) as error:  # bad JSON and bad UTF-8 are ValueErrors
+    except (ValueError, RecursionError) as error:  # invalid JSON and invalid UTF-8 are ValueErrors
         raise ModelError(f"{path}: not a JSON file: {error}") from None
     if not isinstance(found, dict):
         raise ModelError(f"{path}: expected a JSON object, found {type(found).__name__}")
@@ -53,15 +53,15 @@ def read_json(path: Path, most: int = MOST_JSON) -> dict[str, Any]:
 
 
 def read_optional_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file, empty if there is no such file. Raises ModelError if it is no object.
+    """JSON object in a file; empty if the file does not exist. Raises ModelError if it contains no object.
 
-    A link that leads nowhere is a file that cannot be read, not one that was left out.
+    A dangling link counts as an unreadable file, not as a missing one.
     """
     return read_json(path) if is_there(path) else {}
 
 
 def is_there(path: Path) -> bool:
-    """Whether there is a file, or a link, also one that leads nowhere. Raises ModelError if that cannot be known."""
+    """True if a file or link exists, dangling links included. Raises ModelError if that cannot be determined."""
     with readable(path):
         try:
             path.lstat()
@@ -72,7 +72,7 @@ def is_there(path: Path) -> bool:
 
 @contextmanager
 def readable(place: Path) -> Iterator[None]:
-    """Tell what the system refuses while files are read as a ModelError about the file, or about this place."""
+    """Turn OSErrors while reading into ModelErrors that name the file, or `place` if the error has none."""
     try:
         yield
     except OSError as error:
@@ -81,7 +81,7 @@ def readable(place: Path) -> Iterator[None]:
 
 @contextmanager
 def unchanged(path: Path) -> Iterator[None]:
-    """Raise ModelError if a file has become another one while others beside it were read."""
+    """Raise ModelError if a file is replaced while others beside it are read."""
     with readable(path):
         before = path.stat()
     yield
@@ -92,7 +92,7 @@ def unchanged(path: Path) -> Iterator[None]:
 
 
 def other_forms(folder: Path) -> str:
-    """Weights of another form in a folder, as the end of a message; nothing if there are none."""
+    """Note on weights of other formats in a folder, to end an error message; empty if there are none."""
     with readable(folder):
         names = sorted(path.name for path in folder.iterdir())
     if "adapter_config.json" in names:

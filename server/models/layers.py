@@ -1,4 +1,4 @@
-"""Layers that the model families share."""
+"""Layers shared by the model families."""
 
 import torch
 import torch.nn.functional as F
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm: statistics in float32, cast back, then times the weight."""
+    """Root-mean-square norm: computed in float32, cast back, then multiplied by the weight."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -17,20 +17,20 @@ class RMSNorm(nn.Module):
         return self.weight * self.normed(x).to(x.dtype)
 
     def normed(self, x: Tensor) -> Tensor:
-        """Without the weight, float32."""
+        """Normed states before the multiplication by the weight, float32."""
         wide = x.float()
         return wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
 
 
 class WideRMSNorm(RMSNorm):
-    """The same in float32 up to and including the weight."""
+    """Root-mean-square norm in float32 up to and including the weight."""
 
     def forward(self, x: Tensor) -> Tensor:
         return (self.normed(x) * self.weight.float()).to(x.dtype)
 
 
 def rope_tables(length: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, float32 [length, head_dim], for rotate-half position embedding."""
+    """Cosine and sine tables, float32 [length, head_dim], for rotate-half position embedding."""
     inverse = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
     angle = torch.outer(torch.arange(length, dtype=torch.float32, device=device), inverse)
     angle = torch.cat([angle, angle], dim=-1)
@@ -38,9 +38,9 @@ def rope_tables(length: int, head_dim: int, theta: float, device: torch.device) 
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate [..., length, head_dim] by position, in the tables' dtype, and cast back.
+    """Rotate [..., length, head_dim] by position in the tables' dtype, and cast back.
 
-    Narrower tables rotate the first numbers of each head only.
+    Tables narrower than head_dim rotate the first dimensions only.
     """
     size = cos.shape[-1]
     if size < x.shape[-1]:
@@ -51,21 +51,21 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
-    """`silu(gate) * up`; where nothing is learnt, in the memory of `gate`."""
+    """`silu(gate) * up`, computed in place in `gate` during inference."""
     return F.silu(gate) * up if torch.is_grad_enabled() else F.silu(gate, inplace=True).mul_(up)
 
 
 def split_heads(x: Tensor, head_dim: int) -> Tensor:
-    """[..., heads * head_dim] to [..., heads, head_dim]; there may be no token."""
+    """Reshape [..., heads * head_dim] to [..., heads, head_dim]; works without tokens too."""
     return x.view(*x.shape[:-1], x.shape[-1] // head_dim, head_dim)
 
 
 class RotaryTables:
-    """Cosines and sines of positions, float32 [at least so many, 1, size], made when they are first needed.
+    """Cosine and sine tables, float32 [at least the requested length, 1, size], built on first use.
 
     Args:
-        size: how many of a head's numbers are rotated.
-        reach: positions to make at once.
+        size: number of rotated dimensions of a head.
+        reach: minimum number of positions to build.
     """
 
     def __init__(self, size: int, theta: float, reach: int) -> None:
@@ -80,11 +80,11 @@ class RotaryTables:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Bidirectional attention over [batch, length, heads, head_dim]; several heads of queries may share one of keys."""
+    """Bidirectional attention over [batch, length, heads, head_dim], with grouped key and value heads."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     shared = q.shape[1] // k.shape[1]
     if q.device.type == "cpu" and q.requires_grad:
-        # Written out: the backward pass of the fused CPU kernel is about ten times slower than this.
+        # Not enable_gqa: the backward pass of its fused CPU kernel is about ten times slower than this.
         k, v = (x if shared == 1 else x.repeat_interleave(shared, dim=1) for x in (k, v))
         mixed: Tensor = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1) @ v
     else:

@@ -1,4 +1,4 @@
-"""What the engine asks of a model: a class for each family does it."""
+"""Interface of a model network, implemented by one class per family."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -15,12 +15,12 @@ from server.models.ragged_batch import KeyValues, RaggedBatch, Segment
 
 
 def matches(name: str, patterns: tuple[str, ...]) -> bool:
-    """Match the name of a tensor against patterns, in which * stands for anything."""
+    """True if a tensor's name matches any of the patterns, in which * stands for any text."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 class ModelConfig(Protocol):
-    """What every family's configuration says, under whatever names `config.json` has for it."""
+    """Properties common to all families' configurations, under whatever names `config.json` has for them."""
 
     @property
     def rows(self) -> int:
@@ -28,7 +28,7 @@ class ModelConfig(Protocol):
 
     @property
     def mask_token_id(self) -> int | None:
-        """The mask token; None of a model without one, whose pattern says what is there instead."""
+        """Id of the mask token; None for a model without one, whose attention pattern defines the alternative."""
 
     @property
     def end_ids(self) -> frozenset[int]:
@@ -40,15 +40,15 @@ class ModelConfig(Protocol):
 
 
 class Network(nn.Module):
-    """A masked diffusion model. Module names are the checkpoint's own tensor names, so weights need no renaming.
+    """A masked diffusion model. Modules are named as in the checkpoint, so that weights need no renaming.
 
     Attributes:
-        Config: validates `config.json`.
-        pattern: how it reads a canvas.
-        block_length: what is denoised together unless a request says otherwise; None is full diffusion.
-        ignored: patterns of names of tensors that are in checkpoints and not used.
-        float32: patterns of names of tensors that stay float32 whatever type the others have: a rounded bias of a
-            router sends tokens to other experts.
+        Config: model of `config.json`, for its validation.
+        pattern: attention pattern of a canvas.
+        block_length: default number of positions denoised together; None is full diffusion.
+        ignored: name patterns of checkpoint tensors that are not used.
+        float32: name patterns of tensors that stay float32 whatever the model's dtype: a rounded router bias would send
+            tokens to other experts.
     """
 
     Config: ClassVar[type[BaseModel]]
@@ -60,25 +60,25 @@ class Network(nn.Module):
 
     @classmethod
     def own_name(cls, config: Any, name: str) -> str:
-        """The name here of a tensor that files may hold under this one too, as a copy or in its place."""
+        """Name in this network of a tensor that files may store under `name`, as a copy or instead."""
         return name
 
     @classmethod
     def stacked(cls, config: Any, name: str) -> tuple[str, ...]:
-        """The names here of tensors that files may hold one upon the other under this one; none for all others."""
+        """Names in this network of the tensors that files may store stacked under `name`; empty for other tensors."""
         return ()
 
     @classmethod
     def stand_in(cls, name: str) -> str | None:
-        """The tensor that has the values of this one, where a file has none like it; None where there must be one."""
+        """Tensor whose values this one takes if a file lacks all of its kind; None if it is required."""
         return None
 
     def dtype_of(self, name: str, dtype: torch.dtype) -> torch.dtype:
-        """The type of a tensor of that name, where the model's is `dtype`."""
+        """Dtype of a tensor in a model of dtype `dtype`."""
         return torch.float32 if matches(name, self.float32) else dtype
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move or convert all tensors, as `to` does, but none that stays float32 to another type."""
+        """Move or convert all tensors like `to`, but never convert those that stay float32."""
         if not self.float32:
             return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
         kept = {name: tensor for name, tensor in self.state_dict().items() if matches(name, self.float32)}
@@ -94,37 +94,37 @@ class Network(nn.Module):
     @property
     @abstractmethod
     def cache_shapes(self) -> Sequence[tuple[int, int]]:
-        """For each layer, heads and size of a head of the keys and values that a token leaves."""
+        """Number and size of key-value heads, for each layer."""
 
     def new_kv_cache(self, length: int, dtype: torch.dtype, device: torch.device) -> KeyValues:
-        """Room for what is kept of a canvas of this length."""
+        """Allocate the key-value cache of a canvas of this length."""
         kept = [(2, length, *shape) for shape in self.cache_shapes]
         return KeyValues([torch.empty(shape, dtype=dtype, device=device) for shape in kept])
 
     def self_conditioning(self, logits: Tensor, wanted: StatisticsRequest) -> Tensor | None:
-        """What the next forward of a canvas is to know of this one's logits [n, rows], if anything.
+        """Self-conditioning signal [n, width] for the next forward pass from logits [n, rows]; None if not used.
 
-        [n, width], which comes back in the memory of the packed rows.
+        It is passed to the next forward pass in the memory of the packed rows.
         """
         return None
 
     @abstractmethod
     def packed(self, batch: RaggedBatch) -> Tensor:
-        """Normed last hidden states of the tokens that a packed batch wants, [wanted, width]."""
+        """Normed last hidden states of the wanted tokens of a packed batch, [wanted, width]."""
 
     @abstractmethod
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [..., rows] of normed hidden states [..., width]."""
 
     def hidden(self, tokens: Tensor) -> Tensor:
-        """Normed last hidden states [batch, length, width] of rows of one length, ids [batch, length]."""
+        """Normed last hidden states [batch, length, width] of token ids [batch, length]."""
         count, length = tokens.shape
         row = Segment(0, length, length, length, None, self.pattern.causal_block)
         everything = torch.arange(tokens.numel(), device=tokens.device)
         return self.packed(RaggedBatch([row] * count, tokens.flatten(), everything)).view(count, length, -1)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits [batch, length, rows], where a `shifted` model says what comes next."""
+        """Logits [batch, length, rows]; those of a `shifted` model are about the next position."""
         return self.head(self.hidden(tokens))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Rows of different lengths and ages in one forward without padding: tokens side by side, attention row by row."""
+"""One forward pass over rows of different lengths without padding: packed tokens, attention row by row."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,12 +11,12 @@ from torch import Tensor
 
 @dataclass(eq=False)
 class KeyValues:
-    """What is kept of one canvas between forwards.
+    """Cached state of one canvas between forward passes.
 
     Attributes:
-        states: keys, rotated, and values of every position, for each layer [2, length, key heads, head_dim].
-        self_conditioning: where the drafted block begins, and what the next forward gets of the last one's output,
-            [positions, width]; None before the first forward, and for networks without self-conditioning.
+        states: rotated keys, and values, of all positions, for each layer [2, length, key heads, head_dim].
+        self_conditioning: start of the drafted block, and the signal for the next forward pass, [positions, width];
+            None before the first forward pass, and for networks without self-conditioning.
     """
 
     states: Sequence[Tensor]
@@ -25,16 +25,16 @@ class KeyValues:
 
 @dataclass(frozen=True)
 class Segment:
-    """A canvas in a packed forward.
+    """A row of a packed forward pass: all or part of a canvas.
 
     Attributes:
-        start, stop: positions of the canvas that are fed; the others are known from `memory`.
-        wanted: how many of them are asked for.
-        visible: length of the part of the canvas that attention reads.
-        memory: what is kept of this canvas. A row that spans all that is visible fills it, any other one reads it, with
-            the part that it spans put in its place.
-        causal_block: a position sees no block of so many after its own; None: it sees everything visible.
-        draft: a position before this one sees nothing after itself.
+        start, stop: positions that are fed; all others are read from `memory`.
+        wanted: number of fed positions whose hidden states are requested.
+        visible: length of the prefix of the canvas that attention sees.
+        memory: cache of this canvas. The fed positions are written to it; a row that feeds less than the visible prefix
+            reads the rest from it.
+        causal_block: block size of block-causal attention; None: every visible position is seen.
+        draft: positions before this one are encoded causally.
     """
 
     start: int
@@ -55,15 +55,15 @@ class Segment:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """Rows of one shape, all of them whole, can share a call of attention."""
+        """Shape of the row. Whole rows of equal shape can share an attention call."""
         return self.fed, self.visible, self.causal_block or 0, self.draft
 
 
 @dataclass(frozen=True)
 class AttentionGroup:
-    """Rows of one shape side by side, how many queries each has, and where those are, [rows, 1, count, 1].
+    """Rows of one shape side by side, with `count` queries each, at positions `places` [rows, 1, count, 1].
 
-    `masks` are which keys they see from the first on, [rows, 1, count, keys], for each window that was asked for.
+    `masks` caches the attention masks [rows, 1, count, keys] by sliding window; keys start at `first_key`.
     """
 
     rows: Sequence[Segment]
@@ -72,7 +72,7 @@ class AttentionGroup:
     masks: dict[int | None, Tensor | None] = field(default_factory=dict)
 
     def first_key(self, window: int | None) -> int:
-        """Where what these queries can see begins; rows that are whole are computed whole."""
+        """First key that these queries can see; whole rows start at 0."""
         row = self.rows[0]
         return 0 if window is None or row.whole else max(0, min(row.start, row.draft) - window + 1)
 
@@ -83,14 +83,14 @@ class AttentionGroup:
 
 
 class RaggedBatch:
-    """One forward's rows. Rows of equal shape should be neighbours: their attention is one call.
+    """Rows of one forward pass. Neighbours of equal shape share an attention call.
 
     Args:
         rows: in the order of their tokens.
-        tokens: ids [sum of fed], each row's `start` to `stop`.
+        tokens: ids [sum of fed] of each row's `start` to `stop`.
         wanted: indices into `tokens` [sum of wanted], row by row.
 
-    `tokens` and `wanted` may be longer, so that few shapes occur; what is beyond is computed for nothing.
+    `tokens` and `wanted` may be padded to reduce the number of shapes; the results beyond are meaningless.
     """
 
     def __init__(self, rows: Sequence[Segment], tokens: Tensor, wanted: Tensor) -> None:
@@ -99,8 +99,8 @@ class RaggedBatch:
         self.wanted = wanted
         position = torch.cat([torch.arange(row.start, row.stop) for row in rows])
         self.position = F.pad(position, (0, len(tokens) - len(position))).to(tokens.device)
-        self._runs = _runs(rows, [row.fed for row in rows], self.position)
-        self._last_runs = _runs(rows, [row.wanted for row in rows], self.position[wanted])
+        self._attention_groups = _attention_groups(rows, [row.fed for row in rows], self.position)
+        self._last_groups = _attention_groups(rows, [row.wanted for row in rows], self.position[wanted])
         self._exact = len(tokens) == len(position) and len(wanted) == sum(row.wanted for row in rows)
 
     def attend(
@@ -113,38 +113,39 @@ class RaggedBatch:
         scale: float | None = None,
         window: int | None = None,
     ) -> Tensor:
-        """Attention within each row, [queries, heads, head_dim]; several heads of queries may share one of keys.
+        """Attention within each row, [queries, heads, head_dim], with grouped key and value heads.
 
         Args:
-            last: whether it is the last layer, in which `q` is of the wanted tokens only.
-            q: of all tokens, or of the wanted ones.
-            k, v: of all tokens, [tokens, key heads, head_dim].
-            scale: of their products; None is one over the root of head_dim.
-            window: a position sees so many up to itself; what belongs to a draft, that many up to its first position.
+            last: True in the last layer, where `q` belongs to the wanted tokens only.
+            q: queries of all tokens, or of the wanted ones.
+            k, v: keys and values of all tokens, [tokens, key heads, head_dim].
+            scale: factor of the products; None is 1 / sqrt(head_dim).
+            window: size of the sliding window, which ends at the query; that of a draft ends at the draft's first
+            position.
         """
-        runs = self._last_runs if last else self._runs
-        out = None if len(runs) == 1 and self._exact else torch.zeros_like(q)
+        groups = self._last_groups if last else self._attention_groups
+        out = None if len(groups) == 1 and self._exact else torch.zeros_like(q)
         asked = first = 0
-        for run in runs:
-            rows, fed = len(run.rows), run.rows[0].fed
-            queries = slice(asked, asked + rows * run.count)
+        for group in groups:
+            rows, fed = len(group.rows), group.rows[0].fed
+            queries = slice(asked, asked + rows * group.count)
             keys = slice(first, first + rows * fed)
             asked, first = queries.stop, keys.stop
             row_k, row_v = k[keys], v[keys]
-            for i, row in enumerate(run.rows):
+            for i, row in enumerate(group.rows):
                 if row.memory is not None:
                     part = slice(i * fed, (i + 1) * fed)
                     row.memory.states[layer][0, row.start : row.stop] = row_k[part]
                     row.memory.states[layer][1, row.start : row.stop] = row_v[part]
-            only = run.rows[0]
+            only = group.rows[0]
             if not only.whole:
                 assert only.memory is not None
-                row_k, row_v = only.memory.states[layer][:, run.first_key(window) : only.visible]
+                row_k, row_v = only.memory.states[layer][:, group.first_key(window) : only.visible]
             mixed = F.scaled_dot_product_attention(
                 _heads_first(q[queries], rows),
                 _heads_first(row_k, rows),
                 _heads_first(row_v, rows),
-                attn_mask=run.mask(window),
+                attn_mask=group.mask(window),
                 scale=scale,
                 enable_gqa=q.shape[1] != k.shape[1],
             ).transpose(1, 2)
@@ -157,29 +158,29 @@ class RaggedBatch:
 
 def _heads_first(x: Tensor, rows: int) -> Tensor:
     """[rows * length, heads, head_dim] to [rows, heads, length, head_dim]."""
-    return x.view(rows, len(x) // rows, *x.shape[1:]).transpose(1, 2)  # there may be no token
+    return x.view(rows, len(x) // rows, *x.shape[1:]).transpose(1, 2)  # works without tokens too
 
 
-def _runs(rows: Sequence[Segment], queries: Sequence[int], position: Tensor) -> list[AttentionGroup]:
-    """Neighbours that share a shape; a row with a past of its own stands alone.
+def _attention_groups(rows: Sequence[Segment], queries: Sequence[int], position: Tensor) -> list[AttentionGroup]:
+    """Group neighbours of equal shape. A row that reads cached positions forms its own group.
 
     Args:
-        queries: how many each row has.
-        position: of every query on its canvas.
+        queries: number of queries of each row.
+        position: position on its canvas of each query.
     """
-    runs: list[AttentionGroup] = []
+    groups: list[AttentionGroup] = []
     first = 0
     for (_, count), same in groupby(zip(rows, queries, strict=True), key=lambda each: (each[0].shape, each[1])):
         members = [row for row, _ in same]
         for batch in [members] if members[0].whole else [[row] for row in members]:
             places = position[first : first + count * len(batch)].view(len(batch), 1, count, 1)
             first += count * len(batch)
-            runs.append(AttentionGroup(batch, count, places))
-    return runs
+            groups.append(AttentionGroup(batch, count, places))
+    return groups
 
 
 def _mask(row: Segment, places: Tensor, window: int | None, first: int) -> Tensor | None:
-    """Which of the visible positions from the first on each of these places sees; None where that is all of them."""
+    """Attention mask of the visible keys from `first` on for queries at `places`; None if all of them are seen."""
     size = row.causal_block
     if size is not None and row.start // size == (row.visible - 1) // size:
         size = None

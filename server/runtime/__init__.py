@@ -1,1 +1,1 @@
-"""The process: metrics, logs, threads, memory. Imports nothing else of the server."""
+"""Process-level support: metrics, logs, threads, memory. Imports no other part of the server."""

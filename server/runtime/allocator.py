@@ -1,4 +1,4 @@
-"""The memory that tensors are in: what is free, what is taken, and who keeps what was freed."""
+"""Memory allocation: available memory, peak use, and how freed memory is kept or returned to the system."""
 
 import ctypes
 import os
@@ -13,54 +13,54 @@ import torch
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 MMAP_THRESHOLD = 32 << 20
-"""Bytes; the most that glibc takes. Larger pieces are the system's, and go back to it at once."""
-KEPT = 1 << 30
-"""Bytes; free memory at the heap's end goes back to the system when there is more than this."""
-PAUSE = 0.001
-"""Seconds between two looks at a processor's memory."""
-KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
-"""Variables that say how many matrix products oneDNN keeps code for, and torch's own layer on it descriptions."""
-KERNELS = 128
-"""Enough for the shapes of a forward and those that come again; each takes up to 0.8 MB."""
+"""Bytes; the largest value glibc accepts. Larger allocations are mapped separately and returned as soon as freed."""
+TRIM_THRESHOLD = 1 << 30
+"""Bytes of free memory at the end of the heap above which glibc returns it to the system."""
+SAMPLING_PERIOD = 0.001
+"""Seconds between two samples of the resident memory."""
+KERNEL_CACHE_VARIABLES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+"""Environment variables that set the capacity of oneDNN's primitive cache and of torch's cache of its descriptions."""
+KERNEL_CACHE_CAPACITY = 128
+"""Enough for the shapes of one forward pass and those that recur; each kernel takes up to 0.8 MB."""
 
 
 def share_one_heap() -> None:
-    """One heap for all threads that begin later: a step takes its memory where the last one left it.
+    """Make all threads started later share one heap, so that a step reuses the memory that the last one freed.
 
-    Does nothing but on glibc, where each thread has one of its own by default.
+    glibc gives each thread its own heap by default. No effect with other C libraries.
     """
-    _tell_glibc(M_ARENA_MAX, 1)
+    _mallopt(M_ARENA_MAX, 1)
 
 
 def keep_few_kernels() -> None:
-    """Bound what oneDNN keeps of matrix products, unless the user does. To be called before the first one.
+    """Bound oneDNN's caches of matrix product kernels, unless the user sets them. Call before the first product.
 
-    It generates code for each shape, and nearly every forward of a busy server has another number of rows. By default
-    1,024 are kept in either cache: memory that grows by some 700 MB over the first thousands of requests, whatever the
-    model's size. Fewer cost no time that could be measured: what comes again comes again soon.
+    oneDNN generates code for each shape, and nearly every forward pass of a busy server has another number of rows. By
+    default each cache keeps 1,024 entries: memory grows by some 700 MB over the first thousands of requests, whatever
+    the model's size. Smaller caches cost no measurable time: shapes that recur do so soon.
     """
-    if not any(name in os.environ for name in (*KERNEL_CACHES, "DNNL_PRIMITIVE_CACHE_CAPACITY")):
-        os.environ.update(dict.fromkeys(KERNEL_CACHES, str(KERNELS)))
+    if not any(name in os.environ for name in (*KERNEL_CACHE_VARIABLES, "DNNL_PRIMITIVE_CACHE_CAPACITY")):
+        os.environ.update(dict.fromkeys(KERNEL_CACHE_VARIABLES, str(KERNEL_CACHE_CAPACITY)))
 
 
 def keep_freed_memory() -> None:
-    """Let freed memory stay with the process. Does nothing but on glibc.
+    """Keep freed memory in the process. No effect without glibc.
 
-    By default glibc gives large pieces back when they are freed, and the system clears each page of the next forward's
-    tensors anew: for a small model that takes longer than what is computed on them. While a model is loaded that is
-    right, since nothing of what is freed then is of a size that is needed again.
+    By default glibc returns large blocks to the system when they are freed, and the system zeroes every page again for
+    the tensors of the next forward pass: with a small model that takes longer than the computation. The default is
+    right while a model is loaded, because no block freed then has a size that is needed again. Call this afterwards.
     """
-    _tell_glibc(M_MMAP_THRESHOLD, MMAP_THRESHOLD)
-    _tell_glibc(M_TRIM_THRESHOLD, KEPT)
+    _mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD)
+    _mallopt(M_TRIM_THRESHOLD, TRIM_THRESHOLD)
 
 
-def _tell_glibc(option: int, value: int) -> None:
+def _mallopt(option: int, value: int) -> None:
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).mallopt(option, value)
 
 
 def give_back_freed_memory(device: torch.device) -> None:
-    """Give the system what is free."""
+    """Return unused memory of the process, and of the device's allocator, to the system."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
     else:
@@ -68,34 +68,34 @@ def give_back_freed_memory(device: torch.device) -> None:
 
 
 def give_back_heap() -> None:
-    """Give the system what is free of the heap. Takes a while, without the interpreter's lock."""
+    """Return free heap memory to the system. Takes a while; releases the interpreter lock."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that the process can still take: of the GPU, or of the machine and the container it is in."""
+    """Bytes that the process can still allocate: on the GPU, or within the machine and its container."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free
     fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     found = [int(fields["MemAvailable"].split()[0]) * 1024]
     group = Path("/sys/fs/cgroup")
-    with suppress(OSError, ValueError):  # no limit: no such file, or the word "max"
+    with suppress(OSError, ValueError):  # no limit: the file is missing or holds the word "max"
         found.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
     return max(0, min(found))
 
 
 @dataclass
 class Peak:
-    """Bytes by which the memory in use has grown at most."""
+    """Largest growth of the memory in use, in bytes."""
 
     grown: int = 0
 
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[Peak]:
-    """Watch the memory in use while something runs."""
+    """Measure the growth of the memory in use during a block of code."""
     peak = Peak()
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
@@ -106,7 +106,7 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
     before, over = _resident(), threading.Event()
 
     def watch() -> None:
-        while not over.wait(PAUSE):
+        while not over.wait(SAMPLING_PERIOD):
             peak.grown = max(peak.grown, _resident() - before)
 
     thread = threading.Thread(target=watch, daemon=True)
@@ -120,5 +120,5 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
 
 
 def _resident() -> int:
-    """Bytes of memory that this process has."""
+    """Resident memory of this process, in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096

@@ -1,4 +1,4 @@
-"""Log lines: structured, on standard error, ours and those of libraries alike."""
+"""Structured logging to standard error, for our own log lines and those of libraries."""
 
 import logging
 import signal
@@ -11,7 +11,7 @@ from structlog.typing import EventDict, ExcInfo, Processor, WrappedLogger
 
 
 def configure_logging(form: Literal["text", "json"] = "text") -> None:
-    """Send all log lines to standard error in this form."""
+    """Send all log lines to standard error in this format."""
     shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
@@ -38,41 +38,41 @@ def configure_logging(form: Literal["text", "json"] = "text") -> None:
         )
     )
     logging.basicConfig(handlers=[handler], level=logging.INFO, force=True)
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)  # what it says of starting and stopping, we say
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)  # we log start and stop ourselves
     logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
 class _Handler(logging.StreamHandler[TextIO]):
-    """Writes what it can: a line that cannot be made or written is lost, and whoever logs it goes on."""
+    """Drop lines that cannot be formatted or written, so that logging never fails its caller."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
             super().emit(record)
         except KeyboardInterrupt:
-            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a user's, which nothing else handles
+            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # Ctrl-C without another handler
                 raise
-        except BaseException:  # the stream is closed, say, or a value exits when it is shown
+        except BaseException:  # e.g. the stream is closed, or the `repr` of a value exits
             return
 
 
 def escape_controls(logger: WrappedLogger, name: str, event: EventDict) -> EventDict:
-    """Let no text in a line begin another line or command the terminal; clients choose some of these texts."""
+    """Escape control characters, so that text chosen by a client cannot forge a log line or command the terminal."""
     return {key: escaped(value) if isinstance(value, str) else value for key, value in event.items()}
 
 
 def escaped(text: str) -> str:
-    """A text whose control characters and line breaks, of all kinds, are written as escapes."""
+    """Text with all control characters and line breaks, Unicode's included, replaced by escapes."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def plain_traceback(file: TextIO, error: ExcInfo) -> None:
-    """Write a traceback, indented, so that no line of an exception's message looks like a line of the log.
+    """Write an indented traceback, so that no line of an exception's message looks like a line of the log.
 
-    Plain, because the pretty ones print local variables: slow, and keys and prompts are among them.
+    Plain, because the rich formats print local variables: slow, and these include keys and prompts.
     """
     buffer = StringIO()
     structlog.dev.plain_traceback(buffer, error)
-    # Not splitlines(), which would leave the rarer line breaks of a message as they are.
+    # Not splitlines(), which would keep the rarer line breaks of a message.
     file.write("\n".join(f"  {escaped(line)}" for line in buffer.getvalue().split("\n")))

@@ -1,4 +1,4 @@
-"""Prometheus metrics, recorded where the event happens. The one place that names them."""
+"""Prometheus metrics, recorded where the event happens. All metric names are defined here."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -20,7 +20,7 @@ log = structlog.get_logger(__name__)
 
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
-# vLLM's buckets where the meaning is shared, and smaller ones: a small model answers in milliseconds.
+# vLLM's buckets for shared metrics, with smaller ones added: a small model answers in milliseconds.
 E2E = (
     *(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2),
     *(0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0),
@@ -42,7 +42,7 @@ P = ParamSpec("P")
 
 
 def recording(record: Callable[Concatenate["Metrics", P], None]) -> Callable[Concatenate["Metrics", P], None]:
-    """A method that records, and never raises: what it measures goes on without it. The first failure is logged."""
+    """Decorate a recording method so that it never raises: what it measures must go on. The first failure is logged."""
 
     @functools.wraps(record)
     def guarded(self: "Metrics", /, *args: P.args, **kwargs: P.kwargs) -> None:
@@ -57,10 +57,10 @@ def recording(record: Callable[Concatenate["Metrics", P], None]) -> Callable[Con
 
 
 class Metrics:
-    """All metrics of one served model, in a registry of its own.
+    """All metrics of one served model, in their own registry.
 
     Attributes:
-        failed: recording methods that have failed, which is a bug here or in what called them.
+        failed: names of recording methods that have failed, which indicates a bug here or in a caller.
     """
 
     def __init__(self, model_name: str) -> None:
@@ -114,7 +114,7 @@ class Metrics:
             "time_per_output_token_seconds", "Time per settled token after the first.", PER_TOKEN
         )
         self._queue = histogram("request_queue_time_seconds", "From submission to the first forward.", E2E)
-        # process_resident_memory_bytes, process_open_fds, python_gc_collections_total and the like
+        # process_resident_memory_bytes, process_open_fds, python_gc_collections_total etc.
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self.registry)
         for metric in (
@@ -125,71 +125,71 @@ class Metrics:
 
     @recording
     def queue(self, running: int, waiting: int) -> None:
-        """How many generations run and wait now."""
+        """Set the numbers of running and waiting generations."""
         self._running.labels(self._model).set(running)
         self._waiting.labels(self._model).set(waiting)
 
     @recording
     def tasks(self, count: int) -> None:
-        """How many tasks the event loop has now."""
+        """Set the number of tasks of the event loop."""
         self._tasks.labels(self._model).set(count)
 
     @recording
     def memory(self, parts: Mapping[str, int]) -> None:
-        """What serving takes at most, in bytes."""
+        """Set the memory that serving takes at most, in bytes by part."""
         for part, count in parts.items():
             self._memory.labels(self._model, part).set(count)
 
     @recording
     def rejected(self, reason: str) -> None:
-        """A request or a connection was refused or cut off. `reason` is one of the few that the code names."""
+        """Count a request or connection refused or cut off. `reason` is one of a fixed set of labels."""
         self._rejected.labels(self._model, reason).inc()
 
     @recording
     def policies(self, count: int) -> None:
-        """How many policies are loaded now."""
+        """Set the number of loaded policies."""
         self._policies.labels(self._model).set(count)
 
     @recording
     def policy_load_failed(self) -> None:
-        """A policy could not be loaded; the one before it, if any, stays in service."""
+        """Count a policy that could not be loaded; the previous version, if any, stays in service."""
         self._policy_failures.labels(self._model).inc()
 
     @recording
     def policy_folder_seen(self, at: float) -> None:
-        """The folder of policies was looked at, to its end, at this Unix time."""
+        """Set the Unix time of the last complete scan of the policy folder."""
         self._policy_folder.labels(self._model).set(at)
 
     @recording
     def prompt_tokens(self, count: int) -> None:
-        """A request was accepted."""
+        """Count the prompt tokens of an accepted request."""
         self._prompt_tokens.labels(self._model).inc(count)
 
     @recording
     def queue_time(self, seconds: float) -> None:
-        """A generation was admitted."""
+        """Record the queue time of an admitted generation."""
         self._queue.labels(self._model).observe(seconds)
 
     @recording
     def model_forward(self) -> None:
-        """The model ran once, for however many rows."""
+        """Count a forward pass of the model, whatever its number of rows."""
         self._model_forwards.labels(self._model).inc()
 
     @recording
     def committed(self, sampler: str, positions: int, tokens: int) -> None:
-        """A generation took part in a forward, committed `positions`, and `tokens` more are settled text."""
+        """Count a generation's forward pass: `positions` committed, and `tokens` more that are now settled text."""
         self._forwards.labels(self._model, sampler).inc()
         self._per_step.labels(self._model, sampler).observe(positions)
         self._tokens.labels(self._model, sampler).inc(tokens)
 
     @recording
     def first_token(self, seconds: float) -> None:
-        """The first token of a generation is settled."""
+        """Record the time to a generation's first settled token."""
         self._first.labels(self._model).observe(seconds)
 
     @recording
     def step(self, rows: int, model: float, sampler: float, rest: float) -> None:
-        """A step of `rows` generations took this many seconds, by part."""
+        """Record a step of `rows` generations, with its seconds by part."""
         self._rows.labels(self._model).observe(rows)
         for part, seconds in (("model", model), ("sampler", sampler), ("rest", rest)):
             self._step.labels(self._model, part).observe(seconds)
@@ -198,7 +198,7 @@ class Metrics:
     def finished(
         self, sampler: str, reason: str, tokens: int, forwards: int, seconds: float, decode_seconds: float
     ) -> None:
-        """A generation ended."""
+        """Record the end of a generation."""
         self._requests.labels(self._model, sampler, reason).inc()
         self._e2e.labels(self._model).observe(seconds)
         if reason in ("stop", "length"):

@@ -1,4 +1,4 @@
-"""Whether the packages that get imported are ours."""
+"""Detection of other installed packages that hide ours."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -7,9 +7,9 @@ OURS = ("samplers", "policies", "server")
 
 
 def foreign_packages() -> list[str]:
-    """Each of our package names that another installed package hides, with the place it comes from.
+    """Our package names that another installed package hides, each with its location.
 
-    The names are common ones: Unmask is an application and wants an environment of its own.
+    The names are common ones: Unmask is an application and should have its own environment.
     """
     home = Path(__file__).resolve().parents[2]
     found = []

@@ -1,4 +1,4 @@
-"""The processors that this process may use, and how much of them others use."""
+"""Processors available to this process, and the load that other processes put on them."""
 
 import math
 import os
@@ -7,26 +7,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TICK = 1 / os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 0.01
-"""Seconds; what `/proc/stat` counts in."""
+"""Seconds per tick, the unit of `/proc/stat`."""
 
 
 def allowed() -> set[int]:
-    """Numbers of the processors that the scheduler may give this process."""
+    """Numbers of the processors in this process's affinity mask."""
     if hasattr(os, "sched_getaffinity"):
         return os.sched_getaffinity(0)
     return set(range(os.cpu_count() or 1))
 
 
 def quota(root: Path = Path("/")) -> float:
-    """Processors' worth of time that a container may use; infinite without a limit.
+    """Processor time that the container may use, in processors; infinite without a limit.
 
     Args:
-        root: where `proc` and `sys` are.
+        root: directory that contains `proc` and `sys`.
     """
     found = [math.inf]
     for line in _lines(root / "proc/self/cgroup"):
         _, controllers, path = line.split(":", 2)
-        # A limit holds for all below it. Within a container the path of its group is often the host's, and not there.
+        # A limit applies to all groups below it. Inside a container the group's path is often the host's, and missing.
         own = Path(path.lstrip("/"))
         for group in (own, *own.parents):
             if not controllers:
@@ -39,7 +39,7 @@ def quota(root: Path = Path("/")) -> float:
 
 
 def _share(limit: list[str]) -> float:
-    """Time over period; `max` or a negative time is no limit, as is a file that is not there."""
+    """Time over period; infinite for `max`, a negative time or a missing file."""
     words = " ".join(limit).split()
     if len(words) != 2 or words[0] == "max" or int(words[0]) <= 0:
         return math.inf
@@ -55,12 +55,12 @@ def _lines(path: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class ProcessorUsage:
-    """Seconds so far.
+    """Cumulative processor time, in seconds.
 
     Attributes:
-        at: by the clock.
-        busy: of processors that this process may use, at work for anybody or taken by the machine's host.
-        own: of processors at work for this process.
+        at: time of the reading, by the monotonic clock.
+        busy: of the processors this process may use: working for any process, or taken by the host.
+        own: used by this process.
     """
 
     at: float
@@ -68,12 +68,12 @@ class ProcessorUsage:
     own: float
 
     def others_until(self, later: "ProcessorUsage") -> float:
-        """Processors that others kept busy between two readings."""
+        """Mean number of processors that other processes kept busy between two readings."""
         return max(0.0, (later.busy - self.busy) - (later.own - self.own)) / (later.at - self.at)
 
 
 def read_usage() -> ProcessorUsage | None:
-    """How long processors have worked; None where the system does not say (it is not Linux)."""
+    """Read the processor time so far; None where the system does not report it (not Linux)."""
     mine, busy = {f"cpu{number}" for number in allowed()}, 0
     lines = _lines(Path("/proc/stat"))
     for line in lines:

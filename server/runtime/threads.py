@@ -1,4 +1,4 @@
-"""Where parallel work is done, as far as that matters."""
+"""Interpreter switching and the placement of parallel work on threads."""
 
 import gc
 import sys
@@ -8,27 +8,27 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-TURN = 0.001
-"""Seconds after which a thread that runs Python lets another one run, if that waits."""
+SWITCH_INTERVAL = 0.001
+"""Seconds after which a thread that runs Python yields to a waiting one."""
 
 
 def share_the_interpreter() -> None:
-    """Keep short what the event loop waits for while other threads run Python; to be called once all is loaded.
+    """Shorten the event loop's waits while other threads run Python. Call once everything is loaded.
 
-    The garbage collector stops all threads, and looks at everything that there is: a fifth of a second for what torch
-    alone brings along. What is there now stays for good and need not be looked at.
+    The garbage collector stops all threads while it scans every object: a fifth of a second for torch's alone. Objects
+    that exist now live as long as the process and are excluded from later scans.
     """
-    sys.setswitchinterval(TURN)
+    sys.setswitchinterval(SWITCH_INTERVAL)
     gc.collect()
     gc.freeze()
 
 
 def run_in_own_thread(work: Callable[[], T]) -> T:
-    """Do it in a thread that ends with it; what it returns, or raises.
+    """Run `work` in a new thread that ends with it; return its result or raise its exception.
 
-    OpenMP gives every thread that computes helpers of its own, which stay as long as it does. Where all of them are
-    more than the cores, it lets helpers sleep between two operations instead of waiting awake: forwards of a small
-    model then take twice as long. The thread that runs the engine should be the only one that has helpers.
+    OpenMP gives every computing thread a team of helpers, which live as long as the thread. Once all teams together
+    exceed the cores, OpenMP lets helpers sleep between two operations instead of spinning: forward passes of a small
+    model then take twice as long. Only the engine's thread should have a team.
     """
     returned: list[T] = []
     raised: list[BaseException] = []

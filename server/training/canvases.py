@@ -1,4 +1,4 @@
-"""Training rows: what is on the canvas, what is masked, and how much each masked token counts."""
+"""Training rows: the tokens, the masked positions, and the loss weight of each masked token."""
 
 import random
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ from policies.tasks.chain import Chain, Piece, equation
 from server.training.recipe import MicroBatch, Recipe
 from server.training.tokenizer import END, MASK, special_id
 
-MOST_MISSES = 10_000
-"""Problems in a row that may not fit a canvas before a recipe is refused."""
+MAX_MISSES = 10_000
+"""Consecutive problems that may fail to fit a canvas before the recipe is refused."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Clean `tokens`, what is `masked`, and the loss `weight` of each masked token; all [rows, length]."""
+    """Clean `tokens`, the boolean `masked`, and the loss `weight` of each masked token; all [rows, length]."""
 
     tokens: Tensor
     masked: Tensor
@@ -27,13 +27,13 @@ class Rows:
 
 def _nothing_fits(task: Task, batch: MicroBatch) -> str:
     return (
-        f"of {MOST_MISSES} problems of task {task.name} none has more than {batch.longer_than} and fewer than "
+        f"of {MAX_MISSES} problems of task {task.name} none has more than {batch.longer_than} and fewer than "
         f"{batch.length} tokens, prompt and response together"
     )
 
 
 class CanvasMaker:
-    """Draws micro-batches. Everything follows from (seed, step, micro-batch): a resumed run sees the same rows."""
+    """Draws micro-batches. Rows depend on (seed, step, micro-batch) only: a resumed run sees the same rows."""
 
     def __init__(self, recipe: Recipe, tokenizer: Tokenizer) -> None:
         self.recipe = recipe
@@ -42,7 +42,7 @@ class CanvasMaker:
         self.end_id = special_id(tokenizer, END)
 
     def check(self) -> None:
-        """Draw one of each micro-batch, also of those that take part late. Raises ValueError where that cannot be."""
+        """Draw each micro-batch once, including those that start late. Raises ValueError if one cannot be drawn."""
         for batch in self.recipe.micro_batch:
             try:
                 self.draw(batch, 0)
@@ -73,7 +73,7 @@ class CanvasMaker:
         return ids
 
     def _problems(self, batch: MicroBatch, rng: random.Random) -> tuple[Tensor, Tensor]:
-        """Task problems padded with end-of-text, and where their responses are."""
+        """Tokens of task problems padded with end-of-text, and the mask of their responses; both [rows, length]."""
         rows: list[tuple[list[int], list[int]]] = []
         for name, count in batch.rows.items():
             task, wanted, misses = get_task(name), len(rows) + count, 0
@@ -83,7 +83,7 @@ class CanvasMaker:
                 if self._fits(batch, *row):
                     rows.append(row)
                     misses = 0
-                elif (misses := misses + 1) == MOST_MISSES:
+                elif (misses := misses + 1) == MAX_MISSES:
                     raise ValueError(_nothing_fits(task, batch))
         return self._lay_out(rows, batch.length)
 
@@ -99,8 +99,8 @@ class CanvasMaker:
     ) -> tuple[Tensor, Tensor]:
         """Masks at levels t ~ U(0, 1), spread evenly over the batch, and 1/t weights (LLaDA, arXiv 2502.09992, eq. 5).
 
-        `block_share` of the rows look like a semi-autoregressive state: all before a block known, all after it masked
-        and not scored.
+        A fraction `block_share` of the rows resembles a semi-autoregressive state: everything before a block known,
+        everything after it masked and not scored.
         """
         rows, _ = response.shape
         t = (torch.rand(1, generator=g) + torch.randperm(rows, generator=g) / rows) % 1
@@ -124,10 +124,10 @@ class CanvasMaker:
         return noise | later, weight / scale.clamp(min=0.1)
 
     def _frontier(self, tokens: Tensor, response: Tensor, free: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
-        """States like those of confident decoding: the chance of a mask rises with the position, within a random width.
+        """Draw states as confident decoding leaves them: the chance of a mask rises over a random width of positions.
 
-        Uniform masks hardly ever show them. Which positions are masked follows from positions and from which words
-        are free, never from the value of a masked token, so that the cross-entropy keeps its minimum.
+        Uniform masks hardly ever show such states. The mask depends on positions and on which words are free, never on
+        the value of a masked token, so that the cross-entropy keeps its minimum.
         """
         rows, _ = response.shape
         position = response.cumsum(1) - 1
@@ -144,11 +144,11 @@ class CanvasMaker:
         return masked, weight / weight.sum(1, keepdim=True).clamp(min=0.1)
 
     def _padding(self, tokens: Tensor) -> Tensor:
-        """Where end-of-text follows end-of-text."""
+        """Mask of end-of-text tokens that follow an end-of-text token."""
         return (tokens == self.end_id) & (tokens.roll(1, 1) == self.end_id)
 
     def _free_words(self, batch: MicroBatch) -> Tensor:
-        """Ids of the words that stand for one another in the batch's tasks."""
+        """Ids of the interchangeable words of the batch's tasks."""
         words = [word for name in batch.rows for group in get_task(name).interchangeable() for word in group]
         return torch.tensor([self._piece_id(word) for word in words], dtype=torch.long)
 
@@ -169,7 +169,7 @@ class CanvasMaker:
         hidden: list[list[int]] = []
         misses = 0
         while len(rows) < count:
-            if (misses := misses + 1) > MOST_MISSES:
+            if (misses := misses + 1) > MAX_MISSES:
                 raise ValueError(_nothing_fits(chain, batch))
             problem, pieces = chain.sample_worked(rng)
             row = self._encode(problem.prompt), self._ids(pieces)

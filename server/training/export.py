@@ -1,4 +1,4 @@
-"""From a finished run to a Hugging Face folder with LLaDA's own names, and its model card."""
+"""Export of a finished run to a Hugging Face folder with LLaDA's tensor names and a model card."""
 
 import json
 import re
@@ -18,9 +18,9 @@ from server.models.families.llada import LLaDAConfig
 from server.training.tokenizer import END, MASK
 from server.training.trainer import Trainer
 
-MOST_LOG_BYTES = 1 << 30
+MAX_LOG_BYTES = 1 << 30
 
-# The model was trained on single problems with nothing around them, so an earlier message would only confuse it.
+# The model was trained on single problems without any context, so an earlier message would only confuse it.
 CHAT_TEMPLATE = (
     "{%- set asked = messages | selectattr('role', 'equalto', 'user') | list -%}"
     "{%- if not asked -%}{{ raise_exception('there is no user message') }}{%- endif -%}"
@@ -29,9 +29,9 @@ CHAT_TEMPLATE = (
 
 
 def export(trainer: Trainer, recipe_text: str, threads: int, folder: Path, note: str = "") -> None:
-    """Write config, weights in bfloat16, tokenizer and card of a run into `folder`, all of them or none.
+    """Write config, bfloat16 weights, tokenizer and model card of a run into `folder`, all of them or none.
 
-    `note` goes into the card: what the recipe does not tell, such as a change in the middle of the run.
+    `note` is added to the card: facts the recipe does not record, such as a change in the middle of the run.
     """
     config = trainer.model.config
     settings = {
@@ -53,7 +53,7 @@ def export(trainer: Trainer, recipe_text: str, threads: int, folder: Path, note:
         "README.md": model_card(trainer, recipe_text, threads, note, len(weights)),
         "config.json": _json(model_json(config)),
     }
-    # The last one is what makes a folder a model.
+    # Weights come last: they make the folder a model.
     write_together(folder, {"model.safetensors": weights, **{name: text.encode() for name, text in files.items()}})
 
 
@@ -64,7 +64,7 @@ def model_json(config: LLaDAConfig) -> dict[str, Any]:
 
 
 def model_card(trainer: Trainer, recipe_text: str, threads: int, note: str, size: int) -> str:
-    """What the model is, how it was trained and how to measure it; `size` is of its weights in bytes."""
+    """Model card: the model, its training and how to measure it. `size` is that of the weights, in bytes."""
     parameters = sum(p.numel() for p in trainer.model.parameters())
     taught = dict.fromkeys(name for batch in trainer.recipe.micro_batch for name in batch.tasks)
     tasks = {name: get_task(name) for name in taught}
@@ -74,7 +74,7 @@ def model_card(trainer: Trainer, recipe_text: str, threads: int, note: str, size
         lines.append("- sums with one operation, of which only the result is to be found")
     kinds = "\n".join(lines)
     remark = f"\n{note.strip()}\n" if note else ""
-    # What is generated here is ours to license; somebody else's problems, and what language they are in, are not.
+    # We can license generated problems, but not those of other authors, whose language is unknown too.
     licence = "license: apache-2.0\nlanguage: en\n" if ours else ""
     return f"""---
 {licence}pipeline_tag: text-generation
@@ -111,7 +111,7 @@ that come with Unmask, and bytes for everything else. It was trained from nothin
 
 
 def _example(tasks: list[Task]) -> str:
-    """One problem, held out where there are such, and its answer; nothing if the model was trained on no problems."""
+    """One problem, held out where possible, and its answer; empty if the model was trained on no problems."""
     if not tasks:
         return ""
     split: Split = "train" if tasks[0].count("heldout") == 0 else "heldout"
@@ -132,7 +132,7 @@ A right response to it:
 
 
 def _data(tasks: list[Task]) -> str:
-    """Where the problems come from, and which are held out."""
+    """Origin of the problems, and which of them are held out."""
     said = []
     if any(task.count("train") is None for task in tasks):
         said.append("Generated problems whose key has a CRC-32 divisible by 16 are held out.")
@@ -144,7 +144,7 @@ def _data(tasks: list[Task]) -> str:
 
 
 def _how_to_measure(tasks: dict[str, Task], tokenizer: Tokenizer) -> str:
-    """A command for the generated tasks together, and one for each task from files, which say how long a text is."""
+    """One evaluation command for all generated tasks, and one for each task from files, which sets its own length."""
     commands = []
     generated = [name for name, task in tasks.items() if task.count("heldout") is None]
     if generated:
@@ -162,9 +162,9 @@ def _how_to_measure(tasks: dict[str, Task], tokenizer: Tokenizer) -> str:
 
 
 def curve(log: Path, last: int, points: int = 6) -> str:
-    """Rate and losses, means over equal shares of the logged steps up to `last`, as a Markdown table."""
-    # A run that was killed repeats the steps after its last checkpoint; what came last counts.
-    lines = {line["step"]: line for line in map(json.loads, read_text(log, MOST_LOG_BYTES).splitlines())}
+    """Learning rate and losses as a Markdown table: means over equal shares of the logged steps up to `last`."""
+    # A killed run repeats the steps after its last checkpoint; the latest line of a step counts.
+    lines = {line["step"]: line for line in map(json.loads, read_text(log, MAX_LOG_BYTES).splitlines())}
     steps = sorted(step for step in lines if step <= last)
     if not steps:
         return "Its log holds no steps."
@@ -183,7 +183,7 @@ _NOT_LOSSES = frozenset({"step", "seconds", "rate"})
 
 
 def _mean(lines: list[dict[str, float]], name: str, form: str) -> str:
-    """Mean over the lines that have the number; nothing if none has."""
+    """Mean of a number over the lines that have it; empty if none has."""
     found = [line[name] for line in lines if name in line]
     return format(sum(found) / len(found), form) if found else ""
 

@@ -1,7 +1,7 @@
 """Muon in float32.
 
 `torch.optim.Muon` orthogonalises in bfloat16, which a CPU without bfloat16 units emulates some fifteen times slower
-than this. The update is the same: momentum, Newton-Schulz, a rate matched to AdamW's root mean square
+than float32. The update is the same: momentum, Newton-Schulz, a rate matched to AdamW's root mean square
 (https://kellerjordan.github.io/posts/muon; arXiv 2502.16982, section 2.2).
 """
 
@@ -16,7 +16,7 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
-    """The nearest semi-orthogonal matrices, roughly, of a stack [n, rows, columns]."""
+    """Approximate nearest semi-orthogonal matrices of a stack [n, rows, columns], by Newton-Schulz iteration."""
     a, b, c = COEFFICIENTS
     tall = matrices.shape[1] > matrices.shape[2]
     x: Tensor = matrices.transpose(1, 2) if tall else matrices
@@ -28,7 +28,7 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised, with decoupled weight decay; for matrices only."""
+    """Orthogonalised momentum with decoupled weight decay; for matrices only."""
 
     def __init__(self, params: Iterable[Tensor], lr: float, weight_decay: float, momentum: float = 0.95) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})

@@ -1,4 +1,4 @@
-"""What a training run is: a TOML file, validated."""
+"""Training recipe: a TOML file, validated."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -22,7 +22,7 @@ class ModelShape(TomlTable):
 
 
 class OptimizerSettings(TomlTable):
-    """`muon` orthogonalises the blocks' matrices and leaves the rest to AdamW; `adamw` does all."""
+    """`muon` orthogonalises the updates of the blocks' matrices and leaves the rest to AdamW; `adamw` updates all."""
 
     name: Literal["muon", "adamw"] = "muon"
     learning_rate: float = Field(gt=0)
@@ -33,12 +33,12 @@ class OptimizerSettings(TomlTable):
 
 
 class MicroBatch(TomlTable):
-    """Some rows of one step. A step's gradient is the sum over the micro-batches that take part in it.
+    """Rows that share one backward pass. A step's gradient is the sum over the micro-batches that take part in it.
 
-    `kind`: `masked` rows are task problems with a random part of the response masked; `links` are chain problems of
-    which only intermediate results, with every copy that would give them away, are masked; `equations` are rows of
-    unrelated sums of which only the results are masked; `frontier` rows look as confident decoding leaves them: known
-    up to a ragged edge, free words open before it, and nothing known behind the end of the text until the end is.
+    `kind`: `masked` rows are task problems with a random part of the response masked; `links` are chain problems in
+    which only intermediate results are masked, with every copy that would reveal them; `equations` are rows of
+    unrelated sums with only the results masked; `frontier` rows resemble a state of confident decoding: known up to a
+    ragged edge, free words before it open, and padding masked for as long as the end of the text is.
     """
 
     name: str
@@ -66,7 +66,7 @@ class MicroBatch(TomlTable):
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """The tasks whose problems these rows are, or are made of."""
+        """Names of the tasks that the rows are drawn from."""
         if self.kind == "equations":
             return ()
         return ("chain",) if self.kind == "links" else tuple(self.rows)
@@ -77,7 +77,7 @@ class MicroBatch(TomlTable):
 
 
 class Recipe(TomlTable):
-    """A whole run. `max_minutes` ends it, with the rate at zero, even if the steps are not done."""
+    """A whole run. `max_minutes` ends it early, with the learning rate decayed to zero."""
 
     seed: int = 0
     steps: int = Field(gt=0)

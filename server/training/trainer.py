@@ -1,4 +1,4 @@
-"""Train a small masked-diffusion model from a recipe; resumable, and the same rows after a resume."""
+"""Training of a small masked diffusion model from a recipe. A resumed run sees the same rows."""
 
 import json
 import math
@@ -33,7 +33,7 @@ NUMBER_PERIODS = (400.0, 200.0, 100.0, 50.0, 25.0, 20.0, 10.0, 5.0, 4.0, 2.5, 2.
 
 
 def task_tokenizer() -> Tokenizer:
-    """The tokenizer of the embedded tasks."""
+    """Tokenizer of the embedded tasks."""
     problems = [problem for task in embedded_tasks() for problem in task.problems(500, 0, "train")]
     return build_tokenizer([text for problem in problems for text in (problem.prompt, problem.reference)])
 
@@ -52,19 +52,19 @@ def model_config(recipe: Recipe, tokenizer: Tokenizer) -> LLaDAConfig:
 
 
 def _check_memory(config: LLaDAConfig) -> None:
-    """Raises ValueError if a model, its gradients and its optimizer's moments cannot fit into memory."""
+    """Raise ValueError if a model, its gradients and the optimizer's moments cannot fit into memory."""
     with torch.device("meta"), SkipInit():
         need = 4 * sum(p.numel() * p.itemsize for p in LLaDA(config).parameters())
-    with suppress(OSError):  # systems that do not say
+    with suppress(OSError):  # systems that do not report it
         if need > (there := available_memory(torch.device("cpu"))):
             raise ValueError(f"training this model takes {need / 1e9:.1f} GB of memory, and {there / 1e9:.1f} are left")
 
 
 @torch.no_grad()
 def initialise(model: LLaDA, numbers: list[list[int]]) -> None:
-    """Scaled normal weights; the tokens of 0 ... 99 start as waves of several periods, the head as the embedding.
+    """Draw scaled normal weights. The tokens of 0 ... 99 start as waves of several periods, the head as the embedding.
 
-    Otherwise every sum is a fact of its own, to be learned by heart. Only the starting point differs: all of it trains.
+    With random number embeddings the model would memorise every sum separately. All weights train as usual.
     """
     net = model.transformer
     for name, p in net.blocks.named_parameters():
@@ -101,8 +101,8 @@ def make_optimizers(model: LLaDA, recipe: Recipe) -> list[torch.optim.Optimizer]
 class Trainer:
     """One run. `seconds` counts training time over all sessions, so that a resumed run keeps its schedule.
 
-    Set `stopping` and `run` ends after the current step. Raises ValueError when it is made if the recipe's tasks do not
-    give what it asks for.
+    Set `stopping` to end `run` after the current step. The constructor raises ValueError if the recipe's tasks cannot
+    provide what it asks for.
     """
 
     recipe: Recipe
@@ -129,7 +129,7 @@ class Trainer:
 
     @property
     def progress(self) -> float:
-        """Share of the run that is done, by steps or by minutes, whichever is further."""
+        """Fraction of the run that is done, by steps or by minutes, whichever is further."""
         limit = self.recipe.max_minutes
         timed = self.seconds / 60 / limit if limit else 0.0
         return min(1.0, max(self.step / self.recipe.steps, timed))
@@ -140,14 +140,14 @@ class Trainer:
         return settings.learning_rate * min(1.0, warm, (1 - self.progress) / settings.decay_share)
 
     def loss(self, rows: Rows) -> Tensor:
-        """Weighted cross-entropy of the masked tokens, per row."""
+        """Weighted cross-entropy of the masked tokens, [rows]."""
         hidden = self.model.hidden(rows.tokens.masked_fill(rows.masked, self.canvases.mask_id))
         at = rows.weight > 0
         losses = F.cross_entropy(self.model.head(hidden[at]), rows.tokens[at], reduction="none")
         return (losses * rows.weight[at]).sum() / len(rows.tokens)
 
     def train_step(self) -> dict[str, float]:
-        """One gradient over the micro-batches that take part; their losses."""
+        """Take one optimizer step over the micro-batches that take part. Returns the loss of each, by name."""
         losses: dict[str, float] = {}
         rate, progress = self.rate(), self.progress
         for offset, batch in enumerate(self.recipe.micro_batch):
@@ -168,7 +168,7 @@ class Trainer:
         return losses
 
     def save(self) -> None:
-        """Write the run's state; a kill at any point leaves the old file or the new one."""
+        """Write the run's state. A kill at any point leaves the old file or the new one."""
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         for i, optimizer in enumerate(self.optimizers):
             for index, state in optimizer.state_dict()["state"].items():
@@ -178,7 +178,7 @@ class Trainer:
         write_file(self.checkpoint, content)
 
     def resume(self) -> bool:
-        """Continue from the checkpoint in `out`, if there is one. Raises ValueError if it is of another recipe."""
+        """Continue from the checkpoint in `out`, if there is one. Raises ValueError if another recipe wrote it."""
         if not self.checkpoint.exists():
             return False
         check_safetensors(self.checkpoint)
@@ -200,7 +200,7 @@ class Trainer:
         return True
 
     def run(self, console: Console) -> None:
-        """Train to the end, with a progress bar on `console` and a line a step in `log.jsonl`."""
+        """Train to the end. Shows a progress bar on `console` and logs each step to `log.jsonl`."""
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),

@@ -22,7 +22,7 @@ from server.commands import serve as commands
 from server.engine import Engine
 from server.http import lifecycle
 from server.models.text import codec as text
-from server.runtime.threads import TURN, share_the_interpreter
+from server.runtime.threads import SWITCH_INTERVAL, share_the_interpreter
 from server.settings import load_settings
 from tests.api.serving import Running, error_of, serving, until
 
@@ -107,7 +107,7 @@ def test_long_answers_are_put_together_off_the_event_loop(server: Running, monke
 def test_more_than_can_wait_are_refused(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, pool: ThreadPoolExecutor
 ) -> None:
-    monkeypatch.setattr(text_threads, "MOST_LONG", 3)
+    monkeypatch.setattr(text_threads, "MAX_LONG", 3)
     monkeypatch.setattr(text_threads, "LONG_THREADS", 1)
     held = Held(monkeypatch, "apples")
     with serving(tiny_model) as running:
@@ -150,7 +150,7 @@ def test_chats_that_take_long_hold_up_no_texts(
 def test_who_sends_many_long_texts_does_not_shut_others_out(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, pool: ThreadPoolExecutor
 ) -> None:
-    monkeypatch.setattr(text_threads, "MOST_LONG", 3)
+    monkeypatch.setattr(text_threads, "MAX_LONG", 3)
     monkeypatch.setattr(text_threads, "LONG_THREADS", 1)
     held = Held(monkeypatch, "apples")
     with serving(tiny_model, api_key=["heavy", "light"]) as running:
@@ -219,7 +219,7 @@ def test_tokenize_counts_what_does_not_fit_up_to_a_limit(
     server: Running, monkeypatch: pytest.MonkeyPatch, body: dict[str, Any]
 ) -> None:
     assert server.post("/tokenize", body).json()["count"] > 12_000
-    monkeypatch.setattr(tokens, "COUNTED", 70_000)
+    monkeypatch.setattr(tokens, "MAX_COUNTED", 70_000)
     error = error_of(server.post("/tokenize", body), 400)
     assert error["code"] == "context_length_exceeded" and error["param"] == next(iter(body))
     assert "at least" in error["message"] and "70000 bytes" in error["message"]
@@ -237,7 +237,7 @@ def as_it_was() -> Iterator[None]:
 @pytest.mark.usefixtures("as_it_was")
 def test_the_event_loop_waits_neither_long_for_a_thread_nor_for_the_garbage_collector() -> None:
     share_the_interpreter()
-    assert sys.getswitchinterval() == pytest.approx(TURN)
+    assert sys.getswitchinterval() == pytest.approx(SWITCH_INTERVAL)
     assert gc.get_freeze_count() > 10_000
 
 
@@ -255,4 +255,4 @@ def test_a_served_model_shares_the_interpreter(tiny_model: Path, monkeypatch: py
         assert commands._load_and_serve(
             load_settings({"model": str(tiny_model), "threads": torch.get_num_threads()}), bound
         )
-    assert served == [pytest.approx(TURN)]
+    assert served == [pytest.approx(SWITCH_INTERVAL)]

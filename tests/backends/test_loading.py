@@ -83,7 +83,7 @@ def test_the_weights_are_those_of_the_file_and_stay_so(folder: Path) -> None:
 
 def test_what_is_replaced_while_it_is_read_is_no_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else it could have the configuration of one and the weights of the other."""
-    config, give = (folder / "config.json").read_text(), loading.give_weights
+    config, give = (folder / "config.json").read_text(), loading.fill_weights
 
     def overtaken(*args: Any) -> None:
         write_together(
@@ -91,7 +91,7 @@ def test_what_is_replaced_while_it_is_read_is_no_model(folder: Path, monkeypatch
         )
         give(*args)
 
-    monkeypatch.setattr(loading, "give_weights", overtaken)
+    monkeypatch.setattr(loading, "fill_weights", overtaken)
     with pytest.raises(ModelError, match="another model was written here while this one was read"):
         load_model(str(folder), device="cpu")
 

@@ -26,7 +26,7 @@ from server.bench.results import Measure
 from server.bench.subjects import BenchModel, embedded
 from server.commands.options import use_threads
 from server.runtime.threads import run_in_own_thread
-from server.runtime.waiting import CALM, CHOSEN_BY, PERIOD
+from server.runtime.waiting import CALM_READINGS, POLICY_VARIABLES, READING_PERIOD
 
 SETTINGS: dict[str, tuple[dict[str, str], int | None]] = {
     "awake": ({"GOMP_SPINCOUNT": "300000"}, None),
@@ -43,13 +43,13 @@ def neighbours(count: int) -> Iterator[None]:
     """Programs that compute, for long enough to be noticed before and forgotten after."""
     started = [subprocess.Popen(BUSY) for _ in range(count)]
     try:
-        time.sleep(3 * PERIOD)
+        time.sleep(3 * READING_PERIOD)
         yield
     finally:
         for each in started:
             each.kill()
             each.wait()
-        time.sleep((CALM + 2) * PERIOD)
+        time.sleep((CALM_READINGS + 2) * READING_PERIOD)
 
 
 @contextmanager
@@ -108,7 +108,7 @@ def measure(measures: dict[str, Measure], count: int, rounds: int) -> dict[str, 
     beside: dict[str, list[float]] = {name: [] for name in measures}
     for _ in range(rounds):
         for name, each in measures.items():
-            time.sleep((CALM + 2) * PERIOD)  # the setting before was a neighbour too
+            time.sleep((CALM_READINGS + 2) * READING_PERIOD)  # the setting before was a neighbour too
             free[name].append(each())
         with neighbours(count):
             for name, each in measures.items():
@@ -137,7 +137,7 @@ def main() -> None:
     if arguments.child:
         answer_asks(arguments.requests, arguments.threads)
         return
-    for variable in CHOSEN_BY:
+    for variable in POLICY_VARIABLES:
         os.environ.pop(variable, None)
     measured_on = machine()
     print(in_words(measured_on))

@@ -21,9 +21,9 @@ from server.backends.torch.backend import TorchBackend
 
 how, notice, leave, broken = sys.argv.pop(1), sys.argv.pop(1), sys.argv.pop(1), threading.Event()
 if notice:
-    lifecycle.DEATH_NOTICE = float(notice)
+    lifecycle.FAILURE_NOTICE = float(notice)
 if leave:
-    lifecycle.LEAVE_WITHIN = float(leave)
+    lifecycle.EXIT_TIMEOUT = float(leave)
 predict = TorchBackend.predict
 
 def breaking(self, query):

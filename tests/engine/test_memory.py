@@ -15,7 +15,7 @@ from server.backends.torch.backend import TorchBackend
 from server.engine import Limits
 from server.engine import memory as memory_module
 from server.engine.memory import TooLittleMemoryError, bound_memory
-from server.runtime.allocator import KERNEL_CACHES, KERNELS, available_memory
+from server.runtime.allocator import KERNEL_CACHE_CAPACITY, KERNEL_CACHE_VARIABLES, available_memory
 from tests.tiny import write_tiny_model
 from tests.tiny_gemma import write_tiny_gemma
 from tests.tiny_moe import llada2_config, write_model
@@ -76,12 +76,16 @@ def test_few_kernels_are_kept_unless_the_user_says_how_many(
     monkeypatch: pytest.MonkeyPatch, tiny_model: Path, chosen: str | None
 ) -> None:
     """Else memory grows with the shapes of forwards; `python -m tests.soak` sees it."""
-    monkeypatch.setattr(os, "environ", {name: os.environ[name] for name in os.environ if name not in KERNEL_CACHES})
+    monkeypatch.setattr(
+        os, "environ", {name: os.environ[name] for name in os.environ if name not in KERNEL_CACHE_VARIABLES}
+    )
     if chosen is not None:
         os.environ[chosen] = "7"
     load_model(str(tiny_model), device="cpu", dtype="float32")
-    told = {name: os.environ[name] for name in KERNEL_CACHES if name in os.environ}
-    assert told == (dict.fromkeys(KERNEL_CACHES, str(KERNELS)) if chosen is None else {chosen: "7"})
+    told = {name: os.environ[name] for name in KERNEL_CACHE_VARIABLES if name in os.environ}
+    assert told == (
+        dict.fromkeys(KERNEL_CACHE_VARIABLES, str(KERNEL_CACHE_CAPACITY)) if chosen is None else {chosen: "7"}
+    )
 
 
 def test_the_bound_grows_with_the_limits(backend: TorchBackend) -> None:

@@ -18,16 +18,17 @@ from uvicorn.server import ServerState
 
 from server.api.text_threads import SHORT_THREADS
 from server.http.connections import (
-    LITTLE,
-    RESERVE,
+    RESERVED_DESCRIPTORS,
+    SMALL_RESPONSE,
     ConnectionLimits,
     ConnectionWatch,
     TooFewDescriptorsError,
     check_connections,
-    most_connections,
+    connection_limit,
 )
 from server.http.lifecycle import SEND_BUFFER, listen
-from server.http.protocol import AHEAD, MAX_HEAD, MAX_HEADERS, SLICE, Protocol
+from server.http.progress import MAX_HEAD
+from server.http.protocol import MAX_HEADERS, MAX_PIPELINED, PARSE_SLICE, Protocol
 from tests.api.serving import PROMPT, Running, serving, until
 from tests.http.test_connections import BODY, Answers, connected, head, sized
 
@@ -227,7 +228,7 @@ async def test_a_pipeline_is_read_ahead_of_by_a_few_requests_only(request_: byte
     fake = Connection()
     fake.protocol.data_received(request_ * 5000)
     await soon()
-    most = AHEAD + SLICE // len(request_) + 1
+    most = MAX_PIPELINED + PARSE_SLICE // len(request_) + 1
     assert len(fake.asked) == 1 and len(fake.protocol.pipeline) <= most
     assert fake.transport.paused, "nothing more is read, although the app asked for the rest of its body"
     fake.answer.set()
@@ -250,7 +251,7 @@ async def test_bodies_that_wait_are_bounded() -> None:
             fake.protocol.data_received(b" " * 100_000)
         await soon()
     assert len(fake.protocol.pipeline[0][0].body) < 300_000
-    assert len(fake.protocol._held) < 300_000
+    assert len(fake.protocol._buffer) < 300_000
 
 
 @pytest.mark.asyncio
@@ -270,7 +271,7 @@ async def test_a_client_that_takes_nothing_is_cut_off_and_one_that_takes_little_
     assert not fake.transport.aborted
     fake.protocol.check(now + 31)
     assert fake.transport.aborted and fake.counted == ["slow_reader"]
-    assert fake.watch.cut == 1
+    assert fake.watch.truncated == 1
 
 
 def test_answers_that_nobody_reads_end_the_connection(hasty: Running) -> None:
@@ -429,8 +430,8 @@ def test_connections_leave_descriptors_for_files(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr("server.http.connections._open_files", lambda: 10)
     limit(256)
-    assert most_connections(None) == 256 - 10 - RESERVE
-    assert most_connections(100) == 100
+    assert connection_limit(None) == 256 - 10 - RESERVED_DESCRIPTORS
+    assert connection_limit(100) == 100
     check_connections(None)
     check_connections(100)
     with pytest.raises(TooFewDescriptorsError, match="256 open files"):
@@ -440,9 +441,9 @@ def test_connections_leave_descriptors_for_files(monkeypatch: pytest.MonkeyPatch
         check_connections(None)
     for plenty in (100_000, resource.RLIM_INFINITY):
         limit(plenty)
-        assert most_connections(None) == 1024
+        assert connection_limit(None) == 1024
         check_connections(5000)
-        assert most_connections(5000) == 5000
+        assert connection_limit(5000) == 5000
 
 
 def drain(running: Running) -> None:
@@ -537,7 +538,7 @@ def test_the_system_keeps_little_of_an_answer() -> None:
 
 @pytest.mark.asyncio
 async def test_a_connection_that_cannot_be_looked_at_takes_no_other_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.http.connections.PERIOD", 0)
+    monkeypatch.setattr("server.http.connections.CHECK_PERIOD", 0)
     fake = Connection(ConnectionLimits(header_timeout=0.01))
 
     class Broken(FakeTransport):
@@ -558,7 +559,7 @@ async def test_a_connection_that_cannot_be_looked_at_takes_no_other_with_it(monk
 @pytest.mark.parametrize("rest", [b"GET /", POST + b"content-length: 9\r\n\r\n"])
 async def test_a_client_that_is_not_read_is_not_slow(rest: bytes) -> None:
     fake = Connection()
-    fake.protocol.data_received(GET * AHEAD + rest)
+    fake.protocol.data_received(GET * MAX_PIPELINED + rest)
     fake.protocol.check(asyncio.get_running_loop().time() + 1000)
     assert fake.transport.paused and fake.counted == []
 
@@ -586,14 +587,20 @@ async def test_a_long_answer_must_be_taken_at_some_rate_and_the_end_of_it_as_slo
     fake.answer.set()
     await soon()
     now = asyncio.get_running_loop().time()
-    fake.protocol._output.written = 10 * LITTLE
-    for left, step in ((10 * LITTLE, 0), (5 * LITTLE, 25), (LITTLE + 1, 25), (LITTLE, 29), (LITTLE - 1, 29)):
+    fake.protocol._output.written = 10 * SMALL_RESPONSE
+    for left, step in (
+        (10 * SMALL_RESPONSE, 0),
+        (5 * SMALL_RESPONSE, 25),
+        (SMALL_RESPONSE + 1, 25),
+        (SMALL_RESPONSE, 29),
+        (SMALL_RESPONSE - 1, 29),
+    ):
         now += step
         fake.transport.waiting = left
         fake.protocol.check(now)
     assert not fake.transport.aborted
-    fake.protocol._output.written += 10 * LITTLE
-    fake.transport.waiting = 10 * LITTLE
+    fake.protocol._output.written += 10 * SMALL_RESPONSE
+    fake.transport.waiting = 10 * SMALL_RESPONSE
     for second in range(32):
         assert not fake.transport.aborted
         fake.transport.waiting -= 10
@@ -611,15 +618,21 @@ def test_answers_that_nobody_takes_have_a_budget(monkeypatch: pytest.MonkeyPatch
         def end(self) -> None:
             self.ended = True
 
-    monkeypatch.setattr("server.http.connections.MOST_UNREAD", 4 * LITTLE)
+    monkeypatch.setattr("server.http.connections.MAX_UNREAD", 4 * SMALL_RESPONSE)
     watch = ConnectionWatch(ConnectionLimits(), (counted := []).append)  # type: ignore[var-annotated]
-    given = ((2 * LITTLE, 3), (2 * LITTLE, 1), (LITTLE, 0), (2 * LITTLE, 9.5), (2 * LITTLE, 2))
+    given = (
+        (2 * SMALL_RESPONSE, 3),
+        (2 * SMALL_RESPONSE, 1),
+        (SMALL_RESPONSE, 0),
+        (2 * SMALL_RESPONSE, 9.5),
+        (2 * SMALL_RESPONSE, 2),
+    )
     readers = [Reader(*each) for each in given]
     watch.open = set(readers)  # type: ignore[arg-type]
     watch._end_unread(10)
     assert [reader.ended for reader in readers] == [True, True, False, False, True]
     assert counted == ["slow_reader"] * 3
-    readers = [Reader(9 * LITTLE, 9), Reader(LITTLE, 0)]
+    readers = [Reader(9 * SMALL_RESPONSE, 9), Reader(SMALL_RESPONSE, 0)]
     watch.open = set(readers)  # type: ignore[arg-type]
     watch._end_unread(10)
     assert not any(reader.ended for reader in readers), "who takes it fast is not cut off"
@@ -629,7 +642,7 @@ def test_silent_connections_do_not_cost_another_its_body(narrow: Running) -> Non
     with ExitStack() as stack:
         sender = stack.enter_context(connected(narrow))
         sender.sendall(head(f"Content-Length: {len(BODY)}") + BODY[:-1])
-        until(lambda: any(each.worth for each in narrow.server._watch.open))
+        until(lambda: any(each.body_rate for each in narrow.server._watch.open))
         for _ in range(12):
             stack.enter_context(connected(narrow))
         assert narrow.get("/health").status_code == 200
@@ -648,4 +661,4 @@ async def test_what_is_known_to_be_body_is_parsed_at_once(monkeypatch: pytest.Mo
     fake.protocol.data_received(b" " * 150_000)
     fake.protocol.data_received(b" " * 50_000 + GET * 200)
     assert parsed[:3] == [150_000, 50_000, len(GET)]
-    assert len(fake.protocol.pipeline) < 2 * SLICE / len(GET)
+    assert len(fake.protocol.pipeline) < 2 * PARSE_SLICE / len(GET)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from server.runtime.processors import ProcessorUsage, allowed, quota, read_usage
-from server.runtime.waiting import CALM, CrowdWatch, sleep_where_crowded
+from server.runtime.waiting import CALM_READINGS, CrowdWatch, sleep_where_crowded
 
 SPUN = """
 import os, time, torch
@@ -37,9 +37,9 @@ def spun():
     return total
 
 awake = spun()
-sleepers.come()
+sleepers.start()
 asleep = spun()
-sleepers.go()
+sleepers.stop()
 print(awake, asleep, spun())
 """
 
@@ -49,7 +49,7 @@ import server.runtime.waiting as waiting
 
 torch.set_num_threads(2)
 come = threading.Event()
-waiting.Sleepers.come = lambda self: come.set()
+waiting.Sleepers.start = lambda self: come.set()
 {start}
 print(come.wait(20))
 """
@@ -100,10 +100,10 @@ def test_what_the_environment_says_stays(variable: str, monkeypatch: pytest.Monk
 def looks(watch: CrowdWatch, *others: float) -> list[bool]:
     """What it decides when others keep so many processors busy, a second each, beside one of our own."""
     usage = ProcessorUsage(0.0, 0.0, 0.0)
-    found = [watch.look(usage)]
+    found = [watch.update(usage)]
     for each in others:
         usage = ProcessorUsage(usage.at + 1, usage.busy + 1 + each, usage.own + 1)
-        found.append(watch.look(usage))
+        found.append(watch.update(usage))
     return found[1:]
 
 
@@ -116,8 +116,10 @@ def test_it_is_crowded_when_others_use_what_our_threads_need() -> None:
 
 def test_threads_wait_awake_again_only_after_a_while() -> None:
     watch = CrowdWatch(lambda: 2, lambda: 2)
-    assert looks(watch, 1.0, *[0.0] * CALM) == [True] * CALM + [False]
-    assert looks(CrowdWatch(lambda: 2, lambda: 2), 1.0, 0.0, 1.0, *[0.0] * CALM) == [True] * (CALM + 2) + [False]
+    assert looks(watch, 1.0, *[0.0] * CALM_READINGS) == [True] * CALM_READINGS + [False]
+    assert looks(CrowdWatch(lambda: 2, lambda: 2), 1.0, 0.0, 1.0, *[0.0] * CALM_READINGS) == [True] * (
+        CALM_READINGS + 2
+    ) + [False]
 
 
 def test_our_own_work_is_not_others_and_others_is() -> None:

@@ -13,7 +13,7 @@ from samplers.loop.row import Row
 from server.backends.loading import ModelError, load_model
 from server.engine import Backend
 from tests.backends.test_loading import edit_json, edit_weights
-from tests.models.checkpoint.test_checkpoints import drop, tie
+from tests.models.checkpoint.folders import drop, tie
 from tests.tiny import write_tiny_model
 from tests.tiny_dream import write_tiny_dream
 

@@ -1,1 +1,1 @@
-"""A request's generations: from encoded prompts to the pieces of its answer."""
+"""Generations of a request: from encoded prompts to the parts of the response."""

@@ -1,4 +1,4 @@
-"""How the choices of a request become its answer: whole, or streamed."""
+"""Response built from the choices of a request: whole or streamed."""
 
 import time
 import uuid
@@ -17,14 +17,14 @@ from server.api.serving import Serving
 from server.engine import RequestError
 
 LONG_ANSWER = 2000
-"""Tokens from which on an answer is put together off the event loop."""
+"""Tokens from which on a response is assembled off the event loop."""
 
 
 class Answer(Chunks):
-    """An answer in the shape of one route.
+    """Response in the format of one route.
 
     Attributes:
-        id, created, model: the head of the answer and of every chunk.
+        id, created, model: common fields of the response and of each chunk.
     """
 
     prefix: str
@@ -39,18 +39,18 @@ class Answer(Chunks):
 
     @abstractmethod
     def whole(self, pieces: Sequence[TextDelta]) -> BaseModel:
-        """The answer without a stream; one piece a choice."""
+        """Complete response without streaming; one piece per choice."""
 
     @abstractmethod
     def usage_chunk(self) -> BaseModel:
-        """The chunk of a stream that has the usage."""
+        """Final chunk of a stream, with the usage."""
 
     def passes(self, piece: TextDelta) -> list[ForwardPass] | None:
-        """The trajectory's part in a piece, None where it was not asked for."""
+        """Trajectory part of a piece; None unless requested."""
         return piece.passes if self.body.return_trajectory else None
 
     def usage_so_far(self, choice: Choice) -> Usage | None:
-        """The usage in each chunk of a choice, None where it was not asked for."""
+        """Usage so far, for each chunk of a choice; None unless requested."""
         return self.started.usage_of(choice) if self._options.continuous_usage_stats else None
 
     def last(self) -> Sequence[BaseModel]:
@@ -61,7 +61,7 @@ class Answer(Chunks):
         return self.body.stream_options or StreamOptions()
 
     async def respond(self, request: Request) -> Response:
-        """Run the choices to their end. Raises GenerationFailedError, ClientDisconnect."""
+        """Run all choices to their end. Raises GenerationFailedError, ClientDisconnect."""
         choices = self.started.choices
         if self.body.stream:
             tells_usage = self._options.include_usage or self._options.continuous_usage_stats
@@ -86,7 +86,7 @@ class Answer(Chunks):
 
 
 def check_stream_options(body: GenerationBody) -> None:
-    """Refuse options of a stream where there is none."""
+    """Refuse stream options of a request that does not stream."""
     if body.stream_options is not None and not body.stream:
         raise RequestError("stream_options", "stream_options is for streams only: set stream to true or leave it out")
 

@@ -1,4 +1,4 @@
-"""Tokens to text that can be sent: whole characters only, and nothing that may yet turn out to be a stop string."""
+"""Tokens to text that can be sent: whole characters, without any part of a possible stop string."""
 
 import codecs
 from collections.abc import Sequence
@@ -8,27 +8,27 @@ from server.models.text.codec import TextCodec
 
 
 class Detokenizer:
-    """Decodes a growing list of tokens piece by piece; the pieces together are the decoded whole.
+    """Incremental decoder; its outputs concatenate to the decoded whole.
 
-    Text comes out once no later token can change it: a character when all its tokens are there. Only the tokens since
-    the piece before the last are decoded with a new one, enough for the tokenizer to see what stands before (some
-    write a word's first token differently at the start of a text).
+    Text is returned once no later token can change it: a character when all its tokens are known. Each call decodes
+    only the tokens since the piece before the last, as the tokenizer needs some context (some tokenizers write a word's
+    first token differently at the start of a text).
 
     Attributes:
-        waiting: the text of the last tokens is not certain yet.
+        waiting: True while the text of the last tokens is uncertain.
     """
 
     def __init__(self, codec: TextCodec) -> None:
         self._codec = codec
         self._boundaries = codec.boundaries()
-        self._tokens: list[int] = []  # from the first that is decoded again
-        self._read = 0  # tokens before this one are sent in full
-        self._certain = 0  # the text of tokens before this one can no longer change
-        self._sent = 0  # characters of the tokens' text that are sent
+        self._tokens: list[int] = []  # from the first one that is decoded again
+        self._read = 0  # tokens before this index are sent in full
+        self._certain = 0  # the text of tokens before this index is final
+        self._sent = 0  # characters sent of the tokens' text
         self.waiting = False
 
     def add(self, tokens: Sequence[int], last: bool = False) -> str:
-        """The text that is certain with these tokens; with `last`, all that is left."""
+        """Text that is final after these tokens; with `last`, all the rest."""
         for token in tokens:
             if not self._codec.silent(token):
                 self._tokens.append(token)
@@ -42,7 +42,7 @@ class Detokenizer:
         text = self._codec.decode(self._tokens[: self._certain])
         new = text[self._sent :]
         again = self._codec.decode(self._tokens[self._read : self._certain])
-        if again:  # what stands before matters no more once there is some text
+        if again:  # context is not needed once there is some text
             del self._tokens[: self._read]
             self._certain -= self._read
             self._sent = len(again)
@@ -54,13 +54,13 @@ class Detokenizer:
 
 @dataclass(frozen=True)
 class TokenText:
-    """A token's part of a text.
+    """Part of a text that belongs to one token.
 
     Attributes:
-        text: what it adds; the name of a token that adds nothing; None where it is only part of a character.
-        bytes: those of all tokens together are the text's, but where bytes are no characters, which the text shows as
-            U+FFFD.
-        start: the character of the text at which it begins.
+        text: text that the token adds; the token's name if it adds none; None if it is part of a character.
+        bytes: bytes that the token adds. Concatenated they are the text's, except for invalid bytes, which the text
+            shows as U+FFFD.
+        start: index of the character at which it begins.
     """
 
     id: int
@@ -70,16 +70,16 @@ class TokenText:
 
 
 class TokenTexts:
-    """Splits the text of a growing list of tokens into that of each."""
+    """Splits the text of a growing list of tokens into the parts of each."""
 
     def __init__(self, codec: TextCodec) -> None:
         self._codec = codec
         self._detokenizer = Detokenizer(codec)
-        self._group: list[int] = []  # tokens whose text becomes certain together
-        self._length = 0  # of the text before them
+        self._group: list[int] = []  # tokens whose text becomes final together
+        self._length = 0  # characters before them
 
     def add(self, tokens: Sequence[int], last: bool = False) -> list[TokenText]:
-        """The tokens whose text is certain with these; with `last`, all that are left."""
+        """Texts of the tokens that are final after these; with `last`, all the rest."""
         found, text = [], ""
         for token in tokens:
             self._group.append(token)
@@ -93,7 +93,7 @@ class TokenTexts:
 
     def _split(self, text: str) -> list[TokenText]:
         group, self._group = self._group, []
-        own = iter(self._own([id for id in group if not self._codec.silent(id)], text))
+        own = iter(self._token_bytes([id for id in group if not self._codec.silent(id)], text))
         reader, found = codecs.getincrementaldecoder("utf-8")("replace"), []
         start, self._length = self._length, self._length + len(text)
         for id in group:
@@ -102,21 +102,21 @@ class TokenTexts:
                 continue
             data = next(own)
             found.append(TokenText(id, _text(data), data, start))
-            # Where bytes are no characters, or tokens change each other's text, their ends are not known exactly.
+            # Boundaries are approximate where bytes are invalid or tokens change each other's text.
             start = min(start + len(reader.decode(data)), self._length)
         return found
 
-    def _own(self, heard: Sequence[int], text: str) -> list[bytes]:
-        """The bytes of each token that a group's text consists of."""
+    def _token_bytes(self, heard: Sequence[int], text: str) -> list[bytes]:
+        """Bytes of each token of a group with this text."""
         found = [self._codec.token_bytes(id) for id in heard]
-        # All but a part of a character is taken from the text: what a token adds depends on where it stands.
+        # Prefer the text, unless it is part of a character: the bytes of a token depend on its place.
         if len(found) == 1 and _text(found[0]) is not None:
             return [text.encode()]
         if len(found) > 1 and self._codec.is_byte(heard[0]):
             count = len(found) - (not self._codec.is_byte(heard[-1]))
             run = b"".join(found[:count])
             read = _text(run)
-            if read is not None and (stripped := _missing(read, text)):
+            if read is not None and (stripped := _stripped_spaces(read, text)):
                 found[:count] = _without_first(found[:count], stripped)
                 read = read[stripped:]
             if count < len(found):
@@ -125,18 +125,18 @@ class TokenTexts:
 
 
 def escaped(data: bytes) -> str:
-    """Bytes that are no text, as OpenAI shows them."""
+    """Invalid bytes in the notation of OpenAI's API."""
     return "".join(f"\\x{byte:02x}" for byte in data)
 
 
-def _missing(read: str, text: str) -> int:
-    """Spaces that a decoder strips from the beginning of a text."""
+def _stripped_spaces(read: str, text: str) -> int:
+    """Number of spaces that a decoder strips from the beginning of a text."""
     spaces = len(read) - len(read.lstrip(" "))
     return next((i for i in range(spaces + 1) if text.startswith(read[i:])), 0)
 
 
 def _without_first(parts: Sequence[bytes], count: int) -> list[bytes]:
-    """Bytes without the first of all."""
+    """Byte strings without their first `count` bytes in all."""
     found = []
     for part in parts:
         found.append(part[count:])
@@ -145,7 +145,7 @@ def _without_first(parts: Sequence[bytes], count: int) -> list[bytes]:
 
 
 def _text(data: bytes) -> str | None:
-    """What bytes read as, None if they are not whole characters."""
+    """Decoded bytes; None if they are not whole characters."""
     try:
         return data.decode()
     except UnicodeDecodeError:
@@ -153,10 +153,10 @@ def _text(data: bytes) -> str | None:
 
 
 class StopStrings:
-    """Cuts a growing text before the first stop string in it.
+    """Cuts a growing text before the first stop string.
 
     Attributes:
-        stopped: a stop string was found; nothing more comes out.
+        stopped: True once a stop string was found; no further output follows.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -165,7 +165,7 @@ class StopStrings:
         self.stopped = False
 
     def add(self, text: str, last: bool = False) -> str:
-        """What of the text can be sent; with `last`, nothing is held back."""
+        """Text that can be sent; with `last`, nothing is held back."""
         if self.stopped:
             return ""
         held = self._held + text
@@ -179,7 +179,7 @@ class StopStrings:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of the text that is the beginning of the stop string."""
+    """Length of the longest suffix of the text that is a prefix of the stop string."""
     start = max(0, len(text) - len(stop) + 1)
     while (start := text.find(stop[0], start)) >= 0:
         if stop.startswith(text[start:]):

@@ -1,4 +1,4 @@
-"""A generation as one choice of an answer: its events become pieces of text."""
+"""A choice of a response: turns the events of one generation into pieces of text."""
 
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
@@ -16,13 +16,13 @@ from server.engine import Finished, FinishReason, StepEvent
 from server.engine.stream import EventStream
 from server.models.text.codec import TextCodec
 
-NO_CHANCE = -9999.0
-"""The log probability that stands for one which is too low to tell."""
+MIN_LOGPROB = -9999.0
+"""Log probability reported in place of values that are too low."""
 
 
 @dataclass(frozen=True)
 class Token:
-    """A token of the text, and the log probability that it was committed with."""
+    """A token of the text with the log probability it was committed with."""
 
     part: TokenText
     logprob: float
@@ -30,7 +30,7 @@ class Token:
 
 @dataclass(frozen=True)
 class TextDelta:
-    """What became certain of a choice. `tokens` and `passes` are there where they were asked for."""
+    """New final output of a choice. `tokens` and `passes` are set if requested."""
 
     text: str = ""
     tokens: list[Token] = field(default_factory=list)
@@ -39,16 +39,16 @@ class TextDelta:
 
 
 class Choice:
-    """Follows one generation.
+    """Output of one generation.
 
     Args:
-        index: place in the answer.
-        prompt: which of the request's prompts it continues.
-        stops: texts before which it ends.
-        logprobs, trajectory: whether to tell tokens and forward passes too.
+        index: position in the response.
+        prompt: index of the request's prompt.
+        stops: stop strings.
+        logprobs, trajectory: also report tokens and forward passes.
 
     Attributes:
-        completion_tokens, forwards: what the engine has counted so far.
+        completion_tokens, forwards: the engine's counts so far.
     """
 
     def __init__(
@@ -73,16 +73,16 @@ class Choice:
         self._logprobs = logprobs
         self._trajectory = trajectory
         self._logs: dict[int, float] = {}  # by position
-        self._tokens: list[Token] = []  # whose text has not been told yet
-        self._positions = 0  # tokens whose text is known
-        self._told = 0  # characters that were told
+        self._tokens: list[Token] = []  # tokens whose text is not reported yet
+        self._positions = 0  # tokens with known text
+        self._reported = 0  # characters reported
 
     def cancel(self) -> None:
-        """End the generation, if it has not ended."""
+        """Cancel the generation, if it still runs."""
         self._stream.cancel()
 
     async def pieces(self) -> AsyncIterator[TextDelta]:
-        """What becomes certain, as it does. Raises GenerationFailedError."""
+        """Yield pieces as they become final. Raises GenerationFailedError."""
         async for event in self._stream:
             yield self._finished(event) if isinstance(event, Finished) else self._committed(event)
 
@@ -90,37 +90,37 @@ class Choice:
         self.completion_tokens, self.forwards = event.settled, event.forward
         passes = [self._pass(event)] if self._trajectory else []
         text = self._stops.add(self._decode(event))
-        return TextDelta(text, self._tell(text), passes)
+        return TextDelta(text, self._take_tokens(text), passes)
 
     def _finished(self, event: Finished) -> TextDelta:
         self.completion_tokens, self.forwards = event.completion_tokens, event.forwards
         if self._logprobs:
-            self._know(self._texts.add([], last=True))
+            self._add_tokens(self._texts.add([], last=True))
         text = self._stops.add(self._detokenizer.add([], last=True), last=True)
         if self._stops.stopped:
-            return TextDelta(text, self._tell(text), finish=FinishReason.STOP)
+            return TextDelta(text, self._take_tokens(text), finish=FinishReason.STOP)
         if event.reason is not FinishReason.STOP and event.reason is not FinishReason.LENGTH:
             raise failure(event.reason, event.message)
-        return TextDelta(text, self._tell(text, last=True), finish=event.reason)
+        return TextDelta(text, self._take_tokens(text, last=True), finish=event.reason)
 
     def _decode(self, event: StepEvent) -> str:
         if self._logprobs:
             for position, confidence in zip(event.positions, event.confidences, strict=True):
-                self._logs[position] = math.log(confidence) if confidence > 0 else NO_CHANCE
-            self._know(self._texts.add(event.text_tokens))
+                self._logs[position] = math.log(confidence) if confidence > 0 else MIN_LOGPROB
+            self._add_tokens(self._texts.add(event.text_tokens))
         return self._detokenizer.add(event.text_tokens)
 
-    def _know(self, parts: Sequence[TokenText]) -> None:
+    def _add_tokens(self, parts: Sequence[TokenText]) -> None:
         for part in parts:
             self._tokens.append(Token(part, self._logs[self._positions]))
             self._positions += 1
 
-    def _tell(self, text: str, last: bool = False) -> list[Token]:
-        """The tokens that begin in the text that is told now; at the end also those without a text."""
-        self._told += len(text)
-        told = [token for token in self._tokens if last or token.part.start < self._told]
-        self._tokens = self._tokens[len(told) :]
-        return told
+    def _take_tokens(self, text: str, last: bool = False) -> list[Token]:
+        """Tokens that begin in the newly reported text; at the end also those without text."""
+        self._reported += len(text)
+        taken = [token for token in self._tokens if last or token.part.start < self._reported]
+        self._tokens = self._tokens[len(taken) :]
+        return taken
 
     def _pass(self, event: StepEvent) -> ForwardPass:
         return ForwardPass(
@@ -139,7 +139,7 @@ class Choice:
 
 @contextmanager
 def cancelling(choices: Sequence[Choice]) -> Iterator[None]:
-    """Whatever happens inside: no generation outlives it."""
+    """Cancel all generations when the block is left, by an exception or otherwise."""
     try:
         yield
     finally:
@@ -150,9 +150,9 @@ def cancelling(choices: Sequence[Choice]) -> Iterator[None]:
 async def follow(
     choices: Sequence[Choice], receive: Receive, consume: Callable[[Choice, TextDelta], Awaitable[None]]
 ) -> None:
-    """Hand over the pieces of all choices as they come.
+    """Pass the pieces of all choices to `consume` as they come.
 
-    Raises GenerationFailedError when one of them fails, ClientDisconnect when the client goes.
+    Raises GenerationFailedError if a choice fails, ClientDisconnect if the client disconnects.
     """
     ended: list[Exception] = []
     async with anyio.create_task_group() as watching:

@@ -1,4 +1,4 @@
-"""From a validated body to generations in the engine."""
+"""Start of a request's generations: from a validated body to the engine."""
 
 import secrets
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +13,7 @@ from samplers.learned.policy import Policy, PolicyParams
 from server.api.errors import budget_headers
 from server.api.generation.choices import Choice
 from server.api.generation.stopping import TextStop
-from server.api.model_names import SamplerChoice, Wish, stated
+from server.api.model_names import SamplerChoice, SamplerRequest, stated
 from server.api.schemas.requests import DEFAULT_MAX_TOKENS, INT64, ChatBody, GenerationBody
 from server.api.schemas.responses import EffectiveSettings, Usage
 from server.api.serving import Serving
@@ -26,14 +26,14 @@ from server.models.text.codec import TextTooLongError
 
 @dataclass(frozen=True)
 class EncodedPrompts:
-    """What a body asks for.
+    """Encoded prompts of a body.
 
     Attributes:
-        prompts: token ids, one list a prompt.
+        prompts: token ids of each prompt.
         suffix: token ids after the generation region.
-        max_tokens: None is the default.
-        prompt_field, length_field: what these are called in the body.
-        echo: texts to put before the choices of each prompt; none where that is not asked for.
+        max_tokens: None selects the default.
+        prompt_field, length_field: names of these fields in the body.
+        echo: text to put before the choices of each prompt; empty unless requested.
     """
 
     prompts: Sequence[list[int]]
@@ -46,7 +46,7 @@ class EncodedPrompts:
 
 @dataclass(frozen=True)
 class StartedChoices:
-    """The generations of a request, how they are made, and the headers of their answer."""
+    """Generations of a request, their settings, and the headers of the response."""
 
     prompts: EncodedPrompts
     choices: list[Choice]
@@ -54,12 +54,12 @@ class StartedChoices:
     headers: dict[str, str]
 
     def usage_of(self, choice: Choice) -> Usage:
-        """What the engine has counted so far of one choice."""
+        """Usage of one choice so far."""
         prompt = len(self.prompts.prompts[choice.prompt]) + len(self.prompts.suffix)
         return Usage.of(prompt=prompt, completion=choice.completion_tokens, forwards=choice.forwards)
 
     def usage(self) -> Usage:
-        """What the engine counted, once all choices have ended."""
+        """Total usage, once all choices have ended."""
         return Usage.of(
             prompt=sum(len(prompt) + len(self.prompts.suffix) for prompt in self.prompts.prompts),
             completion=sum(choice.completion_tokens for choice in self.choices),
@@ -73,17 +73,17 @@ B = TypeVar("B", bound=GenerationBody)
 async def start(
     serving: Serving, body: B, owner: Owner, size: int, count: int, read: Callable[[B], EncodedPrompts], logprobs: bool
 ) -> StartedChoices:
-    """Queue the generations of a body, all or none.
+    """Submit the generations of a body, all or none.
 
     Args:
-        owner: who asks for them.
-        size: the body's bytes.
+        owner: owner of the request.
+        size: bytes of the body.
         count: number of prompts in the body.
-        read: makes the prompts tokens; runs in another thread, since that can take long.
+        read: encodes the prompts; runs in another thread, as it may take long.
 
     Raises RequestError, QueueFullError, KeyLimitError, NotServingError.
     """
-    wish = serving.model_names.choose(body)
+    sampler_request = serving.model_names.choose(body)
     number = body.n or 1
     total = count * number
     if total > serving.settings.max_queue:
@@ -94,9 +94,9 @@ async def start(
         )
     serving.engine.check_room(owner, total)
     streams = [EventStream(serving.engine, every_pass=bool(body.return_trajectory)) for _ in range(total)]
-    work = partial(_submit, serving, body, owner, wish, read, streams)
+    work = partial(_submit, serving, body, owner, sampler_request, read, streams)
     kind = Work.CHAT if isinstance(body, ChatBody) else Work.TEXT
-    if not is_ours(wish.name):
+    if not is_ours(sampler_request.name):
         kind = Work.SAMPLER
     encoded, used = await serving.threads.run(work, owner, size, kind)
     choices = [
@@ -107,10 +107,15 @@ async def start(
 
 
 def _submit(
-    serving: Serving, body: B, owner: Owner, wish: Wish, read: Callable[[B], EncodedPrompts], streams: list[EventStream]
+    serving: Serving,
+    body: B,
+    owner: Owner,
+    sampler_request: SamplerRequest,
+    read: Callable[[B], EncodedPrompts],
+    streams: list[EventStream],
 ) -> tuple[EncodedPrompts, EffectiveSettings]:
-    serving.engine.check_accepting()  # before work that can take long, for which this may have waited long
-    chosen = serving.model_names.sampler_choice(wish)
+    serving.engine.check_accepting()  # before work that may take long, and that may have been queued for long
+    chosen = serving.model_names.sampler_choice(sampler_request)
     encoded = read(body)
     requests, used = _requests(serving, body, owner, chosen, encoded)
     try:
@@ -175,7 +180,7 @@ def _requests(
 
 
 def _context_warnings(info: ModelInfo, layouts: Sequence[Layout]) -> list[str]:
-    """Say so where the context ends within the last block: it is denoised without the positions that do not fit."""
+    """Warn if the context ends within the last block, which is then denoised without the positions that do not fit."""
     missing = max(layout.missing for layout in layouts)
     if not missing:
         return []
@@ -203,7 +208,7 @@ def _policy_warnings(
 
 @contextmanager
 def refusing_long(serving: Serving, field: str, max_tokens: int | None = None) -> Iterator[None]:
-    """Say of a text in this field that is too long for the context what the engine says of its tokens."""
+    """Report a text that is too long for the context with the message the engine uses for its tokens."""
     try:
         yield
     except TextTooLongError as error:
@@ -212,14 +217,14 @@ def refusing_long(serving: Serving, field: str, max_tokens: int | None = None) -
 
 
 def check_ids(field: str, ids: Sequence[int], vocab_size: int) -> None:
-    """Raise RequestError if one of these is no token of the model."""
+    """Raise RequestError if a token id is outside the vocabulary."""
     largest = max(ids, default=0)
     if largest >= vocab_size:
         raise RequestError(field, f"{field}: {largest} is not a token id, the model has {vocab_size} of them")
 
 
 def _named_ends(serving: Serving, body: GenerationBody) -> frozenset[int]:
-    """Special tokens that the body names as stops, which texts leave out. Raises RequestError for the mask token."""
+    """Special tokens named as stop strings, which texts leave out. Raises RequestError for the mask token."""
     mask = serving.engine.info.mask_id
     if mask is not None and mask in (body.stop_token_ids or []):
         raise RequestError("stop_token_ids", f"{mask} is the mask token, which no text ends with: leave it out")
@@ -228,7 +233,7 @@ def _named_ends(serving: Serving, body: GenerationBody) -> frozenset[int]:
 
 
 def check_masks(serving: Serving, field: str, ids: Sequence[int]) -> None:
-    """Refuse the mask token outside of the generation region: nothing would ever be put in its place."""
+    """Refuse the mask token outside the generation region, where it would never be filled."""
     mask = serving.engine.info.mask_id
     if mask is not None and mask in ids:
         raise RequestError(
@@ -239,12 +244,12 @@ def check_masks(serving: Serving, field: str, ids: Sequence[int]) -> None:
 
 
 def _seeds(seed: int | None, prompts: int, number: int) -> list[int]:
-    """A seed for each choice.
+    """Seed of each choice.
 
-    With a seed given, each prompt's choices start from it, so that a prompt's result does not depend on what else is
-    in the request. Without one no two choices share a stream.
+    A given seed starts every prompt's choices, so that the result of a prompt does not depend on the rest of the
+    request. Without one, no two choices share a stream.
     """
     if seed is None:
-        # 53 bits come back whole from every JSON parser.
+        # JSON parsers preserve integers of up to 53 bits.
         return [secrets.randbits(53) for _ in range(prompts * number)]
     return [(seed + j + INT64) % (2 * INT64) - INT64 for _ in range(prompts) for j in range(number)]

@@ -1,4 +1,4 @@
-"""Stop strings, looked for while a generation runs."""
+"""Detection of stop strings while a generation runs."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from server.models.text.codec import TextCodec
 class TextStop:
     """Finds the token that completes a stop string.
 
-    Tokens are decoded one by one, so that the answer does not depend on how many of them became known together.
+    Tokens are decoded one by one, so that the result does not depend on how many of them were committed together.
     """
 
     def __init__(self, codec: TextCodec, stops: Sequence[str]) -> None:
@@ -18,7 +18,7 @@ class TextStop:
         self._count = 0
 
     def add(self, tokens: Sequence[int], last: bool = False) -> int | None:
-        """Number of tokens up to the one that completes a stop string; None as long as the text holds none."""
+        """Number of tokens up to the one that completes a stop string; None while there is none."""
         for token in tokens:
             self._count += 1
             self._stops.add(self._detokenizer.add([token]))

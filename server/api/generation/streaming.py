@@ -16,28 +16,28 @@ log = structlog.get_logger(__name__)
 
 
 class Chunks(ABC):
-    """What a stream says."""
+    """Events of a stream in the format of one route."""
 
     @abstractmethod
     def first(self) -> Sequence[BaseModel]:
-        """What it begins with, before any forward pass."""
+        """Events before the first forward pass."""
 
     @abstractmethod
     def chunks(self, choice: Choice, piece: TextDelta) -> Sequence[BaseModel]:
-        """A piece of a choice."""
+        """Events for a piece of a choice."""
 
     @abstractmethod
     def last(self) -> Sequence[BaseModel]:
-        """What it ends with, once all choices have ended."""
+        """Events after all choices have ended."""
 
 
 class EventStreamResponse(Response):
-    """Sends each piece of each choice as soon as it is there.
+    """Sends each piece of each choice as soon as it is final.
 
     Args:
-        choices: running generations; none outlives the response.
-        chunks: how they are told.
-        exclude: fields of chunks that are left out.
+        choices: running generations, cancelled when the response ends.
+        chunks: converts pieces to events.
+        exclude: fields left out of the chunks.
     """
 
     media_type = "text/event-stream"
@@ -54,7 +54,7 @@ class EventStreamResponse(Response):
             await send({"type": "http.response.body", "body": text.encode("ascii"), "more_body": more})
 
         async def write_events(events: Sequence[BaseModel]) -> None:
-            # ASCII, because some readers of lines break them at U+2028 and the like.
+            # ASCII, because some line readers also break lines at U+2028 and similar characters.
             texts = [event.model_dump_json(ensure_ascii=True, exclude=self._exclude) for event in events]
             if texts:
                 await write("".join(f"data: {text}\n\n" for text in texts))

@@ -1,4 +1,4 @@
-"""API keys."""
+"""API key authentication."""
 
 import hashlib
 import hmac
@@ -11,7 +11,7 @@ from server.api.errors import UnauthorizedError, error_response
 
 
 class ApiKeys:
-    """Lets requests through that carry a known key. Every path needs one, except those that are named as open."""
+    """Admits requests with a valid key. All paths need one, except the named open ones."""
 
     def __init__(self, app: ASGIApp, keys: Iterable[str], open_paths: frozenset[str]) -> None:
         self.app = app
@@ -27,23 +27,23 @@ class ApiKeys:
 
 
 class KnownKeys:
-    """Keys to compare clients' with. Only digests are kept and compared, so that no key's length takes time."""
+    """Set of valid keys. Only digests are stored and compared, so that timing does not depend on a key's length."""
 
     def __init__(self, keys: Iterable[str]) -> None:
         self._digests = [_digest(key.encode()) for key in keys]
 
     def fit(self, headers: Headers) -> bool:
-        """Whether a request carries one of the keys."""
+        """True if a request carries one of the keys."""
         key = bearer_key(headers)
         digest = _digest(key or b"")
-        # All are compared, whichever fits, so that the time taken tells nothing about the keys.
+        # Compare all keys, even after a match, so that timing reveals nothing about them.
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
         return key is not None and any(matches)
 
 
 def bearer_key(headers: Headers) -> bytes | None:
     """The key in `Authorization: Bearer KEY`, without white space around it."""
-    # Headers are decoded as Latin-1, in which bytes of other characters look like white space.
+    # Headers are decoded as Latin-1, in which bytes of other characters may count as white space.
     parts = headers.get("authorization", "").encode("latin-1").split(maxsplit=1)
     return parts[1].rstrip() if len(parts) == 2 and parts[0].lower() == b"bearer" else None
 

@@ -1,4 +1,4 @@
-"""How long a request's body may be, and how much of all bodies is read at once."""
+"""Limits on the size of a request body, and on the amount of all bodies read at once."""
 
 import asyncio
 import sys
@@ -17,14 +17,14 @@ SHORT = 64 * 1024
 
 
 class BodyLimit:
-    """Refuses a body that says it is too long at once, and one that turns out to be while it is read.
+    """Refuses bodies that are too long: by their declared length, or while they are read.
 
-    Long bodies are read by turns, one part of one of them in a round of the event loop: the connections' flow control
-    keeps back the rest. However many come, a round takes no longer. Whoever is slow to send keeps nobody waiting, and
-    who has sent little so far waits less than who has sent much.
+    Long bodies are read in turns, one part of one body per cycle of the event loop, while flow control holds back the
+    other connections: a cycle takes the same time for any number of bodies. Slow senders delay nobody, and a body with
+    little read so far goes before one with much.
 
     Args:
-        owner_of: whose a request is.
+        owner_of: function that identifies the owner of a request.
     """
 
     def __init__(self, app: ASGIApp, max_bytes: int, owner_of: Callable[[HTTPConnection], Owner]) -> None:
@@ -38,7 +38,7 @@ class BodyLimit:
             await self.app(scope, receive, send)
             return
         length = Headers(scope=scope).get("content-length", "0")
-        # int() would take signs, spaces and other digits than 0 to 9.
+        # int() would accept signs, spaces and non-ASCII digits.
         if not (length.isascii() and length.isdigit()):
             error = BadHeaderError(f"content-length is {length[:40]!r}, which is not a number of bytes")
             await error_response(error)(scope, receive, send)

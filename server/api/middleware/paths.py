@@ -1,4 +1,4 @@
-"""Paths with more slashes than they need."""
+"""Normalisation of redundant slashes in paths."""
 
 import re
 
@@ -8,10 +8,10 @@ SLASHES = re.compile("/{2,}")
 
 
 class PlainPaths:
-    """Reads `/v1/models/` and `//v1/models` as `/v1/models`.
+    """Treats `/v1/models/` and `//v1/models` as `/v1/models`.
 
-    Belongs inside of what checks keys, which therefore knows paths only as they came: a path that is open as it stands
-    here, but was written differently, is not.
+    Must be inside the authentication middleware, which therefore sees paths as sent: an open path in any other spelling
+    needs a key.
     """
 
     def __init__(self, app: ASGIApp) -> None:

@@ -1,4 +1,4 @@
-"""A name for each request, a log line when it ends, and an answer when it fails."""
+"""Request ids, a log line for each request, and the response to unhandled errors."""
 
 import asyncio
 import re
@@ -16,12 +16,12 @@ log = structlog.get_logger(__name__)
 
 HEADER = "x-request-id"
 SHOWN_PATH = 200
-"""Characters of a path that the log repeats."""
-SANE = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
+"""Characters of a path quoted in the log."""
+VALID_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
 
 
 class RequestId:
-    """The outermost middleware: what a client calls its request, if that is sane, else a name of our own."""
+    """Outermost middleware: sets the request id, the client's if it is valid, else a new one."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -31,7 +31,7 @@ class RequestId:
             await self.app(scope, receive, send)
             return
         given = Headers(scope=scope).get(HEADER, "")
-        name = given if SANE.fullmatch(given) else uuid.uuid4().hex
+        name = given if VALID_ID.fullmatch(given) else uuid.uuid4().hex
         status = 0
 
         async def send_named(message: Message) -> None:
@@ -48,7 +48,7 @@ class RequestId:
             except BaseException as error:
                 if isinstance(error, asyncio.CancelledError | GeneratorExit) or is_interrupt(error):
                     raise
-                # What exits or panics in a request ends no more than that.
+                # An exit or panic within a request ends that request only.
                 log.exception("request failed")
                 if not status:
                     plain = error if isinstance(error, Exception) else RuntimeError("a request ended by an exit")

@@ -1,1 +1,1 @@
-"""The paths of the HTTP API."""
+"""Routes of the HTTP API."""

@@ -48,7 +48,7 @@ def add_routes(app: FastAPI, serving: Serving) -> None:
 
 
 def encode_prompts(serving: Serving, body: ChatBody) -> EncodedPrompts:
-    """The chat as tokens. Raises RequestError."""
+    """Encode the chat. Raises RequestError."""
     newer, older = body.max_completion_tokens, body.max_tokens
     if newer is not None and older is not None and newer != older:
         message = f"max_tokens says {older}, but max_completion_tokens says {newer}: send one of them"
@@ -68,7 +68,7 @@ def encode_chat(
     add_generation_prompt: bool = True,
     most: int | None = None,
 ) -> list[int]:
-    """Messages as tokens. Raises RequestError, and TextTooLongError as `TextCodec.encode_chat` does."""
+    """Token ids of messages. Raises RequestError, and TextTooLongError like `TextCodec.encode_chat`."""
     chat = [message.for_template() for message in messages]
     try:
         return text.encode_chat(chat, add_generation_prompt, add_special_tokens, most)
@@ -77,7 +77,7 @@ def encode_chat(
 
 
 class ChatAnswer(Answer):
-    """In the shape of OpenAI's chat completions."""
+    """Response in the format of OpenAI's chat completions."""
 
     prefix = "chatcmpl"
 
@@ -87,7 +87,7 @@ class ChatAnswer(Answer):
         self._begun: set[int] = set()
 
     def first(self) -> Sequence[ChatChunk]:
-        # Clients measure the time to the first token by the first chunk, so the role waits for what it comes with.
+        # Clients measure the time to first token by the first chunk, so the role is sent along with the first text.
         return []
 
     def chunks(self, choice: Choice, piece: TextDelta) -> Sequence[ChatChunk]:

@@ -42,12 +42,12 @@ def add_routes(app: FastAPI, serving: Serving) -> None:
 
 
 def encode_prompts(serving: Serving, body: CompletionBody) -> EncodedPrompts:
-    """Prompts and suffix as tokens. Raises RequestError."""
+    """Encode prompts and suffix. Raises RequestError."""
     text, given, info = serving.text, body.prompts(), serving.engine.info
     around = body.add_special_tokens is not False
     most = info.max_length
     with refusing_long(serving, "prompt", body.max_tokens):
-        for prompt in given:  # none is made tokens if one cannot be
+        for prompt in given:  # check all prompts before encoding any
             if isinstance(prompt, str):
                 text.check_length(prompt, most)
         prompts = [text.encode(prompt, around) if isinstance(prompt, str) else prompt for prompt in given]
@@ -62,7 +62,7 @@ def encode_prompts(serving: Serving, body: CompletionBody) -> EncodedPrompts:
 
 
 class CompletionAnswer(Answer):
-    """In the shape of OpenAI's completions; chunks look like the whole."""
+    """Response in the format of OpenAI's completions, whose chunks have the format of the whole."""
 
     prefix = "cmpl"
 

@@ -1,4 +1,4 @@
-"""What operators and their tools ask: `/health`, `/ready`, `/metrics`, `/version`."""
+"""Routes for operators and monitoring: `/health`, `/ready`, `/metrics`, `/version`."""
 
 import asyncio
 

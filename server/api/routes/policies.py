@@ -22,10 +22,10 @@ from server.engine import RequestError
 
 
 class Entries:
-    """What answers say of policies, as JSON. All of it is made once, where it is long not on the event loop.
+    """JSON descriptions of policies, each made once; long ones off the event loop.
 
     Args:
-        base: the served model's name.
+        base: name of the served model.
     """
 
     def __init__(self, base: str) -> None:
@@ -36,14 +36,14 @@ class Entries:
         self._lock = threading.Lock()
 
     def one(self, stored: Stored) -> bytes:
-        """A `PolicyEntry`."""
+        """JSON of a `PolicyEntry`."""
         known = self._made.get(stored.name)
         if known is None or known[0] is not stored:
             known = self._made[stored.name] = (stored, self._make(stored))
         return known[1]
 
     async def all(self, policies: list[Stored]) -> bytes:
-        """A `PolicyList`."""
+        """JSON of a `PolicyList`."""
         if self._list and _same(self._listed, policies):
             return self._list
         return await anyio.to_thread.run_sync(self._make_list, policies)
@@ -114,7 +114,7 @@ def add_routes(app: FastAPI, serving: Serving) -> None:
         except PolicyError as error:
             serving.metrics.policy_load_failed()
             field = "name" if "is no name for a policy" in str(error) else "path"
-            # The client's words for the folder, in part: it may have made them long, and where it lies is our affair.
+            # Name the folder as the client did, shortened: its location is not for clients.
             message = str(error).replace(str(folder), show(body.path or body.name))
             raise RequestError(field, message, "invalid_policy") from None
         serving.metrics.policies(len(policies.list()))
@@ -138,7 +138,7 @@ def _check_admin(request: Request, admin: KnownKeys | None) -> None:
 
 
 def _below(root: str | None, path: str) -> tuple[Path, Path]:
-    """The folder of policies, and what `path` names there; whether that is inside is for loading to say."""
+    """The policies folder, and the path below it. Loading checks that the path stays inside."""
     if root is None:
         raise RequestError("path", "the server was started without --policy-dir, so there is nothing to load from")
     if "\0" in path:

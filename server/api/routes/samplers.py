@@ -18,14 +18,14 @@ def add_routes(app: FastAPI, serving: Serving) -> None:
     def cards(
         there: tuple[tuple[str, int], ...], broken: tuple[BrokenPlugin, ...], policies: bool
     ) -> tuple[dict[str, SamplerCard], bytes]:
-        """Each card, and all as JSON: schemas take long to make, and depend on nothing else."""
+        """Each sampler's card, and the JSON of all. Cached: schemas are slow to make and depend on these arguments."""
         reasons = {} if policies else {Policy.name: "no policy is loaded"}
         found = {name: _card(name, serving.model_names.why_not(name) or reasons.get(name)) for name, _ in there}
         found |= {plugin.name: _broken_card(plugin) for plugin in broken}
         return found, SamplerList(data=list(found.values())).model_dump_json().encode()
 
     def current() -> tuple[dict[str, SamplerCard], bytes]:
-        # By name and identity: a third party's sampler may not say well whether it equals another.
+        # By name and identity: a plugin's sampler may not implement equality well.
         there = tuple((name, id(sampler)) for name, sampler in named_samplers().items())
         return cards(there, tuple(list_unavailable()), bool(serving.model_names.policies.list()))
 

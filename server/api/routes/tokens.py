@@ -1,4 +1,4 @@
-"""`/tokenize` and `/detokenize`, in vLLM's shapes."""
+"""`/tokenize` and `/detokenize`, in vLLM's formats."""
 
 from functools import partial
 
@@ -16,8 +16,8 @@ from server.engine import RequestError
 from server.engine.engine import CONTEXT_LENGTH_EXCEEDED
 from server.models.text.codec import TextTooLongError
 
-COUNTED = 2 << 20
-"""Bytes of a body whose text is tokenized even where it cannot fit the context."""
+MAX_COUNTED = 2 << 20
+"""Bytes of the largest body whose text is tokenized even if it cannot fit the context."""
 
 
 def add_routes(app: FastAPI, serving: Serving) -> None:
@@ -39,7 +39,7 @@ def add_routes(app: FastAPI, serving: Serving) -> None:
             raise RequestError("add_generation_prompt", "add_generation_prompt is for messages: leave it out")
         size = len(await request.body())
         kind = Work.TEXT if body.messages is None else Work.CHAT
-        return await serving.threads.run(partial(_tokenized, serving, body, size > COUNTED), owner, size, kind)
+        return await serving.threads.run(partial(_tokenized, serving, body, size > MAX_COUNTED), owner, size, kind)
 
     @app.post(
         "/detokenize",
@@ -58,19 +58,19 @@ def add_routes(app: FastAPI, serving: Serving) -> None:
 
 
 def _tokenized(serving: Serving, body: TokenizeBody, is_long: bool) -> Response:
-    """The tokens; of a long text only if it can fit the context. Raises RequestError."""
+    """Tokens of a body; a long text only if it can fit the context. Raises RequestError."""
     try:
         tokens = _encode(serving, body, serving.engine.info.max_length if is_long else None)
     except TextTooLongError as error:
         field = "prompt" if body.messages is None else "messages"
         message = (
             f"{field}: at least {error.at_least} tokens, far more than the context's {serving.engine.info.max_length}: "
-            f"beyond that, only bodies of at most {COUNTED} bytes are tokenized ({CONTEXT_LENGTH_EXCEEDED})"
+            f"beyond that, only bodies of at most {MAX_COUNTED} bytes are tokenized ({CONTEXT_LENGTH_EXCEEDED})"
         )
         raise RequestError(field, message, CONTEXT_LENGTH_EXCEEDED) from None
     strings = [serving.text.token_name(token) for token in tokens] if body.return_token_strs else None
     limit = serving.engine.info.max_length
-    # Millions of tokens that we made ourselves are not validated again, with the interpreter's lock held.
+    # Skip validation of our own tokens: millions of them would hold the interpreter lock.
     return json_response(
         Tokens.model_construct(count=len(tokens), max_model_len=limit, tokens=tokens, token_strs=strings)
     )

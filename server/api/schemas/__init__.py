@@ -1,1 +1,1 @@
-"""Bodies of requests and answers, and the OpenAPI document."""
+"""Request and response bodies, and the OpenAPI document."""

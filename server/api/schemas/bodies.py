@@ -1,4 +1,4 @@
-"""From the bytes of a request to a validated body, or to an error that names the field."""
+"""Parsing of a request's bytes to a validated body, or to an error that names the field."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -15,19 +15,19 @@ from server.api.text_threads import TextThreads
 from server.engine import Owner, RequestError
 
 SMALL = 16 * 1024
-"""Bytes of a body up to which it is parsed on the event loop: another thread takes longer than that."""
-SHOWN = 60
-"""Characters of a wrong value that its error repeats."""
+"""Bytes up to which a body is parsed on the event loop: handing it to another thread would take longer."""
+MAX_SHOWN = 60
+"""Characters quoted of a wrong value."""
 MAX_CONTAINERS = 10_000
-"""Lists and objects in a body."""
+"""Maximum number of lists and objects in a body."""
 MAX_MEMBERS = 30_000
-"""Fields of all objects in a body."""
+"""Maximum number of fields of all objects in a body."""
 MAX_VALUES = 500_000
-"""Values in all lists and objects of a body."""
+"""Maximum number of values in all lists and objects of a body."""
 PART = 64 * 1024
-"""Bytes of a body that are looked through at once."""
+"""Bytes of a body scanned at a time."""
 MAX_UNKNOWN = 100
-"""Names of fields that a body may have beyond ours; each is compared with all of ours."""
+"""Maximum number of unknown fields of a body; each is compared with all known ones."""
 
 SIGNATURES = {
     b"\xef\xbb\xbf": "begins with a byte order mark (BOM)",
@@ -39,19 +39,19 @@ SIGNATURES = {
     b"\x1f\x8b": "is compressed (gzip)",
     b"\x28\xb5\x2f\xfd": "is compressed (zstd)",
 }
-"""What a body that is no JSON may begin with, where the parser's message would not tell."""
+"""First bytes of bodies that are not JSON, for clearer messages than the parser's."""
 
 B = TypeVar("B", bound=Body)
 
 
 async def read_body(threads: TextThreads, owner: Owner, request: Request, cls: type[B]) -> B:
-    """The request's JSON body; a long one is parsed off the event loop, when it is its owner's turn.
+    """Parse the request's JSON body; a long one off the event loop, in the order of `TextThreads`.
 
-    Raises RequestError, BadHeaderError, UnsupportedEncodingError, QueueFullError, NotServingError or, from the limit on
-    bodies, BodyTooLargeError.
+    Raises RequestError, BadHeaderError, UnsupportedEncodingError, QueueFullError, NotServingError or, from the body
+    limit, BodyTooLargeError.
     """
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-    # A web page of another site can send any other type without asking first.
+    # Web pages of other sites can send any other type without a CORS preflight.
     if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
         raise BadHeaderError(f"content-type is {show(kind)}: send JSON as application/json")
     for header in ("content-encoding", "transfer-encoding"):
@@ -66,7 +66,7 @@ async def read_body(threads: TextThreads, owner: Owner, request: Request, cls: t
 
 
 def parse_body(data: bytes, cls: type[B]) -> B:
-    """The body in these bytes. Raises RequestError."""
+    """Parse and validate a body. Raises RequestError."""
     if (found := next((what for start, what in SIGNATURES.items() if data.startswith(start)), None)) is not None:
         raise RequestError("body", f"the request's body {found}: send plain UTF-8", "invalid_json")
     check_counts(data)
@@ -79,25 +79,25 @@ def parse_body(data: bytes, cls: type[B]) -> B:
 
 
 def check_counts(data: bytes) -> None:
-    """Raise RequestError if JSON holds more than is worth reading: what it becomes takes far more than its bytes."""
-    # Texts may hold any number of these signs. Where there are few, even with those, nothing needs a closer look.
-    if _beyond(*_signs(data)) is None:
+    """Raise RequestError if JSON has too many parts: parsed, they take far more memory than its bytes."""
+    # Texts may contain any of these signs. If there are few including those in texts, the exact count is not needed.
+    if _exceeded_limit(*_count_separators(data)) is None:
         return
     containers = members = values = 0
-    for part in _outside_texts(data):
-        more = _signs(part)
+    for part in _without_strings(data):
+        more = _count_separators(part)
         containers, members, values = containers + more[0], members + more[1], values + more[2]
-        if (limit := _beyond(containers, members, values)) is not None:
+        if (limit := _exceeded_limit(containers, members, values)) is not None:
             raise RequestError("body", f"the body holds more than {limit}: send less at a time", "too_many_values")
 
 
-def _signs(data: bytes) -> tuple[int, int, int]:
-    """How often lists and objects begin, fields and values follow."""
+def _count_separators(data: bytes) -> tuple[int, int, int]:
+    """Number of containers opened, of fields and of values, by their separators."""
     return data.count(b"[") + data.count(b"{"), data.count(b":"), data.count(b",")
 
 
-def _beyond(containers: int, members: int, values: int) -> str | None:
-    """The limit that these counts are beyond, if they are beyond one."""
+def _exceeded_limit(containers: int, members: int, values: int) -> str | None:
+    """Limit exceeded by these counts; None if there is none."""
     if containers > MAX_CONTAINERS:
         return f"{MAX_CONTAINERS} lists and objects"
     if members > MAX_MEMBERS:
@@ -105,8 +105,8 @@ def _beyond(containers: int, members: int, values: int) -> str | None:
     return f"{MAX_VALUES} values" if values > MAX_VALUES else None
 
 
-def _outside_texts(data: bytes) -> Iterator[bytes]:
-    """JSON without what is between quotes, part by part."""
+def _without_strings(data: bytes) -> Iterator[bytes]:
+    """JSON without the content of its strings, in parts."""
     data = data.replace(b"\\\\", b"").replace(b'\\"', b"")
     inside = 0
     for start in range(0, len(data), PART):
@@ -116,9 +116,9 @@ def _outside_texts(data: bytes) -> Iterator[bytes]:
 
 
 def refuse_fields(body: Body) -> None:
-    """Raise RequestError for the first field, however deep, that is not known and not harmless."""
+    """Raise RequestError for the first field at any depth that is neither known nor harmless."""
     unknown: set[str] = set()
-    top = _given(body)
+    top = _given_fields(body)
     for where, part in _parts(body):
         extra = part.model_extra
         if not extra:
@@ -126,10 +126,10 @@ def refuse_fields(body: Body) -> None:
         unknown |= extra.keys()
         if len(unknown) > MAX_UNKNOWN:
             raise RequestError("body", f"more than {MAX_UNKNOWN} fields of the body are not known", "unknown_parameter")
-        given = top if part is body else _given(part)
+        given = top if part is body else _given_fields(part)
         for name, value in extra.items():
             if isinstance(part, SamplerArguments) and name in top and top[name] == value:
-                continue  # says again what the body says
+                continue  # repeats another field of the body
             if (instead := refusal(type(part), name, given)) is not None:
                 field = shortened(f"{where}{name}", MAX_PARAM)
                 raise RequestError(
@@ -139,14 +139,14 @@ def refuse_fields(body: Body) -> None:
         _refuse_template_arguments(top.get("chat_template_kwargs"))
 
 
-def _given(part: BaseModel) -> dict[str, Any]:
-    """All fields that were given, known or not."""
+def _given_fields(part: BaseModel) -> dict[str, Any]:
+    """All fields that were given, known or unknown."""
     extra = part.model_extra or {}
     return {name: getattr(part, name) for name in part.model_fields_set - extra.keys()} | extra
 
 
 def _parts(body: Body) -> Iterator[tuple[str, BaseModel]]:
-    """The body and what is nested in it that takes unknown fields, with what stands before the names in it."""
+    """The body and its nested parts that accept unknown fields, each with the prefix of its field names."""
     yield "", body
     if isinstance(body, GenerationBody):
         for name in ("stream_options", "vllm_xargs"):
@@ -158,7 +158,7 @@ def _parts(body: Body) -> Iterator[tuple[str, BaseModel]]:
 
 
 def _refuse_template_arguments(arguments: Any) -> None:
-    """Raise RequestError for arguments of the chat template, but for those that switch something off."""
+    """Raise RequestError for arguments to the chat template, except those that switch something off."""
     if arguments is None or arguments == "":
         return
     field, value = "chat_template_kwargs", arguments
@@ -171,10 +171,10 @@ def _refuse_template_arguments(arguments: Any) -> None:
 
 
 def request_error(error: ErrorDetails, where: tuple[str, ...] = ()) -> RequestError:
-    """What a validation error says, as an error that names the field, the value and the limit."""
+    """Convert a validation error to a RequestError that names the field, the value and the limit."""
     if error["type"] == "json_invalid":
         return RequestError("body", f"the request's body is not JSON: {error['msg']}", "invalid_json")
-    # Parts in brackets are the tags of unions, not names that a client knows.
+    # Parts in parentheses are tags of unions, which clients do not know.
     path = [str(part) for part in (*where, *error["loc"]) if not str(part).startswith("(")]
     field = shortened(".".join(path) or "body", MAX_PARAM)
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
@@ -186,10 +186,10 @@ def request_error(error: ErrorDetails, where: tuple[str, ...] = ()) -> RequestEr
 
 
 def show(value: Any) -> str:
-    """A value for a message: as much of it as fits."""
-    if isinstance(value, int) and value.bit_length() > SHOWN * 3:
+    """A value for an error message, shortened."""
+    if isinstance(value, int) and value.bit_length() > MAX_SHOWN * 3:
         return f"an integer of {value.bit_length()} bits"
     if isinstance(value, list | dict):
         return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
-    text = repr(value[: SHOWN + 1] if isinstance(value, str) else value)
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+    text = repr(value[: MAX_SHOWN + 1] if isinstance(value, str) else value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."

@@ -1,7 +1,7 @@
-"""Fields that a body does not have: which are refused, with what to write instead, and which are ignored.
+"""Unknown fields of a body: those refused, with the replacement to suggest, and those ignored.
 
-One that would change the answer is refused by name. One that is harmless is ignored: it concerns accounts, caches or
-scheduling. One that nobody knows is ignored too, unless it looks like a misspelt field of ours.
+A field that would change the answer is refused by name. A harmless one, about accounts, caches or scheduling, is
+ignored. Any other unknown field is ignored too, unless it looks like a misspelt field of ours.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -27,17 +27,17 @@ from server.api.schemas.requests import (
 )
 
 Given = Mapping[str, Any]
-"""All that a body was given, by name."""
+"""All given fields by name."""
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a field is refused.
+    """Reason to refuse a field.
 
     Attributes:
-        neutral: values that ask for nothing; null never does.
-        instead: what to do about it.
-        agrees: tells whether a value only repeats what other fields say.
+        neutral: values without effect; null is always one.
+        instead: suggestion to the client.
+        agrees: tells if a value only repeats what other fields say.
     """
 
     neutral: tuple[Any, ...] = ()
@@ -45,11 +45,11 @@ class Refusal:
     agrees: Callable[[Any, Given], bool] | None = None
 
     def concerns(self, value: Any, given: Given) -> bool:
-        """Whether this value is refused, next to these fields."""
+        """True if this value is refused, given the other fields."""
         if value is None or value in self.neutral:
             return False
         if -1 in self.neutral and isinstance(value, int | float) and value < 0:
-            return False  # where -1 switches something off, any negative number does
+            return False  # where -1 switches something off, so does any negative number
         return self.agrees is None or not self.agrees(value, given)
 
 
@@ -61,7 +61,7 @@ def _refused(names: str, *neutral: Any, instead: str = "leave it out") -> Refusa
 
 
 def _renamed(field: str, names: str, *neutral: Any) -> Refusals:
-    """Other programs' names for a field of ours. Some clients send several of them, which do no harm if they agree."""
+    """Other programs' names of a field of ours. Some clients send several of them, which is harmless if they agree."""
 
     def agrees(value: Any, given: Given) -> bool:
         return given.get(field) is not None and given[field] in (value, [value])
@@ -80,7 +80,7 @@ def _as_the_temperature(value: Any, given: Given) -> bool:
 NOTHING: tuple[Any, ...] = ([], {}, "", False)
 
 # OpenAI, vLLM, SGLang, llama.cpp, text-generation-inference, Ollama, text-generation-webui, Hugging Face's `generate`.
-_FORM = _refused(
+_OUTPUT_FORMAT = _refused(
     "response_format structured_outputs structural_tag guided_decoding guided_json guided_regex guided_choice "
     "guided_grammar guided_whitespace_pattern regex regex_pattern json_schema ebnf grammar grammar_string grammar_lazy "
     "grammar_triggers guideline format nvext",
@@ -125,7 +125,7 @@ _LENGTH_AND_END = {
     **_refused("include_stop_str_in_output no_stop_trim", False),
     **_refused("skip_special_tokens trim_stop", True),
 }
-_MORE_TO_TELL = {
+_EXTRA_OUTPUT = {
     **_refused(
         "prompt_logprobs top_n_tokens top_logprobs_num logprob_token_ids token_ids_logprob return_text_in_logprobs "
         "post_sampling_probs return_token_ids return_token_strs return_tokens return_tokens_as_token_ids "
@@ -153,7 +153,7 @@ _ELSEWHERE = {
     **_refused("session_params kv_transfer_params ec_transfer_params bootstrap_host bootstrap_room", *NOTHING),
     **_refused("raw", False, instead="write a prompt to /v1/completions"),
 }
-# Programs that were published with diffusion language models. Their samplers' parameters are ours mostly.
+# Programs published with diffusion language models. Their samplers' parameters mostly correspond to ours.
 _DIFFUSION = {
     **_renamed("block_length", "block_size block_len gen_blocklength canvas_length canvas_size"),
     **_renamed(
@@ -179,7 +179,7 @@ _DIFFUSION = {
     **_refused("small_block_size sub_block_size sub_block_length mask_id mask_token_id"),
     **_refused("logits_eos_inf confidence_eos_eot_inf eos_early_stop eos_suppress", False),
 }
-_GENERATION = _FORM | _CHOICE_OF_TOKENS | _LENGTH_AND_END | _MORE_TO_TELL | _THINKING | _ELSEWHERE | _DIFFUSION
+_GENERATION = _OUTPUT_FORMAT | _CHOICE_OF_TOKENS | _LENGTH_AND_END | _EXTRA_OUTPUT | _THINKING | _ELSEWHERE | _DIFFUSION
 _TEMPLATE = {
     **_refused("chat_template documents tools", *NOTHING),
     **_refused("continue_final_message", False),
@@ -243,19 +243,19 @@ HARMLESS = {
         "says how the text is cut or padded: it is the same in all",
     ),
 }
-"""Fields that are ignored knowingly, even where they look like others, and why that does no harm."""
+"""Fields ignored deliberately, even if they resemble others, with the reason why that is harmless."""
 MAX_NAME = 100
 """Characters of a name that is compared with ours."""
-CLOSE = 0.86
-"""How alike two longer names are, as difflib counts, if one is the other misspelt."""
+MIN_SIMILARITY = 0.86
+"""Minimum similarity, as computed by difflib, of a longer name to the one it misspells."""
 
 
 def refusal(cls: type[BaseModel], name: str, given: Given) -> str | None:
-    """What to do about a field that the body does not have; None where it does no harm."""
+    """Suggestion for a field that the body does not have; None if it is harmless."""
     value = given[name]
     if value is None:
         return None
-    if len(name) > MAX_NAME:  # longer names resemble none, and what is looked up is kept
+    if len(name) > MAX_NAME:  # longer names resemble none of ours, and look-ups are cached
         return _elsewhere(name) if issubclass(cls, SamplerArguments) else None
     harmless, known = _known(name, cls)
     if harmless:
@@ -271,44 +271,44 @@ def refusal(cls: type[BaseModel], name: str, given: Given) -> str | None:
 
 @lru_cache(maxsize=4096)
 def _known(name: str, cls: type[BaseModel]) -> tuple[bool, Refusal | None]:
-    """Whether a name, in whatever style, is that of a field without harm; how one that is refused is."""
+    """True if a name in any style belongs to a harmless field, and the refusal of a refused one."""
     refused = REFUSED.get(cls, {})
-    found = refused.get(name) or refused.get(_plainly(refused).get(_plain(name), ""))
-    return _plain(name) in _plainly(HARMLESS), found
+    found = refused.get(name) or refused.get(_by_plain_name(refused).get(_plain(name), ""))
+    return _plain(name) in _by_plain_name(HARMLESS), found
 
 
 @lru_cache(maxsize=4096)
 def misspelt(name: str, cls: type[BaseModel]) -> str | None:
-    """What to write instead of a name that is nearly one which the body has, or one that is refused."""
+    """Correct spelling of a name that resembles one of the body's fields or a refused one."""
     refused = REFUSED.get(cls, {})
     if found := _nearest(name, cls.model_fields, 3):
-        return _write(found, name, found)
+        return _suggestion(found, name, found)
     if issubclass(cls, GenerationBody) and (found := _nearest(name, _parameters(), 6)):
-        return _write(f"sampler_params.{found}", name, found)
+        return _suggestion(f"sampler_params.{found}", name, found)
     if found := _nearest(name, refused, 6):
         return f"if it is to be {found}: {refused[found].instead}"
     return None
 
 
-def _write(instead: str, name: str, found: str) -> str:
+def _suggestion(instead: str, name: str, found: str) -> str:
     sure = _plain(name) == _plain(found)
     return f"write {instead}" if sure else f"write {instead} if you mean that, else leave it out"
 
 
 def _nearest(name: str, names: Iterable[str], shortest: int) -> str | None:
-    """The name that is meant by one in another style, or by a misspelt one of at least this length."""
-    plain, known = _plain(name), _plainly(names)
+    """Name that matches in another style or, if at least this long, with a misspelling."""
+    plain, known = _plain(name), _by_plain_name(names)
     if plain in known or len(plain) < shortest:
         return known.get(plain)
     slips = [each for each in known if _is_slip(plain, each)]
-    close = slips or (get_close_matches(plain, known, 1, CLOSE) if len(plain) > 4 else [])
+    close = slips or (get_close_matches(plain, known, 1, MIN_SIMILARITY) if len(plain) > 4 else [])
     return known[close[0]] if close else None
 
 
 def _is_slip(a: str, b: str) -> bool:
-    """Whether one slip of a finger makes one name of the other; in a short name another letter is another name."""
+    """True if the names differ by one typing error; in a short name a different letter makes a different name."""
     if min(len(a), len(b)) < 3:
-        return False  # k, n
+        return False  # e.g. k and n
     start = next((i for i, (left, right) in enumerate(zip(a, b, strict=False)) if left != right), min(len(a), len(b)))
     x, y = a[start:], b[start:]
     if len(x) == len(y):
@@ -318,7 +318,7 @@ def _is_slip(a: str, b: str) -> bool:
 
 
 def _elsewhere(name: str) -> str:
-    """What to write instead of a field in `vllm_xargs`, where all fields are meant to change the answer."""
+    """Suggestion for a field in `vllm_xargs`, all of whose fields are meant to affect the answer."""
     if name in _parameters():
         return f"write sampler_params.{name}"
     if any(name in cls.model_fields for cls in (CompletionBody, ChatBody)):
@@ -327,17 +327,17 @@ def _elsewhere(name: str) -> str:
 
 
 def _plain(name: str) -> str:
-    """A name without what styles of writing names differ in."""
+    """Name in lower case without separators."""
     return name.lower().replace("_", "").replace("-", "")
 
 
-def _plainly(names: Iterable[str]) -> dict[str, str]:
-    """Names without their style, and with it."""
+def _by_plain_name(names: Iterable[str]) -> dict[str, str]:
+    """Original names by their plain form."""
     return {_plain(each): each for each in names}
 
 
 def _parameters() -> dict[str, list[str]]:
-    """The parameters of all samplers, and which have them."""
+    """All samplers' parameters, with the samplers that have them."""
     found: dict[str, list[str]] = {}
     for sampler in named_samplers():
         for name in describe(sampler).parameters:
@@ -346,5 +346,5 @@ def _parameters() -> dict[str, list[str]]:
 
 
 def bodies() -> Iterable[type[Body]]:
-    """The bodies of requests."""
+    """All request bodies."""
     return [cls for cls in REFUSED if issubclass(cls, Body)]

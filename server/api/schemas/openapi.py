@@ -1,4 +1,4 @@
-"""What OpenAPI says of routes that read their bodies and write their answers themselves."""
+"""OpenAPI description of routes that parse bodies and write responses themselves."""
 
 import json
 from typing import Any
@@ -40,23 +40,23 @@ UNAVAILABLE = _errors(503)
 
 
 def body_of(model: type[BaseModel]) -> dict[str, Any]:
-    """The request body of a route, for its `openapi_extra`."""
+    """Request body of a route, for its `openapi_extra`."""
     schema = {"$ref": SCHEMAS.format(model=model.__name__)}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
 def streamed(chunk: type[BaseModel]) -> Responses:
-    """The success of a route that can stream."""
+    """Successful responses of a route that can stream."""
     what = f"Whole, or as events whose data is a `{chunk.__name__}` each, then `[DONE]`"
     event = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
     return {200: {"description": what, "content": {"text/event-stream": {"schema": event}}}}
 
 
 def complete_openapi(app: FastAPI, open_paths: frozenset[str] | None) -> None:
-    """Add the schemas of request bodies to the app's OpenAPI, and take out answers that are never given.
+    """Add the schemas of request bodies to the app's OpenAPI document, and remove responses that are never sent.
 
     Args:
-        open_paths: the paths that need no key; None if none does.
+        open_paths: paths that need no key; None if no path needs one.
     """
     _, schema = models_json_schema([(model, "validation") for model in bodies()], ref_template=SCHEMAS)
     document = app.openapi()
@@ -64,7 +64,7 @@ def complete_openapi(app: FastAPI, open_paths: frozenset[str] | None) -> None:
     schemas.update(schema["$defs"])
     for path, operations in document["paths"].items():
         for operation in operations.values():
-            operation["responses"].pop("422", None)  # a path parameter is a string: nothing to validate
+            operation["responses"].pop("422", None)  # path parameters are strings: nothing to validate
             if open_paths is None or path in open_paths:
                 operation["responses"].pop("401", None)
             if open_paths is not None and path in open_paths:
@@ -78,7 +78,7 @@ def complete_openapi(app: FastAPI, open_paths: frozenset[str] | None) -> None:
 
 
 def _serve_once_made(app: FastAPI, document: dict[str, Any]) -> None:
-    """Answer with the document as it is now, instead of writing it anew for each request."""
+    """Serve the finished document instead of serialising it for each request."""
     content = json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
 
     async def openapi(request: Request) -> Response:

@@ -1,4 +1,4 @@
-"""Request bodies: what is understood, in which range, and what is refused because it cannot be done."""
+"""Request bodies: accepted fields with their ranges, and unsupported ones."""
 
 from typing import Annotated, Any, Literal, cast
 
@@ -21,7 +21,7 @@ MAX_STOPS = 16
 DEFAULT_MAX_TOKENS = 128
 INT64 = 2**63
 
-# Tags of unions. Validation puts them into the location of an error, where `field_of` drops them.
+# Tags of unions. Validation puts them into an error's location; `request_error` drops them.
 TEXT, TEXTS, IDS, ID_LISTS, PARTS, NONE = "(text)", "(texts)", "(ids)", "(id lists)", "(parts)", "(none)"
 
 TokenId = Annotated[int, Field(ge=0, lt=INT64)]
@@ -153,7 +153,7 @@ class CompletionBody(GenerationBody):
     )
 
     def prompts(self) -> list[str | list[int]]:
-        """Each prompt: a text or token ids. A list of numbers is one prompt."""
+        """Prompts of the request, each a text or token ids. A list of numbers is one prompt."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         if isinstance(self.prompt[0], int):
@@ -194,7 +194,7 @@ class Message(BaseModel):
         return content
 
     def for_template(self) -> dict[str, Any]:
-        """The message as chat templates know it: `developer` is what used to be `system`."""
+        """Message in the form of chat templates: role `developer` becomes `system`."""
         given = {"name": self.name, "reasoning_content": self.reasoning_content, **(self.model_extra or {})}
         content = self.content
         return {
@@ -261,4 +261,4 @@ UNSUPPORTED_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("tool_calls", "function_call", "audio"), ([], {}, "", False)),
     **dict.fromkeys(("prefix", "partial"), (False,)),  # the beginning of the answer, in some servers
 }
-"""What cannot be done with a message, and the values that do not ask for it. Null never does."""
+"""Unsupported fields of a message, and the values without effect. Null is always one."""

@@ -1,4 +1,4 @@
-"""Response bodies, in OpenAI's shapes. What is ours: `unmask`, `trajectory`, and the details of `usage`."""
+"""Response bodies in OpenAI's formats. Our additions: `unmask`, `trajectory`, and the details of `usage`."""
 
 from typing import Any, Literal
 
@@ -9,13 +9,13 @@ from starlette.types import Receive, Scope, Send
 from server.engine import FinishReason
 
 PIECE = 64 << 10
-"""Bytes of a long answer that are handed on at once."""
+"""Bytes of a long response that are sent at a time."""
 
 Finish = Literal[FinishReason.STOP, FinishReason.LENGTH]
 
 
 def _absent(value: object) -> bool:
-    """For fields that are left out where they have no value."""
+    """True for the value of a field that is omitted when it has none."""
     return value is None
 
 
@@ -255,7 +255,7 @@ class Version(BaseModel):
 
 
 class WholeJson(Response):
-    """JSON that may be long and is in memory once: it goes out in pieces, so that a slow reader keeps none of it."""
+    """JSON response that may be long: sent in pieces of one buffer, so that a slow reader causes no second copy."""
 
     media_type = "application/json"
 
@@ -267,5 +267,5 @@ class WholeJson(Response):
 
 
 def json_response(body: BaseModel) -> Response:
-    """A successful answer."""
+    """Successful response."""
     return Response(body.model_dump_json(), media_type="application/json")

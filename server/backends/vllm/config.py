@@ -1,4 +1,4 @@
-"""How vLLM reads a `config.json`: as we do. Registered with vLLM under `CONFIG_FORMAT`."""
+"""Parsing of `config.json` for vLLM with our own classes, registered with vLLM under `CONFIG_FORMAT`."""
 
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,12 @@ SHAPE = {
     "vocab_size": ("rows",),
     "tie_word_embeddings": ("tie_word_embeddings", "weight_tying"),
 }
-"""vLLM's names of what it must know of a shape, and ours, the first that there is."""
+"""vLLM's names of shape parameters, and our attributes, of which the first that exists is used."""
 
 
 @register_config_parser(CONFIG_FORMAT)
 class ConfigParser(ConfigParserBase):
-    """Hands vLLM the shape under the names it knows, and the whole file to our models."""
+    """Gives vLLM the model's shape under its own names, and our models the whole file."""
 
     def parse(
         self,
@@ -45,7 +45,7 @@ class ConfigParser(ConfigParserBase):
             name: next(getattr(parsed, ours) for ours in names if hasattr(parsed, ours))
             for name, names in SHAPE.items()
         }
-        # The model's type stays ours to interpret: vLLM would read more into one that it knows.
+        # Keep our own model type: vLLM would interpret more of a type it knows.
         quantization = {name: source[name] for name in ("quantization_config",) if name in source}
         config = PreTrainedConfig(
             architectures=[architecture], torch_dtype=source.get("torch_dtype"), source=source, **shape, **quantization
@@ -54,8 +54,8 @@ class ConfigParser(ConfigParserBase):
 
 
 def parse(source: dict[str, Any]) -> tuple[str, type[Network], BaseModel]:
-    """Architecture, our own network of it and configuration of a `config.json`. Raises ValueError."""
+    """Architecture, our network class and configuration of a `config.json`. Raises ValueError."""
     architecture, family = find_family(source)
-    # What masks is told by our side, which may know it from the tokenizer only; here it just has to be some token.
+    # The mask token is handled by the engine, which may know it from the tokenizer only; any id will do here.
     settings = {"mask_token_id": 0} if source.get("mask_token_id") is None else {}
     return architecture, family.network, family.network.Config.model_validate(source | settings)

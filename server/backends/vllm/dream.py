@@ -1,6 +1,6 @@
-"""Dream out of vLLM's layers: Qwen2's tensors, every position seen by all, and outputs about the next position.
+"""Dream built from vLLM's layers: Qwen2's tensors, bidirectional attention, outputs shifted by one position.
 
-Module names are the checkpoint's own, but for what is fused.
+Module names are the checkpoint's own, except for fused layers.
 """
 
 from typing import Any, ClassVar
@@ -73,7 +73,7 @@ class Decoder(nn.Module):
 
 
 class Dream(Denoiser):
-    """The network."""
+    """Dream with a language model head."""
 
     shifted = True
     packed_modules_mapping: ClassVar = {
@@ -89,7 +89,7 @@ class Dream(Denoiser):
             self.lm_head = ParallelLMHead(
                 config.vocab_size, config.hidden_size, quant_config=vllm_config.quant_config, prefix="lm_head"
             )
-        # The original rounds cosines and sines to the states' type, where LLaDA rotates in float32.
+        # The original rounds cosines and sines to the dtype of the states, where LLaDA rotates in float32.
         self._rotation = Rotation(model.max_model_len, config.head_size, config.rope_theta, model.dtype)
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Attention and MLP out of vLLM's parallel layers: split over ranks by heads and by width, quantised where asked."""
+"""Attention and MLP from vLLM's parallel layers: split over ranks by heads and by width, quantised if configured."""
 
 from typing import Any
 
@@ -15,12 +15,12 @@ from server.models.layers import rope_tables, rotate
 
 
 class Rotation:
-    """Cosines and sines of a batch's positions.
+    """Cosines and sines of a batch's positions for rotary embedding.
 
     Args:
-        length: no position reaches it.
+        length: exclusive upper bound of positions.
         head_dim, theta: see `rope_tables`.
-        dtype: what they are rounded to before use.
+        dtype: type to which the tables are rounded.
     """
 
     def __init__(self, length: int, head_dim: int, theta: float, dtype: torch.dtype) -> None:
@@ -29,7 +29,7 @@ class Rotation:
         self._tables: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """[tokens, 1, head_dim] each."""
+        """Cosines and sines, [tokens, 1, head_dim] each."""
         if self._tables is None:
             cos, sin = rope_tables(*self._shape, positions.device)
             self._tables = cos.to(self._dtype)[:, None], sin.to(self._dtype)[:, None]
@@ -37,17 +37,17 @@ class Rotation:
 
 
 def kernel_size(size: int) -> int:
-    """The smallest size of heads, at least this, that vLLM's attention kernels here can do."""
-    some = 128  # which all of them can do
+    """Smallest head size of at least `size` that vLLM's attention kernels support here."""
+    some = 128  # supported by all of them
     backend = get_attn_backend(some, torch.get_default_dtype(), "auto", attn_type=AttentionType.ENCODER_ONLY)
     fitting = [each for each in backend.get_supported_head_sizes() if each >= size]
     return min(fitting, default=size)
 
 
 class Heads:
-    """How many heads of which size there are, and how many of them one rank has.
+    """Number and size of attention heads, in total and on this rank.
 
-    Heads that no kernel can do are filled up with zeros, which changes no product: small models have such.
+    Heads of unsupported sizes, as in small models, are padded with zeros, which changes no product.
     """
 
     def __init__(self, width: int, queries: int, keys: int, size: int) -> None:
@@ -57,19 +57,19 @@ class Heads:
         self.local_queries, self.local_keys = queries // ranks, max(1, keys // ranks)
 
     def projection(self, vllm_config: Any, prefix: str, bias: bool = False) -> Any:
-        """Queries, keys and values in one product."""
+        """Fused projection of queries, keys and values."""
         return QKVParallelLinear(
             self.width, self.size, self.queries, self.keys, bias, quant_config=vllm_config.quant_config, prefix=prefix
         )
 
     def output(self, vllm_config: Any, prefix: str) -> Any:
-        """From what heads have read back to the model's width."""
+        """Projection of the attention output to the model's width."""
         return RowParallelLinear(
             self.queries * self.size, self.width, bias=False, quant_config=vllm_config.quant_config, prefix=prefix
         )
 
     def attention(self, vllm_config: Any, prefix: str) -> Any:
-        """Every position of a canvas reads all of it."""
+        """Bidirectional attention over a canvas."""
         return EncoderOnlyAttention(
             self.local_queries,
             self.filled,
@@ -81,7 +81,7 @@ class Heads:
         )
 
     def read(self, projected: Tensor, attention: Any, cos: Tensor, sin: Tensor) -> Tensor:
-        """What this rank's heads read, [tokens, heads * size], from a projection [tokens, ...]."""
+        """Attention output of this rank's heads, [tokens, heads * size], from a fused projection [tokens, ...]."""
         queries, keys = self.local_queries * self.size, self.local_keys * self.size
         q, k, v = torch.split(projected, [queries, keys, keys], dim=-1)
         q, k, v = (x.reshape(len(x), -1, self.size) for x in (q, k, v))
@@ -93,18 +93,18 @@ class Heads:
 
 
 def gate_and_up(width: int, inner: int, vllm_config: Any, prefix: str) -> Any:
-    """Both inner projections of a gated MLP in one product."""
+    """Fused inner projections of a gated MLP."""
     return MergedColumnParallelLinear(
         width, [inner] * 2, bias=False, quant_config=vllm_config.quant_config, prefix=prefix
     )
 
 
 def down(width: int, inner: int, vllm_config: Any, prefix: str) -> Any:
-    """The outer projection of an MLP."""
+    """Output projection of an MLP."""
     return RowParallelLinear(inner, width, bias=False, quant_config=vllm_config.quant_config, prefix=prefix)
 
 
 def gated(both: Tensor) -> Tensor:
-    """`silu(gate) * up` of the two side by side."""
+    """`silu(gate) * up` of the two halves of the last dimension."""
     gate, up = both.chunk(2, dim=-1)
     return F.silu(gate) * up

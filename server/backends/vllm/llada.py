@@ -1,6 +1,6 @@
-"""LLaDA out of vLLM's layers; what it computes is `server.models.families.llada`'s.
+"""LLaDA built from vLLM's layers; computes the same as `server.models.families.llada`.
 
-Module names are the checkpoint's own, but for what is fused.
+Module names are the checkpoint's own, except for fused layers.
 """
 
 from typing import Any, ClassVar
@@ -56,7 +56,7 @@ class Transformer(nn.Module):
 
 
 class LLaDA(Denoiser):
-    """The network."""
+    """LLaDA with a language model head."""
 
     packed_modules_mapping: ClassVar = {
         "qkv_proj": ["q_proj", "k_proj", "v_proj"],

@@ -1,4 +1,4 @@
-"""Names under which our parts are registered with vLLM. Imports nothing, so that all sides can read them."""
+"""Names under which our parts are registered with vLLM. Imports nothing, so that any module can use them."""
 
 CONFIG_FORMAT = "unmask"
-"""How vLLM is told to read a `config.json`: with our parser."""
+"""Value of vLLM's `config_format` that selects our parser."""

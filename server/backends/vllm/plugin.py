@@ -1,4 +1,4 @@
-"""What vLLM loads from our `vllm.general_plugins` entry point, in each of its processes."""
+"""vLLM plugin, loaded by each of vLLM's processes through our `vllm.general_plugins` entry point."""
 
 import logging
 import multiprocessing
@@ -9,23 +9,23 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 LAST_WORDS = "UNMASK_VLLM_LAST_WORDS"
-"""Environment variable: the file into which a process of vLLM's that cannot start writes why."""
+"""Environment variable with the file to which a vLLM process that cannot start writes the reason."""
 
 GRACE = 5.0
-"""Seconds that a process of vLLM's gets to end by itself, and to clean up, once the one that started it is gone."""
+"""Seconds that a vLLM process gets to end and clean up by itself once its parent is gone."""
 
 MODELS = {
     "LLaDAModelLM": "server.backends.vllm.llada:LLaDA",
     "DreamModel": "server.backends.vllm.dream:Dream",
 }
-"""Architectures, as `config.json` names them, and the classes that build them from vLLM's layers."""
+"""Architectures, as named in `config.json`, and the classes that build them from vLLM's layers."""
 
 
 def register() -> None:
-    """Tell vLLM of our models and how their configurations are read. In processes that vLLM starts: log as we do."""
+    """Register our models and configuration parser with vLLM. In vLLM's own processes, also set up logging."""
     from vllm import ModelRegistry
 
-    # Importing the module registers what it defines.
+    # Importing the module registers the parser.
 
     for architecture, place in MODELS.items():
         ModelRegistry.register_model(architecture, place)
@@ -44,14 +44,14 @@ def _log_like_the_server() -> None:
 
 
 def limit_log() -> logging.Logger:
-    """vLLM's logger, which has no handlers of its own, let through what `VLLM_LOGGING_LEVEL` says."""
+    """vLLM's logger, which has no handlers of its own, with its level set to `VLLM_LOGGING_LEVEL`."""
     logger = logging.getLogger("vllm")
     logger.setLevel(os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"))
     return logger
 
 
 def _end_with_the_parent() -> None:
-    """Let this process end when the one that started it does, however that ended: no orphan keeps the memory."""
+    """End this process when its parent does, for any reason: no orphan may keep the memory."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -64,7 +64,7 @@ def _end_with_the_parent() -> None:
 
 
 class LastWords(logging.Handler):
-    """Writes the first exception that is logged into a file, for the process that waits for this one to start."""
+    """Writes the first logged exception to a file, for the parent process that waits for this one to start."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(logging.ERROR)

@@ -1,1 +1,1 @@
-"""Weights and settings of a checkpoint's folder."""
+"""Weights and settings of a checkpoint folder."""

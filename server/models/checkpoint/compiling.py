@@ -1,15 +1,15 @@
-"""Layers through torch's compiler: few static shapes, so that each is compiled, or recorded as a CUDA graph, once."""
+"""Compilation of layers with torch.compile for few static shapes, each compiled or captured as a CUDA graph once."""
 
 from torch import nn
 
 SMALLEST = 64
-"""Tokens of the smallest shape."""
+"""Smallest static shape, in tokens."""
 PER_OCTAVE = 4
-"""Shapes between one power of two and the next: at most a fifth of a forward is padding."""
+"""Number of shapes between two powers of two: at most a fifth of a forward pass is padding."""
 
 
 def padded_size(count: int) -> int:
-    """The least of the static shapes that holds so many tokens."""
+    """Smallest static shape for this number of tokens."""
     if count <= SMALLEST:
         return SMALLEST
     step = (1 << (count - 1).bit_length() - 1) // PER_OCTAVE
@@ -17,7 +17,7 @@ def padded_size(count: int) -> int:
 
 
 def shapes_up_to(count: int) -> int:
-    """How many static shapes there are for up to so many tokens."""
+    """Number of static shapes for up to this many tokens."""
     size, found = SMALLEST, 1
     while size < count:
         size, found = padded_size(size + 1), found + 1
@@ -25,15 +25,15 @@ def shapes_up_to(count: int) -> int:
 
 
 def compile_layers(network: nn.Module, tokens: int, backend: str = "inductor") -> None:
-    """Compile what is before and after attention in each layer, in place; attention is left, its shapes are the rows'.
+    """Compile each layer before and after attention, in place. Attention itself is not compiled: its shapes vary.
 
     Args:
-        tokens: most of a forward.
-        backend: of `torch.compile`; on a GPU, inductor records CUDA graphs.
+        tokens: largest number of tokens of a forward pass.
+        backend: backend of `torch.compile`; on a GPU, inductor captures CUDA graphs.
     """
     import torch._dynamo
 
-    # Layers share their code, so that one limit holds for all: shapes of all tokens, of the wanted ones, of both.
+    # Layers share code, and so one limit: shapes of all tokens, of the wanted tokens, and of both combined.
     limit = 4 * shapes_up_to(tokens) ** 2
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
     torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, limit)

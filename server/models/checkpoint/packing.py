@@ -1,22 +1,21 @@
-"""Weights laid out for the processor's matrix products, once, when a model is loaded for inference."""
+"""Weights packed for the CPU's matrix kernels, once, when a model is loaded for inference."""
 
 import torch
 from torch import Tensor, nn
 
 from server.runtime.allocator import give_back_freed_memory
 
-PORTIONS = 16
-"""Times that the memory of plain weights goes back to the system: packed ones seldom fit where those were."""
+RELEASES = 16
+"""Number of times that freed plain weights are returned to the system: packed weights seldom reuse their memory."""
 
 PACKED_TYPES = (torch.float32, torch.bfloat16)
 
 
 class PackedLinear(nn.Module):
-    """A linear layer whose weight lies as oneDNN reads it.
+    """Linear layer with its weight in oneDNN's layout.
 
-    A plain layer multiplies through a library that does not use the widest instructions of every processor, or lays the
-    weight out anew in every call: on such machines this is two to three times as fast, elsewhere no slower.
-    Nothing can be learnt through it, and it has no plain weight.
+    Plain layers use a library that lacks some CPUs' widest instructions, or repack the weight in every call: there
+    packing is two to three times as fast, elsewhere no slower. Inference only: it has no gradient and no plain weight.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -30,12 +29,13 @@ class PackedLinear(nn.Module):
 
 
 def pack_linear_layers(network: nn.Module) -> None:
-    """Put packed layers in the place of a network's plain ones, in place, one by one; on a processor only."""
+    """Replace a network's linear layers by packed ones, in place and one by one. CPU only."""
     has_onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     if not has_onednn:
         return
-    parents = [module for module in network.modules() if type(module) is not nn.Linear]  # which would keep them alive
-    portion = sum(weight.nbytes for weight in network.parameters()) // PORTIONS
+    # Without the linear layers themselves, which the list would keep alive.
+    parents = [module for module in network.modules() if type(module) is not nn.Linear]
+    portion = sum(weight.nbytes for weight in network.parameters()) // RELEASES
     freed = 0
     for module in parents:
         for name, child in module.named_children():
@@ -43,6 +43,6 @@ def pack_linear_layers(network: nn.Module) -> None:
                 setattr(module, name, PackedLinear(child))
                 freed += child.weight.nbytes
                 if freed > portion:
-                    del child  # the last plain layer, which goes with the others
+                    del child  # the last reference to the plain layer, to be returned with the others
                     give_back_freed_memory(torch.device("cpu"))
                     freed = 0

@@ -1,4 +1,4 @@
-"""The tokens that mask and that end a text, by a checkpoint's configurations, else by its tokenizer."""
+"""Mask and end tokens of a checkpoint, from its configuration files or its tokenizer."""
 
 import re
 from collections.abc import Iterable
@@ -14,17 +14,18 @@ from server.models.text.codec import TextCodec
 log = structlog.get_logger(__name__)
 
 MASK = re.compile(r"[<\[|].*mask.*[>\]|]", re.IGNORECASE)
-"""Spellings of a mask token, whatever it is called."""
+"""Common spellings of mask tokens."""
 CONFIG, GENERATION = "config.json", "generation_config.json"
 
 
 def find_mask(
     folder: Path, config: dict[str, Any], generation: dict[str, Any], family: Family, text: TextCodec | None
 ) -> int | None:
-    """The mask token's id; None for a family without one. Raises ModelError if it cannot be known.
+    """Id of the mask token; None for a family without one. Raises ModelError if it cannot be determined.
 
-    The originals' programs take it from `config.json`, from `generation_config.json` or as an argument with the
-    published value: what the files say counts, and that value only where the tokenizer has a mask there.
+    The original programs read it from `config.json` or `generation_config.json`, or take it as an argument that
+    defaults to the published id. The files take precedence; the published id is used only if the tokenizer has a mask
+    token there.
     """
     if not family.mask_tokens:
         return None
@@ -56,11 +57,11 @@ def find_mask(
 def find_ends(
     folder: Path, known: frozenset[int], generation: dict[str, Any], family: Family, text: TextCodec, rows: int
 ) -> frozenset[int]:
-    """Tokens that end a text, by both configuration files and by name. Raises ModelError if one is no token.
+    """Tokens that end a text, from both configuration files and by name. Raises ModelError for an invalid id.
 
     Args:
-        known: those of `config.json`.
-        rows: the size of the vocabulary.
+        known: ids from `config.json`.
+        rows: vocabulary size.
     """
     path = folder / GENERATION
     said = generation.get("eos_token_id")

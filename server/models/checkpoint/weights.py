@@ -1,4 +1,4 @@
-"""A network's tensors: from safetensors files only, every one checked before any is used; or drawn at random."""
+"""Weights of a network: from safetensors files, all checked before any is used, or random."""
 
 import math
 from collections import deque
@@ -14,24 +14,24 @@ from torch.overrides import TorchFunctionMode
 
 from policies.files.regular import check_safetensors
 from server.models.checkpoint.variants import looks_quantised
-from server.models.files import INDEX, MOST_INDEX, ModelError, is_there, other_forms, read_json
+from server.models.files import INDEX, MAX_INDEX, ModelError, is_there, other_forms, read_json
 from server.models.network import Network, matches
 from server.runtime.allocator import available_memory
 
 SINGLE = "model.safetensors"
 FLOATS = ("F64", "F32", "F16", "BF16")
 DRAWN_STD = 0.02
-PORTIONS = 64
-"""A file is opened anew for each so small a part of all weights: what was read of an open file counts as memory, and
-opening one takes milliseconds where it lists the thousands of tensors of a mixture of experts."""
-COMPARED = 2**22
-"""Numbers of two tensors that are compared at once."""
+REOPENINGS = 64
+"""Number of times files are reopened while all weights are read: pages read through an open file count as used memory.
+Opening a file takes milliseconds if it lists the thousands of tensors of a mixture of experts."""
+COMPARED_AT_ONCE = 2**22
+"""Elements of two tensors compared at a time."""
 
 
 class SkipInit(TorchFunctionMode):
-    """Within this, modules are built without drawing their first weights.
+    """Mode in which modules are built without drawing initial weights.
 
-    The meta device has nothing to draw into, yet trying loads torch's compiler, which takes as long as torch itself.
+    Drawing does nothing on the meta device, yet loads torch's compiler, which takes as long as importing torch.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -42,7 +42,7 @@ class SkipInit(TorchFunctionMode):
 
 
 class Source(NamedTuple):
-    """Place of a tensor: a file, the name it has there, and the index in a stack of tensors."""
+    """Location of a tensor: file, name in it, and index in a stacked tensor, if any."""
 
     path: Path
     name: str
@@ -50,16 +50,16 @@ class Source(NamedTuple):
 
 
 def load_weights(network: Network, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
-    """Give a network that was built on the meta device its weights, in place, ready for inference.
+    """Load the weights of a network built on the meta device, in place, ready for inference.
 
-    Tensors are copied one by one, and let go of their file again: memory holds the weights once, and a file that is
-    overwritten later does not change a model that runs. Raises ModelError.
+    Tensors are copied out of the file one by one: memory holds the weights once, and overwriting a file later does not
+    change a running model. Raises ModelError.
     """
     sources = find_weights(network, folder)
     _check_memory(network, device, dtype)
     tensors: dict[str, Tensor] = {}
     paths = dict.fromkeys(source.path for source in sources.values())
-    most = sum(path.stat().st_size for path in paths) // PORTIONS
+    most = sum(path.stat().st_size for path in paths) // REOPENINGS
     for path in paths:
         names = deque(name for name, source in sources.items() if source.path == path)
         while names:
@@ -76,9 +76,9 @@ def load_weights(network: Network, folder: Path, device: torch.device, dtype: to
 
 
 def find_weights(network: Network, folder: Path) -> dict[str, Source]:
-    """Locate each of a network's tensors, all of which are there and of the right shape. Raises ModelError.
+    """Locate all tensors of a network and check their shapes. Raises ModelError.
 
-    Files may repeat tensors under the names they have in a network that does not share them, if they are the same.
+    Files may also store shared tensors under their unshared names, if the copies are equal.
     """
     wanted = {name: tensor.shape for name, tensor in network.state_dict().items()}
     sources: dict[str, Source] = {}
@@ -119,16 +119,16 @@ def find_weights(network: Network, folder: Path) -> dict[str, Source]:
 
 
 def _add_stand_ins(network: Network, wanted: Iterable[str], sources: dict[str, Source]) -> None:
-    """Fill in what has a stand-in, if all of it is left out."""
+    """Use the stand-ins of a kind of tensor if files lack all tensors of it."""
     others = {name: other for name in wanted if (other := network.stand_in(name)) is not None}
     if not others.keys() & sources.keys():
         sources |= {name: sources[other] for name, other in others.items() if other in sources}
 
 
 def draw_weights(network: Network, device: torch.device, dtype: torch.dtype) -> None:
-    """Give a network that was built on the meta device random weights instead, the same ones every time.
+    """Draw random weights, the same every time, for a network built on the meta device.
 
-    Each is drawn in its own place: memory holds the weights once. Gains of norms are 1, biases 0, all else is normal.
+    Tensors are drawn in place: memory holds the weights once. Norm weights are 1, biases 0, all else is normal.
     """
     _check_memory(network, device, dtype)
     generator = torch.Generator(device).manual_seed(0)
@@ -145,23 +145,23 @@ def draw_weights(network: Network, device: torch.device, dtype: torch.dtype) -> 
 
 
 def _check_memory(network: Network, device: torch.device, dtype: torch.dtype) -> None:
-    """Refuse weights that cannot fit before the system, which promises more than it has, ends the process for them.
+    """Refuse weights that cannot fit: the system overcommits memory, and would kill the process for using it.
 
     Raises MemoryError.
     """
     need = sum(tensor.numel() * network.dtype_of(name, dtype).itemsize for name, tensor in network.state_dict().items())
-    with suppress(OSError):  # systems that do not say
+    with suppress(OSError):  # systems that do not report it
         if need > available_memory(device):
             raise MemoryError
 
 
 def _files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder; the single one counts more than an index, as in transformers."""
+    """Safetensors files of a folder; a single file takes precedence over an index, as in transformers."""
     single, index = folder / SINGLE, folder / INDEX
     if is_there(single):
         return [single]
     if is_there(index):
-        shards = read_json(index, MOST_INDEX).get("weight_map")
+        shards = read_json(index, MAX_INDEX).get("weight_map")
         if not isinstance(shards, dict) or not shards:
             raise ModelError(f"{index}: has no weight_map")
         names = sorted({str(name) for name in shards.values()})
@@ -206,14 +206,14 @@ def _check_tensor(path: Path, name: str, tensor: Any, shape: torch.Size) -> None
 
 
 def _check_copy(folder: Path, source: Source, copy: Source) -> None:
-    """Hold two tensors of one shape against each other, part by part. Raises ModelError if they differ."""
+    """Compare two tensors of equal shape, part by part. Raises ModelError if they differ."""
     rows, done = 1, 0
     while done < rows:
         with _open(source.path) as one, _open(copy.path) as other:
             slices = one.get_slice(source.name), other.get_slice(copy.name)
             shape = slices[0].get_shape()
             rows = shape[0] if shape else 1
-            step = max(1, COMPARED // max(1, math.prod(shape[1:])))
+            step = max(1, COMPARED_AT_ONCE // max(1, math.prod(shape[1:])))
             parts = [part[done : done + step] if shape else part[...] for part in slices]
             kind = torch.promote_types(parts[0].dtype, parts[1].dtype)
             if not torch.equal(parts[0].to(kind), parts[1].to(kind)):

@@ -1,1 +1,1 @@
-"""Architectures, one file each, and the table of them."""
+"""Supported architectures, one file each, and their registry."""

@@ -1,12 +1,12 @@
 """DiffusionGemma (transformers' `diffusion_gemma`), text only.
 
-One set of weights reads in two ways. What is settled is encoded: causally, token by token. The block that is being
-drafted sees all of that and all of itself, and is told what the model said of the draft before. The two differ in one
-number a layer and in that signal, so that both go through the layers together: keys and values of a finished block are
-written by the next block's first forward, which saves a forward a block and is exact.
+The same weights read in two ways. Settled tokens are encoded causally, one by one. The block being drafted sees all
+of them and all of itself, and receives the previous prediction of the draft as self-conditioning. The two ways differ
+only in one factor per layer and in that signal, so that both go through the layers together: the keys and values of a
+finished block are written by the next block's first forward pass, which saves one forward pass a block and is exact.
 
-The code is ours, and not transformers': it is these layers, and packs rows of any length and age into one forward. The
-vision tower of the checkpoints is not read; there is no mask token.
+This is our own implementation, which packs rows of any length and age into one forward pass. The checkpoints' vision
+tower is not loaded. There is no mask token.
 """
 
 from collections.abc import Sequence
@@ -26,14 +26,14 @@ from server.models.network import Network
 from server.models.ragged_batch import RaggedBatch
 
 DECODER, ENCODER, FACTOR = "model.decoder.", "model.encoder.language_model.", ".layer_scalar"
-"""Names of tensors: beginnings of those of the two ways to read, and the end of what they do not share."""
+"""Parts of tensor names: prefixes of the decoder and of the encoder, and the suffix of tensors they do not share."""
 
 
 class Norm(nn.Module):
-    """Root-mean-square norm, in float32 up to and including the weight.
+    """Root-mean-square norm in float32 up to and including the weight.
 
     Args:
-        weighted: whether there is a weight.
+        weighted: multiply by a weight.
     """
 
     def __init__(self, width: int, eps: float, weighted: bool = True) -> None:
@@ -59,7 +59,7 @@ class GeluMLP(GatedMLP):
 
 
 class SelfConditioning(GeluMLP):
-    """Puts what the model said of the draft before into the embeddings of the draft."""
+    """Adds the previous prediction of the draft to the embeddings of the draft."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__(config.hidden_size, config.intermediate_size)
@@ -67,13 +67,13 @@ class SelfConditioning(GeluMLP):
         self.post_norm = Norm(config.hidden_size, config.rms_norm_eps, weighted=False)
 
     def forward(self, x: Tensor, signal: Tensor | None = None) -> Tensor:
-        """Embeddings [tokens, width] with a signal of that shape; none counts as 0, which stays 0 on its way."""
+        """Conditioned embeddings [tokens, width]; the signal has the same shape, and None counts as 0."""
         out: Tensor = self.post_norm(x if signal is None else x + super().forward(self.pre_norm(signal)))
         return out
 
 
 class Router(nn.Module):
-    """Which experts see a token, and how much each counts."""
+    """Chooses the experts of each token and their weights."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class Router(nn.Module):
         self.chosen = config.top_k_experts
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights, float32, and experts, both [tokens, chosen], of states [tokens, width]."""
+        """Weights, float32, and expert indices, both [tokens, chosen], for states [tokens, width]."""
         scores = self.proj(self.norm(x) * self.scale * x.shape[-1] ** -0.5).softmax(dim=-1, dtype=torch.float32)
         experts = highest(scores, self.chosen)
         weights = scores.gather(1, experts)
@@ -93,7 +93,7 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """Gated MLPs side by side; each sees the tokens that were sent to it."""
+    """Gated MLPs with stacked weights; each processes the tokens routed to it."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(count, width, inner))
 
     def forward(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
-        """Weighted sums [tokens, width]; arguments as of what `Router` gives."""
+        """Weighted sums of expert outputs [tokens, width]; arguments as returned by `Router`."""
         each = [partial(self._one, index) for index in range(len(self.gate_up_proj))]
         return mix(each, x, experts, weights).to(x.dtype)
 
@@ -112,7 +112,7 @@ class Experts(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention of one kind; where all is seen, values are keys that are neither scaled nor rotated."""
+    """Attention of one kind. In full attention, values are the keys before scaling and rotation."""
 
     def __init__(self, config: TextConfig, index: int) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ class Attention(nn.Module):
         self.v_norm = Norm(size, config.rms_norm_eps, weighted=False)
 
     def project(self, h: Tensor, cos: Tensor, sin: Tensor, wanted: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, of the wanted tokens, keys and values, all [tokens, heads, head_dim]."""
+        """Queries (of the wanted tokens), keys and values, all [tokens, heads, head_dim]."""
         k = self._heads(self.k_proj(h))
         v = k if self.v_proj is None else self._heads(self.v_proj(h))
         k, v = rotate(self.k_norm(k), cos, sin), self.v_norm(v)
@@ -140,7 +140,7 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention, then an MLP and experts beside it, each between two norms."""
+    """Attention, then an MLP in parallel with experts, each between two norms."""
 
     def __init__(self, config: TextConfig, index: int) -> None:
         super().__init__()
@@ -162,16 +162,16 @@ class Layer(nn.Module):
         self.register_buffer("layer_scalar", torch.ones(1))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, wanted: Tensor | None = None) -> Tensor:
-        """States of all tokens [tokens, width], or of the `wanted` ones, before the layer's own factor."""
+        """States [tokens, width] of all tokens, or of the `wanted` ones, before the layer's factor."""
         q, k, v = self.project(x, cos, sin, wanted)
         return self.finish(x if wanted is None else x[wanted], attend(q, k, v))
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor, wanted: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, of the wanted tokens, keys and values: what is before attention."""
+        """Part before attention: queries (of the wanted tokens), keys and values."""
         return self.self_attn.project(self.input_layernorm(x), cos, sin, wanted)
 
     def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
-        """What is after attention, of states and what they attended to, [tokens, heads, head_dim]."""
+        """Part after attention, from states and the attention output [tokens, heads, head_dim]."""
         x = x + self.post_attention_layernorm(self.self_attn.o_proj(mixed.flatten(-2)))
         dense = self.post_feedforward_layernorm_1(self.mlp(self.pre_feedforward_layernorm(x)))
         sparse = self.experts(self.pre_feedforward_layernorm_2(x), *self.router(x))
@@ -180,7 +180,7 @@ class Layer(nn.Module):
 
 
 class Factor(nn.Module):
-    """What a layer's states are multiplied by where the layer encodes; all else it shares with the decoder's."""
+    """Factor of a layer's states while it encodes; all else is shared with the decoder's layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -188,7 +188,7 @@ class Factor(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, layers, the last norm, and the way in of what was said before."""
+    """Embedding, layers, final norm and self-conditioning."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -199,7 +199,7 @@ class Decoder(nn.Module):
 
 
 class Model(nn.Module):
-    """The decoder, and what the encoder has of its own."""
+    """The decoder, and the encoder's own factors."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -217,7 +217,7 @@ class Model(nn.Module):
 
 
 class DiffusionGemma(Network):
-    """The network."""
+    """DiffusionGemma with a language model head."""
 
     Config = DiffusionGemmaConfig
     config: DiffusionGemmaConfig
@@ -234,7 +234,7 @@ class DiffusionGemma(Network):
 
     @classmethod
     def own_name(cls, config: DiffusionGemmaConfig, name: str) -> str:
-        """The head is the embedding, and all of the encoder's text model but its factors is the decoder's."""
+        """Map the tied head to the embedding, and the encoder's text model, except its factors, to the decoder."""
         if name == "lm_head.weight":
             return "model.decoder.embed_tokens.weight"
         if name.startswith(ENCODER) and not name.endswith(FACTOR):
@@ -243,7 +243,7 @@ class DiffusionGemma(Network):
 
     @classmethod
     def stand_in(cls, name: str) -> str | None:
-        """Programs that export the encoder as a copy leave its factors out too: they are the decoder's then."""
+        """Exports that store the encoder as a copy omit its factors too; the decoder's factors are then used."""
         return DECODER + name.removeprefix(ENCODER) if name.startswith(ENCODER) else None
 
     @property
@@ -256,12 +256,12 @@ class DiffusionGemma(Network):
 
     @property
     def _factor(self) -> Tensor:
-        """What embeddings are multiplied by: in their own type, so rounded in it."""
+        """Scale of embeddings, rounded to their dtype."""
         weight = self.decoder.embed_tokens.weight
         return torch.tensor(self.config.text_config.hidden_size**0.5, dtype=weight.dtype, device=weight.device)
 
     def _rotation(self, kind: Kind, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Tables of at least this length, [length, 1, head_dim]."""
+        """Cosine and sine tables of at least this length, [length, 1, head_dim]."""
         device = self.decoder.embed_tokens.weight.device
         known = self._tables.get(kind)
         if known is None or known[0].shape[0] < length or known[0].device != device:
@@ -293,7 +293,7 @@ class DiffusionGemma(Network):
         return out
 
     def _embedded(self, batch: RaggedBatch, drafted: Tensor) -> Tensor:
-        """What goes into the first layer: of a draft, with what was said of it before."""
+        """Input of the first layer: embeddings, those of a draft with self-conditioning."""
         x: Tensor = self.decoder.embed_tokens(batch.tokens) * self._factor
         enter = self.decoder.self_conditioning
         out = x.where(~drafted, enter(x))
@@ -313,9 +313,9 @@ class DiffusionGemma(Network):
         return capped
 
     def self_conditioning(self, logits: Tensor, wanted: StatisticsRequest) -> Tensor:
-        """The mean embedding under the probabilities that tokens are drawn with, which is all the next forward needs.
+        """Mean embedding under the distribution that tokens are drawn from: all that the next forward pass needs.
 
-        Far smaller than the logits; filters of tokens do not count.
+        Far smaller than the logits. Top-k and top-p filters are ignored.
         """
         weight = self.decoder.embed_tokens.weight
         scaled = logits

@@ -1,4 +1,4 @@
-"""What a DiffusionGemma `config.json` says of the text model."""
+"""Configuration of DiffusionGemma's text model."""
 
 from enum import StrEnum
 from typing import Any, Self
@@ -7,25 +7,25 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor
 
-from server.models.config import MOST_LAYERS, CheckpointConfig, Count, Layers, TokenIds
+from server.models.config import MAX_LAYERS, CheckpointConfig, Count, Layers, TokenIds
 
 GLOBAL_HEAD_DIM = 512
-"""Size of full layers' heads where a file says none."""
+"""Default head size of full-attention layers."""
 PATTERN = 6
-"""Every such layer sees everything, where a file does not say which do."""
+"""Every layer with an index divisible by this, counted from 1, has full attention by default."""
 
 
 class Kind(StrEnum):
-    """What a layer's attention sees."""
+    """Kind of a layer's attention."""
 
     SLIDING = "sliding_attention"
     FULL = "full_attention"
 
 
 class Rope(BaseModel):
-    """How one kind of layer rotates.
+    """Rotary embedding of one kind of layer.
 
-    In "proportional" only the first `partial_rotary_factor` of all pairs is, at the frequencies of a whole head.
+    "proportional" rotates only the first `partial_rotary_factor` of all pairs, at the frequencies of a full head.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
@@ -47,11 +47,11 @@ ROTATIONS = {
     Kind.SLIDING: {"rope_theta": 10_000.0},
     Kind.FULL: {"rope_type": "proportional", "rope_theta": 1_000_000.0, "partial_rotary_factor": 0.25},
 }
-"""Of both kinds of layers, where a file says none."""
+"""Default rotary embedding of both kinds of layers."""
 
 
 class LayerConfig(BaseModel):
-    """Where a layer differs from the others."""
+    """Parameters of one layer that override those of the others."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -60,7 +60,7 @@ class LayerConfig(BaseModel):
 
 
 class TextConfig(CheckpointConfig):
-    """`text_config`. What may be left out is as in the original's class."""
+    """`text_config`, with the defaults of the original's class."""
 
     hidden_size: Count
     intermediate_size: Count
@@ -88,14 +88,14 @@ class TextConfig(CheckpointConfig):
     @model_validator(mode="before")
     @classmethod
     def _kinds_of_layers(cls, data: Any) -> Any:
-        """Kinds, full layers' heads where a file says them once and not layer by layer, and the family's rotations."""
+        """Fill in the kinds of layers, the head size of full-attention layers if given once, and rotary embeddings."""
         if not isinstance(data, dict):
             return data
         kinds, layers = data.get("layer_types"), data.get("num_hidden_layers")
-        if kinds is None and isinstance(layers, int) and layers <= MOST_LAYERS:
+        if kinds is None and isinstance(layers, int) and layers <= MAX_LAYERS:
             kinds = [Kind.SLIDING if (index + 1) % PATTERN else Kind.FULL for index in range(layers)]
         if isinstance(kinds, list) and kinds:
-            kinds = [*kinds[:-1], Kind.FULL]  # as the original has it, whatever the file says
+            kinds = [*kinds[:-1], Kind.FULL]  # like the original, whatever the file says
         per_layer = data.get("per_layer_config")
         if per_layer is None and isinstance(kinds, list):
             size, heads = data.get("global_head_dim"), data.get("num_global_key_value_heads")
@@ -111,7 +111,7 @@ class TextConfig(CheckpointConfig):
     @field_validator("use_bidirectional_attention")
     @classmethod
     def _text_is_causal(cls, value: str | None) -> str | None:
-        if value not in (None, "vision"):  # "vision" is about images alone
+        if value not in (None, "vision"):  # "vision" concerns images only
             raise ValueError(f"{value!r} is a variant that is not built")
         return value
 
@@ -145,20 +145,20 @@ class TextConfig(CheckpointConfig):
         return self.vocab_size
 
     def kind(self, index: int) -> Kind:
-        """What that layer's attention sees."""
+        """Kind of attention of that layer."""
         return self.layer_types[index]
 
     def cache_shape(self, index: int) -> tuple[int, int]:
-        """Heads of keys and values of a layer, and their size."""
+        """Number and size of a layer's key-value heads."""
         own = self.per_layer_config.get(index, LayerConfig())
         return own.num_key_value_heads or self.num_key_value_heads, own.head_dim or self.head_dim
 
     def head_size(self, kind: Kind) -> int:
-        """Size of the heads of layers of this kind, all of which are alike."""
+        """Head size of layers of this kind."""
         return self.cache_shape(self.layer_types.index(kind))[1]
 
     def frequencies(self, kind: Kind) -> Tensor:
-        """Angles a position turns each pair of a head by, float32 [head_dim / 2]; 0 where it is not turned."""
+        """Rotation of each pair of a head per position, in radians, float32 [head_dim / 2]; 0 for unrotated pairs."""
         rope, size = self.rope_parameters[kind], self.head_size(kind)
         turned = int(rope.partial_rotary_factor * size // 2)
         found = 1.0 / rope.rope_theta ** (torch.arange(0, 2 * turned, 2, dtype=torch.float32) / size)
@@ -174,12 +174,12 @@ class DiffusionGemmaConfig(CheckpointConfig):
 
     @property
     def built(self) -> dict[str, Any]:
-        # Otherwise encoder, decoder and head would have weights of their own.
+        # Otherwise encoder, decoder and head would have separate weights.
         return {"tie_word_embeddings": True}
 
     @property
     def mask_token_id(self) -> None:
-        """None, also where the tokenizer's mask token, which the model has no use for, is written down."""
+        """None, even if the tokenizer's mask token, which the model does not use, is declared."""
         return None
 
     @property

@@ -1,6 +1,6 @@
-"""Dream-7B, Dream-Coder and DiffuCoder (DreamLM `modeling_dream.py`): Qwen2.5 that sees both ways.
+"""Dream-7B, Dream-Coder and DiffuCoder (DreamLM `modeling_dream.py`): Qwen2.5 with bidirectional attention.
 
-Its outputs are still about the next position.
+Outputs are still about the next position.
 """
 
 from torch import nn
@@ -14,7 +14,7 @@ class DreamConfig(DecoderConfig):
 
 
 class Dream(DecoderNetwork):
-    """The network."""
+    """Dream with a language model head."""
 
     Config = DreamConfig
     pattern = AttentionPattern(shifted=True)

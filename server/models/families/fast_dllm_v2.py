@@ -1,6 +1,6 @@
-"""Fast-dLLM v2 (Efficient-Large-Model `modeling.py`): Qwen2.5 that sees both ways within a block, and back.
+"""Fast-dLLM v2 (Efficient-Large-Model `modeling.py`): Qwen2.5 with block-causal attention.
 
-Its outputs are still about the next position.
+Outputs are still about the next position.
 """
 
 from torch import nn
@@ -10,7 +10,7 @@ from server.models.config import Count
 from server.models.decoder import Attention, DecoderConfig, DecoderNetwork, GatedMLP, Layer
 
 SMALL_BLOCK = 8
-"""What its `generate` denoises together."""
+"""Number of positions that the original `generate` denoises together."""
 
 
 class FastDLLMConfig(DecoderConfig):
@@ -20,7 +20,7 @@ class FastDLLMConfig(DecoderConfig):
 
 
 class FastDLLM(DecoderNetwork):
-    """The network."""
+    """Fast-dLLM v2 with a language model head."""
 
     Config = FastDLLMConfig
 

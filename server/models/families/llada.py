@@ -1,6 +1,6 @@
-"""LLaDA-8B and LLaDA-1.5 (ML-GSAI `modeling_llada.py`): Llama blocks without the causal mask.
+"""LLaDA-8B and LLaDA-1.5 (ML-GSAI `modeling_llada.py`): Llama blocks with bidirectional attention.
 
-Module names are the checkpoint's own tensor names, so a state dict needs no renaming.
+Modules are named as in the checkpoint, so that a state dict needs no renaming.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,12 +18,12 @@ from server.models.network import Network
 from server.models.ragged_batch import RaggedBatch
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Queries, keys and values [..., heads, head_dim] to what each query reads, of the queries' shape; several heads of
-queries may share one of keys."""
+"""Attention function: queries, keys and values [..., heads, head_dim] to an output of the queries' shape, with grouped
+key and value heads."""
 
 
 class LLaDAConfig(RotaryConfig):
-    """The keys of a LLaDA `config.json` that matter here; variants that are not built are refused by name."""
+    """Keys of a LLaDA `config.json` that the network uses. Unsupported variants are refused by name."""
 
     d_model: Count
     n_layers: Layers
@@ -126,18 +126,18 @@ class Block(nn.Module):
         self.ff_out = nn.Linear(mlp, width, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, wanted: Tensor | None = None) -> Tensor:
-        """States after this block, of all tokens [..., width], or of the `wanted` ones.
+        """States after this block, [..., width]: of all tokens, or of the `wanted` ones.
 
         Args:
             x: [tokens, width] or [batch, length, width].
-            cos, sin: of each token's position, [..., 1, head_dim].
-            wanted: indices of tokens; the others are attended to, but nothing else is computed of them.
+            cos, sin: tables for each token's position, [..., 1, head_dim].
+            wanted: indices of tokens; the others are only attended to.
         """
         q, k, v = self.project(x, cos, sin, wanted)
         return self.finish(x if wanted is None else x[wanted], attend(q, k, v))
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor, wanted: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, of the wanted tokens, keys and values: what is before attention."""
+        """Part before attention: queries (of the wanted tokens), keys and values."""
         h = self.attn_norm(x)
         k, v = rotate(self._heads(self.k_proj(h)), cos, sin), self._heads(self.v_proj(h))
         if wanted is not None:
@@ -145,7 +145,7 @@ class Block(nn.Module):
         return rotate(self._heads(self.q_proj(h)), cos, sin), k, v
 
     def finish(self, x: Tensor, read: Tensor) -> Tensor:
-        """What is after attention, `read` being what the queries found."""
+        """Part after attention, given the attention output `read`."""
         x = x + self.attn_out(read.flatten(-2))
         h = self.ff_norm(x)
         out: Tensor = x + self.ff_out(gated(self.ff_proj(h), self.up_proj(h)))
@@ -166,7 +166,7 @@ class Transformer(nn.Module):
 
 
 class LLaDA(Network):
-    """The network. `hidden` runs the blocks, `head` turns any selection of its rows into logits."""
+    """LLaDA with a language model head. `hidden` runs the blocks, `head` maps any selection of its rows to logits."""
 
     Config = LLaDAConfig
     config: LLaDAConfig
@@ -185,7 +185,7 @@ class LLaDA(Network):
         return transformer
 
     def _rotation(self, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Tables of at least this length, [length, 1, head_dim]."""
+        """Cosine and sine tables of at least this length, [length, 1, head_dim]."""
         cos, sin = self._tables(length, self.transformer.wte.weight.device)
         return (cos, sin) if self.config.rope_full_precision else (cos.to(dtype), sin.to(dtype))
 
@@ -200,7 +200,7 @@ class LLaDA(Network):
         return [(self.config.n_kv_heads, self.config.head_dim)] * self.config.n_layers
 
     def hidden(self, tokens: Tensor) -> Tensor:
-        # Written out, so that training can take it back.
+        # not through `packed`, whose in-place operations do not support gradients
         x = self.transformer.wte(tokens)
         length = tokens.shape[1]
         cos, sin = (table[:length] for table in self._rotation(length, x.dtype))

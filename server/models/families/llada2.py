@@ -1,4 +1,4 @@
-"""LLaDA2.0 and 2.1 (inclusionAI `modeling_llada2_moe.py`): mixtures of experts that see within a block, and back."""
+"""LLaDA2.0 and 2.1 (inclusionAI `modeling_llada2_moe.py`): mixtures of experts with block-causal attention."""
 
 import re
 from typing import Any, ClassVar
@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from samplers import AttentionPattern
-from server.models.config import MOST_EXPERTS, Count
+from server.models.config import MAX_EXPERTS, Count
 from server.models.decoder import DecoderConfig, DecoderNetwork, GatedMLP, Layer
 from server.models.experts import highest, mix
 from server.models.layers import RMSNorm, rotate
@@ -18,14 +18,14 @@ BLOCK_LENGTH = 32
 
 
 class LLaDA2Config(DecoderConfig):
-    """`config.json` of a LLaDA2 checkpoint. Defaults are those of the original's own configuration class."""
+    """`config.json` of a LLaDA2 checkpoint, with the defaults of the original's class."""
 
     published: ClassVar = {"max_position_embeddings": 16_384, "partial_rotary_factor": 0.5, "rms_norm_eps": 1e-5}
 
     moe_intermediate_size: Count
     num_experts: Count
     num_experts_per_tok: Count
-    num_shared_experts: int | None = Field(None, ge=0, le=MOST_EXPERTS)
+    num_shared_experts: int | None = Field(None, ge=0, le=MAX_EXPERTS)
     n_group: Count = 8
     topk_group: Count = 4
     routed_scaling_factor: float = 2.5
@@ -65,8 +65,8 @@ class LLaDA2Config(DecoderConfig):
 
     @property
     def built(self) -> dict[str, Any]:
-        # The original reads neither the router's options nor, in 2.0 and 2.1, a capacity; another value asks for
-        # another model (2.2 routes block by block).
+        # The original ignores the router's options and, in 2.0 and 2.1, the capacity; other values belong to other
+        # models (2.2 routes block by block).
         return super().built | {
             "use_bias": False,
             "use_qkv_bias": False,
@@ -82,7 +82,7 @@ class LLaDA2Config(DecoderConfig):
 
 
 class FusedAttention(nn.Module):
-    """Grouped-query attention whose queries, keys and values are one product, with norms over each head."""
+    """Grouped-query attention with a fused projection and norms over each head."""
 
     def __init__(self, config: LLaDA2Config) -> None:
         super().__init__()
@@ -108,9 +108,9 @@ class FusedAttention(nn.Module):
 
 
 class Router(nn.Module):
-    """Chooses a token's experts, of the best groups only, in float32.
+    """Chooses a token's experts within the best groups, in float32.
 
-    Its weight is of the model's type; `expert_bias` stays float32, see `LLaDA2.float32`.
+    Its weight has the model's dtype; `expert_bias` stays float32, see `LLaDA2.float32`.
     """
 
     expert_bias: Tensor
@@ -123,13 +123,13 @@ class Router(nn.Module):
         self.register_buffer("expert_bias", self.weight.new_zeros(config.num_experts))
 
     def logits(self, x: Tensor) -> Tensor:
-        """Of every expert, float32 [tokens, experts]."""
+        """Logits of all experts, float32 [tokens, experts]."""
         return F.linear(x.float(), self.weight.float())
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Experts of states [tokens, width] and their weights, float32, both [tokens, count].
+        """Expert indices of states [tokens, width] and their weights, float32, both [tokens, count].
 
-        The bias has a say in the choice, but none in the weights.
+        The bias affects the choice of experts, not their weights.
         """
         scores = self.logits(x).sigmoid()
         biased = scores + self.expert_bias
@@ -144,7 +144,7 @@ class Router(nn.Module):
 
 
 class Mixture(nn.Module):
-    """The experts of a layer, and one that all tokens share."""
+    """Routed experts of a layer, and one shared by all tokens."""
 
     def __init__(self, config: LLaDA2Config) -> None:
         super().__init__()
@@ -159,13 +159,13 @@ class Mixture(nn.Module):
 
 
 class LLaDA2Layer(Layer):
-    """A layer under this family's names."""
+    """Layer with this family's module names."""
 
     attention_name: ClassVar[str] = "attention"
 
 
 class LLaDA2(DecoderNetwork):
-    """The network."""
+    """LLaDA2 with a language model head."""
 
     Config = LLaDA2Config
     config: LLaDA2Config
@@ -176,7 +176,7 @@ class LLaDA2(DecoderNetwork):
 
     @classmethod
     def stacked(cls, config: LLaDA2Config, name: str) -> tuple[str, ...]:
-        """Experts as inclusionAI's training code holds them: one tensor for all of a layer."""
+        """Experts as stored by inclusionAI's training code: one stacked tensor per layer."""
         if found := re.fullmatch(r"(model\.layers\.\d+\.mlp\.experts)\.((?:gate|up|down)_proj)", name):
             return tuple(f"{found[1]}.{expert}.{found[2]}.weight" for expert in range(config.num_experts))
         return ()

@@ -1,11 +1,11 @@
-"""LLaDA-MoE (inclusionAI `modeling_lladamoe.py`): sees both ways, and most layers are mixtures of experts."""
+"""LLaDA-MoE (inclusionAI `modeling_lladamoe.py`): bidirectional attention, most layers mixtures of experts."""
 
 from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from server.models.config import MOST, Count
+from server.models.config import MAX_COUNT, Count
 from server.models.decoder import Attention, DecoderConfig, DecoderNetwork, GatedMLP, Layer, Projections
 from server.models.experts import SoftmaxMixture
 from server.models.layers import RMSNorm
@@ -14,12 +14,12 @@ from server.models.layers import RMSNorm
 class LLaDAMoEConfig(DecoderConfig):
     """`config.json` of a LLaDA-MoE checkpoint.
 
-    `norm_topk_prob`, `routed_scaling_factor` and `router_num_group` are not read: the original's router knows none.
+    `norm_topk_prob`, `routed_scaling_factor` and `router_num_group` are ignored, as by the original's router.
     """
 
     published: ClassVar = {"rms_norm_eps": 1e-5}
 
-    intermediate_size: int = Field(gt=0, le=MOST, validation_alias="dense_intermediate_size")
+    intermediate_size: int = Field(gt=0, le=MAX_COUNT, validation_alias="dense_intermediate_size")
     expert_intermediate_size: Count
     shared_expert_intermediate_size: Count | None = None
     num_experts: Count
@@ -53,7 +53,7 @@ class LLaDAMoEConfig(DecoderConfig):
 
 
 class MoELayer(Layer):
-    """A layer whose MLP may stand beside an expert that all tokens share."""
+    """Layer whose MLP may be accompanied by an expert that all tokens share."""
 
     def __init__(
         self, config: LLaDAMoEConfig, attention: Projections, mlp: nn.Module, shared: nn.Module | None
@@ -67,7 +67,7 @@ class MoELayer(Layer):
 
 
 class LLaDAMoE(DecoderNetwork):
-    """The network."""
+    """LLaDA-MoE with a language model head."""
 
     Config = LLaDAMoEConfig
     config: LLaDAMoEConfig
@@ -85,6 +85,6 @@ class LLaDAMoE(DecoderNetwork):
             config.expert_intermediate_size,
             config.num_experts,
             config.num_experts_per_tok,
-            biased=config.moe_router_enable_expert_bias,  # published checkpoints have none
+            biased=config.moe_router_enable_expert_bias,  # false in published checkpoints
         )
         return MoELayer(config, attention, mixture, shared)

@@ -1,4 +1,4 @@
-"""Which class builds which architecture. A new one is a file and a line here."""
+"""Registry of architectures. A new one needs its own file and an entry here."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,16 +16,16 @@ from server.models.network import Network
 
 @dataclass(frozen=True)
 class Family:
-    """An architecture that we build.
+    """A supported architecture.
 
     Attributes:
-        network: its class; `network.Config` validates `config.json`.
+        network: class of the network; `network.Config` validates `config.json`.
         model_type: the `model_type` of its configurations.
-        end_tokens: names of tokens that end a text beside those that the configuration gives.
-        experts: whether its layers are mixtures of experts.
-        mask_tokens: names of the mask token, and its published id, for checkpoints that do not say which it is; a
-            family without one has none.
-        other_types: further values of `model_type`.
+        end_tokens: names of end tokens in addition to the configuration's.
+        experts: True if layers are mixtures of experts.
+        mask_tokens: names of the mask token with its published id, for checkpoints that do not declare it; empty for a
+            family without a mask token.
+        other_types: other accepted values of `model_type`.
     """
 
     network: type[Network]
@@ -56,7 +56,7 @@ ARCHITECTURES: dict[str, Family] = {
         experts=True,
         mask_tokens=("<|mask|>",),
         mask_token_id=156895,
-        other_types=("llada2_moe_veomni",),  # as inclusionAI's training code writes it
+        other_types=("llada2_moe_veomni",),  # written by inclusionAI's training code
     ),
     "DreamModel": Family(Dream, "Dream", end_tokens=("<|im_end|>",), mask_tokens=("<|mask|>",), mask_token_id=151666),
     "SDARForCausalLM": Family(
@@ -84,11 +84,11 @@ EARLY_LLADA_MOE = {
     for name in ("LLaDAModelLM", "LLaDAMoEModel", "LLaDAMoEModelLM")
     for kind in ("llada", "lladamoe", None)
 }
-"""Names and types of configurations with experts: the first ones carry the dense model's."""
+"""Architecture names and model types of mixtures of experts: early checkpoints carry the dense model's."""
 
 
 def find_family(config: dict[str, Any]) -> tuple[str, Family]:
-    """Name and family of the architecture that a `config.json` asks for. Raises ValueError if it is not built."""
+    """Name and family of the architecture in a `config.json`. Raises ValueError if it is not supported."""
     supported = ", ".join(ARCHITECTURES)
     names, model_type = config.get("architectures"), config.get("model_type")
     if not isinstance(model_type, str | None):

@@ -1,4 +1,4 @@
-"""SDAR and TraDo (JetAstra `modeling_sdar.py`): Qwen3 that sees both ways within a block, and back."""
+"""SDAR and TraDo (JetAstra `modeling_sdar.py`): Qwen3 with block-causal attention."""
 
 from typing import Any, ClassVar
 
@@ -20,7 +20,7 @@ class SDARConfig(DecoderConfig):
     @model_validator(mode="before")
     @classmethod
     def _size_of_heads(cls, data: Any) -> Any:
-        # As of Qwen3's class: null is a share of the width, nothing at all is the published models' size.
+        # As in Qwen3's class: null derives it from the width; if missing, it is the published models' size.
         return {"head_dim": 128} | data if isinstance(data, dict) else data
 
     @property
@@ -29,13 +29,13 @@ class SDARConfig(DecoderConfig):
 
 
 class SDARLayer(Layer):
-    """A layer with this family's norms."""
+    """Layer with this family's norms."""
 
     norm: ClassVar[type[RMSNorm]] = WideRMSNorm
 
 
 class SDAR(DecoderNetwork):
-    """The network. Its original norms with a kernel that multiplies by the weight in float32."""
+    """SDAR with a language model head. The original's norm kernel multiplies by the weight in float32."""
 
     norm: ClassVar[type[RMSNorm]] = WideRMSNorm
     Config: ClassVar[type[SDARConfig]] = SDARConfig

@@ -1,4 +1,4 @@
-"""SDAR with mixtures of experts (JetAstra `modeling_sdar_moe.py`): Qwen3-MoE that sees both ways within a block."""
+"""SDAR with mixtures of experts (JetAstra `modeling_sdar_moe.py`): Qwen3-MoE with block-causal attention."""
 
 from typing import Any, ClassVar, Self
 
@@ -12,7 +12,7 @@ from server.models.families.sdar import SDAR, SDARConfig, SDARLayer
 
 
 class SDARMoEConfig(SDARConfig):
-    """`config.json` of such a checkpoint."""
+    """`config.json` of an SDAR-MoE checkpoint."""
 
     num_experts: Count
     num_experts_per_tok: Count
@@ -24,7 +24,7 @@ class SDARMoEConfig(SDARConfig):
     @model_validator(mode="before")
     @classmethod
     def _size_of_heads(cls, data: Any) -> Any:
-        return data  # Qwen3-MoE's class has no size of its own
+        return data  # Qwen3-MoE's class has no default size
 
     @model_validator(mode="after")
     def _enough_experts(self) -> Self:
@@ -35,12 +35,12 @@ class SDARMoEConfig(SDARConfig):
         return self
 
     def mixed(self, index: int) -> bool:
-        """Whether the layer of that index has experts."""
+        """True if the layer with this index has experts."""
         return index not in self.mlp_only_layers and (index + 1) % self.decoder_sparse_step == 0
 
 
 class SDARMoE(SDAR):
-    """The network."""
+    """SDAR-MoE with a language model head."""
 
     Config: ClassVar[type[SDARMoEConfig]] = SDARMoEConfig
     config: SDARMoEConfig

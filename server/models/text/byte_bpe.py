@@ -1,6 +1,6 @@
-"""Qwen2's tokenizer from the files of its slow form, which is all that Dream's checkpoints have.
+"""Qwen2's tokenizer from the files of its slow form, the only form that Dream's checkpoints have.
 
-`vocab.json` and `merges.txt` hold the byte-level pairs; `tokenizer_config.json` has the added tokens.
+`vocab.json` and `merges.txt` define the byte-level BPE; `tokenizer_config.json` has the added tokens.
 """
 
 from pathlib import Path
@@ -8,14 +8,14 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from server.models.files import MOST_TOKENIZER, ModelError, read_json, read_text
+from server.models.files import MAX_TOKENIZER, ModelError, read_json, read_text
 from server.models.text.tokenizer_settings import named_tokens
 
-MOST_IDS = 2**32
-"""The library's limit."""
+MAX_IDS = 2**32
+"""Limit of the tokenizers library."""
 
 CLASSES = ("Qwen2Tokenizer", "Qwen2TokenizerFast", "DreamTokenizer")
-"""Values of `tokenizer_class` that split text as below; the two files alone do not say."""
+"""Values of `tokenizer_class` with the pre-tokenization below, which the two files do not specify."""
 
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -26,11 +26,11 @@ SPLIT = (
     r"|\s+(?!\S)"
     r"|\s+"
 )
-"""What is never merged across: contractions, words, single digits, runs of symbols, line ends, white space."""
+"""Pieces never merged across: contractions, words, single digits, runs of symbols, line ends, white space."""
 
 
 def load_byte_bpe(folder: Path) -> Tokenizer:
-    """The tokenizer of a model folder without `tokenizer.json`. Raises ModelError."""
+    """Load the tokenizer of a model folder without `tokenizer.json`. Raises ModelError."""
     path = folder / "tokenizer_config.json"
     settings = read_json(path)
     kind = settings.get("tokenizer_class")
@@ -54,17 +54,17 @@ def load_byte_bpe(folder: Path) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     for id, token in _added(path, settings):
         tokenizer.add_tokens([token])
-        # The library numbers them itself, from the end of the vocabulary.
+        # The library assigns the ids itself, from the end of the vocabulary on.
         if tokenizer.token_to_id(token.content) != id:
             raise ModelError(
                 f"{path}: added token {token.content!r} cannot have the id {id}: ids must follow one another"
             )
-    tokenizer.post_processor = _around(tokenizer, settings)
+    tokenizer.post_processor = _post_processor(tokenizer, settings)
     return tokenizer
 
 
-def _around(tokenizer: Tokenizer, settings: dict[str, Any]) -> processors.TemplateProcessing:
-    """Puts the tokens around a text that `add_bos_token` and `add_eos_token` ask for."""
+def _post_processor(tokenizer: Tokenizer, settings: dict[str, Any]) -> processors.TemplateProcessing:
+    """Post-processor that adds the tokens requested by `add_bos_token` and `add_eos_token` to a text."""
     names = named_tokens(settings)
     bos, eos = (
         [names[f"{kind}_token"]] if settings.get(f"add_{kind}_token") and f"{kind}_token" in names else []
@@ -78,15 +78,15 @@ def _around(tokenizer: Tokenizer, settings: dict[str, Any]) -> processors.Templa
 
 
 def _vocabulary(path: Path) -> dict[str, int]:
-    found = read_json(path, MOST_TOKENIZER)
-    if not all(isinstance(id, int) and 0 <= id < MOST_IDS for id in found.values()):
-        raise ModelError(f"{path}: a token's id is no number from 0 to {MOST_IDS - 1}")
+    found = read_json(path, MAX_TOKENIZER)
+    if not all(isinstance(id, int) and 0 <= id < MAX_IDS for id in found.values()):
+        raise ModelError(f"{path}: a token's id is no number from 0 to {MAX_IDS - 1}")
     return found
 
 
 def _merges(path: Path) -> list[tuple[str, str]]:
     found = []
-    for number, line in enumerate(read_text(path, MOST_TOKENIZER).split("\n"), start=1):
+    for number, line in enumerate(read_text(path, MAX_TOKENIZER).split("\n"), start=1):
         parts = line.split()
         if not parts or (number == 1 and parts[0].startswith("#version")):
             continue
@@ -97,7 +97,7 @@ def _merges(path: Path) -> list[tuple[str, str]]:
 
 
 def _added(path: Path, settings: dict[str, Any]) -> list[tuple[int, AddedToken]]:
-    """`added_tokens_decoder`, from the lowest id to the highest."""
+    """Tokens of `added_tokens_decoder`, by ascending id."""
     flags = ("lstrip", "rstrip", "single_word", "normalized", "special")
     try:
         entries = {int(id): dict(entry) for id, entry in dict(settings.get("added_tokens_decoder", {})).items()}

@@ -1,4 +1,4 @@
-"""A model's chat template: from messages to the text that asks for the next one."""
+"""Chat template of a model: renders messages as the prompt for the next message."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -8,23 +8,23 @@ from typing import Any
 
 from jinja2 import TemplateSyntaxError
 
-from server.models.files import MOST_TEMPLATE, ModelError, is_there, read_optional_json, read_text
+from server.models.files import MAX_TEMPLATE, ModelError, is_there, read_optional_json, read_text
 from server.models.text.template_worker import TemplateLimitError, TemplateRefusedError, template_workers
 from server.models.text.tokenizer_settings import named_tokens
 
 Message = Mapping[str, Any]
-"""`role`, `content` (a text, or a list of text parts) and whatever else the template may read, as plain JSON."""
+"""`role`, `content` (a text, or a list of text parts) and any other fields the template may read, as plain JSON."""
 Part = dict[str, str]
 Form = Callable[[list[str]], str | list[Part]]
-"""Content made of texts, in one of the forms that templates read."""
+"""Function from the texts of a message to its content, in one of the forms that templates read."""
 
 
 class ChatTemplateError(ValueError):
-    """These messages cannot be made into a prompt. One line that says why."""
+    """Messages that cannot be rendered as a prompt. One line with the reason."""
 
 
 def joined(texts: list[str]) -> str:
-    """One text, a line for each part: what vLLM and llama.cpp do too."""
+    """All parts as one text, joined by line breaks, as in vLLM and llama.cpp."""
     return "\n".join(texts)
 
 
@@ -36,53 +36,53 @@ def one_part(texts: list[str]) -> list[Part]:
     return parts([joined(texts)])
 
 
-THOUGHTS = ("reasoning_content", "thinking", "reasoning")
-"""Names under which clients send what an assistant thought; templates read the first, some the second."""
+REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+"""Fields in which clients send an assistant's reasoning. Templates read the first, some the second."""
 PROBES = ["first \\ text", "second \\ text"]
-"""A list that is printed as it is, or as JSON, has two backslashes for one."""
-TURNS = {
+"""Texts to find in the prompt: a list printed as Python or JSON doubles the backslash, and so does not show them."""
+PROBE_CHATS = {
     "user": [["user"], ["system", "user"]],
     "system": [["system", "user"]],
     "assistant": [["user", "assistant", "user"], ["system", "user", "assistant", "user"]],
 }
-"""Chats in which a turn of each role is tried, in this order: some templates ask for a system message."""
+"""Chats with which each role is tried, in this order: some templates require a system message."""
 
 
-MOST_SOURCE = 1_000_000
+MAX_SOURCE = 1_000_000
 """Characters of a template; published ones have some thousands."""
-PROBING = 10.0
-"""Seconds that finding out what a template reads may take."""
+PROBING_SECONDS = 10.0
+"""Seconds that detecting the forms a template reads may take."""
 
 
 class ChatTemplate:
-    """A template, rendered in another process within limits of time and memory. Safe to use from several threads.
+    """A template, rendered in another process with limits on time and memory. Thread-safe.
 
-    Templates differ in which content they read: a text, a list of parts, or either. Which one is found out when the
-    template is loaded, by rendering small chats, since what a template does not read it leaves out without a word.
+    Templates expect content as a text, as a list of parts, or as either. The form is detected by rendering small chats
+    when the template is loaded, because a template silently omits content in other forms.
 
     Args:
-        source: the template.
-        special_tokens: what it may refer to, such as `bos_token`.
+        source: text of the template.
+        special_tokens: tokens that it may refer to, such as `bos_token`.
 
-    Raises jinja2.TemplateSyntaxError, and TemplateLimitError where even small chats take too much.
+    Raises jinja2.TemplateSyntaxError, and TemplateLimitError if even small chats exceed the limits.
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None) -> None:
-        if len(source) > MOST_SOURCE:
-            raise TemplateLimitError(f"it is longer than {MOST_SOURCE} characters")
+        if len(source) > MAX_SOURCE:
+            raise TemplateLimitError(f"it is longer than {MAX_SOURCE} characters")
         self.source = source
         self._special_tokens = dict(special_tokens or {})
         template_workers().compile(source)
-        self._probing_ends = time.monotonic() + PROBING
-        self._of_text: dict[str, Form] = dict.fromkeys(TURNS, joined)
-        self._of_parts: dict[str, Form] = dict.fromkeys(TURNS, joined)
-        for role in TURNS:
-            self._of_text[role] = self._first_that_shows(role, PROBES[:1], [joined, parts])
-            self._of_parts[role] = self._first_that_shows(role, PROBES, [parts, joined, one_part])
+        self._probing_ends = time.monotonic() + PROBING_SECONDS
+        self._of_text: dict[str, Form] = dict.fromkeys(PROBE_CHATS, joined)
+        self._of_parts: dict[str, Form] = dict.fromkeys(PROBE_CHATS, joined)
+        for role in PROBE_CHATS:
+            self._of_text[role] = self._first_visible(role, PROBES[:1], [joined, parts])
+            self._of_parts[role] = self._first_visible(role, PROBES, [parts, joined, one_part])
 
     @classmethod
     def load(cls, folder: Path, settings: dict[str, Any]) -> "ChatTemplate | None":
-        """The template of a model folder, if there is one. Raises ModelError."""
+        """Load the template of a model folder; None if it has none. Raises ModelError."""
         found = _source(folder, settings)
         if found is None:
             return None
@@ -94,12 +94,12 @@ class ChatTemplate:
         except TemplateLimitError as error:
             raise ModelError(f"{path}: chat template: {error}") from None
 
-    def in_its_form(self, message: Message) -> dict[str, Any]:
-        """A message whose content has the form that the template reads."""
+    def normalize(self, message: Message) -> dict[str, Any]:
+        """Copy of a message with its content in the form that the template reads."""
         role, content = message["role"], message.get("content")
         if content is None:
             content = ""
-        thought = next((message[name] for name in THOUGHTS if message.get(name) is not None), None)
+        thought = next((message[name] for name in REASONING_FIELDS if message.get(name) is not None), None)
         if thought is not None:
             message = {"thinking": thought, **message, "reasoning_content": thought}
         forms, texts = (
@@ -110,7 +110,7 @@ class ChatTemplate:
         return {**message, "content": forms.get(role, joined)(texts)}
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
-        """The text for messages in the template's form. Raises ChatTemplateError."""
+        """Render messages in the template's form. Raises ChatTemplateError."""
         try:
             return self._render(messages, add_generation_prompt)
         except (TemplateRefusedError, TemplateLimitError) as error:
@@ -126,13 +126,13 @@ class ChatTemplate:
         }
         return template_workers().render(self.source, variables)
 
-    def _first_that_shows(self, role: str, texts: list[str], forms: Sequence[Form]) -> Form:
-        """The first form in which texts of that role are in the prompt; where none is, that of a plain text."""
-        others: list[dict[str, Form]] = [self._of_text, dict.fromkeys(TURNS, parts)]
-        for form, turns, other in product(forms, TURNS[role], others):
+    def _first_visible(self, role: str, texts: list[str], forms: Sequence[Form]) -> Form:
+        """First form in which a role's texts appear in the prompt; a plain text if there is none."""
+        others: list[dict[str, Form]] = [self._of_text, dict.fromkeys(PROBE_CHATS, parts)]
+        for form, turns, other in product(forms, PROBE_CHATS[role], others):
             chat = [{"role": each, "content": form(texts) if each == role else other[each](["text"])} for each in turns]
             if time.monotonic() > self._probing_ends:
-                raise TemplateLimitError(f"some short chats take more than {PROBING:g} s")
+                raise TemplateLimitError(f"some short chats take more than {PROBING_SECONDS:g} s")
             try:
                 text = self._render(chat, True)
             except TemplateRefusedError:
@@ -143,11 +143,11 @@ class ChatTemplate:
 
 
 def _source(folder: Path, settings: dict[str, Any]) -> tuple[Path, str] | None:
-    """Where the template is, and its text. A file of its own comes before the tokenizer's settings."""
+    """Path and text of the template. A file of its own takes precedence over the tokenizer's settings."""
     for name in ("chat_template.jinja", "additional_chat_templates/default.jinja"):
         path = folder / name
-        if is_there(path):  # a link that leads nowhere is not one that was left out
-            return path, read_text(path, MOST_TEMPLATE)
+        if is_there(path):  # a dangling link counts as present
+            return path, read_text(path, MAX_TEMPLATE)
     for path, setting in (
         (folder / "tokenizer_config.json", settings.get("chat_template")),
         (folder / "chat_template.json", read_optional_json(folder / "chat_template.json").get("chat_template")),
@@ -159,7 +159,7 @@ def _source(folder: Path, settings: dict[str, Any]) -> tuple[Path, str] | None:
 
 
 def _default(path: Path, setting: Any) -> str | None:
-    """A text, or the one named "default" of several."""
+    """The template, or the one named "default" if there are several."""
     if isinstance(setting, list):
         try:
             setting = {entry["name"]: entry["template"] for entry in setting}.get("default")

@@ -1,4 +1,4 @@
-"""Text to tokens and back, and chats to prompts: what a checkpoint's tokenizer files say."""
+"""Encoding and decoding of text, and of chats as prompts, with a checkpoint's tokenizer files."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,12 +16,12 @@ from server.models.text.tokenizer_settings import named_tokens
 
 __all__ = ["ChatTemplateError", "TextCodec", "TextTooLongError"]
 
-FEW = 4096
-"""Tokens that are decoded with the interpreter's lock held."""
+SHORT_DECODE = 4096
+"""Largest number of tokens decoded while holding the interpreter lock."""
 
 
 class TextTooLongError(ValueError):
-    """A text is longer than asked for, which its length alone tells. `at_least`: number of its tokens."""
+    """A text whose length alone shows that it has too many tokens. `at_least`: lower bound of its number of tokens."""
 
     def __init__(self, at_least: int) -> None:
         super().__init__(f"the text has at least {at_least} tokens")
@@ -29,12 +29,12 @@ class TextTooLongError(ValueError):
 
 
 class TextCodec:
-    """A model's tokenizer and chat template. Safe to use from several threads.
+    """A model's tokenizer and chat template. Thread-safe.
 
     Args:
-        tokenizer: whose truncation and padding, if it came with any, are switched off.
-        template: the chat template, None if the model has none.
-        special_tokens: the named ones, such as `bos_token` and `mask_token`.
+        tokenizer: the tokenizer, whose truncation and padding are disabled.
+        template: chat template; None if the model has none.
+        special_tokens: named special tokens, such as `bos_token` and `mask_token`.
     """
 
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate | None, special_tokens: Mapping[str, str]) -> None:
@@ -43,18 +43,18 @@ class TextCodec:
         self._tokenizer = tokenizer
         self._template = template
         self._learn_special_tokens()
-        self._begin, self._end = _around(tokenizer)
+        self._begin, self._end = _surrounding_tokens(tokenizer)
         self._special_tokens = special_tokens
         self.vocab_size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         """One more than the highest token id."""
 
     @classmethod
     def load(cls, folder: Path) -> "TextCodec":
-        """The codec of a model folder. Raises ModelError."""
+        """Load the codec of a model folder. Raises ModelError."""
         settings = read_optional_json(folder / "special_tokens_map.json")
         own = read_optional_json(folder / "tokenizer_config.json")
         settings |= {name: value for name, value in own.items() if value is not None}
-        with library_errors(folder / "tokenizer.json"):  # some faults of one show when it is used
+        with library_errors(folder / "tokenizer.json"):  # some faults of a tokenizer only appear when it is used
             return cls(load_tokenizer(folder, settings), ChatTemplate.load(folder, settings), named_tokens(settings))
 
     def _learn_special_tokens(self) -> None:
@@ -63,9 +63,9 @@ class TextCodec:
         self._bound = TokenBound(self._tokenizer)
 
     def make_special(self, ids: Iterable[int]) -> None:
-        """Make those of these tokens special that were added to the vocabulary: the model has a use for them.
+        """Mark tokens that the model uses as special, if they were added to the vocabulary.
 
-        A word of the vocabulary stays a word.
+        Tokens of the original vocabulary stay ordinary text.
         """
         added = self._tokenizer.get_added_tokens_decoder()
         if plain := [added[id] for id in sorted(set(ids)) if id in added and not added[id].special]:
@@ -79,13 +79,13 @@ class TextCodec:
         return self._template is not None
 
     def encode(self, text: str, add_special_tokens: bool = False, most: int | None = None) -> list[int]:
-        """Token ids of a text. Special tokens written in it count as such.
+        """Encode a text. Special tokens written in it are recognised.
 
-        Half of a surrogate pair, which is no character, reads as U+FFFD.
+        Lone surrogates, which are not characters, are read as U+FFFD.
 
         Args:
-            add_special_tokens: put those around it that the tokenizer does, such as a beginning-of-sequence.
-            most: raise TextTooLongError, at once, where the text is so long that it must have more tokens.
+            add_special_tokens: add those that the tokenizer puts around a text, such as a beginning-of-sequence.
+            most: raise TextTooLongError, without encoding, if the text must have more tokens than this.
         """
         text = whole(text)
         self.check_length(text, most)
@@ -99,14 +99,14 @@ class TextCodec:
         add_special_tokens: bool = False,
         most: int | None = None,
     ) -> list[int]:
-        """Token ids that ask the model for the next message. Raises ChatTemplateError.
+        """Encode a chat as the prompt for the model's next message. Raises ChatTemplateError.
 
-        Control tokens written in messages are plain text; those that the template writes count.
+        Control tokens typed into messages are plain text; those written by the template are recognised.
 
         Args:
-            messages: role, content (a text, or a list of parts with a text) and whatever else the template may read.
-            add_special_tokens: as for texts. Templates write a beginning-of-sequence themselves.
-            most: as for texts, of what the template makes of the messages.
+            messages: role, content (a text, or a list of text parts) and any other fields the template may read.
+            add_special_tokens: as in `encode`. Templates write a beginning-of-sequence themselves.
+            most: as in `encode`, for the rendered prompt.
         """
         if self._control is None:
             raise ChatTemplateError("this model has no chat template: send a prompt to /v1/completions instead")
@@ -115,58 +115,58 @@ class TextCodec:
         return [*self._begin, *ids, *self._end] if add_special_tokens else ids
 
     def check_length(self, text: str, most: int | None) -> None:
-        """Raise TextTooLongError where the text is so long that it must have more tokens; None is no limit."""
+        """Raise TextTooLongError if the text must have more than `most` tokens; None is no limit."""
         if most is not None and (at_least := self._bound.at_least(text)) > most:
             raise TextTooLongError(at_least)
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
-        """The text of token ids; ids below 2^32 that stand for no token are left out."""
-        # Of a batch, the library lets go of the interpreter's lock; of a few tokens it is not worth a thread.
-        if len(ids) <= FEW:
+        """Text of token ids; ids below 2^32 without a token are skipped."""
+        # Decoding a batch releases the interpreter lock, which is not worth it for few tokens.
+        if len(ids) <= SHORT_DECODE:
             return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
         (text,) = self._tokenizer.decode_batch([ids], skip_special_tokens=skip_special_tokens)
         return text
 
     def token(self, id: int) -> str:
-        """The text of one token by itself, special tokens by name; part of a character reads as U+FFFD."""
+        """Text of a single token; the name of a special token; U+FFFD for part of a character."""
         return self._tokenizer.decode([id], skip_special_tokens=False)
 
     def token_name(self, id: int) -> str:
-        """A token as the vocabulary has it, empty where the id stands for none."""
+        """The token as spelled in the vocabulary; empty if the id has none."""
         return self._tokenizer.id_to_token(id) or ""
 
     def token_bytes(self, id: int) -> bytes:
-        """The bytes that a token stands for, also where they are only part of a character."""
+        """Bytes of a token, which may be part of a character."""
         return self._bytes.of(id)
 
     def is_byte(self, id: int) -> bool:
-        """Whether the token stands for a byte that reads as text only together with the bytes beside it."""
+        """True if the token is a single byte, whose text depends on the bytes beside it."""
         return self._bytes.is_byte(id)
 
     def silent(self, id: int) -> bool:
-        """Whether texts leave the token out: a special one, or an id that stands for none."""
+        """True if texts omit the token: a special token, or an id without one."""
         return self._bytes.silent(id)
 
     def boundaries(self) -> Boundaries:
-        """Tells of a growing list of tokens, silent ones left out, when its text is certain."""
+        """Detector of the points in a growing list of tokens (without silent ones) at which the text is final."""
         return Boundaries(self._bytes)
 
     def token_id(self, token: str) -> int | None:
-        """The id of the token of that name, if there is one."""
+        """Id of the token with this name; None if there is none."""
         return self._tokenizer.token_to_id(token)
 
     def special_token(self, name: str) -> str | None:
-        """The token that the tokenizer's settings give a role, such as `mask_token`, if they do."""
+        """Token with a role in the tokenizer's settings, such as `mask_token`; None if not set."""
         return self._special_tokens.get(name)
 
     def special_token_id(self, text: str) -> int | None:
-        """The id of the special token that the text is, if it is just one."""
+        """Id of a special token from its text; None if the text is not exactly one special token."""
         id = self.token_id(text)
         return id if id is not None and self._bytes.is_special(id) else None
 
 
-def _around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """Special tokens that the tokenizer puts before and after a text."""
+def _surrounding_tokens(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Special tokens that the tokenizer adds before and after a text."""
     plain = tokenizer.encode("a", add_special_tokens=False).ids
     found = tokenizer.encode("a", add_special_tokens=True)
     start = found.special_tokens_mask.index(0) if 0 in found.special_tokens_mask else len(found.ids)
@@ -174,7 +174,7 @@ def _around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
 
 
 def _whole_strings(value: Any) -> Any:
-    """A JSON value with whole characters in all its texts."""
+    """Copy of a JSON value with lone surrogates in its texts replaced."""
     if isinstance(value, str):
         return whole(value)
     if isinstance(value, Mapping):

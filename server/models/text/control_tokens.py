@@ -1,16 +1,17 @@
-"""Chats as tokens: control tokens that the template writes count, those that somebody typed are plain text.
+"""Encoding of chats: control tokens written by the template are recognised, typed ones are plain text.
 
-The tokenizer looks for control tokens everywhere, so that text typed into a message could open a turn of its own. Here
+The tokenizer finds control tokens anywhere, so that text typed into a message could open a turn of its own. Here
 
-1. control tokens typed into a message are broken by a marker that occurs nowhere else, before the template sees them,
-2. those that are whole in the rendered text are the template's: each becomes a secret name,
-3. the markers go, and a twin of the tokenizer, in which control tokens have these secret names only, reads the text.
+1. typed control tokens are broken by a marker that occurs nowhere else, before the template sees them,
+2. whole control tokens in the rendered text are therefore the template's: each is replaced by a secret name,
+3. the markers are removed, and a copy of the tokenizer, whose control tokens have only these secret names, encodes the
+   text.
 
-The twin reads all other text as the tokenizer does, across what was marked too.
+The copy encodes all other text like the tokenizer, also across removed markers.
 
-A template that edits texts, such as one that takes `/think` out of them, can make a control token of what was none. So
-where a text holds the first character of one, the chat is rendered again with every such character broken off from what
-follows, and if that has other control tokens, it is what counts.
+A template that edits texts, such as one that removes `/think`, can turn other text into a control token. So if a text
+contains the first character of one, the chat is rendered again with every such character separated from what follows;
+if that rendering has other control tokens, it is the one used.
 """
 
 import re
@@ -26,17 +27,17 @@ from server.models.text.chat_template import ChatTemplate, ChatTemplateError
 from server.models.text.encoding import PIECE, one_encoding
 
 PRIVATE = range(0xE000, 0xF900)
-"""Characters without a meaning, from which markers are taken."""
+"""Private use characters, from which markers are taken."""
 ESCAPE = re.compile(r"\\u([ef][0-9a-f]{3})")
-"""How templates that print JSON or Python's representation write one of them."""
-BESIDE = frozenset({"content", "name", "reasoning_content", "reasoning", "thinking"})
-"""Fields that a template can write right beside its own text."""
+"""Escaped form of such a character in the output of templates that print JSON or Python's representation."""
+ADJACENT_FIELDS = frozenset({"content", "name", "reasoning_content", "reasoning", "thinking"})
+"""Fields that a template can write directly next to its own text."""
 
 
 class ControlTokens:
-    """The control tokens of a tokenizer, its special ones, and how chats are read past those that were typed.
+    """Control (special) tokens of a tokenizer, and the encoding of chats that ignores typed ones.
 
-    Added tokens that are not special, such as `<think>`, are words with a token of their own, whoever writes them.
+    Added tokens that are not special, such as `<think>`, are ordinary words with their own token in any text.
     """
 
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate) -> None:
@@ -49,7 +50,7 @@ class ControlTokens:
         self._longest = max(map(len, self._control), default=0)
         self._edges = Edges(self._control)
         self._firsts = sorted({content[0] for content in self._control if len(content) > 1})
-        nonce = secrets.token_hex(8)  # nobody can type what they cannot know
+        nonce = secrets.token_hex(8)  # unpredictable, so that nobody can type it
         self._secret = {content: f"{nonce}x{i}x" for i, content in enumerate(self._control)}
         self._twin = Tokenizer(tokenizer.model)
         if tokenizer.normalizer is not None:
@@ -58,9 +59,9 @@ class ControlTokens:
             self._twin.pre_tokenizer = tokenizer.pre_tokenizer
         twins = [self._renamed(token) if token.content in self._control else token for _, token in added]
         self._twin.add_tokens(twins)
-        # The twin numbers added tokens itself, and where the vocabulary has gaps it gives some ids twice.
+        # The copy numbers added tokens itself, and assigns some ids twice if the vocabulary has gaps.
         self._by_name = {twin.content: [id] for twin, (id, _) in zip(twins, added, strict=True)}
-        # Some models know control tokens as pieces of text too, and would find them without any help.
+        # Some models have control tokens among their text pieces too, and would produce them from plain text.
         ids = {id for id, token in added if token.content in self._control}
         for content in self._control:
             if tokenizer.model.token_to_id(content) is not None:
@@ -79,25 +80,25 @@ class ControlTokens:
         add_generation_prompt: bool = True,
         check: Callable[[str], None] = lambda text: None,
     ) -> list[int]:
-        """Token ids of a chat; nothing is added to what the template writes. Raises ChatTemplateError.
+        """Encode a chat, adding nothing to what the template writes. Raises ChatTemplateError.
 
         Args:
-            check: is shown the prompt before it is made tokens, and may raise.
+            check: called with the prompt before it is encoded; may raise.
         """
-        chat = [self._template.in_its_form(message) for message in messages]
+        chat = [self._template.normalize(message) for message in messages]
         texts = list(_texts(chat))
         marker, *stand_ins = _unused([*texts, self._template.source], 1 + len(self._edges.single))
         marking = Marking(marker, dict(zip(self._edges.single, stand_ins, strict=True)))
 
-        def render(wary: bool) -> str:
-            marked = [self._mark(message, marking, wary) for message in chat]
+        def render(cautious: bool) -> str:
+            marked = [self._mark(message, marking, cautious) for message in chat]
             return self._template.render(marked, add_generation_prompt)
 
-        text = render(wary=False)
-        check(marking.removed(text))  # before the work that a text which is too long is not worth
+        text = render(cautious=False)
+        check(marking.removed(text))  # refuse a text that is too long before further work
         found = self._found(text)
         if any(first in each for each in texts for first in self._firsts):
-            other = render(wary=True)
+            other = render(cautious=True)
             proven = self._found(other)
             if [text[start:end] for start, end in found] != [other[start:end] for start, end in proven]:
                 text, found = other, proven
@@ -106,7 +107,7 @@ class ControlTokens:
 
     def _renamed(self, token: AddedToken) -> AddedToken:
         secret, normalizer = self._secret[token.content], self._twin.normalizer
-        # One that puts something in front of every text would look for the name together with it.
+        # A normalizer that prepends something to every text would search for the name with that prefix.
         kept = normalizer is None or normalizer.normalize_str(secret) == secret
         return AddedToken(
             secret,
@@ -117,15 +118,15 @@ class ControlTokens:
             special=True,
         )
 
-    def _mark(self, message: Mapping[str, Any], marking: "Marking", wary: bool) -> dict[str, Any]:
-        """The message with its control tokens broken; the wary way, with whatever one could begin with."""
+    def _mark(self, message: Mapping[str, Any], marking: "Marking", cautious: bool) -> dict[str, Any]:
+        """Message with its control tokens broken; if `cautious`, with every possible beginning of one broken."""
 
         def broken(text: str) -> str:
-            if wary:
-                return marking.broken_wherever(self._firsts, text)
+            if cautious:
+                return marking.broken_after(self._firsts, text)
             return marking.broken(text, self._found(text))
 
-        def beside(text: str) -> str:
+        def adjacent(text: str) -> str:
             return self._edges.marked(broken(text), marking.marker)
 
         def everywhere(value: Any) -> Any:
@@ -141,13 +142,13 @@ class ControlTokens:
             if name == "role":
                 return value
             if name == "content" and isinstance(value, list):
-                return [{**part, "text": beside(part["text"])} for part in value]
-            return beside(value) if name in BESIDE and isinstance(value, str) else everywhere(value)
+                return [{**part, "text": adjacent(part["text"])} for part in value]
+            return adjacent(value) if name in ADJACENT_FIELDS and isinstance(value, str) else everywhere(value)
 
         return {broken(name): field(name, value) for name, value in message.items()}
 
     def _found(self, text: str) -> list[tuple[int, int]]:
-        """Where control tokens are in a text, as the tokenizer would find them."""
+        """Positions of control tokens in a text, as the tokenizer finds them."""
         if not any(start in text for start in self._starts):
             return []
         if self._pattern is not None:
@@ -171,11 +172,11 @@ class ControlTokens:
 
 
 class Marking:
-    """How typed control tokens are broken in one chat.
+    """Replacement of typed control tokens in one chat.
 
     Args:
-        marker: goes into a token after its first character.
-        single: what stands for tokens of one character, which cannot be broken.
+        marker: character inserted after a token's first character.
+        single: stand-ins for tokens of one character, which cannot be broken.
     """
 
     def __init__(self, marker: str, single: Mapping[str, str]) -> None:
@@ -183,7 +184,7 @@ class Marking:
         self._single = single
 
     def broken(self, text: str, found: Iterable[tuple[int, int]]) -> str:
-        """A text in which the tokens at these places are broken."""
+        """Break the tokens at these positions."""
         out, last = [], 0
         for start, end in found:
             alone = self._single.get(text[start:end])
@@ -191,8 +192,8 @@ class Marking:
             last = end
         return "".join([*out, text[last:]])
 
-    def broken_wherever(self, firsts: Iterable[str], text: str) -> str:
-        """A text in which nothing that begins with one of these characters is a token, whatever becomes of it."""
+    def broken_after(self, firsts: Iterable[str], text: str) -> str:
+        """Break the text after each of these characters, so that no edit can complete a token."""
         for typed, mark in self._single.items():
             text = _replaced(text, typed, mark)
         for first in firsts:
@@ -200,14 +201,14 @@ class Marking:
         return text
 
     def removed(self, text: str) -> str:
-        """The text as it was typed."""
+        """Restore the text as it was typed."""
         for mark, typed in ((self.marker, ""), *((mark, typed) for typed, mark in self._single.items())):
             text = _replaced(text, mark, typed).replace(_escaped(mark), typed)
         return text
 
 
 class Edges:
-    """Ends of texts that a template could complete to a control token, with its own text or with another one's end."""
+    """Detection of text edges that a template could complete to a control token with adjacent text."""
 
     def __init__(self, tokens: Iterable[str]) -> None:
         self.single = [token for token in tokens if len(token) == 1]
@@ -217,7 +218,7 @@ class Edges:
         self._all = "\0".join(self._forward)
 
     def marked(self, text: str, marker: str) -> str:
-        """The text with a marker inside each end that could be part of a control token, within its white space."""
+        """Insert a marker inside each edge, within its white space, that could be part of a control token."""
         core = text.strip()
         if not core or not self._forward:
             return text
@@ -232,7 +233,7 @@ class Edges:
         )
 
     def _begins(self, sorted_tokens: list[str], text: str) -> bool:
-        """Whether an end of the text is the beginning of a longer token."""
+        """True if a suffix of the text is a proper prefix of a token."""
         for start in range(len(text)):
             end = text[start:]
             at = bisect_right(sorted_tokens, end)
@@ -242,7 +243,7 @@ class Edges:
 
 
 def _finder(tokens: Iterable[AddedToken]) -> Tokenizer:
-    """A tokenizer that knows these tokens only; id 0 is what stands between them."""
+    """Tokenizer that knows these tokens only; id 0 is the text between them."""
     finder = Tokenizer(models.WordLevel({"between": 0}, unk_token="between"))
     finder.add_special_tokens(
         [AddedToken(token.content, single_word=token.single_word, normalized=False, special=True) for token in tokens]
@@ -251,21 +252,21 @@ def _finder(tokens: Iterable[AddedToken]) -> Tokenizer:
 
 
 def _pattern(tokens: Collection[AddedToken]) -> re.Pattern[str] | None:
-    """Finds the longest of these tokens as the tokenizer does, which takes a second for some megabytes.
+    """Pattern for the longest of these tokens; the tokenizer would take a second for some megabytes.
 
-    None where only the tokenizer can tell: what it takes for a part of a word is not what Python does.
+    None if only the tokenizer can decide, because its definition of a word differs from Python's.
     """
     contents = sorted(token.content for token in tokens)
     if not contents or any(token.single_word for token in tokens):
         return None
     try:
         return re.compile(_any_of(contents))
-    except RecursionError:  # tokens that each go on where another one ends, hundreds of times
+    except RecursionError:  # hundreds of tokens that are each a prefix of the next
         return None
 
 
 def _any_of(words: list[str]) -> str:
-    """A pattern for the longest of some sorted words, in which no two ways begin alike."""
+    """Pattern for the longest of some sorted words, without alternatives that share a beginning."""
     start = "".join(a for a, b in takewhile(lambda pair: pair[0] == pair[1], zip(words[0], words[-1], strict=False)))
     ends = [word[len(start) :] for word in words]
     ways = "|".join(_any_of(list(each)) for _, each in groupby(filter(None, ends), lambda end: end[0]))
@@ -275,7 +276,7 @@ def _any_of(words: list[str]) -> str:
 
 
 def _pieces(model: Any, piece: str, without: set[int]) -> Iterator[int]:
-    """A piece's ids in a model's vocabulary that are none of these."""
+    """Ids of a piece's parts in a model's vocabulary, without the excluded ids."""
     for found in model.tokenize(piece):
         if found.id not in without:
             yield found.id
@@ -285,7 +286,7 @@ def _pieces(model: Any, piece: str, without: set[int]) -> Iterator[int]:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """All texts in a JSON value, keys too."""
+    """All texts in a JSON value, including keys."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -298,14 +299,14 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _unused(texts: Iterable[str], number: int) -> list[str]:
-    """Private characters that are nowhere in the texts, neither as such nor escaped. Raises ChatTemplateError."""
+    """Private characters that the texts contain neither directly nor escaped. Raises ChatTemplateError."""
     used: set[str] = set()
     for text in texts:
         if not text.isascii():
             for start in range(0, len(text), PIECE):
                 used.update(text[start : start + PIECE])
         if "\\u" in text:
-            # Pieces overlap, since an escape can be where two of them meet.
+            # Chunks overlap, since an escape may cross their border.
             for start in range(0, len(text), PIECE):
                 used.update(chr(int(code, 16)) for code in ESCAPE.findall(text[start : start + PIECE + 5]))
     found = [chr(code) for code in PRIVATE if chr(code) not in used][:number]
@@ -315,7 +316,7 @@ def _unused(texts: Iterable[str], number: int) -> list[str]:
 
 
 def _spans(pattern: re.Pattern[str], text: str, longest: int) -> Iterator[tuple[int, int]]:
-    """Where a pattern is in a text, looked for piece by piece. `longest`: characters that it matches at most."""
+    """Positions of a pattern, searched in chunks. `longest`: maximum length of a match, in characters."""
     at = 0
     while at < len(text):
         end = at + PIECE
@@ -328,7 +329,7 @@ def _spans(pattern: re.Pattern[str], text: str, longest: int) -> Iterator[tuple[
 
 
 def _replaced(text: str, character: str, instead: str) -> str:
-    """A text with something else for a character, replaced piece by piece."""
+    """Text with a character replaced, in chunks."""
     if character not in text:
         return text
     return "".join(text[at : at + PIECE].replace(character, instead) for at in range(0, len(text), PIECE))

@@ -1,4 +1,4 @@
-"""The tokenizers library without the interpreter's lock, and the least number of tokens that a text can be."""
+"""Encoding without holding the interpreter lock, and lower bounds of a text's number of tokens."""
 
 import json
 from collections.abc import Iterator
@@ -9,24 +9,24 @@ from tokenizers import Encoding, Tokenizer, models
 from server.models.text.token_bytes import ALPHABET
 
 UNICODE_FORMS = 4
-"""Bytes of a text for each byte of its normal form or its lower case, at most."""
+"""Maximum ratio of a text's bytes to those of its normal form or lower case."""
 CHARACTER = 4
-"""Bytes of a character at most."""
+"""Maximum bytes of a character."""
 PIECE = 1 << 16
-"""Characters that are looked at in one go, after which another thread may have its turn."""
-KEEPING = frozenset(
+"""Characters processed at a time, after which another thread may run."""
+LOSSLESS_STEPS = frozenset(
     ("ByteLevel", "Digits", "FixedLength", "Metaspace", "Punctuation", "Split", "UnicodeScripts", "Sequence")
 )
-"""Steps before the model that lose nothing of a text, unless they are told to."""
+"""Pre-tokenizers that preserve the whole text, unless configured otherwise."""
 
 
 def one_encoding(tokenizer: Tokenizer, text: str, add_special_tokens: bool = False, named: bool = False) -> Encoding:
-    """A text as tokens.
+    """Encode a text.
 
-    Of a batch, the library lets go of the interpreter's lock, which a long text would hold for a second.
+    Encoding a batch releases the interpreter lock, which a long text would hold for a second.
 
     Args:
-        named: also what each token is called and where in the text it is, which takes longer.
+        named: also compute each token's name and position, which takes longer.
     """
     encode = tokenizer.encode_batch if named else tokenizer.encode_batch_fast
     (encoding,) = encode([text], add_special_tokens=add_special_tokens)
@@ -34,14 +34,14 @@ def one_encoding(tokenizer: Tokenizer, text: str, add_special_tokens: bool = Fal
 
 
 def whole(text: str) -> str:
-    """A text with U+FFFD for halves of surrogate pairs."""
+    """Text with lone surrogates replaced by U+FFFD."""
     return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 class TokenBound:
-    """How many tokens a text has at least, by its length: no token stands for more bytes than the longest one does.
+    """Lower bound of a text's number of tokens from its length: no token has more bytes than the longest one.
 
-    Where a tokenizer can make one token of a text of any length, such as one for all that is unknown, nothing is said.
+    Returns 0 for tokenizers with a token of unlimited length, such as one for all unknown text.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -50,18 +50,18 @@ class TokenBound:
         self._loses_spaces |= any(token.lstrip or token.rstrip for token in added)
         steps = list(_steps(_state(tokenizer.pre_tokenizer)))
         byte_level = any(step["type"] == "ByteLevel" for step in [*steps, *_steps(_state(tokenizer.normalizer))])
-        keeps = all(step["type"] in KEEPING and step.get("behavior") != "Removed" for step in steps)
+        keeps = all(step["type"] in LOSSLESS_STEPS and step.get("behavior") != "Removed" for step in steps)
         self.bytes_per_token: int | None = None
         """Bytes of the text for each token, at most; None where that cannot be told."""
         if shrinks is not None and keeps and _knows_all(tokenizer.model, byte_level):
             pieces = tokenizer.get_vocab(with_added_tokens=False)
-            # Of a byte-level vocabulary, a character is a byte.
+            # In a byte-level vocabulary each character is a byte.
             longest = max((len(piece) if byte_level else len(piece.encode()) for piece in pieces), default=0)
             named = max((len(token.content.encode()) for token in added), default=0)
             self.bytes_per_token = shrinks * max(longest, named, CHARACTER)
 
     def at_least(self, text: str) -> int:
-        """Number of tokens, special ones around the text not counted; 0 where nothing can be told."""
+        """Minimum number of tokens, without special ones around the text; 0 if there is no bound."""
         if self.bytes_per_token is None:
             return 0
         if self._loses_spaces:
@@ -77,7 +77,7 @@ def _bytes(text: str) -> int:
 
 
 def _state(component: Any) -> dict[str, Any]:
-    """A part of a tokenizer as its file has it; an empty sequence where there is none."""
+    """Serialised state of a part of a tokenizer; an empty sequence if it is missing."""
     if component is None:
         return {"type": "Sequence"}
     found: dict[str, Any] = json.loads(component.__getstate__())
@@ -85,14 +85,14 @@ def _state(component: Any) -> dict[str, Any]:
 
 
 def _steps(state: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """A part's steps, those of sequences one by one."""
+    """Steps of a part, with sequences flattened."""
     yield state
     for each in state.get("pretokenizers") or state.get("normalizers") or ():
         yield from _steps(each)
 
 
 def _shrinks(normalizer: dict[str, Any]) -> tuple[int | None, bool]:
-    """Bytes for each byte that is left of them, None if a text of any length can vanish; whether spaces can."""
+    """Maximum ratio of bytes before to after a normalizer (None: unbounded), and True if it can remove spaces."""
     factor, spaces = 1, False
     for step in _steps(normalizer):
         match step["type"]:
@@ -110,7 +110,7 @@ def _shrinks(normalizer: dict[str, Any]) -> tuple[int | None, bool]:
 
 
 def _knows_all(model: Any, byte_level: bool) -> bool:
-    """Whether each character is part of a token of its own text, or one unknown token by itself."""
+    """True if every character becomes part of a token with its own text, or one unknown token by itself."""
     if getattr(model, "continuing_subword_prefix", None) or getattr(model, "end_of_word_suffix", None):
         return False
     if byte_level and isinstance(model, models.BPE | models.Unigram):

@@ -1,4 +1,4 @@
-"""The Jinja environment that Hugging Face's chat templates are written for, sandboxed."""
+"""Sandboxed Jinja environment for Hugging Face's chat templates."""
 
 import json
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 
 class GenerationTag(Extension):
-    """`{% generation %}...{% endgeneration %}`, with which training marks an assistant's text: its body."""
+    """Tag `{% generation %}...{% endgeneration %}`, which marks assistant text for training; renders its body."""
 
     tags = {"generation"}  # noqa: RUF012 - as the base class declares it
 
@@ -23,7 +23,7 @@ class GenerationTag(Extension):
 
 
 def chat_environment() -> ImmutableSandboxedEnvironment:
-    """An environment with the helpers that `apply_chat_template` gives to templates."""
+    """Environment with the helpers that `apply_chat_template` provides."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, "jinja2.ext.loopcontrols"]
     )

@@ -1,10 +1,10 @@
-"""The process in which chat templates are compiled and rendered: it may die of them, and the server does not.
+"""Process that compiles and renders chat templates, so that a runaway template cannot take the server with it.
 
-The sandbox keeps a template from what is none of its business, but not from computing for ever or filling the memory,
-which a single operation can do. Here the system's own limits stop it: this module imports nothing big, knows no model
-and serves one caller, `template_worker`, on a socket until that is closed.
+The sandbox isolates a template from other data, but does not stop it from computing for ever or filling the memory,
+which a single operation can do. The operating system's limits do. This module imports nothing large and serves one
+caller, `template_worker`, on a socket until that is closed.
 
-A call is its limits, a length and, marshalled, a template with its variables. An answer is a letter, a length, UTF-8.
+A call is its limits, a length and, marshalled, a template with its variables. A reply is a letter, a length, UTF-8.
 """
 
 import json
@@ -23,17 +23,17 @@ from jinja2 import Template, TemplateSyntaxError
 from server.models.text.jinja import chat_environment
 
 TEXT, REFUSED, SYNTAX, LIMIT = b"T", b"R", b"S", b"L"
-"""Answers: what was rendered; why the template refuses; where it is no template (JSON); which limit it hit."""
+"""Replies: rendered text; the template's refusal; a syntax error (JSON); the limit that was exceeded."""
 CALL, ANSWER = struct.Struct("!dQQQ"), struct.Struct("!cQ")
-"""What goes before a call (seconds, bytes of memory, characters of text, length) and before an answer."""
-MOST_SAID = 1000
-"""Characters of a template's own error that are told."""
-KEPT = 4
-"""Compiled templates that are kept."""
+"""Headers of a call (seconds, bytes of memory, characters of text, length) and of a reply."""
+MAX_QUOTED = 1000
+"""Characters quoted of a template's own error."""
+COMPILED_KEPT = 4
+"""Number of compiled templates kept."""
 
 
 def serve(connection: socket.socket) -> None:
-    """Answer calls until the caller is gone."""
+    """Answer calls until the caller closes the connection."""
     while (head := _read(connection, CALL.size)) is not None:
         seconds, memory, most, length = CALL.unpack(head)
         _allow(seconds, memory)
@@ -52,10 +52,10 @@ def serve(connection: socket.socket) -> None:
 
 
 def _allow(seconds: float, memory: int) -> None:
-    """Limit what comes next: processor time, of which the process dies without any code of its own, and memory.
+    """Limit memory and processor time from here on; exceeding the time limit kills the process.
 
     Args:
-        memory: bytes, beside those of the program itself.
+        memory: bytes, in addition to those of the program itself.
     """
     signal.setitimer(signal.ITIMER_PROF, seconds)
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
@@ -65,7 +65,7 @@ def _allow(seconds: float, memory: int) -> None:
 
 @cache
 def _program_size() -> int:
-    """Bytes of address space that the program had when it was first asked for."""
+    """Bytes of address space that the program had at the first call."""
     try:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[0]) * resource.getpagesize()
@@ -74,32 +74,32 @@ def _program_size() -> int:
 
 
 def _answer(source: str, variables: dict[str, Any] | None, most: int) -> tuple[bytes, str]:
-    """What a template writes, nothing where it is only to be compiled."""
+    """Kind and text of the reply: the rendered text, empty if the template is only to be compiled."""
     try:
         template = _compiled(source)
     except TemplateSyntaxError as error:
-        return SYNTAX, json.dumps({"line": error.lineno, "message": str(error.message)[:MOST_SAID]})
+        return SYNTAX, json.dumps({"line": error.lineno, "message": str(error.message)[:MAX_QUOTED]})
     except MemoryError:
         raise
-    except Exception as error:  # nested too deep for Jinja, or for Python
-        return LIMIT, f"it cannot be compiled: {_words(error)}"
+    except Exception as error:  # nested too deeply for Jinja or Python
+        return LIMIT, f"it cannot be compiled: {_summary(error)}"
     if variables is None:
         return TEXT, ""
     try:
         return _rendered(template, variables, most)
     except MemoryError:
         raise
-    except Exception as error:  # a template is a program: what it raises depends on the messages
-        return REFUSED, _words(error)
+    except Exception as error:  # a template is a program: its errors depend on the messages
+        return REFUSED, _summary(error)
 
 
-@lru_cache(KEPT)
+@lru_cache(COMPILED_KEPT)
 def _compiled(source: str) -> Template:
     return chat_environment().from_string(source)
 
 
 def _rendered(template: Template, variables: dict[str, Any], most: int) -> tuple[bytes, str]:
-    """The text, unless it grows beyond this many characters."""
+    """Rendered text, unless it exceeds this many characters."""
     pieces, length = [], 0
     for piece in template.generate(variables):
         pieces.append(piece)
@@ -107,16 +107,16 @@ def _rendered(template: Template, variables: dict[str, Any], most: int) -> tuple
         if length > most:
             return LIMIT, f"it writes more than {most} characters"
     text = "".join(pieces)
-    # A template can write half of a surrogate pair, which is no character.
+    # Templates can produce lone surrogates, which are not characters.
     return TEXT, text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _words(error: Exception) -> str:
-    return " ".join(str(error)[:MOST_SAID].split()) or type(error).__name__
+def _summary(error: Exception) -> str:
+    return " ".join(str(error)[:MAX_QUOTED].split()) or type(error).__name__
 
 
 def _read(connection: socket.socket, size: int) -> bytearray | None:
-    """So many bytes, None if the caller is gone."""
+    """Read exactly `size` bytes; None if the caller closed the connection."""
     data = bytearray(size)
     view, got = memoryview(data), 0
     while got < size:
@@ -134,7 +134,7 @@ def main() -> None:
         try:
             serve(connection)
         except OSError:
-            os._exit(0)  # the caller is gone
+            os._exit(0)  # the caller closed the connection
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Calls to the processes in which chat templates run (`template_process`), and the limits that they run under."""
+"""Calls to the processes that run chat templates (`template_process`), with the limits they run under."""
 
 import atexit
 import json
@@ -17,34 +17,34 @@ from jinja2 import TemplateSyntaxError
 from server.models.text.template_process import ANSWER, CALL, LIMIT, REFUSED, SYNTAX
 
 PROCESSES = 3
-"""Templates that run at once; the processes are started when they are needed, and stay."""
+"""Templates rendered concurrently; processes start on demand and stay."""
 SECONDS = 1.0
-"""Processor time of one call."""
+"""Processor time of a call, in seconds."""
 PATIENCE = 20.0
-"""Seconds that a call may take in all, where others keep the processors busy or the process does not get on at all."""
+"""Wall-clock time of a call, in seconds, for busy machines and stuck processes."""
 MEMORY, MEMORY_PER_BYTE = 256 << 20, 64
-"""Bytes of address space that a process may take: so many, and so many for each byte of a call."""
+"""Bytes of address space of a process: a fixed amount, and an amount per byte of the call."""
 CHARACTERS, CHARACTERS_PER_BYTE = 1_000_000, 8
-"""Characters that a template may write: so many, and so many for each byte of a call."""
+"""Characters that a template may write: a fixed number, and a number per byte of the call."""
 
-UTF8, MOST_ERROR = 4, 100_000
-"""Bytes of a character at most, and of an answer that is an error."""
+UTF8, MAX_ERROR = 4, 100_000
+"""Maximum bytes of a character, and of an error reply."""
 
 
 class TemplateRefusedError(ValueError):
-    """The template's own error."""
+    """An error raised by the template."""
 
 
 class TemplateLimitError(ValueError):
-    """The template takes more time, memory or text than it may. Says which."""
+    """The template exceeded the limit on time, memory or text that the message names."""
 
 
 class _KilledError(TemplateLimitError):
-    """The process ended in the midst of a call, not by a limit of its own."""
+    """The process ended within a call, but not by exceeding a limit."""
 
 
 class _Process:
-    """One process and the connection to it."""
+    """A template process with its connection."""
 
     def __init__(self) -> None:
         program = (
@@ -59,7 +59,7 @@ class _Process:
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
-                    # Keys may be in the environment, and a template has no use for any of it.
+                    # The environment may contain keys, and templates need none of it.
                     env={name: value for name, value in os.environ.items() if not name.upper().startswith("UNMASK_")},
                     start_new_session=True,  # a terminal's Ctrl-C is for the server
                 )
@@ -68,7 +68,7 @@ class _Process:
                 raise
 
     def call(self, limits: tuple[float, int, int], payload: bytes) -> tuple[bytes, str]:
-        """Kind and text of the answer. Raises TemplateLimitError; then the process is of no use any more.
+        """Kind and text of the reply. Raises TemplateLimitError, after which the process is unusable.
 
         Args:
             limits: seconds, bytes of memory, characters of text.
@@ -78,7 +78,7 @@ class _Process:
             self._connection.sendall(CALL.pack(*limits, len(payload)))
             self._connection.sendall(payload)
             kind, size = ANSWER.unpack(self._read(ANSWER.size))
-            if size > MOST_ERROR + UTF8 * limits[2]:
+            if size > MAX_ERROR + UTF8 * limits[2]:
                 raise TemplateLimitError("its answer is too long")
             return kind, self._read(size).decode("utf-8")
         except TimeoutError:
@@ -113,10 +113,10 @@ class _Process:
 
 
 class TemplateWorkers:
-    """At most so many processes, each for one call at a time. Safe to use from several threads.
+    """Pool of processes, each with one call at a time. Thread-safe.
 
     Args:
-        most: number of processes.
+        most: maximum number of processes.
     """
 
     def __init__(self, most: int = PROCESSES) -> None:
@@ -126,11 +126,11 @@ class TemplateWorkers:
         self._all: set[_Process] = set()
 
     def compile(self, source: str) -> None:
-        """See that a template compiles. Raises jinja2.TemplateSyntaxError, TemplateLimitError."""
+        """Check that a template compiles. Raises jinja2.TemplateSyntaxError, TemplateLimitError."""
         self._call(source, None)
 
     def render(self, source: str, variables: Mapping[str, Any]) -> str:
-        """What a template writes. Raises TemplateRefusedError too.
+        """Render a template. Raises TemplateRefusedError, TemplateLimitError.
 
         Args:
             variables: plain JSON.
@@ -139,12 +139,12 @@ class TemplateWorkers:
 
     @property
     def pids(self) -> list[int]:
-        """The processes that there are."""
+        """Ids of the running processes."""
         with self._lock:
             return sorted(process.pid for process in self._all)
 
     def end(self) -> None:
-        """End those processes that do nothing just now."""
+        """End all idle processes."""
         with self._lock:
             idle, self._idle = self._idle, []
             self._all -= set(idle)
@@ -159,7 +159,7 @@ class TemplateWorkers:
         with self._free:
             try:
                 kind, text = self._ask(limits, payload)
-            except _KilledError:  # perhaps by somebody else, who is done now: the template gets one more chance
+            except _KilledError:  # retry once: the process may have been killed by something else
                 kind, text = self._ask(limits, payload)
         if kind == SYNTAX:
             found = json.loads(text)
@@ -171,23 +171,23 @@ class TemplateWorkers:
         return text
 
     def _ask(self, limits: tuple[float, int, int], payload: bytes) -> tuple[bytes, str]:
-        process = self._take()
+        process = self._acquire()
         try:
             kind, text = process.call(limits, payload)
         except BaseException:
-            self._drop(process)
+            self._discard(process)
             raise
-        if kind == LIMIT:  # what it took may not all have come back
-            self._drop(process)
+        if kind == LIMIT:  # the process may not have released all memory
+            self._discard(process)
         else:
-            self._give_back(process)
+            self._release(process)
         return kind, text
 
-    def _take(self) -> _Process:
+    def _acquire(self) -> _Process:
         while idle := self._next_idle():
             if idle.alive:
                 return idle
-            self._drop(idle)  # killed by somebody else, such as a system that ran out of memory
+            self._discard(idle)  # killed from outside, e.g. when the system was out of memory
         process = _Process()
         with self._lock:
             self._all.add(process)
@@ -197,11 +197,11 @@ class TemplateWorkers:
         with self._lock:
             return self._idle.pop() if self._idle else None
 
-    def _give_back(self, process: _Process) -> None:
+    def _release(self, process: _Process) -> None:
         with self._lock:
             self._idle.append(process)
 
-    def _drop(self, process: _Process) -> None:
+    def _discard(self, process: _Process) -> None:
         with self._lock:
             self._all.discard(process)
         process.end()
@@ -211,7 +211,7 @@ _workers: TemplateWorkers | None = None
 
 
 def template_workers() -> TemplateWorkers:
-    """Those of this process, for all its templates."""
+    """The pool of this process, shared by all templates."""
     global _workers
     if _workers is None:
         _workers = TemplateWorkers()
@@ -219,7 +219,7 @@ def template_workers() -> TemplateWorkers:
 
 
 def _forget() -> None:
-    """A forked process leaves the connections to those that have them."""
+    """Drop the connections in a forked child: they belong to the parent."""
     global _workers
     _workers = None
 

@@ -1,4 +1,4 @@
-"""Single tokens in a text: their bytes, and after which of them the text before can no longer change."""
+"""Bytes of single tokens, and the tokens after which the text so far is final."""
 
 import codecs
 import json
@@ -9,11 +9,11 @@ from typing import Any
 from tokenizers import Tokenizer
 
 BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-"""Name of a token that stands for one byte."""
+"""Name of a byte token."""
 
 
 def _alphabet() -> dict[str, int]:
-    """The byte for each character of byte-level tokens."""
+    """Byte of each character in byte-level tokens."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(0x100) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
@@ -23,7 +23,7 @@ ALPHABET = _alphabet()
 
 
 class TokenBytes:
-    """What a tokenizer's decoder makes of single tokens."""
+    """Effect of a tokenizer's decoder on single tokens."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         decoder = tokenizer.decoder
@@ -40,15 +40,15 @@ class TokenBytes:
         return id in self._special
 
     def silent(self, id: int) -> bool:
-        """Whether a token is left out of texts: a special one, or none at all."""
+        """True if texts omit the token: a special token, or an id without one."""
         return id in self._special or self._tokenizer.id_to_token(id) is None
 
     def is_byte(self, id: int) -> bool:
-        """Whether a token stands for a byte, which reads as text together with the bytes beside it."""
+        """True if the token is a single byte, whose text depends on the bytes beside it."""
         return self.byte_fallback and BYTE.fullmatch(self._tokenizer.id_to_token(id) or "") is not None
 
     def of(self, id: int) -> bytes:
-        """The bytes that a token stands for."""
+        """Bytes of a token."""
         token = self._tokenizer.id_to_token(id) or ""
         if self.byte_level and all(character in ALPHABET for character in token):
             return bytes(ALPHABET[character] for character in token)
@@ -60,7 +60,7 @@ class TokenBytes:
 
 
 class Boundaries:
-    """Follows the tokens of a text. After each, says whether all text so far is certain, whatever comes next."""
+    """Follows the tokens of a text and reports after each if the text so far is final, whatever comes next."""
 
     def __init__(self, tokens: TokenBytes) -> None:
         self._tokens = tokens
@@ -72,12 +72,12 @@ class Boundaries:
         if self._tokens.byte_level:
             self._characters.decode(self._tokens.of(id))
             return not self._characters.getstate()[0]
-        # A run of bytes is text only if all of them are characters, so that it ends with the first other token.
+        # Adjacent byte tokens decode together, and only if all are valid, so that another token ends the uncertainty.
         return not self._tokens.is_byte(id)
 
 
 def _steps(decoder: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The steps of a decoder, those of sequences one by one."""
+    """Steps of a decoder, with sequences flattened."""
     if decoder["type"] == "Sequence":
         for each in decoder["decoders"]:
             yield from _steps(each)
@@ -86,12 +86,12 @@ def _steps(decoder: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _local(steps: list[dict[str, Any]]) -> bool:
-    """Whether no step changes text across tokens. Once they are one text, only steps that read characters are such."""
+    """True if no step changes text across tokens. After `Fuse`, only steps on single characters qualify."""
     fused = False
     for i, step in enumerate(steps):
         kind = step["type"]
         if kind == "ByteLevel" and i:
-            return False  # it reads bytes of what steps before it made
+            return False  # it reads bytes produced by the steps before it
         one_character = kind == "Replace" and len(step["pattern"].get("String", "")) == 1
         if fused and kind not in ("Fuse", "Strip", "Metaspace") and not one_character:
             return False

@@ -1,13 +1,13 @@
-"""Which tokens have a part to play by a tokenizer's settings."""
+"""Special tokens in a tokenizer's settings."""
 
 from collections.abc import Iterable
 from typing import Any
 
 
 def named_tokens(settings: dict[str, Any]) -> dict[str, str]:
-    """The `..._token` entries of the tokenizer's settings, written as strings or as objects with `content`.
+    """Tokens of the settings' `..._token` entries, which are strings or objects with `content`.
 
-    Some are in `extra_special_tokens`, where transformers 5 keeps those that a model has beside the usual ones.
+    Includes `extra_special_tokens`, where transformers 5 keeps a model's additional ones.
     """
     own = settings.get("extra_special_tokens")
     found = {}
@@ -19,7 +19,7 @@ def named_tokens(settings: dict[str, Any]) -> dict[str, str]:
 
 
 def flagged_tokens(settings: dict[str, Any]) -> set[str]:
-    """Tokens that have a name of the model's own, or are special by `added_tokens_decoder`."""
+    """Tokens with a model-specific name, or flagged as special in `added_tokens_decoder`."""
     own, decoder = settings.get("extra_special_tokens"), settings.get("added_tokens_decoder")
     entries = [
         entry.get("content")
@@ -30,7 +30,7 @@ def flagged_tokens(settings: dict[str, Any]) -> set[str]:
 
 
 def listed_tokens(settings: dict[str, Any]) -> set[str]:
-    """Tokens in lists of special ones."""
+    """Tokens in lists of special tokens."""
     lists = [settings.get(name) for name in ("additional_special_tokens", "extra_special_tokens")]
     return _texts(entry for each in lists if isinstance(each, list) for entry in each)
 

@@ -1,4 +1,4 @@
-"""What the steps of a tokenizer around its model may make of a text: a bound on each, before the first text is read."""
+"""Bounds on the expansion of a text by a tokenizer's steps around its model, checked before any text is encoded."""
 
 import json
 import math
@@ -11,56 +11,56 @@ from tokenizers import Tokenizer
 
 from server.models.files import ModelError
 
-MOST_GROWTH = 256
-"""Characters that the steps before a tokenizer's model, or those after it, may make of one. The usual ones make 3."""
-MOST_AROUND = 1024
-"""Tokens that may be put around a text. Usual are 2."""
-MOST_STEPS = 64
-"""Steps of one kind. Usual are up to 10."""
-MOST_STATE = 8 << 20
-"""Characters that say what the steps of one kind do. Tables of characters have up to half a million."""
-MOST_ADDED = 65_536
-"""Tokens added to the vocabulary. Models of text have up to some thousands; those of pictures have more of them."""
+MAX_GROWTH = 256
+"""Characters that the steps before a tokenizer's model, or after it, may make of one. Usual: up to 3."""
+MAX_AROUND = 1024
+"""Tokens that may be added around a text. Usual: 2."""
+MAX_STEPS = 64
+"""Steps of one kind. Usual: up to 10."""
+MAX_STATE = 8 << 20
+"""Characters of the description of the steps of one kind. Character maps have up to half a million."""
+MAX_ADDED = 65_536
+"""Tokens added to the vocabulary. Text models have up to some thousands, multimodal models more."""
 
 LISTS = ("normalizers", "pretokenizers", "processors", "decoders")
 GROWTH = {"ByteLevel": 5, "NFKC": 18, "NFKD": 18, "NFC": 3, "NFD": 4, "Lowercase": 2, "BertNormalizer": 12}
-"""Characters that a step makes of one, where that is not told by its settings: of a byte, of a ligature, and so on.
+"""Maximum characters that a step makes of one, where its settings do not tell: of a byte, of a ligature, and so on.
 
-`ByteLevel` may put a space in front of each piece.
+`ByteLevel` may also put a space in front of each piece.
 """
 BEFORE, AFTER = ("normalizer", "pre_tokenizer"), "decoder"
 
 
 def check_steps(tokenizer: Tokenizer, path: Path) -> None:
-    """Raise ModelError for a tokenizer whose steps make very much of a text, which this does not try."""
+    """Raise ModelError for a tokenizer whose steps could expand a text too much. Does not run them."""
     steps = {kind: _steps(tokenizer, kind, path) for kind in (*BEFORE, "post_processor", AFTER)}
     for kinds in (BEFORE, (AFTER,)):
         growth = math.prod(_growth(step) for kind in kinds for step in steps[kind])
-        if growth > MOST_GROWTH:
+        if growth > MAX_GROWTH:
             of = " and ".join(kind.replace("_", "-") for kind in kinds if steps[kind])
-            raise ModelError(f"{path}: its {of} may make {growth} characters of one, more than {MOST_GROWTH}")
+            raise ModelError(f"{path}: its {of} may make {growth} characters of one, more than {MAX_GROWTH}")
     around, times = 0, 1
     for step in steps["post_processor"]:
-        more, again = _around(step)
+        more, again = _surrounding_tokens(step)
         around, times = around * again + more, times * again
     if times > 1:
         raise ModelError(f"{path}: its post-processor repeats the text")
-    if around > MOST_AROUND:
-        raise ModelError(f"{path}: its post-processor puts {around} tokens around a text, more than {MOST_AROUND}")
-    if (added := len(tokenizer.get_added_tokens_decoder())) > MOST_ADDED:
-        raise ModelError(f"{path}: it adds {added} tokens to its vocabulary, more than {MOST_ADDED}")
+    if around > MAX_AROUND:
+        raise ModelError(f"{path}: its post-processor puts {around} tokens around a text, more than {MAX_AROUND}")
+    if (added := len(tokenizer.get_added_tokens_decoder())) > MAX_ADDED:
+        raise ModelError(f"{path}: it adds {added} tokens to its vocabulary, more than {MAX_ADDED}")
 
 
 def _steps(tokenizer: Tokenizer, kind: str, path: Path) -> list[dict[str, Any]]:
-    """The single steps of a kind, in order. Raises ModelError."""
+    """Steps of a kind, flattened, in order. Raises ModelError."""
     if getattr(tokenizer, kind) is None:
         return []
     state = getattr(tokenizer, kind).__getstate__()
-    if len(state) > MOST_STATE:
-        raise ModelError(f"{path}: its {kind.replace('_', '-')} has more than {MOST_STATE} characters")
+    if len(state) > MAX_STATE:
+        raise ModelError(f"{path}: its {kind.replace('_', '-')} has more than {MAX_STATE} characters")
     steps = list(_flat(json.loads(state)))
-    if len(steps) > MOST_STEPS:
-        raise ModelError(f"{path}: its {kind.replace('_', '-')} has {len(steps)} steps, more than {MOST_STEPS}")
+    if len(steps) > MAX_STEPS:
+        raise ModelError(f"{path}: its {kind.replace('_', '-')} has {len(steps)} steps, more than {MAX_STEPS}")
     return steps
 
 
@@ -74,10 +74,10 @@ def _flat(step: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _growth(step: dict[str, Any]) -> int:
-    """Characters that a step may make of one."""
+    """Maximum number of characters that a step makes of one."""
     kind = step["type"]
     if kind == "Replace":
-        # A text is found where it is; a pattern may be found between all characters too.
+        # A literal text matches itself only; a regular expression may match between all characters too.
         found = len(step["pattern"].get("String", ""))
         return math.ceil(len(step["content"]) / found) or 1 if found else 1 + len(step["content"])
     if kind in ("Prepend", "Metaspace"):
@@ -88,12 +88,12 @@ def _growth(step: dict[str, Any]) -> int:
 
 
 def _longest(table: bytes) -> int:
-    """Bytes of the longest text in a table of replacements: the length of its index, that, texts that end with 0."""
+    """Bytes of the longest replacement in a map, whose format is: length of the index, index, texts ending in 0."""
     return max(map(len, table[4 + int.from_bytes(table[:4], "little") :].split(b"\0")), default=1) or 1
 
 
-def _around(step: dict[str, Any]) -> tuple[int, int]:
-    """How many tokens a post-processor puts around a text, and how often the text is there."""
+def _surrounding_tokens(step: dict[str, Any]) -> tuple[int, int]:
+    """Number of tokens that a post-processor adds to a text, and how often it includes the text."""
     if step["type"] != "TemplateProcessing":
         return 2, 1  # or none
     ids = {name: len(token["ids"]) for name, token in step["special_tokens"].items()}

@@ -15,11 +15,11 @@ import torch
 from server.backends.loading import _check_all_files, build_network, load_model
 from server.models.checkpoint.special_tokens import CONFIG, GENERATION
 from server.models.checkpoint.weights import SINGLE
-from server.models.config import MOST, MOST_LAYERS
-from server.models.files import MOST_JSON, MOST_TOKENIZER, ModelError
+from server.models.config import MAX_COUNT, MAX_LAYERS
+from server.models.files import MAX_JSON, MAX_TOKENIZER, ModelError
 from server.models.text import tokenizer_steps
 from server.models.text.tokenizer_files import load_tokenizer
-from server.models.text.tokenizer_steps import MOST_STATE
+from server.models.text.tokenizer_steps import MAX_STATE
 from tests.backends.test_loading import edit_json, shard
 from tests.decoders import FAST_DLLM, SDAR, SDAR_MOE, write_decoder
 from tests.tiny import write_tiny_model
@@ -136,7 +136,7 @@ def test_nothing_but_files_is_handed_to_vllm(tmp_path: Path) -> None:
         (b'{"d_model": 1' + b"0" * 5000 + b"}", "not a JSON file: Exceeds the limit"),
         (b'{"architectures": ["' + b"x" * 100_000 + b'"]}', "is not supported"),
         (b'{"architectures": ["a\\u2028\\u0007\\nb"]}', "is not supported"),
-        (b"[" + b" " * MOST_JSON + b"]", f"more than {MOST_JSON} bytes"),
+        (b"[" + b" " * MAX_JSON + b"]", f"more than {MAX_JSON} bytes"),
     ],
 )
 def test_configurations_that_are_too_much_to_read(tmp_path: Path, content: bytes, said: str) -> None:
@@ -200,8 +200,8 @@ def built(*args: Any, **kwargs: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "changes", "said"),
     [
-        ("LLaDA", {"n_layers": MOST_LAYERS + 1}, f"n_layers: Input should be less than or equal to {MOST_LAYERS}"),
-        ("LLaDA", {"d_model": 6 * 10**12}, f"d_model: Input should be less than or equal to {MOST}"),
+        ("LLaDA", {"n_layers": MAX_LAYERS + 1}, f"n_layers: Input should be less than or equal to {MAX_LAYERS}"),
+        ("LLaDA", {"d_model": 6 * 10**12}, f"d_model: Input should be less than or equal to {MAX_COUNT}"),
         ("LLaDA", {"rope_theta": 1e400}, "rope_theta: "),
         ("LLaDA2", {"num_hidden_layers": 900, "num_experts": 32}, "num_experts = 32 in each of num_hidden_layers"),
         ("LLaDA2", {"num_shared_experts": 10**12}, "num_shared_experts: "),
@@ -285,7 +285,7 @@ SPLIT = {"type": "Digits", "individual_digits": True}
         ({"post_processor": around(*[1] * 2000)}, "puts 2000 tokens around a text"),
         ({"post_processor": around(texts=2)}, "repeats the text"),
         ({"post_processor": {"type": "Sequence", "processors": [around(600), around(500)]}}, "puts 1100 tokens"),
-        ({"normalizer": {"type": "Prepend", "prepend": "x" * (MOST_STATE + 1)}}, "its normalizer has more than"),
+        ({"normalizer": {"type": "Prepend", "prepend": "x" * (MAX_STATE + 1)}}, "its normalizer has more than"),
         ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [BYTES] * 30}}, f"may make {5**30} characters"),
         ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "ByteLevel"}] * 30}}, f"may make {5**31} char"),
         ({"normalizer": {"type": "Sequence", "normalizers": [PATTERN] * 30}}, f"may make {5 * 2**30} characters"),
@@ -308,7 +308,7 @@ def test_tokenizers_that_make_much_of_a_text_do_not_read_one(
 
 def test_a_tokenizer_with_very_many_added_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_tiny_model(tmp_path / "m")
-    monkeypatch.setattr(tokenizer_steps, "MOST_ADDED", 3)
+    monkeypatch.setattr(tokenizer_steps, "MAX_ADDED", 3)
     edited(folder / "tokenizer.json", added_tokens=[token(1000 + i) | {"content": f"<q{i}>"} for i in range(4)])
     with pytest.raises(ModelError, match="it adds 4 tokens to its vocabulary, more than 3"):
         load_tokenizer(folder, {})
@@ -316,8 +316,8 @@ def test_a_tokenizer_with_very_many_added_tokens(tmp_path: Path, monkeypatch: py
 
 def test_a_tokenizer_that_is_too_large(tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path / "m")
-    os.truncate(folder / "tokenizer.json", MOST_TOKENIZER + 1)
-    assert f"more than {MOST_TOKENIZER} bytes" in line_of(folder)
+    os.truncate(folder / "tokenizer.json", MAX_TOKENIZER + 1)
+    assert f"more than {MAX_TOKENIZER} bytes" in line_of(folder)
 
 
 def test_ids_of_a_slow_tokenizer_that_no_library_can_count(tmp_path: Path) -> None:

@@ -310,7 +310,7 @@ def test_a_file_of_many_tensors_is_opened_few_times(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(weights, "_open", watched)
     load_model(str(folder), device="cpu")
     assert len(load_file(folder / WEIGHTS)) > 400
-    assert len(opened) <= 2 + weights.PORTIONS
+    assert len(opened) <= 2 + weights.REOPENINGS
 
 
 PUBLISHED = {

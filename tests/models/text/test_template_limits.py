@@ -85,7 +85,7 @@ def test_what_python_itself_refuses_is_an_error_of_the_template(source: str) -> 
 
 
 def test_many_slow_probes_take_too_long_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat_template, "PROBING", -1)
+    monkeypatch.setattr(chat_template, "PROBING_SECONDS", -1)
     with pytest.raises(TemplateLimitError, match="short chats"):
         ChatTemplate(ECHO)
 
@@ -139,9 +139,9 @@ def test_processes_stay_as_long_as_they_answer(workers: TemplateWorkers) -> None
     for _ in range(5):
         workers.render("a", {})
     assert workers.pids == [first]
-    both = [workers._take(), workers._take()]
+    both = [workers._acquire(), workers._acquire()]
     for process in both:
-        workers._give_back(process)
+        workers._release(process)
         os.kill(process.pid, signal.SIGKILL)
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
     assert workers.render("a", {}) == "a", "another one"
@@ -172,14 +172,14 @@ def test_a_process_that_does_not_get_on_is_given_up(workers: TemplateWorkers, mo
 
 def test_an_answer_without_end_is_not_read(workers: TemplateWorkers) -> None:
     assert workers.render("a", {}) == "a"
-    process = workers._take()
+    process = workers._acquire()
     ours, theirs = socket.socketpair()
     process._connection.close()
     process._connection = ours
     theirs.sendall(ANSWER.pack(TEXT, 1 << 40))
     with theirs, pytest.raises(TemplateLimitError, match="too long"):
         process.call((1, 1, 1), b"")
-    workers._drop(process)
+    workers._discard(process)
 
 
 def test_it_has_no_keys_and_ends_with_its_server(monkeypatch: pytest.MonkeyPatch) -> None:
