@@ -142,6 +142,7 @@ class GemmaFamily(Family):
             memory.content.self_conditioning = first, backend.network.self_conditioning(said, NOTHING)  # type: ignore[attr-defined]
         return fed_logits(backend, [canvas], [ForwardSpan(0, length, memory, length, draft=first)])[0][first:]
 
+    @torch.inference_mode()
     def _generate(self, case: dict[str, Any]) -> None:
         """Canvases fed and drafted in every step, the texts, and the number of forwards."""
         params = case["params"]
@@ -187,8 +188,7 @@ class GemmaFamily(Family):
         """One canvas of every row, each step for those that have not finished it."""
         length = self.cases["canvas_length"]
         first = torch.randint(0, backend.info.vocab_size, (backend.batch, length), generator=backend.stream)
-        with torch.inference_mode():
-            fed_logits(backend, [each.row.canvas for each in everyone], [each.row.unencoded() for each in everyone])
+        fed_logits(backend, [each.row.canvas for each in everyone], [each.row.unencoded() for each in everyone])
         blocks = [each.row.block for each in everyone]
         for each, noise in zip(everyone, first, strict=True):
             each.row.canvas.generated[each.row.candidates()] = noise

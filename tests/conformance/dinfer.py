@@ -59,6 +59,7 @@ class InferFamily(Family):
         for case in self.cases["cases"]:
             yield case["name"], lambda case=case: self._generate(case)  # type: ignore[misc]
 
+    @torch.inference_mode()
     def _generate(self, case: dict[str, Any]) -> None:
         predict = self.backend().predict
         check_cache(self.backend(), CACHES[case["cache"]])

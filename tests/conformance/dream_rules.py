@@ -31,6 +31,7 @@ DEFAULTS: dict[str, Any] = {
     **{"temperature": 1.0, "top_p": 1.0, "top_k": 50},
 }
 BOUNDED = "confidence_threshold"
+INTEGER = StateSpec(0, torch.int64)
 
 
 @dataclass(eq=False)
@@ -248,7 +249,7 @@ class BoundedThreshold(Threshold):
 
     sees_region = True
     # What a step may commit beside what those before left, and the steps there are: 0 before the first one.
-    state = {name: StateSpec(0, torch.int64) for name in ("number", "left", "steps")}
+    state = {"number": INTEGER, "left": INTEGER, "steps": INTEGER}
 
     class Params(ScheduledParams):
         threshold: float
