@@ -4,7 +4,7 @@ Random numbers from one global stream, drawn for more positions than are decided
 may be nothing; ties that fall as torch.topk has it; a threshold with a bound on what it may commit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -249,7 +249,7 @@ class BoundedThreshold(Threshold):
 
     sees_region = True
     # What a step may commit beside what those before left, and the steps there are: 0 before the first one.
-    state = {"number": INTEGER, "left": INTEGER, "steps": INTEGER}
+    state: Mapping[str, StateSpec] = {"number": INTEGER, "left": INTEGER, "steps": INTEGER}
 
     class Params(ScheduledParams):
         threshold: float
