@@ -129,7 +129,6 @@ class Family:
         return Original(
             partial(fed_logits, backend),
             backend.info.vocab_size,
-            params["mask_id"],
             *self._ends(params),
             params,
             stream_of(case["manual_seed"]),

@@ -103,7 +103,7 @@ class Original:
 
     Attributes:
         logits, vocabulary: our model.
-        mask_id, eos_id, eot_id: special tokens.
+        eos_id, eot_id: special tokens.
         params: the original's keyword arguments.
         stream: its random numbers; None where it needs none.
         draw_type: of the numbers that stand in for confidences when positions are chosen at random.
@@ -113,7 +113,6 @@ class Original:
 
     logits: Logits
     vocabulary: int
-    mask_id: int
     eos_id: int
     eot_id: int
     params: dict[str, Any]
