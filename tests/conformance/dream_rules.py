@@ -66,7 +66,7 @@ class Draws:
         backend: our model.
         params: the original's keyword arguments, all of `DEFAULTS` among them.
         stream: its random numbers; None where it needs none.
-        length: of its canvases, padding included.
+        length, mask_id: of its canvases, padding included.
         limit: forwards after which a block keeps what masks it has; None for no limit.
         rows: all of its batch, in order.
         uniform: what decides whether a position is unmasked at random, [rows that run, longest region].

@@ -1,7 +1,7 @@
 """Fast-dLLM v2's `generate`, for one prompt, and `batch_sample`, in which the rows of a batch wait for each other."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from samplers.forward.span import ForwardSpan, KVSlot
 from samplers.forward.summary import summarise
 from samplers.loop.event import StepEvent
 from samplers.loop.row import Row
-from samplers.loop.run import run as steps_of
+from samplers.loop.run import run as run_loop
 from server.backends.torch.backend import TorchBackend
 from tests.conformance.blocks import Drawer, block_causal, cached_prefix, parameters, within_range
 from tests.conformance.forwards import Tensors, compare, given
@@ -86,7 +86,7 @@ class Run:
     _taking: Sequence[SmallBlockRow] = ()
 
     def __post_init__(self) -> None:
-        self._steps = steps_of(lambda: self._taking, self._predict)
+        self._next = self.steps(lambda: self._taking)
 
     def note(self, canvases: list[Tokens], stores: bool) -> None:
         self.canvases.append(canvases)
@@ -99,14 +99,22 @@ class Run:
         return [event for row in rows for event in self._step([row])]
 
     def _step(self, rows: Sequence[SmallBlockRow]) -> list[StepEvent]:
-        if not rows:
-            return []
         self._taking = rows
-        events = [event for _, event in next(self._steps)]
-        for event in events:
-            if event.error is not None:
-                raise event.error
-        return events
+        return next(self._next) if rows else []
+
+    def steps(self, rows: Callable[[], Sequence[SmallBlockRow]]) -> Iterator[list[StepEvent]]:
+        """Steps of our loop, each of the rows that are named for it."""
+
+        def taking() -> Sequence[SmallBlockRow]:
+            self._taking = rows()
+            return self._taking
+
+        for turn in run_loop(taking, self._predict):
+            events = [event for _, event in turn]
+            for event in events:
+                if event.error is not None:
+                    raise event.error
+            yield events
 
     def _predict(self, query: Query) -> Prediction:
         return self.backend.predict(query) if self._plain() else self._quirky(query, self._taking[0])
@@ -180,14 +188,20 @@ def generate(run: Run, case: dict[str, Any], params: dict[str, Any], cache: Cach
     size = params["block_size"]
     new = params["max_new_tokens"]
     blocks = (params["max_length"] - len(prompt) if new is None else new) // size
-    ends = {"end_ids": frozenset({params["stop_token"]}), "fill_after_end": False}
+    ends: dict[str, Any] = {"end_ids": frozenset({params["stop_token"]}), "fill_after_end": False}
     row = row_of(prompt, (len(prompt) // size + blocks) * size + 1, params, cache, run, **ends)
     if len(prompt) > size and len(prompt) % size:
         run.note([prompt], True)  # the prompt's whole blocks: with us part of the next forward
-    while not row.finished:
+
+    def running() -> list[SmallBlockRow]:
+        """The row, until it has finished."""
+        if row.finished:
+            return []
         opens = row.opens_block()
         run.note([row.shown(row.place if opens else (row.place // size + 1) * size)], opens)
-        run.forward([row])
+        return [row]
+
+    list(run.steps(running))
     return [row.shown(len(prompt) + row.completion_tokens)]
 
 
