@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from samplers import Canvas, Layout, Sampler, TokenChoice, get_sampler
+from samplers import AttentionPattern, Canvas, Layout, Sampler, TokenChoice, TokenChoices, get_sampler
 from samplers.forward.prediction import Prediction
 from samplers.forward.query import Query
 from samplers.forward.statistics import StatisticsRequest
@@ -108,7 +108,7 @@ def strategy(args: dict[str, Any], quota: dict[str, int]) -> tuple[Sampler, dict
             bound = args.get("dynamic_threshold", args.get("confidence_threshold"))
             return get_sampler("threshold"), quota | {"threshold": bound}
         case "entropy_bounded":
-            return get_sampler("entropy_bound"), {"gamma": args["eb_threshold"], "own": True}
+            return get_sampler("entropy_bound"), {"gamma": args["eb_threshold"], "count_largest": True}
     raise Difference(f"no sampler of ours is {args['remasking_strategy']}")
 
 
@@ -132,7 +132,10 @@ def sdar(case: dict[str, Any], tensors: Tensors) -> None:
     before = iter(tensors["out/block_before_each_denoise_call"])
     for start in range(len(prompt) // length * length, len(canvas), length):
         sampler, params = strategy(args, {"steps": args["denoising_steps"]})
-        row = FixedQuota.make(canvas[start : start + length], args["mask_id"], sampler, params, length)
+        # A schedule counts the whole block, however many masks it begins with, where models are block-causal.
+        layout = Layout(0, length, length, pattern=AttentionPattern(causal_block=length))
+        tokens = canvas[start : start + length].clone()
+        row = Row(Canvas(layout, tokens, tokens == args["mask_id"]), sampler, sampler.Params(**params))
 
         def predict(query: Query, row: Row = row) -> Prediction:
             if not row.canvas.tokens.equal(next(before)[0]):
@@ -146,17 +149,6 @@ def sdar(case: dict[str, Any], tensors: Tensors) -> None:
         raise Difference(f"{canvas.tolist()}, not {tensors['out/output'][0].tolist()}")
 
 
-class FixedQuota(Row):
-    """A block whose schedule is that of a whole block, however many masks it begins with."""
-
-    @classmethod
-    def make(cls, tokens: Tensor, mask_id: int, sampler: Sampler, params: dict[str, Any], masks: int) -> "FixedQuota":
-        layout = Layout(0, len(tokens), len(tokens))
-        row = cls(Canvas(layout, tokens.clone(), tokens == mask_id), sampler, sampler.Params(**params))
-        row.block_masks = masks
-        return row
-
-
 def draw(logits: Tensor, args: dict[str, Any], generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """SDAR's sampling: temperature, top-k, top-p, then a multinomial draw; confidence after the filters."""
     p = filtered(logits, args.get("temperature", 1.0), args.get("top_k", 0), args.get("top_p", 1.0))
@@ -166,7 +158,7 @@ def draw(logits: Tensor, args: dict[str, Any], generator: torch.Generator) -> tu
 
 def filtered(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
     """Probabilities that temperature and filters leave, float32 [n, vocab]."""
-    p, order = choosable(logits, [TokenChoice(temperature, top_p, top_k)] * len(logits))
+    p, order = choosable(logits, TokenChoices.of([TokenChoice(temperature, top_p, top_k)] * len(logits)))
     p = p / p.sum(dim=-1, keepdim=True)
     return torch.zeros_like(p).scatter(1, order, p).float()
 

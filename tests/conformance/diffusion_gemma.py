@@ -17,8 +17,8 @@ from samplers.canvas import Layout
 from samplers.drafting.diffusion_gemma import DiffusionGemma
 from samplers.forward.span import ForwardSpan, KVSlot
 from samplers.forward.statistics import NOTHING, StatisticsRequest
-from samplers.loop.denoising import advance, ask
 from samplers.loop.row import Row
+from samplers.loop.run import run
 from server.backends.torch.backend import TorchBackend
 from server.models.ragged_batch import RaggedBatch, Segment
 from tests.conformance.forwards import compare
@@ -47,7 +47,7 @@ class OriginalDraws(TorchBackend):
     def say(self, logits: Tensor, wanted: StatisticsRequest) -> Prediction:
         found = super().say(logits, wanted)
         assert wanted.choices is not None
-        temperature = torch.tensor([choice.temperature for choice in wanted.choices])
+        temperature = wanted.choices.temperature.float()
         p = (logits / temperature[:, None]).softmax(dim=-1).unflatten(0, (len(self.places), -1))
         everyone = p.new_ones(self.batch, *p.shape[1:]).index_copy(0, torch.tensor(self.places), p)
         drawn = torch.multinomial(everyone.flatten(0, 1), 1, generator=self.stream).view(self.batch, -1)
@@ -60,7 +60,6 @@ class OriginalNoise(DiffusionGemma):
 
     def __init__(self, backend: OriginalDraws) -> None:
         self._backend = backend
-        self.drafts = True
         self.likeliest: list[Tokens] = []
         self.drafted: list[Tokens] = []
 
@@ -143,6 +142,7 @@ class GemmaFamily(Family):
             memory.content.self_conditioning = first, backend.network.self_conditioning(said, NOTHING)  # type: ignore[attr-defined]
         return fed_logits(backend, [canvas], [ForwardSpan(0, length, memory, length, draft=first)])[0][first:]
 
+    @torch.inference_mode()
     def _generate(self, case: dict[str, Any]) -> None:
         """Canvases fed and drafted in every step, the texts, and the number of forwards."""
         params = case["params"]
@@ -188,26 +188,26 @@ class GemmaFamily(Family):
         """One canvas of every row, each step for those that have not finished it."""
         length = self.cases["canvas_length"]
         first = torch.randint(0, backend.info.vocab_size, (backend.batch, length), generator=backend.stream)
-        with torch.inference_mode():
-            fed_logits(backend, [each.row.canvas for each in everyone], [each.row.unencoded() for each in everyone])
+        fed_logits(backend, [each.row.canvas for each in everyone], [each.row.unencoded() for each in everyone])
         blocks = [each.row.block for each in everyone]
         for each, noise in zip(everyone, first, strict=True):
-            each.row.draft(torch.zeros(each.row.canvas.layout.gen_length, dtype=torch.int64).index_copy(
-                0, each.row.candidates(), noise
-            ))  # fmt: skip
+            each.row.canvas.generated[each.row.candidates()] = noise
             each.input = noise.tolist()
-        while running := [
-            i for i, each in enumerate(everyone) if not each.row.finished and each.row.block == blocks[i]
-        ]:
-            record.feed([each.input for each in everyone])
-            rows = [everyone[i].row for i in running]
-            backend.places = running
-            query = ask(rows)
-            for i, outcome in zip(running, advance(rows, query, backend.predict(query)), strict=True):
-                if outcome.error is not None:
-                    raise outcome.error
+
+        def running() -> list[Encoded]:
+            """Rows of the next step, which have not finished the canvas."""
+            places = [i for i, each in enumerate(everyone) if not each.row.finished and each.row.block == blocks[i]]
+            backend.places = places
+            if places:
+                record.feed([each.input for each in everyone])
+            return [everyone[i].row for i in places]
+
+        for turn in run(running, backend.predict):
+            told = zip(backend.places, turn, sampler.drafted, sampler.likeliest, strict=True)
+            for i, (_, event), drafted, likeliest in told:
+                if event.error is not None:
+                    raise event.error
                 everyone[i].forwards += not everyone[i].ended
-            for i, drafted, likeliest in zip(running, sampler.drafted, sampler.likeliest, strict=True):
                 everyone[i].input, everyone[i].likeliest = drafted, likeliest
             record.draft([each.likeliest for each in everyone])
 

@@ -9,8 +9,8 @@ import torch
 
 from samplers import CacheMode, Canvas, Layout, Sampler, get_sampler
 from samplers.forward.span import ForwardSpan
-from samplers.loop.denoising import advance, ask
 from samplers.loop.row import Row
+from samplers.loop.run import run
 from tests.conformance.generation import Check, Family
 from tests.conformance.models import check_cache
 from tests.conformance.originals import InferCredit, InferThreshold
@@ -39,13 +39,13 @@ class InferRow(Row):
         if self.cache is CacheMode.NONE or self.warmup:
             return ForwardSpan(0, length)
         if self.fresh:
-            return ForwardSpan(0, length, self._cache.memory)
+            return ForwardSpan(0, length, self.plan.memory)
         layout = self.canvas.layout
         start = layout.prompt_length + self.block * layout.block_length
         stop = start + layout.block_size(self.block)
         if self.cache is CacheMode.PREFIX:
-            return ForwardSpan(start, length, self._cache.memory)
-        return ForwardSpan(max(0, start - self.before), min(length, stop + self.after), self._cache.memory)
+            return ForwardSpan(start, length, self.plan.memory)
+        return ForwardSpan(max(0, start - self.before), min(length, stop + self.after), self.plan.memory)
 
 
 class InferFamily(Family):
@@ -59,10 +59,12 @@ class InferFamily(Family):
         for case in self.cases["cases"]:
             yield case["name"], lambda case=case: self._generate(case)  # type: ignore[misc]
 
+    @torch.inference_mode()
     def _generate(self, case: dict[str, Any]) -> None:
         predict = self.backend().predict
         check_cache(self.backend(), CACHES[case["cache"]])
         row = self._row(case)
+        steps = run([row], predict, may_wait=True)
         states: list[list[int]] = []
         forwards = 0
 
@@ -71,10 +73,9 @@ class InferFamily(Family):
             nonlocal forwards
             forwards += 1
             if not row.finished and row.block == block:
-                query = ask([row])
-                (outcome,) = advance([row], query, predict(query), may_wait=True)
-                if outcome.error is not None:
-                    raise outcome.error
+                ((_, event),) = next(steps)
+                if event.error is not None:
+                    raise event.error
             states.append(row.canvas.tokens.tolist())
             return not row.finished and row.block == block
 

@@ -4,8 +4,16 @@ from typing import Any
 
 import torch
 
-from samplers import CacheMode, Canvas, Sampler, get_sampler
-from tests.conformance.dream_rules import BOUNDED, DEFAULTS, BoundedThreshold, Draws, ReleasedDream, ReleasedRow
+from samplers import CacheMode, Canvas, Sampler
+from tests.conformance.dream_rules import (
+    BOUNDED,
+    DEFAULTS,
+    BlockThreshold,
+    BoundedThreshold,
+    Draws,
+    ReleasedDream,
+    ReleasedRow,
+)
 from tests.conformance.generation import Family
 from tests.conformance.models import check_cache
 from tests.conformance.originals import stream_of
@@ -42,14 +50,14 @@ class DreamFamily(Family):
         each = [pair for pair in each for _ in range(params.get("num_return_sequences", 1))]
         given = len(case["prompt"][0])
         length = given + params["max_new_tokens"] if "max_new_tokens" in params else params["max_length"]
-        draws = Draws(self.backend(), params, stream_of(case["manual_seed"]), length)
-        sampler, chosen = rule(draws, in_blocks)
         block_length = params.get("block_length") if in_blocks else None
         pattern = self.backend().info.pattern
         limit = None
         if params["alg"] != BOUNDED:
             blocks = (length - given) // block_length if block_length else 1
             limit = params["steps"] // blocks + in_blocks
+        draws = Draws(self.backend(), params, stream_of(case["manual_seed"]), length, mask_id, limit)
+        sampler, chosen = rule(draws, in_blocks)
         draws.rows = rows = [
             ReleasedRow(
                 Canvas.blank(prompt[cut:], length - given, mask_id, block_length, pattern=pattern),
@@ -57,7 +65,6 @@ class DreamFamily(Family):
                 sampler.Params(**chosen),
                 fill_after_end=False,
                 cache=cache,
-                limit=limit,
             )
             for prompt, cut in each
         ]
@@ -87,5 +94,5 @@ def rule(draws: Draws, in_blocks: bool) -> tuple[Sampler, dict[str, Any]]:
         return ReleasedDream(draws), names | {"alg": "entropy" if in_blocks else params["alg"]}
     bound = {"threshold": params["threshold"]}
     if in_blocks:
-        return get_sampler("threshold"), bound
+        return BlockThreshold(draws), bound
     return BoundedThreshold(draws), bound | {"steps": params["steps"]}

@@ -4,19 +4,20 @@ Random numbers from one global stream, drawn for more positions than are decided
 may be nothing; ties that fall as torch.topk has it; a threshold with a bound on what it may commit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from samplers import CacheMode, Prediction, Selection, Statistic, Step, TokenChoice
+from samplers import CacheMode, Prediction, Selection, StateSpec, Statistic, Step, TokenChoice, TokenChoices
 from samplers.forward.query import Query
 from samplers.forward.statistics import CHOSEN, StatisticsRequest
+from samplers.loop.numbers import N
 from samplers.loop.row import Row
-from samplers.ranking import best
-from samplers.rules.dream import Dream, share_at
+from samplers.ranking import surest
+from samplers.rules.dream import Dream, DreamParams
 from samplers.rules.threshold import Threshold
 from samplers.schedule import ScheduledParams
 from server.engine import Backend
@@ -30,27 +31,31 @@ DEFAULTS: dict[str, Any] = {
     **{"temperature": 1.0, "top_p": 1.0, "top_k": 50},
 }
 BOUNDED = "confidence_threshold"
+INTEGER = StateSpec(0, torch.int64)
 
 
 @dataclass(eq=False)
 class ReleasedRow(Row):
-    """A generation as the originals have it: the mask token can be drawn, and a block can be given up.
+    """A generation whose text may hold mask tokens."""
 
-    Attributes:
+    def first_numbers(self) -> Tensor:
+        numbers = super().first_numbers()
+        numbers[N.MASK_ID] = -1
+        return numbers
+
+
+def with_masks(step: Step[Any], chosen: Selection, mask_id: int, limit: int | None) -> Selection:
+    """A selection as the originals have it: what draws the mask token stays masked, and a block can be given up.
+
+    Args:
         limit: forwards after which a block keeps what masks it has; None for no limit.
     """
-
-    limit: int | None = None
-
-    def _write(self, positions: Tensor, tokens: Tensor) -> None:
-        super()._write(positions, tokens)
-        self.canvas.masked[positions] = tokens == self._mask_id
-
-    def _turn(self) -> list[int]:
-        if self.limit is not None and self.block_step + 1 >= self.limit:
-            layout = self.canvas.layout
-            self.canvas.masked[layout.block_start(self.block) : layout.block_stop(self.block)] = False
-        return super()._turn()
+    commit, token = chosen.commit & (step.token != mask_id), step.token
+    if limit is not None:
+        ends = (step.block_step + 1 >= limit) & step.candidate
+        token = token.masked_fill(ends & ~commit, mask_id)
+        commit = commit | ends
+    return replace(chosen, commit=commit, token=token, waits=True)
 
 
 @dataclass(eq=False)
@@ -61,7 +66,8 @@ class Draws:
         backend: our model.
         params: the original's keyword arguments, all of `DEFAULTS` among them.
         stream: its random numbers; None where it needs none.
-        length: of its canvases, padding included.
+        length, mask_id: of its canvases, padding included.
+        limit: forwards after which a block keeps what masks it has; None for no limit.
         rows: all of its batch, in order.
         uniform: what decides whether a position is unmasked at random, [rows that run, longest region].
     """
@@ -70,6 +76,8 @@ class Draws:
     params: dict[str, Any]
     stream: torch.Generator | None
     length: int
+    mask_id: int
+    limit: int | None = None
     rows: Sequence[Row] = ()
     uniform: Tensor = field(init=False)
     _query: Query = field(init=False)
@@ -88,7 +96,7 @@ class Draws:
         if temperature or (top_p < 1 and top_k):
             found = self._drawn(dream_filtered(logits, temperature, top_p, top_k), drawn)
         else:
-            choices = [TokenChoice(0.0, top_p, top_k or 0)] * len(logits)
+            choices = TokenChoices.of([TokenChoice(0.0, top_p, top_k or 0)] * len(logits))
             found = without_ban(logits, StatisticsRequest(CHOSEN, choices=choices))
         place = query.row * self.length + query.position
         kept = torch.isin(wide.row * self.length + wide.position, place)
@@ -140,8 +148,9 @@ class Draws:
         numbers = torch.rand(len(query.row), generator=self.stream)
         self.uniform = torch.ones(len(self.running), first.canvas.layout.gen_length)
         self.uniform[query.row, query.position - starts[query.row]] = numbers
-        assert isinstance(first.params, Dream.Params)
-        return numbers < share_at(first.params, first.canvas.layout, first.block, first.block_step)
+        steps, s = self.params["steps"], first.block_step
+        times = torch.linspace(1, self.params["eps"], steps + 1)
+        return numbers < (1 - times[s + 1] / times[s] if s < steps - 1 else 1)
 
     def _drawn(self, p: Tensor, drawn: Tensor) -> Prediction:
         """Tokens of the `drawn` positions [n], and what these probabilities [n, vocab] say of all."""
@@ -191,17 +200,21 @@ class Draws:
 class ReleasedDream(Dream):
     """Dream's rules as its code has them: the mean of a batch counts, and a forward may commit nothing."""
 
+    sees_region = True
+
     def __init__(self, draws: Draws) -> None:
         self._draws = draws
 
-    def select(self, step: Step) -> Selection:
+    def select(self, step: Step[DreamParams]) -> Selection:  # type: ignore[override]
         if self._draws.opens:
-            return Selection(step.candidate, waits=True)
-        if self._draws.spent:
-            return Selection(torch.zeros_like(step.candidate), waits=True)
-        return replace(super().select(step), waits=True)
+            chosen = Selection(step.candidate)
+        elif self._draws.spent:
+            chosen = Selection(torch.zeros_like(step.candidate))
+        else:
+            chosen = super().select(step)
+        return with_masks(step, chosen, self._draws.mask_id, self._draws.limit)
 
-    def count(self, step: Step, share: Tensor) -> Tensor:
+    def count(self, step: Step[DreamParams], share: Tensor) -> Tensor:
         mean = step.candidate.sum() / len(self._draws.rows)
         return (mean * share).long()
 
@@ -210,22 +223,22 @@ class ReleasedDream(Dream):
             return super().surest(score, candidate, count)  # no two are equal
         return self._draws.surest(score, candidate, int(count.max()))
 
-    def numbers(self, step: Step, count: Tensor) -> Tensor:
+    def numbers(self, step: Step[DreamParams], count: Tensor) -> Tensor:
         params = step.params[0]
-        assert isinstance(params, Dream.Params)
         if params.alg == "origin":
             return self._draws.uniform
         return self._draws.order() if params.alg_temp > 0 and bool(count.any()) else step.uniform()
 
 
-@dataclass(frozen=True)
-class Turn:
-    """Step `at` of `steps`, which may commit `number` and what was `left` by those before."""
+class BlockThreshold(Threshold):
+    """Fast-dLLM's for Dream with a cache."""
 
-    number: int
-    left: int
-    steps: int
-    at: int = 0
+    def __init__(self, draws: Draws) -> None:
+        self._draws = draws
+
+    def select(self, step: Step[ScheduledParams]) -> Selection:
+        commit = super().select(step).commit | surest(step.confidence, step.candidate)
+        return with_masks(step, Selection(commit), self._draws.mask_id, None)
 
 
 class BoundedThreshold(Threshold):
@@ -234,21 +247,27 @@ class BoundedThreshold(Threshold):
     After the last step there are more, one for each that commits too little.
     """
 
+    sees_region = True
+    # What a step may commit beside what those before left, and the steps there are: 0 before the first one.
+    state: Mapping[str, StateSpec] = {"number": INTEGER, "left": INTEGER, "steps": INTEGER}
+
     class Params(ScheduledParams):
         threshold: float
 
     def __init__(self, draws: Draws) -> None:
         self._draws = draws
 
-    def select(self, step: Step) -> Selection:
-        (params,), (turn,) = step.params, step.states
-        assert isinstance(params, BoundedThreshold.Params) and params.steps is not None
-        if turn is None:
-            turn = Turn(int(step.candidate.sum()) // params.steps, 0, params.steps)
-        most = turn.number + turn.left
-        commit = self._draws.surest(step.confidence, step.candidate, most) & (step.confidence >= params.threshold)
+    def select(self, step: Step[ScheduledParams]) -> Selection:
+        number, left, steps = (int(step.state[name]) for name in ("number", "left", "steps"))
+        if not steps:
+            steps = int(step.param("steps"))
+            number = int(step.candidate.sum()) // steps
+        sure = step.confidence >= step.param("threshold")
+        commit = self._draws.surest(step.confidence, step.candidate, number + left) & sure
         if not commit.any():
-            commit = best(step.confidence, step.candidate, torch.ones(1, 1))
-        left = most - int(commit.sum())
-        last = left > 0 and turn.at == turn.steps - 1
-        return Selection(commit, states=[Turn(0 if last else turn.number, left, turn.steps + last, turn.at + 1)])
+            commit = surest(step.confidence, step.candidate)
+        left += number - int(commit.sum())
+        last = left > 0 and int(step.block_step) == steps - 1
+        state = {"number": 0 if last else number, "left": left, "steps": steps + last}
+        chosen = Selection(commit, state={name: torch.tensor([[value]]) for name, value in state.items()})
+        return with_masks(step, chosen, self._draws.mask_id, None)

@@ -1,7 +1,7 @@
 """Fast-dLLM v2's `generate`, for one prompt, and `batch_sample`, in which the rows of a batch wait for each other."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,8 +12,9 @@ from samplers.forward.prediction import Prediction
 from samplers.forward.query import Query
 from samplers.forward.span import ForwardSpan, KVSlot
 from samplers.forward.summary import summarise
-from samplers.loop.denoising import Outcome, advance, ask
+from samplers.loop.event import StepEvent
 from samplers.loop.row import Row
+from samplers.loop.run import run as run_loop
 from server.backends.torch.backend import TorchBackend
 from tests.conformance.blocks import Drawer, block_causal, cached_prefix, parameters, within_range
 from tests.conformance.forwards import Tensors, compare, given
@@ -53,14 +54,10 @@ class SmallBlockRow(Row):
         fed = super().span()
         if not self.wide or fed.memory is None or fed.visible is None:
             return fed
-        return replace(fed, start=self._cache.final, stop=fed.visible)
+        return replace(fed, start=self.plan.final, stop=fed.visible)
 
-    def _opens_block(self) -> bool:
-        return super()._opens_block() and self.place != self.own
-
-    @property
-    def opens(self) -> bool:
-        return self._opens
+    def opens_block(self) -> bool:
+        return super().opens_block() and self.place != self.own
 
     @property
     def place(self) -> int:
@@ -86,31 +83,45 @@ class Run:
     draw: Drawer | None
     canvases: list[list[Tokens]] = field(default_factory=list)
     stores: list[bool] = field(default_factory=list)
+    _taking: Sequence[SmallBlockRow] = ()
+
+    def __post_init__(self) -> None:
+        self._next = self.steps(lambda: self._taking)
 
     def note(self, canvases: list[Tokens], stores: bool) -> None:
         self.canvases.append(canvases)
         self.stores.append(stores)
 
-    def forward(self, rows: Sequence[SmallBlockRow]) -> list[Outcome]:
+    def forward(self, rows: Sequence[SmallBlockRow]) -> list[StepEvent]:
         """One step of these rows: what serves requests does it, unless one of them needs a quirk."""
         if self.draw is None and all(row.place != row.own for row in rows):
             return self._step(rows)
-        return [outcome for row in rows for outcome in self._step([row])]
+        return [event for row in rows for event in self._step([row])]
 
-    def _step(self, rows: Sequence[SmallBlockRow]) -> list[Outcome]:
-        if not rows:
-            return []
-        query = ask(rows)
-        prediction = self.backend.predict(query) if self._plain(rows) else self._quirky(query, rows[0])
-        outcomes = advance(rows, query, prediction)
-        for outcome in outcomes:
-            if outcome.error is not None:
-                raise outcome.error
-        return outcomes
+    def _step(self, rows: Sequence[SmallBlockRow]) -> list[StepEvent]:
+        self._taking = rows
+        return next(self._next) if rows else []
 
-    def _plain(self, rows: Sequence[SmallBlockRow]) -> bool:
+    def steps(self, rows: Callable[[], Sequence[SmallBlockRow]]) -> Iterator[list[StepEvent]]:
+        """Steps of our loop, each of the rows that are named for it."""
+
+        def taking() -> Sequence[SmallBlockRow]:
+            self._taking = rows()
+            return self._taking
+
+        for turn in run_loop(taking, self._predict):
+            events = [event for _, event in turn]
+            for event in events:
+                if event.error is not None:
+                    raise event.error
+            yield events
+
+    def _predict(self, query: Query) -> Prediction:
+        return self.backend.predict(query) if self._plain() else self._quirky(query, self._taking[0])
+
+    def _plain(self) -> bool:
         """Whether the likeliest token is what the original takes; it never draws the one that opens a block."""
-        return all(row.opens or (self.draw is None and row.place != row.own) for row in rows)
+        return all(row.opens_block() or (self.draw is None and row.place != row.own) for row in self._taking)
 
     def _quirky(self, query: Query, row: SmallBlockRow) -> Prediction:
         """Tokens drawn for the whole small block, decided or not; what nobody opened is decided by its own output."""
@@ -160,15 +171,15 @@ class FastDLLMFamily(Family):
 
 
 def row_of(
-    prompt: Tokens, length: int, params: dict[str, Any], cache: CacheMode, run: Run, own: int = -1
+    prompt: Tokens, length: int, params: dict[str, Any], cache: CacheMode, run: Run, own: int = -1, **more: Any
 ) -> SmallBlockRow:
-    """A generation up to a canvas of this length."""
+    """A generation up to a canvas of this length; `more` are fields of a row."""
     # Its block can be shorter than the model's own: the original is told so at each call.
     pattern = replace(run.backend.info.pattern, causal_block=params["block_size"])
     canvas = Canvas.blank(prompt, length - len(prompt), params["mask_id"], params["small_block_size"], pattern=pattern)
     sampler = get_sampler("threshold")
     rule = sampler.Params(threshold=within_range(params["threshold"]))
-    return SmallBlockRow(canvas, sampler, rule, cache=cache, own=own)
+    return SmallBlockRow(canvas, sampler, rule, cache=cache, own=own, **more)
 
 
 def generate(run: Run, case: dict[str, Any], params: dict[str, Any], cache: CacheMode) -> list[Tokens]:
@@ -177,13 +188,20 @@ def generate(run: Run, case: dict[str, Any], params: dict[str, Any], cache: Cach
     size = params["block_size"]
     new = params["max_new_tokens"]
     blocks = (params["max_length"] - len(prompt) if new is None else new) // size
-    row = row_of(prompt, (len(prompt) // size + blocks) * size + 1, params, cache, run)
-    row.end_ids, row.fill_after_end = frozenset({params["stop_token"]}), False
+    ends: dict[str, Any] = {"end_ids": frozenset({params["stop_token"]}), "fill_after_end": False}
+    row = row_of(prompt, (len(prompt) // size + blocks) * size + 1, params, cache, run, **ends)
     if len(prompt) > size and len(prompt) % size:
         run.note([prompt], True)  # the prompt's whole blocks: with us part of the next forward
-    while not row.finished:
-        run.note([row.shown(row.place if row.opens else (row.place // size + 1) * size)], row.opens)
-        run.forward([row])
+
+    def running() -> list[SmallBlockRow]:
+        """The row, until it has finished."""
+        if row.finished:
+            return []
+        opens = row.opens_block()
+        run.note([row.shown(row.place if opens else (row.place // size + 1) * size)], opens)
+        return [row]
+
+    list(run.steps(running))
     return [row.shown(len(prompt) + row.completion_tokens)]
 
 
@@ -202,7 +220,7 @@ def batch_sample(run: Run, case: dict[str, Any], params: dict[str, Any], cache: 
         rows.append(row_of(prompt[: length - lost], blocks * size + 1, params, cache, run, own))
     if least > size:
         run.note(case["prompt"], True)
-        run.forward([row for row in rows if row.opens and row.place == least])
+        run.forward([row for row in rows if row.opens_block() and row.place == least])
     done: dict[int, Tokens] = {}
     ended: set[int] = set()
     active = list(range(len(rows)))
@@ -223,14 +241,14 @@ def batch_sample(run: Run, case: dict[str, Any], params: dict[str, Any], cache: 
                 for i in running:
                     rows[i].wide = wide
                 run.note([rows[i].shown(stop) for i in active], False)
-                outcomes = run.forward([rows[i] for i in running])
-                ended |= {i for i, o in zip(running, outcomes, strict=True) if params["stop_token"] in o.tokens}
+                events = run.forward([rows[i] for i in running])
+                ended |= {i for i, e in zip(running, events, strict=True) if params["stop_token"] in e.tokens}
                 for i in running:
                     rows[i].wide = False
         left = [i for i in active if i not in ended]
         if left:
             run.note([shown(i, stop) for i in active], True)
-            run.forward([rows[i] for i in left if rows[i].opens and rows[i].place == stop])
+            run.forward([rows[i] for i in left if rows[i].opens_block() and rows[i].place == stop])
         for i in ended.intersection(active):
             done[i] = shown(i, stop) + [params["pad_token_id"]] * bool(left)
         active = left

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from samplers import CacheMode, Canvas, Sampler, get_sampler
+from samplers import CacheMode, Canvas, Sampler, get_modifier, get_sampler
 from samplers.forward.query import Predict
 from samplers.loop.row import Row
 from server.engine import Backend
@@ -98,6 +98,7 @@ class Family:
             sampler, chosen = get_sampler("topk"), {"steps": params["steps"]}
         # Our canvases have no padding: what the original pads at the left is cut off, here and from its record.
         cuts = [row.index(1) for row in case.get("attention_mask") or [[1]] * len(case["prompt"])]
+        guidance, scale = get_modifier("guidance"), params.get("cfg_scale", 0.0)
         rows = [
             Row(
                 Canvas.blank(prompt[cut:], params["gen_length"], params["mask_id"], params["block_length"]),
@@ -105,6 +106,7 @@ class Family:
                 sampler.Params(**chosen),
                 fill_after_end=False,
                 cache=FUNCTIONS[function],
+                modifiers=[(guidance, guidance.Params(scale=scale))] if scale else [],
             )
             for prompt, cut in zip(case["prompt"], cuts, strict=True)
         ]
@@ -120,14 +122,13 @@ class Family:
     def _predict(self, case: dict[str, Any], backend: Backend) -> Predict:
         """What serves requests where that is enough, else the same model behind the original's quirks."""
         params = case["params"]
-        quirks = ("cfg_scale", "logits_eos_inf", "confidence_eos_eot_inf")
+        quirks = ("logits_eos_inf", "confidence_eos_eot_inf")
         if case["manual_seed"] is None and not any(params.get(name) for name in quirks):
             return backend.predict
 
         return Original(
             partial(fed_logits, backend),
             backend.info.vocab_size,
-            params["mask_id"],
             *self._ends(params),
             params,
             stream_of(case["manual_seed"]),

@@ -9,8 +9,8 @@ from samplers import CacheMode, Canvas, Sampler, get_sampler
 from samplers.forward.prediction import Prediction
 from samplers.forward.query import Predict, Query
 from samplers.forward.span import ForwardSpan, KVSlot
-from samplers.loop.denoising import advance, ask
 from samplers.loop.row import Row
+from samplers.loop.run import run
 from server.backends.torch.backend import TorchBackend
 from server.models.families.llada2 import Router
 from tests.conformance.blocks import within_range
@@ -107,21 +107,21 @@ class LLaDA2Family(Family):
         predict = self._draws(case["manual_seed"], params)
         states: list[list[int]] = []
         output: list[int] | None = None
-        while not row.finished and output is None:
-            block, masked = row.block, canvas.masked.clone()
-            query = ask([row])
-            (outcome,) = advance([row], query, predict(query))
-            if outcome.error is not None:
-                raise outcome.error
+        block = row.block
+        for ((_, event),) in run([row], predict):
+            if event.error is not None:
+                raise event.error
             states.append(canvas.tokens.tolist())
-            committed = canvas.generated[masked & ~canvas.masked]
-            if params["eos_early_stop"] and not edits and bool((committed == end).any()):
+            if params["eos_early_stop"] and not edits and end in event.tokens:
                 output = settled_text(canvas, end)
+                if output is not None:
+                    break
             closed = row.finished or row.block != block
             if closed and (params["eos_early_stop"] or not edits):
                 done = canvas.generated[: canvas.layout.block_stop(block)]
-                if output is None and bool((done == end).any()):
+                if bool((done == end).any()):
                     break
+            block = row.block
         if output is None:
             output = row.told
             output = output[: output.index(end) + 1] if end in output else output

@@ -1,7 +1,7 @@
 """What the originals do between logits and selection that no user of ours would want: their quirks, kept here.
 
 LLaDA's `generate.py` and Fast-dLLM's: random numbers from one global stream of the shape of all logits, confidences
-replaced by random numbers, special tokens forced out of tokens or confidences, and guidance by a masked prompt.
+replaced by random numbers, and special tokens forced out of tokens or confidences.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from samplers.forward.query import Query
 from samplers.forward.span import ForwardSpan
 from samplers.forward.statistics import NOTHING, StatisticsRequest
 from samplers.forward.summary import summarise
-from samplers.modifiers.credit import Credit
+from samplers.modifiers.credit import CreditThreshold
 from samplers.rules.entropy import Entropy
 from samplers.rules.factor import Factor
 from samplers.rules.threshold import Threshold
@@ -60,7 +60,7 @@ class InferThreshold(Threshold):
         return near_ties(step, step.token, step.confidence, self.mask_id)
 
 
-class InferCredit(Credit):
+class InferCredit(CreditThreshold):
     """dInfer's, by the same threshold."""
 
     def __init__(self, mask_id: int) -> None:
@@ -85,8 +85,7 @@ class MostUncertain(Entropy):
     """dLLM-RL's `neg_entropy` for LLaDA: the sign is lost on the way, so that what is least sure goes first."""
 
     def select(self, step: Step) -> Selection:
-        bounds = [getattr(params, "threshold", None) for params in step.params]
-        return passing_or_best(step, step.extra[Statistic.ENTROPY], [None if b is None else -b for b in bounds])
+        return passing_or_best(step, step.extra[Statistic.ENTROPY], -step.param("threshold", none=0))
 
 
 class ReleasedFactor(Factor):
@@ -104,7 +103,7 @@ class Original:
 
     Attributes:
         logits, vocabulary: our model.
-        mask_id, eos_id, eot_id: special tokens.
+        eos_id, eot_id: special tokens.
         params: the original's keyword arguments.
         stream: its random numbers; None where it needs none.
         draw_type: of the numbers that stand in for confidences when positions are chosen at random.
@@ -114,7 +113,6 @@ class Original:
 
     logits: Logits
     vocabulary: int
-    mask_id: int
     eos_id: int
     eot_id: int
     params: dict[str, Any]
@@ -131,7 +129,7 @@ class Original:
             self._first_of = query
         elif self.feeds_twice:
             self._first_of = None
-        everywhere = self._guided(query)
+        everywhere, query = self._mixed(query)
         if self.params.get("logits_eos_inf"):
             everywhere[:, :, self.eos_id] = -torch.inf
         temperature = self.params.get("temperature", 0.0)
@@ -159,15 +157,21 @@ class Original:
         if self.params.get("remasking") == "random":
             torch.rand(len(query.canvases), fed, dtype=self.draw_type, generator=self.stream)
 
-    def _guided(self, query: Query) -> Tensor:
-        scale = self.params.get("cfg_scale", 0.0)
-        conditional = self.logits(query.canvases, query.spans)
-        if not scale:
-            return conditional
-        unconditional = self.logits([self._prompt_free(canvas) for canvas in query.canvases], query.spans)
-        return unconditional + (scale + 1) * (conditional - unconditional)
-
-    def _prompt_free(self, canvas: Canvas) -> Canvas:
-        tokens = canvas.tokens.clone()
-        tokens[: canvas.layout.prompt_length] = self.mask_id
-        return Canvas(canvas.layout, tokens, canvas.masked)
+    def _mixed(self, query: Query) -> tuple[Tensor, Query]:
+        """Logits of all positions of each generation, the weighted sum of its views; and the query of the canvases."""
+        logits, mixture = self.logits(query.canvases, query.spans), query.mixture
+        if mixture is None:
+            return logits, query
+        weight = mixture.weight[torch.searchsorted(query.row, torch.arange(len(query.canvases)))]
+        views = (weight[:, None, None] * logits).split(list(mixture.views))
+        first = torch.tensor(mixture.views).cumsum(0) - torch.tensor(mixture.views)
+        own = torch.isin(query.row, first)
+        query = replace(
+            query,
+            canvases=[query.canvases[i] for i in first.tolist()],
+            spans=[query.spans[i] for i in first.tolist()],
+            row=torch.searchsorted(first, query.row[own]),
+            position=query.position[own],
+            mixture=None,
+        )
+        return torch.stack([each.sum(dim=0) for each in views]), query

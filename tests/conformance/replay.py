@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice
 
-from samplers.forward.prediction import Prediction
-from samplers.forward.query import Predict, Query
-from samplers.loop.denoising import advance, ask
+from samplers.forward.query import Predict
 from samplers.loop.row import Row
+from samplers.loop.run import run
 from tests.conformance.report import Difference
 
 Tokens = list[int]
@@ -32,25 +31,16 @@ class Recording:
 def replay(rows: Sequence[Row], predict: Predict, most: int | None = None) -> Recording:
     """Run the loop to the end of all rows, or for so many forwards, and write down what it did."""
     recording = Recording([[] for _ in rows], [[] for _ in rows])
-    index = {id(row.canvas): i for i, row in enumerate(rows)}
-
-    def watched(query: Query) -> Prediction:
-        for canvas in query.canvases:
-            i = index[id(canvas)]
-            recording.states[i].append(canvas.tokens.tolist())
-            recording.blocks[i].append(rows[i].block)
-        return predict(query)
-
-    left = most
-    while (running := [row for row in rows if not row.finished]) and left != 0:
-        query = ask(running)
-        for outcome in advance(running, query, watched(query), may_wait=True):
-            if outcome.error is not None:
-                raise outcome.error
-        left = None if left is None else left - 1
-    for states, row in zip(recording.states, rows, strict=True):
-        states.append(row.canvas.tokens.tolist())
-        del states[0]  # the canvas before the first forward
+    index = {id(row): i for i, row in enumerate(rows)}
+    blocks = [row.block for row in rows]
+    for turn in islice(run(rows, predict, may_wait=True), most):
+        for row, event in turn:
+            if event.error is not None:
+                raise event.error
+            i = index[id(row)]
+            recording.states[i].append(row.canvas.tokens.tolist())
+            recording.blocks[i].append(blocks[i])
+            blocks[i] = row.block
     return recording
 
 

@@ -77,7 +77,7 @@ def of_llada(case: Case) -> Asked:
     """LLaDA's `generate`, and Fast-dLLM's variants with caches, thresholds and factors."""
     params = case["params"]
     refuse_random(case)
-    for name in ("cfg_scale", "logits_eos_inf", "confidence_eos_eot_inf"):
+    for name in ("logits_eos_inf", "confidence_eos_eot_inf"):
         if params.get(name):
             raise NotExpressible(f"requests have no {name}")
     if "leftover_masks" in case["name"]:
@@ -91,6 +91,8 @@ def of_llada(case: Case) -> Asked:
         sampler = {"sampler": "topk", "sampler_params": {"steps": params["steps"]}}
     prompts, outputs = unpadded(case)
     fields = sampler | {"block_length": params["block_length"], "cache": CACHES[case["function"]]}
+    if params.get("cfg_scale"):
+        fields["modifiers"] = [{"name": "guidance", "params": {"scale": params["cfg_scale"]}}]
     return Asked(asked(prompts, params["gen_length"], [], **fields), outputs)
 
 

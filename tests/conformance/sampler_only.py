@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from samplers import Canvas, Layout, Sampler, Step, get_sampler
+from samplers.columns import Columns, LayoutColumns
 from samplers.forward.prediction import Prediction
 from samplers.forward.query import Query
-from samplers.loop.denoising import advance, ask
 from samplers.loop.row import Row
+from samplers.loop.run import run
 from samplers.schedule import ScheduledParams, quota
 from tests.conformance.decoders import (
     dream_filtered,
@@ -97,7 +98,13 @@ def transfer(case: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         kind = torch.float64 if "2026-01" in case["name"] else torch.float32
         draw = torch.rand(logits.shape[:2], dtype=kind, generator=stream)
 
+    asked: list[tuple[Query, Prediction]] = []
+
     def predict(query: Query) -> Prediction:
+        asked.append((query, say(query)))
+        return asked[-1][1]
+
+    def say(query: Query) -> Prediction:
         at = members[query.row], query.position
         found = without_ban(logits[at], query.wanted)
         if args["temperature"]:
@@ -116,11 +123,12 @@ def transfer(case: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         canvas = Canvas(layout, tensors["in/x"][i].clone(), masked[i].clone())
         canvas.masked[args.get("block_end", masked.shape[1]) :] = False
         rows.append(Row(canvas, sampler, sampler.Params(**params)))
-    query = ask(rows)
-    prediction = predict(query)
     committed = torch.zeros_like(masked)
-    for i, outcome in zip(members.tolist(), advance(rows, query, prediction, may_wait=True), strict=True):
-        committed[i, outcome.positions] = True
+    for i, (_, event) in zip(members.tolist(), next(run(rows, predict, may_wait=True)), strict=True):
+        if event.error is not None:
+            raise event.error
+        committed[i, event.positions] = True
+    ((query, prediction),) = asked
     tokens = tensors["in/x"].clone()
     tokens[members[query.row], query.position] = prediction.token
     masked = masked & (torch.arange(masked.shape[1]) < args.get("block_end", masked.shape[1]))
@@ -140,11 +148,13 @@ def remask(case: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     rows = rows_of(tensors["in/x"], mask_id, sampler, params | {"remask_below": args["remask_threshold"]})
     for row in rows:
         row.given[:] = False
-    query = ask(rows)
-    found = without_ban(tensors["in/logits"][query.row, query.position], query.wanted)
-    for outcome in advance(rows, query, found):
-        if outcome.error is not None:
-            raise outcome.error
+
+    def predict(query: Query) -> Prediction:
+        return without_ban(tensors["in/logits"][query.row, query.position], query.wanted)
+
+    for _, event in next(run(rows, predict)):
+        if event.error is not None:
+            raise event.error
     expected = torch.where(tensors["out/transfer_index"], tensors["out/x0"], tensors["in/x"])
     ours = torch.stack([row.canvas.tokens for row in rows])
     if not ours.equal(expected):
@@ -211,20 +221,31 @@ def schedule(masks: int, steps: int) -> list[int]:
     def counter(value: int | None) -> Tensor:
         return torch.arange(steps)[:, None] if value is None else torch.full((steps, 1), value)
 
-    grid = torch.ones(steps, max(masks, 1), dtype=torch.bool)
+    width = max(masks, 1)
+    grid = torch.ones(steps, width, dtype=torch.bool)
+    size, none = counter(width), counter(0)
+    params = [ScheduledParams(steps=steps)] * steps
     step = Step(
         candidate=grid,
         masked=grid,
+        committed=~grid,
+        position=torch.arange(width).expand(steps, width),
+        seed=none,
+        forward=counter(None),
+        block=none,
+        block_start=none,
+        block_step=counter(None),
+        block_masks=counter(masks),
+        slot=none,
+        layout=LayoutColumns(size, none, size, size, counter(1), size, none, none > 0),
+        params=params,
+        columns=Columns.of(params),
+        state={},
+        canvas=grid.long(),
+        row=counter(None),
         token=grid.long(),
         confidence=grid.float(),
         extra={},
-        params=[ScheduledParams(steps=steps)] * steps,
-        layouts=[Layout(0, max(masks, 1), max(masks, 1))] * steps,
-        seed=counter(0),
-        forward=counter(None),
-        block=counter(0),
-        block_step=counter(None),
-        block_masks=counter(masks),
     )
     found: list[int] = quota(step)[:, 0].tolist()
     return found

@@ -9,8 +9,8 @@ from torch import Tensor
 from samplers import AttentionPattern, CacheMode, Canvas, Sampler, Selection, Step, get_sampler
 from samplers.forward.prediction import Prediction
 from samplers.forward.query import Query
-from samplers.loop.denoising import advance, ask
 from samplers.loop.row import Row
+from samplers.loop.run import run
 from samplers.ranking import best
 from samplers.rules.topk import TopK
 from samplers.schedule import quota
@@ -44,16 +44,16 @@ def surest(step: Step) -> Tensor:
     """
     count = quota(step)
     ours = best(step.confidence, step.candidate, count)
-    layout, block = step.layouts[0], int(step.block[0])
-    region = slice(layout.block_start(block), layout.block_stop(block))
-    score = step.confidence.masked_fill(~step.candidate, -torch.inf)[0]
+    length = int(step.layout.block_length)
     # Positions of the prompt stand in the block, too.
-    padded = torch.full((layout.block_length,), -torch.inf)
-    padded[layout.block_length - layout.block_size(block) :] = score[region]
+    given = int(step.layout.prompt_length + step.block_start) % length
+    score = step.confidence.masked_fill(~step.candidate, -torch.inf)[0]
+    padded = torch.full((length,), -torch.inf)
+    padded[given:] = score[: length - given]
     chosen = torch.zeros_like(padded, dtype=torch.bool)
-    chosen[padded.topk(min(int(count), len(padded))).indices] = True
+    chosen[padded.topk(min(int(count), length)).indices] = True
     theirs = torch.zeros_like(ours)
-    theirs[0, region] = chosen[layout.block_length - layout.block_size(block) :]
+    theirs[0, : length - given] = chosen[given:]
     theirs &= step.candidate
     return theirs if score[theirs[0]].sort().values.equal(score[ours[0]].sort().values) else ours
 
@@ -124,17 +124,16 @@ class SDARFamily(Family):
         predict = Draws(self.backend(), row, draw)
         states: list[list[int]] = []
         finished = 0
-        while not row.finished:
-            block = row.block
-            query = ask([row])
-            (outcome,) = advance([row], query, predict(query))
-            if outcome.error is not None:
-                raise outcome.error
+        block = row.block
+        for ((_, event),) in run([row], predict):
+            if event.error is not None:
+                raise event.error
             states.append(canvas.tokens.tolist())
             if row.finished or row.block != block:
                 finished += 1
                 if bool(torch.isin(canvas.generated, torch.tensor(stops)).any()):
                     break
+            block = row.block
         recorded = [state for (state,) in case["trajectory"]]
         (output,) = case["output"]
         if canvas.layout.cut and row.finished:  # the original goes on to fill what no text is made of, and keeps it
