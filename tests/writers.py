@@ -15,7 +15,7 @@ from policies.evaluation.card import Card, place
 from policies.evaluation.measure import Measurement
 from policies.evaluation.plot import draw
 from policies.evaluation.results import Results, add_row, open_results
-from policies.network.policy_network import Observation
+from policies.network.observation import Observation
 from policies.serving.checkpoint import load_policy, save_policy
 from policies.training.checkpointing import RunState
 from policies.training.fit import _RECORDS, _SEEN, Runs

@@ -18,7 +18,8 @@ from safetensors.torch import save as save_tensors
 from policies.evaluation.measure import Measurement
 from policies.files.atomic import flush, held, write_files
 from policies.files.regular import MOST_LISTED, MOST_WORD, check_header, open_regular, read_file, read_open
-from policies.network.policy_network import PolicyConfig, UnmaskingPolicy
+from policies.network.config import PolicyConfig
+from policies.network.policy_network import UnmaskingPolicy
 
 WEIGHTS, CARD = "policy.safetensors", "policy.json"
 NEXT = ".policy.next"

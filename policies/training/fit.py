@@ -13,7 +13,8 @@ from torch import Tensor
 
 from policies.files.atomic import write_file
 from policies.files.regular import check_safetensors
-from policies.network.policy_network import Observation, UnmaskingPolicy, score
+from policies.network.observation import Observation
+from policies.network.policy_network import UnmaskingPolicy, score
 from policies.training.rollout import Rollout, Transitions
 
 Label = Literal["outcome", "oracle", "imitation"]

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from policies.network.policy_network import PolicyConfig
+from policies.network.config import PolicyConfig
 from policies.training.log_likelihoods import bernoulli_entropy, bernoulli_kl, bernoulli_log_prob, dpls_log_prob
 from policies.training.rollout import Transitions
 

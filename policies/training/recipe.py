@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from policies.files.regular import MOST_LISTED, MOST_WORD
 from policies.files.toml import TomlTable, read_toml
-from policies.network.policy_network import PolicyConfig
+from policies.network.config import PolicyConfig
 from policies.training.fit import Label
 from policies.training.rewards import Form
 

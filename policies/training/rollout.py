@@ -12,8 +12,9 @@ from torch import Tensor
 
 from policies.evaluation.oracle import Oracle
 from policies.model_under_test import ModelUnderTest
+from policies.network.config import PolicyConfig
 from policies.network.features import statistics
-from policies.network.policy_network import Observation, PolicyConfig, observe
+from policies.network.observation import Observation, observe
 from policies.tasks import Problem, Task
 from samplers import Sampler, Selection, Statistic, Step
 from samplers.loop.denoising import advance, ask

@@ -15,8 +15,10 @@ import torch
 from policies.evaluation.measure import Trial, evaluate
 from policies.evaluation.sampler_spec import SamplerSpec
 from policies.model_under_test import ModelUnderTest
+from policies.network.config import PolicyConfig
 from policies.network.features import Feature, width
-from policies.network.policy_network import LoadedPolicy, Observation, PolicyConfig, UnmaskingPolicy, parameters
+from policies.network.observation import Observation
+from policies.network.policy_network import LoadedPolicy, UnmaskingPolicy, parameters
 from policies.tasks import Task, get_task
 from policies.training.actors import Explorer
 from policies.training.fit import Runs, fit

@@ -5,12 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from samplers.loop.grid import Grid
 
 from policies.network import features
-from policies.network.policy_network import LoadedPolicy, PolicyConfig, UnmaskingPolicy, parameters, waves
+from policies.network.config import PolicyConfig
+from policies.network.policy_network import LoadedPolicy, UnmaskingPolicy, parameters, waves
 from samplers import Canvas, Step
 from samplers.loop.denoising import ask
-from samplers.loop.grid import Grid
 from samplers.loop.row import Row
 from tests.policies.tiny import RICH, network, sampler
 from tests.samplers.models import MASK, VOCAB, predictor

@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from policies.network.policy_network import LoadedPolicy, PolicyConfig, UnmaskingPolicy, score
+from policies.network.config import PolicyConfig
+from policies.network.policy_network import LoadedPolicy, UnmaskingPolicy, score
 from policies.serving.checkpoint import Origin, load_policy
 from policies.training import decoding_setup
 from policies.training import trainer as trainer_module
