@@ -8,8 +8,7 @@ from torch import Tensor
 
 from policies.network.policy_network import UnmaskingPolicy, score
 from policies.training.data_parallel import DataParallel
-from policies.training.fit import pick
-from policies.training.grpo import clipped_loss, expert_mixture, log_prob, regularisation
+from policies.training.policy_gradient import clipped_loss, expert_mixture, log_prob, regularisation
 from policies.training.recipe import Grpo
 from policies.training.rollout import Rollout
 
@@ -49,7 +48,7 @@ def gradient_steps(
     if not (stage.entropy or stage.kl):
         # Groups without spread have nothing to say.
         lines = (advantage[records.row] != 0).nonzero()[:, 0]
-        records, weight = pick(records, lines), weight[lines]
+        records, weight = records[lines], weight[lines]
     if not world.total(len(records.row)):
         return {"gradient": 0.0, "clipped": 0.0, "probability": 0.0}
     pieces = [slice(i, i + stage.micro_batch) for i in range(0, len(records.row), stage.micro_batch)]
@@ -59,8 +58,7 @@ def gradient_steps(
         optimizer.zero_grad(set_to_none=False)
         clipped = share = 0.0
         for n, piece in enumerate(pieces):
-            lines = torch.arange(len(records.row))[piece]
-            part = pick(records, lines)
+            part = records[piece]
             rows = part.row
             told = None if batch.speed is None else batch.speed[rows]
             logits = score(network, part.seen, told)

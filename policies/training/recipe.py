@@ -8,11 +8,13 @@ from pydantic import Field, model_validator
 from policies.files.regular import MOST_LISTED, MOST_WORD
 from policies.files.toml import TomlTable, read_toml
 from policies.network.config import PolicyConfig
-from policies.training.fit import Label
 from policies.training.rewards import Form
 
 MOST_ROWS = 1_000_000
 """More are a slip of the finger."""
+
+Label = Literal["outcome", "oracle", "imitation"]
+"""See `Fit`."""
 
 Length = Annotated[int, Field(gt=0, le=2**24)]
 

@@ -14,8 +14,9 @@ from policies.evaluation.oracle import Oracle
 from policies.model_under_test import ModelUnderTest
 from policies.network.config import PolicyConfig
 from policies.network.features import statistics
-from policies.network.observation import Observation, observe
+from policies.network.observation import observe
 from policies.tasks import Problem, Task
+from policies.training.transitions import Transitions
 from samplers import Sampler, Selection, Statistic, Step
 from samplers.loop.denoising import advance, ask
 from samplers.loop.row import Row
@@ -47,29 +48,6 @@ class Actor(Protocol):
 
 
 @dataclass
-class Transitions:
-    """Everything that was seen and done, one line per generation and step; padded to the longest region.
-
-    Attributes:
-        row: int64 [n], which generation.
-        seen: what a policy reads, [n, length, ...].
-        candidates, action, committed: bool [n, length].
-        confidence: float32 [n, length], -inf where unknown.
-        order: int64 [n, length], -1 where nothing was drawn; None for unordered draws.
-        right: bool [n, length], what the oracle would have committed; None where nobody asked it.
-    """
-
-    row: Tensor
-    seen: Observation
-    candidates: Tensor
-    action: Tensor
-    committed: Tensor
-    confidence: Tensor
-    order: Tensor | None
-    right: Tensor | None = None
-
-
-@dataclass
 class Rollout:
     """Finished generations. `correct` is 1 or 0 [n]; `forwards`, `tokens` int64 [n]; `steps` were recorded if asked."""
 
@@ -91,8 +69,7 @@ class _Recorder(Sampler):
     waits: bool
     oracles: list[Oracle]
     live: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
-    lines: list[dict[str, Tensor]] = field(default_factory=list)
-    seen: list[Observation] = field(default_factory=list)
+    lines: list[Transitions] = field(default_factory=list)
     name = "recorder"
 
     def __post_init__(self) -> None:
@@ -105,22 +82,26 @@ class _Recorder(Sampler):
     def select(self, step: Step) -> Selection:
         decision = self.chooser.choose(step, self.live)
         if self.config is not None:
-            line = {
-                "row": self.live,
-                "candidates": step.candidate,
-                "action": decision.action,
-                "committed": decision.commit,
-                "confidence": step.confidence,
-            }
-            if decision.order is not None:
-                line["order"] = decision.order
-            if self.oracles:
-                asked = [self.oracles[i] for i in self.live.tolist()]
-                right = [each.right(*row) for each, *row in zip(asked, step.token, step.candidate, strict=True)]
-                line["right"] = torch.stack(right)
-            self.lines.append(line)
-            self.seen.append(observe(step, self.config))
+            self.lines.append(
+                Transitions(
+                    row=self.live,
+                    seen=observe(step, self.config),
+                    candidates=step.candidate,
+                    action=decision.action,
+                    committed=decision.commit,
+                    confidence=step.confidence,
+                    order=decision.order,
+                    right=self._right(step),
+                )
+            )
         return Selection(decision.commit, waits=self.waits)
+
+    def _right(self, step: Step) -> Tensor | None:
+        """What each row's oracle would commit, bool [rows, width]; None where nobody asks."""
+        if not self.oracles:
+            return None
+        asked = [self.oracles[i] for i in self.live.tolist()]
+        return torch.stack([each.right(*row) for each, *row in zip(asked, step.token, step.candidate, strict=True)])
 
 
 def rollout(
@@ -189,41 +170,5 @@ def rollout(
         tokens=torch.tensor([row.completion_tokens for row in rows]),
         budget=torch.full((len(rows),), gen_length),
         texts=texts,
-        records=None if record is None else _collect(recorder),
+        records=None if record is None else Transitions.join(recorder.lines),
     )
-
-
-def _collect(recorder: _Recorder) -> Transitions:
-    """The recorded steps as one, cloned out of inference mode."""
-
-    def join(name: str, empty: float = 0) -> Tensor:
-        return _one_width([line[name] for line in recorder.lines], empty)
-
-    seen, optional = recorder.seen, recorder.lines[0]
-    tokens = [each.tokens for each in seen if each.tokens is not None]
-    return Transitions(
-        row=torch.cat([line["row"] for line in recorder.lines]).clone(),
-        seen=Observation(
-            features=_one_width([each.features for each in seen]),
-            masked=_one_width([each.masked for each in seen]),
-            valid=_one_width([each.valid for each in seen]),
-            time=torch.cat([each.time for each in seen]).clone(),
-            tokens=_one_width(tokens) if tokens else None,
-        ),
-        candidates=join("candidates"),
-        action=join("action"),
-        committed=join("committed"),
-        confidence=join("confidence", -torch.inf),
-        order=join("order", -1) if "order" in optional else None,
-        right=join("right") if "right" in optional else None,
-    )
-
-
-def _one_width(parts: list[Tensor], empty: float = 0) -> Tensor:
-    """Steps [rows, width, ...] as one tensor: where blocks are written whole, regions differ in length."""
-    longest = max(part.shape[1] for part in parts)
-    padded = [
-        torch.nn.functional.pad(part, (0, 0) * (part.dim() - 2) + (0, longest - part.shape[1]), value=empty)
-        for part in parts
-    ]
-    return torch.cat(padded).clone()
