@@ -8,20 +8,19 @@ from samplers.learned.policy import Action
 
 
 class PolicyConfig(BaseModel):
-    """Shape and inputs of a policy. Defaults are the paper's (arXiv 2512.09106, 3.2, appendix H), but for the time.
+    """Shape and inputs of a policy. Defaults are the paper's (arXiv 2512.09106, 3.2, appendix H), except for time.
 
     Attributes:
-        features: what it reads per position (see `policies.network.features`); `top` is how many of the largest
-            probabilities.
-        tokens: size of the vocabulary whose predicted tokens it reads through an embedding of its own; 0: it does not.
-            Such a policy serves no model with another tokenizer.
-        region: whether it reads the whole generation region, or candidates only, which is less work for the model.
-        time_period: times are given as cosines and sines of frequencies from 1 to this. The paper's code has 1, so that
+        features, top: features of positions (see `policies.network.features`); number of largest probabilities.
+        tokens: vocabulary size of predicted tokens, which get an embedding; 0 if the policy reads none. With tokens, it
+            only fits models with the same tokenizer.
+        region: read the whole generation region, or candidates only, which is less work for the model.
+        time_period: highest frequency of the time embedding, the lowest being 1. In the paper's code it is 1, so that
             all frequencies are the same.
-        blocks: transformer blocks.
-        output_bias: where the logits start: -2 commits about one position in eight.
-        takes_speed: whether it is told how fast to go, from 0 to 1.
-        temperature, floor: what holds at serving where a request says nothing.
+        blocks: number of transformer blocks.
+        output_bias: initial logit; -2 commits about one position in eight.
+        takes_speed: take a speed from 0 (careful) to 1 (fast) as input.
+        temperature, floor: defaults of requests.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -59,5 +58,5 @@ class PolicyConfig(BaseModel):
 
     @property
     def largest(self) -> int:
-        """How many of the largest probabilities the model has to give."""
+        """Number of largest probabilities that the model must return."""
         return self.top if {"top", "top_logs"} & set(self.features) else 0

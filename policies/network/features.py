@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ def statistics(features: tuple[Feature, ...]) -> frozenset[Statistic]:
     return frozenset(wanted[name] for name in features if name in wanted)
 
 
-def read(step: Step[Any], features: tuple[Feature, ...], columns: Tensor | None = None) -> Tensor:
+def read(step: Step, features: tuple[Feature, ...], columns: Tensor | None = None) -> Tensor:
     """Features side by side, float32 [rows, width, numbers]; zeros where the step knows nothing of a position.
 
     `confidence` alone is the paper's input (arXiv 2512.09106, section 3.2). `doubt` is how far it is from 1, in logs: a
@@ -58,7 +58,7 @@ def read(step: Step[Any], features: tuple[Feature, ...], columns: Tensor | None 
 class _Reader:
     """Columns of a step; values are [rows, n, numbers]."""
 
-    def __init__(self, step: Step[Any], columns: Tensor | None) -> None:
+    def __init__(self, step: Step, columns: Tensor | None) -> None:
         self.step, self.columns = step, columns
         confidence = self.at(step.confidence)
         self.known = confidence > -torch.inf
@@ -86,9 +86,11 @@ class _Reader:
         return ((self.at(masked.cumsum(dim=1)) - self.at(masked)) / 8).tanh()
 
     def place(self) -> Tensor:
+        rows, width = self.step.masked.shape
         periods = torch.tensor(PLACE_PERIODS, device=self.known.device)
-        angle = self.at(self.step.position) * (2 * math.pi / periods)
-        return torch.cat([angle.cos(), angle.sin()], dim=-1)
+        angle = torch.arange(width, device=periods.device)[:, None] * (2 * math.pi / periods)
+        table = torch.cat([angle.cos(), angle.sin()], dim=-1)
+        return table.expand(rows, -1, -1) if self.columns is None else table[self.columns]
 
 
 def _logs(p: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """The inputs of a policy network."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -12,10 +11,10 @@ from samplers import Step
 
 @dataclass(frozen=True)
 class Observation:
-    """What a policy sees of some rows: the arguments of `UnmaskingPolicy.forward`.
+    """Inputs of some rows, shaped as `UnmaskingPolicy.forward` takes them.
 
     Attributes:
-        columns: int64 [rows, n], which positions `features` and `tokens` are of; None: all.
+        columns: int64 [rows, n], the positions of `features` and `tokens`; None: all positions.
     """
 
     features: Tensor
@@ -26,8 +25,8 @@ class Observation:
     columns: Tensor | None = None
 
 
-def observe(step: Step[Any], config: PolicyConfig, columns: Tensor | None = None) -> Observation:
-    """A step as a policy of this configuration sees it; with `columns`, features of these positions only."""
+def observe(step: Step, config: PolicyConfig, columns: Tensor | None = None) -> Observation:
+    """Observation of a step for a policy of this configuration; with `columns`, features of these positions only."""
     length = step.layout.gen_length
     tokens = step.token if config.tokens else None
     return Observation(

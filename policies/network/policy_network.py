@@ -2,7 +2,6 @@
 
 import math
 from functools import lru_cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +16,11 @@ from samplers import Statistic, Step
 TIME_WIDTH = 128
 
 FEW = 0.75
-"""Share of the positions up to which it pays to compute logits of the wanted ones only."""
+"""Share of the positions up to which computing only the wanted ones pays."""
 
 
 class UnmaskingPolicy(nn.Module):
-    """Logits of committing each position. It reads no prompt, and tokens only if its configuration says so."""
+    """Logits of committing each position. The prompt is not an input; tokens are if the configuration says so."""
 
     def __init__(self, config: PolicyConfig) -> None:
         super().__init__()
@@ -54,10 +53,10 @@ class UnmaskingPolicy(nn.Module):
 
         Args:
             features: float32 [rows, width, numbers].
-            masked, valid: bool [rows, width]: still masked; part of the row's generation region.
+            masked, valid: bool [rows, width], positions that are still masked, and those of the generation region.
             time: [rows], forwards used / length of the generation region.
-            speed: [rows] in 0..1, for a policy that takes it.
-            tokens: int64 [rows, width], what the model would put there, for a policy that reads it; -1 if unknown.
+            speed: [rows] in 0..1, for a policy that takes one.
+            tokens: int64 [rows, width], predicted tokens, for a policy that reads them; -1 if unknown.
         """
         x = self._stream(features, tokens)
         conditions, which = self._conditions(time, speed), _condition_of(masked)
@@ -137,9 +136,13 @@ class UnmaskingPolicy(nn.Module):
 
 
 class LoadedPolicy:
-    """A network as the policy sampler uses it, without gradients. The network stays as it is, on its device."""
+    """A network as the policy sampler uses it, without gradients. The network stays as it is, on its device.
 
-    def __init__(self, network: UnmaskingPolicy) -> None:
+    Args:
+        longest: largest number of positions in its training.
+    """
+
+    def __init__(self, network: UnmaskingPolicy, longest: int = 1 << 40) -> None:
         config = network.config
         self.network = network
         self.statistics: frozenset[Statistic] = features.statistics(config.features)
@@ -150,9 +153,10 @@ class LoadedPolicy:
         self.takes_speed = config.takes_speed
         self.temperature = config.temperature
         self.floor = config.floor
+        self.longest = longest
 
     @torch.inference_mode()
-    def score(self, step: Step[Any], speed: Tensor | None) -> Tensor:
+    def score(self, step: Step, speed: Tensor | None) -> Tensor:
         """Logits of the candidates, and 0 elsewhere: float32 [rows, width]."""
         columns = _columns(step.confidence > -torch.inf)
         wanted = _columns(step.candidate) if columns is None else columns

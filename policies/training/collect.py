@@ -14,7 +14,7 @@ from policies.training.runs import Runs
 from policies.training.training_run import TrainingRun
 
 CHUNK = 4
-"""Batches of one rollout; tasks and ways of decoding take turns by rollouts."""
+"""Number of batches in one rollout; setups take turns by rollouts."""
 TEMPERATURES = (0.3, 1.0, 2.0)
 
 

@@ -1,4 +1,4 @@
-"""Warm starts: fit a policy to what whole runs turned out to be, or to what a rule would do, before GRPO."""
+"""The stage that fits a policy to collected runs, a warm start for GRPO."""
 
 import random
 from collections.abc import Iterator
@@ -38,9 +38,9 @@ def fit_stage(run: TrainingRun, number: int, stage: Fit) -> Iterator[dict[str, A
 
 
 def _neutral_score(network: UnmaskingPolicy, records: Transitions, speed: Tensor) -> Tensor:
-    """Logits without what speed adds to them, at any speed: what is right does not depend on it.
+    """Logits at a speed without its push: what is right does not depend on speed.
 
-    Fitted at one speed only, a network would read the others as noise.
+    Fitted at one speed only, a network would treat the others as noise.
     """
     if not network.config.takes_speed:
         return score(network, records.seen, None)
@@ -58,7 +58,7 @@ def fit(
     seed: int,
     threshold: float = 0.9,
 ) -> Iterator[float]:
-    """Supervised steps of `batch` runs each; yields each step's loss."""
+    """Take supervised steps of `batch` runs each; yields the loss of each."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
     for step in range(steps):

@@ -1,4 +1,4 @@
-"""What a warm start minimises."""
+"""Losses of supervised warm starts."""
 
 import torch
 import torch.nn.functional as F
@@ -6,14 +6,14 @@ from torch import Tensor
 
 
 def outcome_loss(logits: Tensor, committed: Tensor, run: Tensor, good: Tensor) -> Tensor:
-    """Negative log-likelihood of which runs came out right, if each commit is harmless with chance sigmoid(logit).
+    """Negative log-likelihood of the runs' outcomes, if each commit is harmless with probability sigmoid(logit).
 
-    A run is right if all its commits were harmless (a noisy-and): no reference and no label per position is needed.
+    A run is right if all its commits were harmless (a noisy-and), so no labels of positions are needed.
 
     Args:
         logits: [n, length].
         committed: bool [n, length].
-        run: int64 [n], which run each line belongs to.
+        run: int64 [n], the run of each line.
         good: bool [runs].
     """
     each = (F.logsigmoid(logits) * committed).sum(dim=1)
@@ -22,6 +22,6 @@ def outcome_loss(logits: Tensor, committed: Tensor, run: Tensor, good: Tensor) -
 
 
 def imitation_loss(logits: Tensor, target: Tensor, candidates: Tensor) -> Tensor:
-    """Cross-entropy to a set of commits, bool [n, length], over candidates."""
+    """Cross-entropy of candidates to target commits, bool [n, length]."""
     each = F.binary_cross_entropy_with_logits(logits, target.float(), reduction="none")
     return each[candidates].mean()

@@ -1,4 +1,4 @@
-"""The gradient steps on one batch of rollouts, in micro-batches and over all processes."""
+"""Gradient steps on one batch of rollouts, in micro-batches and over all processes."""
 
 import math
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ from policies.training.rollout import Rollout
 
 @dataclass
 class Batch:
-    """Rollouts and what they were worth, one entry each.
+    """Rollouts with their advantages.
 
     Attributes:
         advantage: float32 [rollouts].
-        expert: bool [rollouts], drawn by a rule.
+        expert: bool [rollouts], decided by a rule.
         speed: [rollouts] in 0..1, or None for a policy that takes none.
     """
 
@@ -37,7 +37,9 @@ def gradient_steps(
     batch: Batch,
     world: DataParallel,
 ) -> dict[str, float]:
-    """`stage.inner` steps on one batch; the last one's gradient norm, clipped share and mean probability of a commit.
+    """Take `stage.inner` steps on one batch.
+
+    Returns gradient norm, clipped share and mean probability of a commit in the last step.
 
     Raises FloatingPointError if the gradient is not finite.
     """
@@ -46,7 +48,7 @@ def gradient_steps(
     total = len(batch.rollout.correct) * world.size
     weight = 1.0 / (batch.rollout.forwards[records.row] * total)
     if not (stage.entropy or stage.kl):
-        # Groups without spread have nothing to say.
+        # Groups without spread have no gradient.
         lines = (advantage[records.row] != 0).nonzero()[:, 0]
         records, weight = records[lines], weight[lines]
     if not world.total(len(records.row)):

@@ -33,11 +33,11 @@ def new_optimizer(network: UnmaskingPolicy, stage: Grpo) -> torch.optim.AdamW:
 
 @dataclass
 class GrpoState:
-    """What a stage takes along from one update to the next; checkpoints keep it.
+    """State between the updates of a stage, kept in checkpoints.
 
     Attributes:
-        reference: the policy as the stage found it, where the divergence from it counts.
-        update: updates that the stage has done; `updates_done`: all that the run has.
+        reference: copy of the policy from the stage's start, if divergence from it is penalised.
+        update, updates_done: updates done by the stage, and by the whole run.
     """
 
     optimizer: torch.optim.AdamW | None = None
@@ -56,7 +56,7 @@ class GrpoState:
             self.reference = copy.deepcopy(network).requires_grad_(False)
 
     def end(self) -> None:
-        """Forget what the next stage does not need."""
+        """Drop what the next stage must not inherit."""
         self.optimizer = self.reference = None
         self.update = 0
 
@@ -87,7 +87,7 @@ class GrpoStage:
             yield line | {"update": state.update, "of": stage.updates}
 
     def update(self) -> dict[str, Any]:
-        """One rollout batch and its gradient steps; what happened.
+        """Do one rollout batch and its gradient steps; returns metrics.
 
         Raises FloatingPointError if the gradient is not finite.
         """
@@ -180,7 +180,7 @@ class GrpoStage:
 
 @dataclass(frozen=True)
 class _Group:
-    """Generations of one problem that are compared with each other, one seed each."""
+    """Generations of one problem, compared with each other; one seed for each."""
 
     problem: Problem
     alpha: float

@@ -1,7 +1,7 @@
-"""Group relative policy optimisation of an unmasking policy (arXiv 2512.09106, section 3.3 and appendices F and H).
+"""Loss of group relative policy optimisation (arXiv 2512.09106, section 3.3 and appendices F and H).
 
-Per trajectory the mean over its steps of the clipped ratio of joint action probabilities times the advantage, then the
-mean over trajectories; no division by a deviation inside a group.
+For each trajectory the mean over its steps of the clipped ratio of joint action probabilities times the advantage, then
+the mean over trajectories; advantages are not divided by the deviation of their group.
 """
 
 import math
@@ -15,7 +15,7 @@ from policies.training.transitions import Transitions
 
 
 def log_prob(logits: Tensor, records: Transitions, config: PolicyConfig) -> Tensor:
-    """Log-probability of every recorded draw, [n]."""
+    """Log-probability of every recorded draw, [n]. Raises ValueError if ordered draws were not recorded."""
     if config.action == "dpls":
         if records.order is None:
             raise ValueError("these records hold no order of draws")
@@ -24,14 +24,14 @@ def log_prob(logits: Tensor, records: Transitions, config: PolicyConfig) -> Tens
 
 
 def expert_mixture(log_probs: Tensor, expert: Tensor, group: int, experts: int) -> Tensor:
-    """For expert rows the policy mixed with a point mass on what the expert did, which bounds their ratio.
+    """Mix the policy, on expert rows, with a point mass on the expert's action, which bounds their ratio.
 
     `log(G / (G + E) * pi + 1 / (G + E))` (appendix F).
 
     Args:
         log_probs: [n].
         expert: bool [n].
-        group, experts: G and E.
+        group, experts: numbers of own and of expert rollouts in a group, G and E.
     """
     total = group + experts
     mixed = torch.logaddexp(log_probs + math.log(group / total), torch.full_like(log_probs, -math.log(total)))
@@ -43,9 +43,9 @@ def clipped_loss(new: Tensor, old: Tensor, advantage: Tensor, weight: Tensor, cl
 
     Args:
         new, old: log-probabilities of each draw under the policy now and when it was drawn, [n].
-        advantage: [n], its trajectory's.
+        advantage: [n], of the step's trajectory.
         weight: [n]; 1 / (steps of its trajectory * trajectories) gives the mean over steps, then trajectories.
-        clip: the ratio counts within 1 - clip ... 1 + clip only.
+        clip: the ratio is clipped to 1 - clip ... 1 + clip.
     """
     ratio = (new - old).exp()
     gain = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
@@ -55,7 +55,7 @@ def clipped_loss(new: Tensor, old: Tensor, advantage: Tensor, weight: Tensor, cl
 def regularisation(
     logits: Tensor, reference: Tensor | None, candidates: Tensor, weight: Tensor, entropy: float, kl: float
 ) -> Tensor:
-    """Weighted KL divergence from the reference less weighted entropy of the bits, to be added to the loss."""
+    """Weighted KL divergence from the reference minus weighted entropy of the bits, to be added to the loss."""
     total = logits.new_zeros(())
     if entropy:
         total = total - entropy * (bernoulli_entropy(logits, candidates) * weight).sum()

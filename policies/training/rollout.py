@@ -97,7 +97,7 @@ class _Recorder(Sampler):
         return Selection(decision.commit, waits=self.waits)
 
     def _right(self, step: Step) -> Tensor | None:
-        """What each row's oracle would commit, bool [rows, width]; None where nobody asks."""
+        """Commits of each row's oracle, bool [rows, width]; None without oracles."""
         if not self.oracles:
             return None
         asked = [self.oracles[i] for i in self.live.tolist()]

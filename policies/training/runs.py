@@ -1,4 +1,4 @@
-"""Recorded generations, whole: what warm starts are fitted to."""
+"""Recorded generations to fit warm starts to."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,12 +25,12 @@ class Runs:
 
     @classmethod
     def of(cls, rollouts: Sequence[Rollout]) -> "Runs":
-        """Rollouts one after the other, the lines of each run together."""
+        """Runs of several rollouts in order, with the lines of each run together."""
         return cls.join([_by_run(rollout) for rollout in rollouts])
 
     @classmethod
     def join(cls, parts: "Sequence[Runs]") -> "Runs":
-        """All runs of several."""
+        """All runs of several parts."""
         records = Transitions.join([part.records for part in parts])
         return cls(records, torch.cat([part.good for part in parts]), torch.cat(list(_shifted_ends(parts))))
 
@@ -47,7 +47,7 @@ class Runs:
         return cls(Transitions.of(found), found["good"], found["ends"])
 
     def batch(self, runs: Tensor) -> tuple[Transitions, Tensor]:
-        """The lines of these runs, and which of them each belongs to."""
+        """Lines of these runs, and for each line the index into `runs`."""
         starts = torch.cat([torch.zeros(1, dtype=torch.int64), self.ends[:-1]])
         lines = torch.cat([torch.arange(int(starts[i]), int(self.ends[i])) for i in runs.tolist()])
         counts = (self.ends - starts)[runs]

@@ -1,4 +1,4 @@
-"""Train a policy: the stages of a recipe, one after the other, resumable to the bit on one kind of processor."""
+"""Training of a policy: the stages of a recipe in order, resumable to the bit on one kind of processor."""
 
 import math
 import time
@@ -16,7 +16,7 @@ from policies.training.checkpointing import RunState
 from policies.training.collect import collect
 from policies.training.collected import CollectedRuns
 from policies.training.data_parallel import DataParallel
-from policies.training.decoding_setup import settings_of
+from policies.training.decoding_setup import setups_of
 from policies.training.fit import fit_stage
 from policies.training.grpo import GrpoStage, GrpoState, new_optimizer
 from policies.training.held_out import alphas_of, check
@@ -30,16 +30,15 @@ Report = Callable[[dict[str, Any]], None]
 
 @dataclass
 class PolicyTrainer:
-    """One run in one folder: `policy.*` (the best so far), `state.safetensors`, `metrics.jsonl`.
+    """One run in one folder: `policy.*` (the best so far), `state.safetensors`, `runs-N.safetensors`.
 
-    Raises ValueError when it is made if recipe, tasks and model do not go together: nothing of that is found later.
+    The constructor raises ValueError if recipe, tasks and model do not fit together. Set `stopping`, and `run` ends
+    after the current piece of work.
 
     Args:
-        origin: what the policy is trained on, as its card will say it.
         content: the recipe as it was read.
-        report: gets every line of metrics.
-
-    Set `stopping` and `run` ends after the current piece of work.
+        origin: the frozen model, as the policy's card will name it.
+        report: called with every line of metrics.
     """
 
     recipe: PolicyRecipe
@@ -62,7 +61,7 @@ class PolicyTrainer:
             if isinstance(stage, Grpo) and stage.prompts % self.world.size:
                 raise ValueError(f"{stage.prompts} prompts do not share out evenly over {self.world.size} processes")
         self.network = UnmaskingPolicy(self.recipe.policy)
-        setups = settings_of(self.recipe)
+        setups = setups_of(self.recipe)
         check_model(self.recipe, setups, self.model)
         collected = CollectedRuns(self.recipe, self.out)
         self.training_run = TrainingRun(self.recipe, self.model, self.network, setups, collected, self.world)
@@ -78,7 +77,9 @@ class PolicyTrainer:
         return self.out / "state.safetensors"
 
     def run(self) -> None:
-        """Work off the stages. Ends early, with the state saved, when `stopping` is set."""
+        """Work through the stages that are left. Ends early if `stopping` is set; a restart resumes from the last
+        checkpoint.
+        """
         for number, stage in enumerate(self.recipe.stage):
             if number != self.stage:
                 continue
@@ -108,7 +109,7 @@ class PolicyTrainer:
                 return GrpoStage(self.training_run, number, stage, self.grpo).work(lambda: self._checkpoint(stage))
 
     def _checkpoint(self, stage: Stage) -> dict[str, Any]:
-        """Save the state; compare the policy on held-out problems and keep it if it is the best so far."""
+        """Compare the policy on held-out problems, export it if it is the best so far, and save the state."""
         line: dict[str, Any] = {}
         if self.world.first and not isinstance(stage, Collect):
             line = check(self.training_run) if self.recipe.check else {}
@@ -159,7 +160,7 @@ class PolicyTrainer:
         return True
 
     def export(self) -> None:
-        """Write the policy as it is now as a folder that can be served."""
+        """Write the current policy to the run's folder, ready to be served."""
         setups = self.training_run.setups
         trained = TrainedOn(
             **self.origin.model_dump(),

@@ -1,4 +1,4 @@
-"""What the stages of a training run share."""
+"""Shared objects of a run's stages."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Records of rollouts: what was seen and done in each step."""
+"""Records of rollouts: observations and actions of every step."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -10,7 +10,7 @@ from torch import Tensor
 from policies.network.observation import Observation
 
 FILL: dict[str, float] = {"seen.tokens": -1, "confidence": -torch.inf, "order": -1}
-"""Values at positions that belong to no region, where these are not 0 or False."""
+"""Values of padding, where these are not 0 or False."""
 
 
 @dataclass(frozen=True)
@@ -18,12 +18,12 @@ class Transitions:
     """Steps of many generations, one line per generation and step; padded to the longest region.
 
     Attributes:
-        row: int64 [n], which generation.
-        seen: what a policy reads, [n, width, ...].
+        row: int64 [n], index of the generation.
+        seen: observations, [n, width, ...].
         candidates, action, committed: bool [n, width].
         confidence: float32 [n, width], -inf where unknown.
         order: int64 [n, width], -1 where nothing was drawn; None for unordered draws.
-        right: bool [n, width], what the oracle would have committed; None where nobody asked it.
+        right: bool [n, width], commits of the oracle; None if it was not asked.
     """
 
     row: Tensor
@@ -56,7 +56,7 @@ class Transitions:
         return cls.of({name: _joined([each[name] for each in found], FILL.get(name, 0)) for name in names})
 
     def __getitem__(self, lines: Tensor | slice) -> "Transitions":
-        """Some lines."""
+        """Select lines."""
         return self.of({name: value[lines] for name, value in self.tensors().items()})
 
 
@@ -65,7 +65,7 @@ _SEEN = tuple(each.name for each in fields(Observation))
 
 
 def _joined(parts: list[Tensor], fill: float) -> Tensor:
-    """Tensors [n] or [n, width, ...] as one."""
+    """Concatenate tensors [n], or [n, width, ...] padded to one width."""
     if parts[0].dim() > 1:
         longest = max(part.shape[1] for part in parts)
         parts = [F.pad(x, (0, 0) * (x.dim() - 2) + (0, longest - x.shape[1]), value=fill) for x in parts]

@@ -1,5 +1,6 @@
 """Steps made by hand, with random predictions."""
 
+from dataclasses import MISSING, fields
 from typing import Any
 
 import torch
@@ -28,17 +29,14 @@ def random_step(config: PolicyConfig, lengths: list[int], share: float, seed: in
     told = inside if config.region else masked
     zero = torch.zeros(rows, 1, dtype=torch.int64)
     params = [SamplerParams()] * rows
-    return Step(
+    told = dict(
         candidate=masked,
         masked=masked,
         committed=inside & ~masked,
         position=position,
         seed=column(list(range(rows))),
         forward=column(list(range(1, rows + 1))),
-        block=zero,
-        block_step=zero,
         block_masks=column(lengths),
-        slot=zero,
         layout=LayoutColumns(
             *(column(lengths), zero, column(lengths), column(lengths), zero + 1, column(lengths), zero), zero > 0
         ),
@@ -52,3 +50,5 @@ def random_step(config: PolicyConfig, lengths: list[int], share: float, seed: in
         extra={name: uniform(rows, width).masked_fill(~told, torch.nan) for name in Statistic},
         top=uniform(rows, width, config.largest).masked_fill(~told[..., None], torch.nan) if config.largest else None,
     )
+    required = {each.name for each in fields(Step) if each.default is MISSING and each.default_factory is MISSING}
+    return Step(**dict.fromkeys(required, zero) | told)
