@@ -3,11 +3,12 @@
 The frozen model and its tokenizer come as a `ModelUnderTest`; nothing here knows an architecture.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from policies.evaluation.oracle import Oracle
@@ -17,18 +18,18 @@ from policies.network.features import statistics
 from policies.network.observation import observe
 from policies.tasks import Problem, Task
 from policies.training.transitions import Transitions
-from samplers import Sampler, Selection, Statistic, Step
-from samplers.loop.denoising import advance, ask
+from samplers import Sampler, SamplerParams, Selection, Statistic, Step
 from samplers.loop.row import Row
+from samplers.loop.run import run
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What a chooser did in one step.
+    """Decision of an actor in one step.
 
     Attributes:
         action: bool [rows, width], as drawn.
-        commit: bool [rows, width], what becomes of it; the loop adds the surest candidate where a row has none.
+        commit: bool [rows, width], as committed; the loop adds the surest candidate where a row has none.
         order: int64 [rows, width], for ordered draws (see `dpls_draw`).
     """
 
@@ -38,7 +39,7 @@ class Decision:
 
 
 class Actor(Protocol):
-    """Decides on the rows of a step; `live` are their numbers in the rollout."""
+    """Decides what rows commit. `live` in `choose` is int64 [rows], their numbers in the rollout."""
 
     statistics: frozenset[Statistic]
     top: int
@@ -49,7 +50,7 @@ class Actor(Protocol):
 
 @dataclass
 class Rollout:
-    """Finished generations. `correct` is 1 or 0 [n]; `forwards`, `tokens` int64 [n]; `steps` were recorded if asked."""
+    """Finished generations. `correct` is 1 or 0, [n]; `forwards`, `tokens` and `budget` are int64 [n]."""
 
     problems: list[Problem]
     correct: Tensor
@@ -62,45 +63,49 @@ class Rollout:
 
 @dataclass
 class _Recorder(Sampler):
-    """Runs a chooser as a sampler and keeps what it saw."""
+    """An actor as a sampler, with records of every step."""
 
-    chooser: Actor
+    actor: Actor
     config: PolicyConfig | None
     waits: bool
     oracles: list[Oracle]
-    live: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     lines: list[Transitions] = field(default_factory=list)
     name = "recorder"
+    sees_region = True
+
+    class Params(SamplerParams):
+        number: int = Field(description="place in the rollout")
 
     def __post_init__(self) -> None:
-        self.statistics, self.top, self.region = self.chooser.statistics, self.chooser.top, self.chooser.region
+        self.statistics, self.top, self.whole_region = self.actor.statistics, self.actor.top, self.actor.region
         if self.config is not None:
             self.statistics |= statistics(self.config.features)
             self.top = max(self.top, self.config.largest)
-            self.region |= self.config.region
+            self.whole_region |= self.config.region
 
     def select(self, step: Step) -> Selection:
-        decision = self.chooser.choose(step, self.live)
+        live = step.param("number")[:, 0]
+        decision = self.actor.choose(step, live)
         if self.config is not None:
             self.lines.append(
                 Transitions(
-                    row=self.live,
+                    row=live,
                     seen=observe(step, self.config),
                     candidates=step.candidate,
                     action=decision.action,
                     committed=decision.commit,
                     confidence=step.confidence,
                     order=decision.order,
-                    right=self._right(step),
+                    right=self._right(step, live),
                 )
             )
         return Selection(decision.commit, waits=self.waits)
 
-    def _right(self, step: Step) -> Tensor | None:
+    def _right(self, step: Step, live: Tensor) -> Tensor | None:
         """Commits of each row's oracle, bool [rows, width]; None without oracles."""
         if not self.oracles:
             return None
-        asked = [self.oracles[i] for i in self.live.tolist()]
+        asked = [self.oracles[i] for i in live.tolist()]
         return torch.stack([each.right(*row) for each, *row in zip(asked, step.token, step.candidate, strict=True)])
 
 
@@ -108,7 +113,7 @@ def rollout(
     model: ModelUnderTest,
     task: Task,
     problems: Sequence[Problem],
-    chooser: Actor,
+    actor: Actor,
     *,
     gen_length: int,
     block_length: int | None,
@@ -122,7 +127,7 @@ def rollout(
     """Run one generation for each problem to its end.
 
     Args:
-        chooser: decides what to commit.
+        actor: decides what to commit.
         seeds: each generation's random stream.
         batch: most rows of one forward. All rows of a rollout go through it together, in this many at a time.
         prompt_length: keep only the last tokens of a longer prompt.
@@ -133,31 +138,32 @@ def rollout(
 
     Raises ValueError if a prompt is too long for the model, SamplerError if a generation cannot go on.
     """
-    recorder = _Recorder(chooser, record, waits=allow_empty, oracles=[])
-    rows = []
+    recorder = _Recorder(actor, record, waits=allow_empty, oracles=[])
+    rows: list[Row] = []
     for problem, seed in zip(problems, seeds, strict=True):
         prompt = model.encode_prompt(problem.prompt)
         prompt = prompt[-(prompt_length or len(prompt)) :]
         model.check_length(task.name, len(prompt), gen_length)
         canvas = model.canvas(prompt, gen_length, block_length)
-        rows.append(Row(canvas, recorder, recorder.Params(), seed=seed, end_ids=model.end_ids))
+        params = recorder.Params(number=len(rows))
+        rows.append(Row(canvas, recorder, params, seed=seed, end_ids=model.end_ids))
         if ask_oracle:
             recorder.oracles.append(Oracle.for_problem(task, problem, canvas, model.encode, model.end_ids))
     stuck: set[int] = set()
-    with torch.inference_mode():
-        while live := [i for i, row in enumerate(rows) if not row.finished and i not in stuck]:
+
+    def parts() -> Iterator[list[Row]]:
+        """Rows that are not finished, up to `batch` at a time."""
+        while live := [row for i, row in enumerate(rows) if not row.finished and i not in stuck]:
             for start in range(0, len(live), batch):
-                part = live[start : start + batch]
-                recorder.live = torch.tensor(part)
-                running = [rows[i] for i in part]
-                query = ask(running)
-                outcomes = advance(running, query, model.predict(query), may_wait=allow_empty)
-                for i, outcome in zip(part, outcomes, strict=True):
-                    if outcome.error is not None:
-                        raise outcome.error
-                    row = rows[i]
-                    if allow_empty and not row.finished and row.block_step >= row.canvas.layout.block_length:
-                        stuck.add(i)
+                yield live[start : start + batch]
+
+    number, taking = {id(row): i for i, row in enumerate(rows)}, parts()
+    for turn in run(lambda: next(taking, []), model.predict, may_wait=allow_empty):
+        for row, event in turn:
+            if event.error is not None:
+                raise event.error
+            if allow_empty and not row.finished and row.block_step >= row.canvas.layout.block_length:
+                stuck.add(number[id(row)])
     texts = [model.decode(row.text_tokens()) for row in rows]
     right = [
         i not in stuck and task.check(problem, text)

@@ -1,6 +1,6 @@
 """Steps made by hand, with random predictions."""
 
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from typing import Any
 
 import torch
@@ -26,29 +26,43 @@ def random_step(config: PolicyConfig, lengths: list[int], share: float, seed: in
     inside = position < column(lengths)
     masked = (uniform(rows, width) < share) & inside
     masked[:, 0] = True
-    told = inside if config.region else masked
+    known = inside if config.region else masked
     zero = torch.zeros(rows, 1, dtype=torch.int64)
     params = [SamplerParams()] * rows
-    told = dict(
-        candidate=masked,
-        masked=masked,
-        committed=inside & ~masked,
-        position=position,
-        seed=column(list(range(rows))),
-        forward=column(list(range(1, rows + 1))),
-        block_masks=column(lengths),
-        layout=LayoutColumns(
+    given: dict[str, Any] = {
+        "candidate": masked,
+        "masked": masked,
+        "committed": inside & ~masked,
+        "position": position,
+        "seed": column(list(range(rows))),
+        "forward": column(list(range(1, rows + 1))),
+        "block_masks": column(lengths),
+        "layout": LayoutColumns(
             *(column(lengths), zero, column(lengths), column(lengths), zero + 1, column(lengths), zero), zero > 0
         ),
-        params=params,
-        columns=Columns.of(params),
-        state={},
-        canvas=torch.zeros(rows, width, dtype=torch.int64),
-        row=column(list(range(rows))),
-        token=torch.randint(max(1, config.tokens), (rows, width), generator=generator).masked_fill(~told, -1),
-        confidence=uniform(rows, width).masked_fill(~told, -torch.inf),
-        extra={name: uniform(rows, width).masked_fill(~told, torch.nan) for name in Statistic},
-        top=uniform(rows, width, config.largest).masked_fill(~told[..., None], torch.nan) if config.largest else None,
-    )
+        "params": params,
+        "columns": Columns.of(params),
+        "state": {},
+        "canvas": torch.zeros(rows, width, dtype=torch.int64),
+        "row": column(list(range(rows))),
+        "token": torch.randint(max(1, config.tokens), (rows, width), generator=generator).masked_fill(~known, -1),
+        "confidence": uniform(rows, width).masked_fill(~known, -torch.inf),
+        "extra": {name: uniform(rows, width).masked_fill(~known, torch.nan) for name in Statistic},
+        "top": uniform(rows, width, config.largest).masked_fill(~known[..., None], torch.nan)
+        if config.largest
+        else None,
+    }
     required = {each.name for each in fields(Step) if each.default is MISSING and each.default_factory is MISSING}
-    return Step(**dict.fromkeys(required, zero) | told)
+    return Step(**dict.fromkeys(required, zero) | given)
+
+
+def row_of(step: Step[Any], row: int, length: int) -> Step[Any]:
+    """One row of a step, alone and without padding."""
+    layout = LayoutColumns(**{name: value[row : row + 1] for name, value in vars(step.layout).items()})
+    tensors = {
+        name: value for name, value in vars(step).items() if isinstance(value, torch.Tensor) and name != "canvas"
+    }
+    cut = {name: value[row : row + 1, :length] for name, value in tensors.items()}
+    extra = {name: value[row : row + 1, :length] for name, value in step.extra.items()}
+    params = step.params[row : row + 1]
+    return replace(step, **cut, extra=extra, layout=layout, params=params, columns=Columns.of(params))
