@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from policies.network import features
+from policies.network import features, policy_network
 from policies.network.observation import Observation, observe
 from policies.network.policy_network import LoadedPolicy, UnmaskingPolicy, score, waves
 from tests.policies.network.steps import random_step
@@ -75,6 +75,18 @@ def test_logits_are_those_of_the_definition(config: dict[str, Any], share: float
     found = LoadedPolicy(net).score(step, None if speed is None else speed[:, None])
     torch.testing.assert_close(found[candidate], expected[candidate], atol=1e-5, rtol=1e-5)
     assert (found[~candidate] == 0).all() and not found.requires_grad
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_an_accelerator_computes_all_positions_to_the_same_end(
+    config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There, nobody waits for the number of candidates."""
+    net, step, speed = case(config, 0.3)
+    column = None if speed is None else speed[:, None]
+    expected = LoadedPolicy(net).score(step, column)
+    monkeypatch.setattr(policy_network, "_columns", lambda wanted: None)
+    torch.testing.assert_close(LoadedPolicy(net).score(step, column), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("config", CONFIGS)
