@@ -2,5 +2,5 @@
 
 
 def within(block_length: int | None, gen_length: int) -> int | None:
-    """Blocks as long as the generation are full diffusion, None."""
+    """The block length of a generation; None, full diffusion, if one block holds all of it."""
     return None if block_length is None or block_length >= gen_length else block_length

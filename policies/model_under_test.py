@@ -9,10 +9,13 @@ from samplers.forward.query import Predict
 
 @dataclass(frozen=True)
 class ModelUnderTest:
-    """A model under test: a forward pass, its text codec, its special tokens, its longest canvas.
+    """A forward pass with its text codec and special tokens.
 
-    `prompt` makes a problem's text the model's prompt, such as the message of a chat; None: as `encode` does. `pattern`
-    is how the model reads a canvas.
+    Attributes:
+        mask_id: None for a model without a mask token.
+        max_length: positions of the longest canvas.
+        prompt: token ids of a problem's text as a prompt, such as a chat message; None: as `encode` does.
+        pattern: how the model reads a canvas.
     """
 
     predict: Predict
@@ -35,7 +38,7 @@ class ModelUnderTest:
         )
 
     def check_length(self, task: str, prompt_length: int, gen_length: int) -> None:
-        """Raise ValueError if a prompt of a task and what is to be generated are longer than the longest canvas."""
+        """Raise ValueError if prompt and generation region of a task do not fit the longest canvas."""
         if prompt_length + gen_length > self.max_length:
             raise ValueError(
                 f"a prompt of task {task} has {prompt_length} tokens, which with a gen_length of {gen_length} is more "

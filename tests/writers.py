@@ -1,6 +1,7 @@
 """All that writes files which others read, each with versions to write and a way to tell which is there."""
 
 import json
+from dataclasses import fields
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,12 @@ from policies.evaluation.card import Card, place
 from policies.evaluation.measure import Measurement
 from policies.evaluation.plot import draw
 from policies.evaluation.results import Results, add_row, open_results
-from policies.network.policy_network import Observation
+from policies.network.observation import Observation
 from policies.serving.checkpoint import load_policy, save_policy
 from policies.training.checkpointing import RunState
-from policies.training.fit import _RECORDS, _SEEN, Runs
 from policies.training.recipe import PolicyRecipe
-from policies.training.rollout import Transitions
+from policies.training.runs import Runs
+from policies.training.transitions import Transitions
 from server.bench.results import Result, write_results
 from server.training.export import export
 from server.training.recipe import Recipe
@@ -192,8 +193,12 @@ def collected() -> Writer:
         def number() -> torch.Tensor:
             return torch.full((3,), float(version))
 
-        seen = Observation(**{name: number() for name in _SEEN})
-        return Runs(Transitions(seen=seen, **{name: number() for name in _RECORDS}), number(), number())
+        def tensors_of(kind: type[Any]) -> dict[str, torch.Tensor]:
+            return {each.name: number() for each in fields(kind) if each.name != "seen"}
+
+        return Runs(
+            Transitions(seen=Observation(**tensors_of(Observation)), **tensors_of(Transitions)), number(), number()
+        )
 
     runs = [made(version) for version in range(PREPARED)]
 

@@ -1,4 +1,4 @@
-"""The place in a model card where the measured table goes."""
+"""Model cards, and the marked place in them for the measured table."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +11,13 @@ BEGIN, END = "<!-- unmask evaluate: begin -->", "<!-- unmask evaluate: end -->"
 
 
 def place(text: str) -> str:
-    """The place itself, holding `text`."""
+    """The marked place with `text` in it."""
     return f"{BEGIN}\n{text.strip()}\n{END}"
 
 
 @dataclass(frozen=True)
 class Card:
-    """A card and what stands around the place."""
+    """A model card: the text before and after the marked place."""
 
     path: Path
     before: str
@@ -25,7 +25,7 @@ class Card:
 
     @classmethod
     def read(cls, folder: Path) -> "Card":
-        """The card of a model folder. Raises ValueError if there is none or it has no place for a table."""
+        """Read the card of a model folder. Raises ValueError if there is none, or no marked place in it."""
         path = folder / "README.md"
         try:
             content = read_text(path, MOST_BYTES)
@@ -40,5 +40,5 @@ class Card:
         return cls(path, before, after)
 
     def write(self, text: str) -> None:
-        """Put `text` in the place of what was there; a kill at any point leaves the old card or the new one."""
+        """Replace what the place holds; a kill at any point leaves the old card or the new one."""
         write_file(self.path, self.before + place(text) + self.after)

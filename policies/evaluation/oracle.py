@@ -1,4 +1,4 @@
-"""The oracle: what a sampler could do at best that knew which of the model's tokens are right."""
+"""The oracle: a near upper bound, for a sampler that knows which of the model's tokens are right."""
 
 from collections.abc import Callable
 
@@ -12,9 +12,9 @@ from samplers import Canvas, Sampler, Selection, Step
 class Oracle(Sampler):
     """Commit exactly the candidates whose token is right, in one generation of one problem.
 
-    Right is what the reference has there, or a word that may stand for it, or end-of-text after it. Where a task has
-    several solutions: what the still possible one has that agrees with most candidates. It is greedy, so no strict
-    bound, and it reads the answer, so no server offers it.
+    A token is right if the reference has it at that position, or a word that may stand for it, or end-of-text after the
+    reference's end. Where a task has several solutions, the one counts that is still possible and agrees with most
+    candidates. The oracle is greedy, so the bound is not strict; it reads the answer, so no server offers it.
 
     Args:
         solutions: token ids [solutions, gen_length], end-of-text after each.
@@ -39,7 +39,7 @@ class Oracle(Sampler):
         encode: Callable[[str], list[int]],
         end_ids: frozenset[int],
     ) -> "Oracle":
-        """The oracle of one problem. A word that is several tokens only stands for itself."""
+        """Make the oracle of one problem. Words of several tokens are not interchangeable."""
         length = canvas.layout.gen_length
         end = min(end_ids, default=-1)
         rows = [(encode(text) + [end] * length)[:length] for text in task.solutions(problem)]
@@ -52,7 +52,7 @@ class Oracle(Sampler):
         return Selection(self.right(step.token[0], step.candidate[0])[None])
 
     def right(self, token: Tensor, candidate: Tensor) -> Tensor:
-        """Which candidates to commit, bool [width] as the arguments are: a token and whether it may be committed."""
+        """Candidates whose token is right, bool [width]; the arguments are of the whole generation region."""
         length = self._canvas.layout.gen_length
         commit = torch.zeros_like(candidate)
         token, candidate = token[:length], candidate[:length]

@@ -13,13 +13,13 @@ from policies.evaluation.oracle import Oracle
 from policies.evaluation.report import by_setting, column
 from policies.files.atomic import write_file
 
-# Okabe and Ito's palette, told apart by colour-blind readers too; the markers carry the same difference.
+# Okabe and Ito's palette, which colour-blind readers can tell apart; markers differ as well.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p")
 
 
 def series(row: Measurement) -> str:
-    """What one line of the picture joins: a sampler, each policy for itself."""
+    """Label of the line that a measurement belongs to: its sampler, and the policy if there is one."""
     policy = row.params.get("policy")
     return f"{row.sampler} {policy}" if policy else row.sampler
 
@@ -34,7 +34,7 @@ def pareto_front(rows: list[Measurement]) -> list[Measurement]:
 
 
 def draw(rows: list[Measurement], model: str, path: Path) -> None:
-    """Write a PNG: a panel for each setting (down) and task (across). The oracle is shown, but is on no front."""
+    """Write a PNG: a panel for each setting (down) and task (across). The oracle is drawn, but not in the front."""
     settings = by_setting(rows)
     columns = list(dict.fromkeys(map(column, rows)))
     names = list(dict.fromkeys(map(series, rows)))

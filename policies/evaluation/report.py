@@ -13,7 +13,7 @@ from samplers import CacheMode
 
 @dataclass(frozen=True)
 class DecodingSetting:
-    """What the rows of one table have in common. No `block_length` is full diffusion."""
+    """Conditions that the rows of one table share. Without a `block_length` it is full diffusion."""
 
     block_length: int | None
     fill_after_end: bool
@@ -32,12 +32,12 @@ class DecodingSetting:
 
 
 def kept(cache: CacheMode) -> str:
-    """A remark on a cache, if there is one."""
+    """Remark on the cache, empty without one."""
     return "" if cache is CacheMode.NONE else f", {cache} cache"
 
 
 def by_setting(rows: list[Measurement]) -> dict[DecodingSetting, list[Measurement]]:
-    """Rows of each setting, settings and rows in the order in which they were measured."""
+    """Group rows by setting, in the order in which they were measured."""
     groups: dict[DecodingSetting, list[Measurement]] = {}
     for row in rows:
         groups.setdefault(DecodingSetting.of(row), []).append(row)
@@ -55,7 +55,7 @@ def label(row: Measurement) -> str:
 
 
 def all_at_once(rows: Iterable[Measurement]) -> str:
-    """A remark on a `k` that is no limit in any of these rows."""
+    """Remark for rows whose `k` allows every position at once, empty if one of them does not."""
     unlimited = (row.sampler in ("random", "topk") and row.params.get("k", 1) >= row.gen_length for row in rows)
     return " (all at once)" if all(unlimited) else ""
 
@@ -72,7 +72,7 @@ def cell(row: Measurement) -> str:
 
 
 def markdown(rows: list[Measurement]) -> str:
-    """One table a setting: samplers down, tasks across, each cell as `cell` has it."""
+    """One table per setting: a line per sampler, a column per task, cells as `cell` writes them."""
     parts = [EXPLANATION]
     for setting, group in by_setting(rows).items():
         columns = list(dict.fromkeys(map(column, group)))
@@ -93,7 +93,7 @@ def markdown(rows: list[Measurement]) -> str:
 
 
 def table(rows: list[Measurement]) -> Table:
-    """One line a row, for the terminal."""
+    """Table for the terminal, one line per measurement."""
     shown = Table("task", "block", "sampler", title="accuracy against tokens per forward")
     for name in ("correct", "accuracy %", "95 %", "tokens", "forwards", "TPF", "seconds"):
         shown.add_column(name, justify="right", no_wrap=True)

@@ -1,4 +1,4 @@
-"""The file that keeps measurements: one model, one row a trial, each row written as soon as it is measured."""
+"""Results files: measurements of one model, one row per trial, each written as soon as it is measured."""
 
 import hashlib
 from pathlib import Path
@@ -13,7 +13,7 @@ MOST_BYTES = 64 << 20
 
 
 class Results(BaseModel):
-    """All rows measured on one model. `digest` is of the model's files, `dtype` what it computed in."""
+    """All measurements of one model. `digest` is of its files, `dtype` the type it computed in."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
@@ -29,13 +29,13 @@ class Results(BaseModel):
 
 
 class ResultsError(Exception):
-    """A results file that these rows cannot go into. One line that says why and what to do."""
+    """A results file that cannot take these rows; the message is one line with the reason and the remedy."""
 
 
 def open_results(path: Path | None, fresh: Results) -> Results:
-    """What `path` holds, to be added to, or `fresh` where there is no such file yet.
+    """Read the results in `path`, or return `fresh` if there is no such file yet.
 
-    Raises ResultsError if the file is none of ours or measures another model.
+    Raises ResultsError if it is not a results file or measures another model.
     """
     if path is None or not path.exists():
         return fresh
@@ -57,7 +57,7 @@ def open_results(path: Path | None, fresh: Results) -> Results:
 def add_row(path: Path | None, results: Results, row: Measurement) -> None:
     """Add a row, and write all rows to `path` if there is one; a kill at any point leaves the old file or the new one.
 
-    Rows that another run has added to the file meanwhile are kept, and taken over. Raises ResultsError, OSError.
+    Rows that another run added to the file meanwhile are kept, also in `results`. Raises ResultsError, OSError.
     """
     if path is None:
         results.rows.append(row)

@@ -1,4 +1,4 @@
-"""A sampler with its parameters in one word, as a command line wants it: `threshold:threshold=0.9`."""
+"""Samplers with parameters as one word of a command line: `threshold:threshold=0.9`."""
 
 import json
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from samplers import SamplerParams, get_sampler
 
 @dataclass(frozen=True)
 class SamplerSpec:
-    """A sampler's name and its validated parameters. `oracle` is one that only evaluation knows."""
+    """A sampler's name and its validated parameters. The name `oracle` exists in evaluation only."""
 
     name: str
     params: SamplerParams
@@ -44,12 +44,12 @@ class SamplerSpec:
             raise ValueError(f"{name}: {where + ': ' if where else ''}{first['msg']}") from None
 
     def stated(self) -> dict[str, Any]:
-        """Parameters that have a value, defaults included."""
+        """Parameters that are not null, defaults included, as JSON values."""
         return self.params.model_dump(mode="json", exclude_none=True)
 
 
 def sampler_label(name: str, stated: dict[str, Any]) -> str:
-    """A sampler and its parameters for people: `topk k=4`, `threshold 0.9`."""
+    """Label of a sampler and its parameters: `topk k=4`, `threshold 0.9`."""
     parts = [f"{value}" if param == name else f"{param}={value}" for param, value in stated.items()]
     return " ".join([name, *parts])
 

@@ -1,4 +1,4 @@
-"""How sure a measured share is."""
+"""Confidence intervals of measured shares."""
 
 from math import sqrt
 
@@ -9,7 +9,7 @@ NORMAL_95 = 1.959963984540054
 def wilson(successes: int, trials: int) -> tuple[float, float]:
     """Wilson's 95 % score interval of a share: never outside 0..1, sound near both ends (JASA 22 (1927), 209-212).
 
-    Raises ValueError where there is nothing to estimate from.
+    Raises ValueError if there are no trials, or more successes than trials.
     """
     if not 0 <= successes <= trials or trials < 1:
         raise ValueError(f"{successes} successes of {trials} trials is no share")

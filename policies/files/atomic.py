@@ -1,8 +1,8 @@
-"""Writing that is all or nothing: whoever is killed, at any point, leaves the old content or the new one.
+"""All-or-nothing writes: a writer that is killed, at any point, leaves the old content or the new one.
 
-Content goes to a place of its own beside the old one and to the disk, and then takes the old one's name in one step.
-What a killed writer leaves in that place is overwritten by the next one. Writers of one file or folder wait for each
-other; some network file systems have no locks, and there it is up to users to have one writer at a time.
+New content is written and flushed to a file of its own beside the old one, and then renamed over it in one step. What a
+killed writer leaves behind there is overwritten by the next one. Writers of one file or folder wait for each other;
+some network file systems have no locks, and users must see to it that there is one writer at a time.
 """
 
 import ctypes
@@ -29,17 +29,17 @@ NOT_HERE = (
     errno.EROFS,
     errno.EMFILE,
 )
-"""Errors where a folder cannot change places with another: it is a mount, or its file system knows no such thing."""
+"""Errors of exchanging two folders where that is impossible: a mount, or a file system without this operation."""
 
 
 def write_file(path: Path, content: bytes | str | Callable[[], str]) -> None:
-    """Write a whole file in the place of the one that is there, if any; text as UTF-8. Raises OSError.
+    """Write a file whole, replacing the one that is there, if any; text as UTF-8. Raises OSError.
 
     A link stays one: the file that it leads to is replaced. A pipe or a device has no content to keep and is written
     to directly.
 
     Args:
-        content: or what makes it of the old one, while no other writer changes that.
+        content: or a callable that returns it, called while no other writer can change the file.
     """
     path = path.resolve()
     if path.exists() and not path.is_file():
@@ -52,7 +52,7 @@ def write_file(path: Path, content: bytes | str | Callable[[], str]) -> None:
 def write_files(folder: Path, contents: Mapping[str, bytes | str | Callable[[], str]]) -> None:
     """Write several files, each whole or not at all, in this order; all are ready before the first is seen.
 
-    The folder is to be `held` meanwhile.
+    The caller must hold the folder (see `held`).
     """
     with ExitStack() as stack:
         ready = {name: stack.enter_context(_ready(folder / name, content)) for name, content in contents.items()}
@@ -64,10 +64,10 @@ def write_files(folder: Path, contents: Mapping[str, bytes | str | Callable[[], 
 def write_together(folder: Path, contents: Mapping[str, bytes]) -> None:
     """Write several files of a folder, all of them or none; what else is in it stays. Raises OSError.
 
-    The last one is what makes the folder what it is: without it, the others are nothing to anybody. So where it is not
-    there yet it is written last, and that is all. Else a folder with the new files, and links to all others, changes
-    places with the old one. Where that cannot be (see `NOT_HERE`), the last file is away meanwhile: a kill then leaves
-    nothing that could be taken for either version.
+    The last file is the one that readers look for: without it, they ignore the others. Where it does not exist yet, it
+    is simply written last. Otherwise a folder with the new files, and links to all others, changes places with the old
+    one. Where that is impossible (see `NOT_HERE`), the last file is removed first: a kill then leaves nothing that can
+    be taken for either version.
     """
     folder.mkdir(parents=True, exist_ok=True)
     folder = folder.resolve()
@@ -102,7 +102,7 @@ def held(folder: Path, alone: bool = False) -> Iterator[None]:
 
 
 def flush(path: Path) -> None:
-    """Have a file's content, or a folder's names, on the disk when this returns."""
+    """Flush a file's content, or a folder's names, to the disk."""
     handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(handle)
@@ -115,7 +115,7 @@ def flush(path: Path) -> None:
 
 @contextmanager
 def _ready(path: Path, content: bytes | str | Callable[[], str]) -> Iterator[Path]:
-    """A file's new content beside it, to be renamed; other writers of the same file wait until that is done."""
+    """Write a file's new content beside it, ready to be renamed; other writers of the file wait until then."""
     partial = path.with_name(f".{path.name}.partial")
     with _own(partial) as handle:
         try:
@@ -138,7 +138,7 @@ def _bytes(content: bytes | str | Callable[[], str]) -> bytes:
 
 @contextmanager
 def _own(partial: Path) -> Iterator[int]:
-    """An empty file of this name, which no other writer has; its descriptor."""
+    """Open an empty file of this name that no other writer has open; its descriptor."""
     while True:
         handle = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
@@ -168,7 +168,7 @@ def _exchange_for(folder: Path, contents: Mapping[str, bytes]) -> None:
     try:
         other.mkdir()
         with ExitStack() as stack:
-            # Whoever waits for this folder then waits for the one that takes its place, until the old one is gone.
+            # Writers that wait for this folder then wait for the one that takes its place, until the old one is gone.
             stack.enter_context(held(other, alone=True))
             stack.callback(shutil.rmtree, other, ignore_errors=True)
             for place, _, _ in os.walk(folder):
@@ -187,7 +187,7 @@ def _exchange_for(folder: Path, contents: Mapping[str, bytes]) -> None:
 
 
 def _link_all(folder: Path, other: Path, but: Collection[str]) -> None:
-    """Have links in another folder to all that is in this one, but for some names in it. Raises OSError, Error."""
+    """Link everything in this folder, but for some names, into another one. Raises OSError, shutil.Error."""
     ignored, top = shutil.ignore_patterns(*but), str(folder)
     shutil.copytree(
         folder,
@@ -200,7 +200,7 @@ def _link_all(folder: Path, other: Path, but: Collection[str]) -> None:
 
 
 def _files(folder: Path) -> dict[Path, int]:
-    """The inodes of all that is no folder, by place."""
+    """Inodes of everything below a folder but folders, by relative path."""
     paths = (Path(place, name) for place, _, names in os.walk(folder) for name in names)
     found = {}
     for path in paths:
@@ -210,7 +210,7 @@ def _files(folder: Path) -> dict[Path, int]:
 
 
 def _carry(old: Path, folder: Path, before: Mapping[Path, int], but: Collection[str]) -> None:
-    """Take over what programs that know nothing of locks have put into the old folder since links to all were made."""
+    """Take over what programs without locks have put into the old folder since its files were linked."""
     now = _files(folder)
     for place, inode in _files(old).items():
         if inode != before.get(place) and now.get(place) == before.get(place) and str(place) not in but:

@@ -1,6 +1,6 @@
-"""Files that somebody else made: regular ones only, and never more of one than is expected.
+"""Bounded reading of files from users: regular files only, and never more bytes than expected.
 
-A named pipe, a device or a link to one in the place of a file would hang its reader, or never end.
+A named pipe, a device or a link to one in the place of a file would block its reader, or never end.
 """
 
 import errno
@@ -12,7 +12,7 @@ from pathlib import Path
 MOST_HEADER = 32 << 20
 """Bytes of a safetensors file's header. That of a hundred thousand tensors is some 10 MB."""
 MOST_LISTED, MOST_WORD = 100, 1024
-"""Entries of a list, and characters of a name, in what files say that is said again elsewhere."""
+"""Most entries of a list, and characters of a name, in file content that appears again in answers."""
 KINDS = {
     stat.S_IFIFO: "a named pipe",
     stat.S_IFCHR: "a device",
@@ -21,7 +21,7 @@ KINDS = {
 
 
 class UnsuitableFileError(OSError):
-    """A file that is not read, for what it is or for its size; `filename` and `strerror` say which and why."""
+    """A file of the wrong kind or size; `filename` and `strerror` say which and why."""
 
     def __init__(self, path: Path | str, why: str) -> None:
         super().__init__(None, why, str(path))
@@ -29,7 +29,7 @@ class UnsuitableFileError(OSError):
 
 def open_regular(path: Path) -> BufferedReader:
     """Open a regular file, or a link to one, for reading. Raises OSError."""
-    # Not blocking: opening a pipe would wait for a writer. What it is, is asked of what was opened.
+    # Not blocking: opening a pipe would wait for a writer. The kind is that of the opened file, not of the path.
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     except OSError as error:
@@ -48,13 +48,13 @@ def open_regular(path: Path) -> BufferedReader:
 
 
 def read_file(path: Path, most: int) -> bytes:
-    """The bytes of a regular file. Raises OSError, also if there are more than `most`."""
+    """Read a regular file of at most `most` bytes. Raises OSError."""
     with open_regular(path) as file:
         return read_open(file, path, most)
 
 
 def read_open(file: BufferedReader, path: Path, most: int) -> bytes:
-    """The bytes of an open file. Raises OSError if there are more than `most`."""
+    """Read an open file of at most `most` bytes. Raises OSError."""
     size = os.fstat(file.fileno()).st_size
     content = b"" if size > most else file.read(most + 1)  # it may grow, and some of the system's own say 0
     if max(size, len(content)) > most:
@@ -63,21 +63,21 @@ def read_open(file: BufferedReader, path: Path, most: int) -> bytes:
 
 
 def read_text(path: Path, most: int) -> str:
-    """The text of a regular file in UTF-8. Raises OSError, UnicodeDecodeError."""
+    """Read a regular file of UTF-8 text, at most `most` bytes. Raises OSError, UnicodeDecodeError."""
     return read_file(path, most).decode("utf-8")
 
 
 def check_safetensors(path: Path, most_header: int = MOST_HEADER) -> None:
-    """Look at the length of a safetensors file's header before a library takes it at its word.
+    """Check the stated length of a safetensors file's header, which libraries trust.
 
-    Raises OSError for what is no regular file, ValueError for what cannot be such a file.
+    Raises OSError if it is not a regular file, ValueError if it cannot be a safetensors file.
     """
     with open_regular(path) as file:
         check_header(file.read(8), os.fstat(file.fileno()).st_size, most_header)
 
 
 def check_header(start: bytes, size: int, most_header: int = MOST_HEADER) -> None:
-    """The same of the first bytes of a file, and its size in bytes."""
+    """Check a header as `check_safetensors` does, given the first 8 bytes of a file and its size in bytes."""
     if len(start) < 8:
         raise ValueError("the header is not all there")
     length = int.from_bytes(start[:8], "little")

@@ -1,4 +1,4 @@
-"""TOML files whose mistakes are told in one line."""
+"""TOML files, with errors of one line."""
 
 import tomllib
 from pathlib import Path
@@ -14,13 +14,13 @@ M = TypeVar("M", bound=BaseModel)
 
 
 class TomlTable(BaseModel):
-    """A table of such a file: no key that is not known, nothing changed afterwards."""
+    """Base class of a table: unknown keys are errors, and values are fixed."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 def read_toml(path: Path, model: type[M]) -> tuple[M, dict[str, Any]]:
-    """A file as a model, and its content as it stands. Raises ValueError with one line that names file and field."""
+    """Read a file as a model, and its plain content. Raises ValueError with one line that names file and field."""
     try:
         content = tomllib.loads(read_text(path, MOST_BYTES))
         return model.model_validate(content), content

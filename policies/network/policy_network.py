@@ -1,107 +1,26 @@
 """The policy network: one adaLN transformer block over numbers per position, mask bits and time."""
 
 import math
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from policies.network import features
-from policies.network.features import Feature
+from policies.network.adaptive_block import AdaptiveBlock
+from policies.network.config import PolicyConfig
+from policies.network.observation import Observation, observe
 from samplers import Statistic, Step
-from samplers.learned.policy import Action
 
 TIME_WIDTH = 128
 
-
-class PolicyConfig(BaseModel):
-    """Shape and inputs of a policy. Defaults are the paper's (arXiv 2512.09106, 3.2, appendix H), but for the time.
-
-    Attributes:
-        features: what it reads per position (see `policies.network.features`); `top` is how many of the largest
-            probabilities.
-        tokens: size of the vocabulary whose predicted tokens it reads through an embedding of its own; 0: it does not.
-            Such a policy serves no model with another tokenizer.
-        region: whether it reads the whole generation region, or candidates only, which is less work for the model.
-        time_period: times are given as cosines and sines of frequencies from 1 to this. The paper's code has 1, so that
-            all frequencies are the same.
-        blocks: transformer blocks.
-        output_bias: where the logits start: -2 commits about one position in eight.
-        takes_speed: whether it is told how fast to go, from 0 to 1.
-        temperature, floor: what holds at serving where a request says nothing.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    features: tuple[Feature, ...] = Field(("confidence",), min_length=1)
-    top: int = Field(1, ge=1, le=64)
-    tokens: int = Field(0, ge=0, le=1_000_000)
-    region: bool = True
-    hidden: int = Field(128, ge=4, le=1024)
-    heads: int = Field(2, ge=1, le=32)
-    feedforward: int = Field(512, ge=4, le=8192)
-    blocks: int = Field(1, ge=1, le=8)
-    time_period: float = Field(100.0, ge=1, le=1e6)
-    output_bias: float = Field(-2.0, ge=-20, le=20)
-    action: Action = "bernoulli"
-    stop_logit: float = Field(0.0, ge=-100, le=100)
-    takes_speed: bool = False
-    temperature: float = Field(1.0, ge=0, le=100)
-    floor: float = Field(0.0, ge=0, le=1)
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> "PolicyConfig":
-        if len(set(self.features)) < len(self.features):
-            raise ValueError("a feature is named twice")
-        if self.hidden % (2 * self.heads):
-            raise ValueError(f"hidden = {self.hidden} does not divide into {self.heads} heads of even size")
-        if "top_logs" in self.features and self.top < 2:
-            raise ValueError("top_logs needs a top of at least 2")
-        return self
-
-    @property
-    def numbers(self) -> int:
-        """Numbers per position."""
-        return sum(features.width(feature, self.top) for feature in self.features)
-
-    @property
-    def largest(self) -> int:
-        """How many of the largest probabilities the model has to give."""
-        return self.top if {"top", "top_logs"} & set(self.features) else 0
-
-
-class AdaptiveBlock(nn.Module):
-    """A DiT block whose norms and gates follow a condition per position; gates start at 1."""
-
-    def __init__(self, config: PolicyConfig) -> None:
-        super().__init__()
-        hidden = config.hidden
-        self.heads = config.heads
-        self.condition = nn.Linear(hidden, 6 * hidden)
-        nn.init.zeros_(self.condition.weight)
-        nn.init.zeros_(self.condition.bias)
-        self.attention_norm, self.feedforward_norm = nn.LayerNorm(hidden), nn.LayerNorm(hidden)
-        self.qkv, self.out = nn.Linear(hidden, 3 * hidden), nn.Linear(hidden, hidden)
-        self.up, self.down = nn.Linear(hidden, config.feedforward), nn.Linear(config.feedforward, hidden)
-
-    def forward(self, x: Tensor, condition: Tensor, valid: Tensor) -> Tensor:
-        rows, length, hidden = x.shape
-        scale1, shift1, gate1, scale2, shift2, gate2 = self.condition(condition).chunk(6, dim=-1)
-        h = self.attention_norm(x) * (1 + scale1) + shift1
-        q, k, v = (y.view(rows, length, self.heads, -1).transpose(1, 2) for y in self.qkv(h).chunk(3, dim=-1))
-        q, k = rotate_pairs(q), rotate_pairs(k)
-        # Written out: the backward pass of the fused CPU kernel is much slower than this.
-        scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-        mixed = scores.masked_fill(~valid[:, None, None], torch.finfo(x.dtype).min).softmax(dim=-1) @ v
-        x = x + (1 + gate1) * self.out(mixed.transpose(1, 2).reshape(rows, length, hidden))
-        h = self.feedforward_norm(x) * (1 + scale2) + shift2
-        out: Tensor = x + (1 + gate2) * self.down(F.gelu(self.up(h)))
-        return out
+FEW = 0.75
+"""Share of the positions up to which computing only the wanted ones pays."""
 
 
 class UnmaskingPolicy(nn.Module):
-    """Logits of committing each position. It reads no prompt, and tokens only if its configuration says so."""
+    """Logits of committing each position. The prompt is not an input; tokens are if the configuration says so."""
 
     def __init__(self, config: PolicyConfig) -> None:
         super().__init__()
@@ -130,47 +49,102 @@ class UnmaskingPolicy(nn.Module):
         speed: Tensor | None = None,
         tokens: Tensor | None = None,
     ) -> Tensor:
-        """Logits, float32 [rows, length].
+        """Logits, float32 [rows, width].
 
         Args:
-            features: float32 [rows, length, numbers].
-            masked, valid: bool [rows, length]: still masked; part of the row's generation region.
+            features: float32 [rows, width, numbers].
+            masked, valid: bool [rows, width], positions that are still masked, and those of the generation region.
             time: [rows], forwards used / length of the generation region.
-            speed: [rows] in 0..1, for a policy that takes it.
-            tokens: int64 [rows, length], what the model would put there, for a policy that reads it.
+            speed: [rows] in 0..1, for a policy that takes one.
+            tokens: int64 [rows, width], predicted tokens, for a policy that reads them; -1 if unknown.
         """
-        condition = self.mask(masked.long()) + self.time(waves(time, self.config.time_period))[:, None]
-        x = self.stream(features)
-        if self.token is not None:
-            if tokens is None:
-                raise ValueError("this policy reads tokens")
-            x = x + self.token(tokens.clamp(min=0)) * (tokens >= 0)[..., None]
+        x = self._stream(features, tokens)
+        conditions, which = self._conditions(time, speed), _condition_of(masked)
+        for block in self.blocks:
+            x = block(x, which, conditions, valid)
+        return self._logits(x, speed)
+
+    def score_masked(self, seen: Observation, wanted: Tensor | None, speed: Tensor | None = None) -> Tensor:
+        """Logits of masked positions, float32 [rows, n]; those of committed positions come out wrong.
+
+        Where an observation has columns, the inputs of all other positions differ in their mask bit only: their keys
+        and values are computed once for each bit.
+
+        Args:
+            wanted: int64 [rows, n], positions whose logits are needed; None: all.
+        """
+        rows, width = seen.masked.shape
+        conditions, which = self._conditions(seen.time, speed), _condition_of(seen.masked)
+        x, holds = self._stream(seen.features, seen.tokens), None
+        if seen.columns is not None:
+            x, holds = self._with_unknown(x, seen.masked, seen.columns)
+            if len(self.blocks) > 1:  # from the second block on, positions differ in more
+                x, holds = F.embedding(holds, x.flatten(0, 1)), None
+            else:
+                unknown = torch.arange(2 * rows, device=x.device).view(rows, 2)
+                which = torch.cat([unknown, which.gather(1, seen.columns)], dim=1)
+        lines = None
+        if wanted is not None:
+            each = torch.arange(0, rows * width, width, device=x.device)[:, None]
+            lines = wanted + each if holds is None else holds.gather(1, wanted)
+        # On an accelerator, waiting for the answer takes longer than masking what needs no mask.
+        valid = None if seen.valid.device.type == "cpu" and bool(seen.valid.all()) else seen.valid
+        *first, last = self.blocks
+        for block in first:
+            x = block(x, which, conditions, valid)
+        x = last(x, which, conditions, valid, holds, wanted, lines, second_only=True)
+        return self._logits(x, speed)
+
+    def _with_unknown(self, x: Tensor, masked: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Two more lines before those of the columns, of an unknown committed and an unknown masked position.
+
+        Returns:
+            the lines, [rows, 2 + columns, hidden], and the number of each position's, int64 [rows, width].
+        """
+        rows, count = len(x), 2 + x.shape[1]
+        number = torch.arange(rows * count, device=x.device).view(rows, count)
+        lines = torch.cat([self.stream.bias.expand(rows, 2, -1), x], dim=1)
+        return lines, (masked + number[:, :1]).scatter_(1, columns, number[:, 2:])
+
+    def _stream(self, features: Tensor, tokens: Tensor | None) -> Tensor:
+        x: Tensor = self.stream(features)
+        if self.token is None:
+            return x
+        if tokens is None:
+            raise ValueError("this policy reads tokens")
+        x = x + self.token(tokens.clamp(min=0)) * (tokens >= 0)[..., None]
+        return x
+
+    def _conditions(self, time: Tensor, speed: Tensor | None) -> Tensor:
+        """The two conditions of each row, of committed and of masked positions, [2 * rows, hidden]."""
+        condition: Tensor = self.time(waves(time, self.config.time_period))
         if self.config.takes_speed:
             if speed is None:
                 raise ValueError("this policy takes a speed")
-            condition = condition + self.speed(speed[:, None] * 2 - 1)[:, None]
-        for block in self.blocks:
-            x = block(x, condition, valid)
+            condition = condition + self.speed(speed[:, None] * 2 - 1)
+        return (condition[:, None] + self.mask.weight).flatten(0, 1)
+
+    def _logits(self, x: Tensor, speed: Tensor | None) -> Tensor:
         logits: Tensor = self.head(self.norm(x))[..., 0]
         if self.config.takes_speed and speed is not None:
             logits = logits + self.pushed(speed)
         return logits
 
     def pushed(self, speed: Tensor) -> Tensor:
-        """What a speed adds to every logit, [rows, 1]: from the first update on, more speed means bolder."""
+        """The addition of a speed to every logit, [rows, 1]: from the first update on, more speed means bolder."""
         return self.push * (2 * speed[:, None] - 1)
 
 
 class LoadedPolicy:
-    """A network as the policy sampler uses it: no gradients, on the step's device.
+    """A network as the policy sampler uses it, without gradients. The network stays as it is, on its device.
 
     Args:
-        longest: most positions that it saw in training.
+        longest: largest number of positions in its training.
     """
 
     def __init__(self, network: UnmaskingPolicy, longest: int = 1 << 40) -> None:
         config = network.config
-        self.network = network.eval().requires_grad_(False)
+        self.network = network
         self.statistics: frozenset[Statistic] = features.statistics(config.features)
         self.top = config.largest
         self.region = config.region
@@ -183,59 +157,51 @@ class LoadedPolicy:
 
     @torch.inference_mode()
     def score(self, step: Step, speed: Tensor | None) -> Tensor:
-        return score(self.network, observe(step, self.network.config), None if speed is None else speed[:, 0])
-
-
-class Observation:
-    """What a policy sees of some rows: the arguments of `UnmaskingPolicy.forward`."""
-
-    def __init__(self, features: Tensor, masked: Tensor, valid: Tensor, time: Tensor, tokens: Tensor | None) -> None:
-        self.features = features
-        self.masked = masked
-        self.valid = valid
-        self.time = time
-        self.tokens = tokens
-
-    def __getitem__(self, rows: Tensor) -> "Observation":
-        tokens = None if self.tokens is None else self.tokens[rows]
-        return Observation(self.features[rows], self.masked[rows], self.valid[rows], self.time[rows], tokens)
-
-
-def observe(step: Step, config: PolicyConfig) -> Observation:
-    """A step as a policy of this configuration sees it."""
-    lengths = step.layout.gen_length
-    valid = step.position < lengths
-    return Observation(
-        features=features.read(step, config.features),
-        masked=step.masked,
-        valid=valid,
-        time=(step.forward / lengths)[:, 0],
-        tokens=step.token if config.tokens else None,
-    )
+        """Logits of the candidates, and 0 elsewhere: float32 [rows, width]."""
+        columns = _columns(step.confidence > -torch.inf)
+        wanted = _columns(step.candidate) if columns is None else columns
+        seen = observe(step, self.network.config, columns)
+        logits = self.network.score_masked(seen, wanted, None if speed is None else speed[:, 0])
+        if wanted is not None:
+            logits = torch.zeros_like(step.confidence).scatter_(1, wanted, logits)
+        return logits.masked_fill_(~step.candidate, 0.0)
 
 
 def score(network: UnmaskingPolicy, seen: Observation, speed: Tensor | None) -> Tensor:
-    """Logits of an observation, [rows, length]."""
+    """Logits of an observation, [rows, width]."""
     logits: Tensor = network(seen.features, seen.masked, seen.valid, seen.time, speed, seen.tokens)
     return logits
 
 
+def _condition_of(masked: Tensor) -> Tensor:
+    """The condition of each position among those of all rows, int64 [rows, width]."""
+    return masked + torch.arange(0, 2 * len(masked), 2, device=masked.device)[:, None]
+
+
+def _columns(wanted: Tensor) -> Tensor | None:
+    """Columns of the wanted positions of each row, int64 [rows, n], filled up with others; None: all columns.
+
+    Only on the CPU: elsewhere to wait for their number takes longer than to compute the others.
+    """
+    if wanted.device.type != "cpu":
+        return None
+    most = max(1, int(wanted.sum(dim=1).max()))
+    if most > FEW * wanted.shape[1]:
+        return None
+    return wanted.byte().argsort(dim=1, descending=True, stable=True)[:, :most]
+
+
+@lru_cache(maxsize=64)
+def _frequencies(period: float, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # what inference mode makes could not be used in training
+        exponent = torch.arange(TIME_WIDTH // 2, dtype=torch.float32, device=device) / (TIME_WIDTH // 2 - 1)
+        return period**exponent
+
+
 def waves(time: Tensor, period: float) -> Tensor:
     """Cosines and sines of [rows] times, [rows, 128]: frequencies from 1 to `period`, evenly spaced in logs."""
-    half = TIME_WIDTH // 2
-    exponent = torch.arange(half, dtype=torch.float32, device=time.device) / (half - 1)
-    angle = time.float()[:, None] * period**exponent
+    angle = time.float()[:, None] * _frequencies(period, time.device)
     return torch.cat([angle.cos(), angle.sin()], dim=1)
-
-
-def rotate_pairs(x: Tensor, base: float = 10_000.0) -> Tensor:
-    """Rotary embedding of neighbouring pairs, [rows, heads, length, size], positions from 0."""
-    length, size = x.shape[-2:]
-    inverse = base ** (-torch.arange(0, size, 2, dtype=torch.float32, device=x.device) / size)
-    angle = torch.arange(length, dtype=torch.float32, device=x.device)[:, None] * inverse
-    cos, sin = angle.cos(), angle.sin()
-    even, odd = x[..., 0::2], x[..., 1::2]
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
 
 
 def parameters(network: nn.Module) -> int:

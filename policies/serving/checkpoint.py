@@ -18,30 +18,31 @@ from safetensors.torch import save as save_tensors
 from policies.evaluation.measure import Measurement
 from policies.files.atomic import flush, held, write_files
 from policies.files.regular import MOST_LISTED, MOST_WORD, check_header, open_regular, read_file, read_open
-from policies.network.policy_network import PolicyConfig, UnmaskingPolicy
+from policies.network.config import PolicyConfig
+from policies.network.policy_network import UnmaskingPolicy
 
 WEIGHTS, CARD = "policy.safetensors", "policy.json"
 NEXT = ".policy.next"
-"""Both in one file while a policy is saved: from its rename on, that policy is what the folder holds."""
+"""Card and weights in one file while a policy is saved; once it is there, it counts and not the other two."""
 NEXT_CARD = "card"
-"""The card's place in that file's metadata."""
+"""Key of the card in that file's metadata."""
 MOST_CARD_BYTES, MOST_WEIGHT_BYTES = 1 << 20, 64 << 20
 MOST_HEADER_BYTES = 4 << 20
 MOST_SAID = 128 << 10
-"""Bytes of JSON of what a card says that is in answers: its training and its measurements."""
+"""Most bytes of JSON of the parts of a card that appear in answers: training and measurements."""
 LOOKS = 100
-"""A reader that meets a writer looks again, so often at most."""
+"""Most attempts of a reader that is disturbed by writers."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 class PolicyError(ValueError):
-    """A folder that is no policy we can serve: one line that says why."""
+    """A folder without a policy that can be served; the message is one line with the reason."""
 
 
 Text = Annotated[str, Field(max_length=256)]
 Word = Annotated[str, Field(max_length=MOST_WORD)]
 Length = Annotated[int, Field(gt=0, le=2**31 - 1)]
-"""What a card says is in answers, again and again: none of it is long."""
+"""Bounded like all that a card says, because it appears in many answers."""
 
 
 class Origin(BaseModel):
@@ -56,7 +57,7 @@ class Origin(BaseModel):
 
 
 class TrainedOn(Origin):
-    """What a policy learned from. A block length of None is full diffusion; `alphas` are the reward's."""
+    """Training of a policy. A block length of None is full diffusion; `alphas` are the reward's."""
 
     task: tuple[Word, ...] = Field(max_length=MOST_LISTED)
     gen_lengths: tuple[Length, ...] = Field(min_length=1, max_length=MOST_LISTED)
@@ -68,7 +69,7 @@ class TrainedOn(Origin):
 
 
 class PolicyCard(BaseModel):
-    """All there is to know of a policy beside its weights."""
+    """Description of a policy: everything but its weights."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -88,10 +89,10 @@ class PolicyCard(BaseModel):
 
 
 def save_policy(network: UnmaskingPolicy, card: PolicyCard, folder: Path) -> None:
-    """Write a policy. Whoever reads it meanwhile, or after a kill at any point, finds the old one or the new one.
+    """Write a policy. Readers find the old one or the new one, also after a kill at any point.
 
-    Two files cannot be replaced in one step. So the new policy is first in a file of its own, which counts more than
-    the two others as long as it is there. Who else saves into this folder waits.
+    Two files cannot be replaced in one step. So the new policy is first written to a single file, which takes
+    precedence over the other two as long as it exists. Other writers of the folder wait.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.detach().float().cpu().contiguous() for name, value in network.state_dict().items()}
@@ -104,10 +105,10 @@ def save_policy(network: UnmaskingPolicy, card: PolicyCard, folder: Path) -> Non
 
 
 def load_policy(folder: Path, device: str = "cpu", within: Path | None = None) -> tuple[UnmaskingPolicy, PolicyCard]:
-    """Read a policy. Raises PolicyError for what is missing, malformed, too large, of wrong shape or not finite.
+    """Read a policy. Raises PolicyError if a part is missing, malformed, too large, of wrong shape or not finite.
 
     Args:
-        within: refuse what links lead out of this folder.
+        within: refuse files that are outside this folder once links are followed.
     """
     if within is not None:
         _check_within(folder, within)
@@ -144,7 +145,7 @@ def _is_there(path: Path) -> bool:
 
 
 def _check_within(folder: Path, base: Path) -> None:
-    """Refuse a folder, and files in it, that links lead out of another folder. Raises PolicyError."""
+    """Raise PolicyError if a folder, or a file of it, is outside `base` once links are followed."""
     for path in (folder, *(folder / name for name in (CARD, WEIGHTS, NEXT))):
         try:
             inside = base.resolve() in path.resolve().parents
@@ -164,7 +165,7 @@ def _card(path: Path, content: bytes) -> PolicyCard:
 
 
 def _read_both(folder: Path) -> tuple[bytes, bytes]:
-    """A policy's card and weights, of one and the same saving. Raises PolicyError."""
+    """Read a policy's card and weights as they were saved together. Raises PolicyError."""
     path = folder
     try:
         for _ in range(LOOKS):
@@ -188,7 +189,7 @@ def _is_at(path: Path, file: BufferedReader) -> bool:
 
 
 def _card_of(weights: bytes, path: Path) -> bytes:
-    """The card in the metadata of a file that holds both. Raises PolicyError."""
+    """Read the card from the metadata of the file that holds both. Raises PolicyError."""
     try:
         check_header(weights[:8], len(weights), MOST_HEADER_BYTES)
         header = json.loads(weights[8 : 8 + int.from_bytes(weights[:8], "little")])

@@ -1,4 +1,4 @@
-"""Loaded policies by name. Safe to change from any thread while generations run."""
+"""Store of loaded policies, by name. Any thread may change it while generations run."""
 
 import threading
 from dataclasses import dataclass
@@ -13,13 +13,12 @@ from samplers.learned.policy import Policy
 ZOO = Path(__file__).parents[1] / "zoo"
 """Policies that ship with the project: one folder each."""
 
-
 FEW = 8
-"""Lengths that a warning names, and policies that an error does."""
+"""Most lengths that a warning names, and policies that an error names."""
 
 
 class UnknownPolicyError(KeyError):
-    """No policy of that name is loaded; the message says which are."""
+    """No policy of that name is loaded; the message lists those that are."""
 
     def __str__(self) -> str:
         return str(self.args[0])
@@ -27,7 +26,7 @@ class UnknownPolicyError(KeyError):
 
 @dataclass(frozen=True)
 class ServedModel:
-    """The model that policies are to serve."""
+    """Architecture and vocabulary of the model that policies run with."""
 
     architecture: str
     vocab_size: int
@@ -35,7 +34,7 @@ class ServedModel:
 
 @dataclass(frozen=True)
 class Stored:
-    """A loaded policy. Its `sampler` object is what generations hold: replacing the policy does not touch them."""
+    """A loaded policy. Generations hold its `sampler`, so replacing the policy does not affect running ones."""
 
     name: str
     folder: Path
@@ -44,7 +43,7 @@ class Stored:
     parameters: int
 
     def warnings(self, host: ServedModel, block_length: int | None, gen_length: int) -> list[str]:
-        """What differs from the policy's training, and so may cost accuracy or speed."""
+        """Differences from the policy's training that may cost accuracy or speed, one sentence each."""
         trained, found = self.card.trained_on, []
         if trained.architecture != host.architecture or trained.vocab_size != host.vocab_size:
             found.append(f"policy {self.name} was trained on {trained.model} ({trained.architecture}), another model")
@@ -63,7 +62,7 @@ def _say(block_length: int | None) -> str:
 
 
 def _few(said: list[str], joint: str) -> str:
-    """The first few of a list."""
+    """The first few entries of a list, and the number of the others."""
     return joint.join(said[:FEW]) + (f" and {len(said) - FEW} more" if len(said) > FEW else "")
 
 
@@ -71,8 +70,8 @@ class PolicyStore:
     """Loads policies for one model, and hands out their samplers.
 
     Args:
-        host: refuses policies that cannot serve it.
-        device: where their networks run: beside the samplers, which is the CPU.
+        host: the served model; policies that do not fit it are refused.
+        device: where the networks run; the samplers' device.
     """
 
     def __init__(self, host: ServedModel, device: str = "cpu") -> None:
@@ -82,10 +81,10 @@ class PolicyStore:
         self._stored: dict[str, Stored] = {}
 
     def load(self, name: str, folder: Path, within: Path | None = None) -> Stored:
-        """Load a policy, in the place of one of the same name. Raises PolicyError; then nothing has changed.
+        """Load a policy, replacing one of the same name. Raises PolicyError; nothing has changed then.
 
         Args:
-            within: refuse what links lead out of this folder.
+            within: refuse files that are outside this folder once links are followed.
         """
         if NAME.fullmatch(name) is None:
             raise PolicyError(
@@ -116,7 +115,7 @@ class PolicyStore:
                 self.load(folder.name, folder)
 
     def remove(self, name: str) -> Stored:
-        """Forget a policy; generations that run by it go on. Raises UnknownPolicyError."""
+        """Remove a policy; generations that use it go on. Raises UnknownPolicyError."""
         with self._lock:
             stored = self._stored.pop(name, None)
         if stored is None:
@@ -124,12 +123,12 @@ class PolicyStore:
         return stored
 
     def list(self) -> list[Stored]:
-        """All of them, by name."""
+        """All loaded policies, sorted by name."""
         with self._lock:
             return [self._stored[name] for name in sorted(self._stored)]
 
     def get(self, name: str | None) -> Stored:
-        """The policy of that name; without a name, the only one. Raises UnknownPolicyError."""
+        """The policy of that name, or the only one if no name is given. Raises UnknownPolicyError."""
         with self._lock:
             if name is None and len(self._stored) == 1:
                 return next(iter(self._stored.values()))

@@ -1,4 +1,4 @@
-"""A folder of policies, watched: each subfolder that holds one is loaded, and loaded again when it changes."""
+"""A watched folder of policies: each subfolder with a policy is loaded, and loaded again when it changes."""
 
 import heapq
 import os
@@ -18,17 +18,17 @@ from policies.serving.store import PolicyStore, UnknownPolicyError
 log = structlog.get_logger(__name__)
 
 SECONDS = 1.0
-"""Between two looks at the folder, at least."""
+"""Shortest pause between two looks at the folder."""
 SHARE = 20
-"""The pause after a look is at least so many times as long as the look itself took."""
+"""Ratio of the pause after a look to the duration of the look, at least."""
 MOST = 1000
-"""Subfolders that are looked at, the first ones by name."""
+"""Most subfolders that are looked at, the first ones by name."""
 
 Signature = tuple[tuple[int, ...] | None, ...]
 
 
 class FolderMetrics(Protocol):
-    """Where a watched folder counts what it sees."""
+    """Metrics of a watched folder."""
 
     def policy_folder_seen(self, at: float) -> None:
         """The folder was looked at, to its end, at this Unix time."""
@@ -45,7 +45,7 @@ class PolicyFolder:
     """Keeps a store in step with a folder. A policy that cannot be loaded leaves the one before it in service.
 
     Attributes:
-        metrics: where loads that fail, and looks that do not, are counted.
+        metrics: counts failed loads and completed looks.
     """
 
     policies: PolicyStore
@@ -55,7 +55,7 @@ class PolicyFolder:
     _told: dict[str, str] = field(default_factory=dict)
 
     def look(self) -> None:
-        """Load what is new or has changed, forget what is gone. Never raises: the next look may be a better one."""
+        """Load what is new or has changed, forget what is gone. Never raises: the next look may succeed."""
         try:
             names = self._names()
             for name in self._seen.keys() - names:
@@ -81,7 +81,7 @@ class PolicyFolder:
         return set(names[:MOST])
 
     def _follow(self, name: str) -> None:
-        """Load the policy of a subfolder unless it stands as it did when it was looked at last."""
+        """Load the policy of a subfolder unless its files are as they were at the last look."""
         folder = self.folder / name
         try:
             card, weights, both = signature = tuple(_stands(folder / file) for file in (CARD, WEIGHTS, NEXT))
@@ -112,7 +112,7 @@ class PolicyFolder:
             pass  # removed over HTTP before, or never loaded
 
     def _tell(self, about: str, what: str, why: object) -> bool:
-        """Log why something cannot be done, unless that was said the last time too; whether it was said now."""
+        """Log why something cannot be done, unless the last look logged the same; returns whether it was logged."""
         said = f"{type(why).__name__}: {why}"[:500] if isinstance(why, Exception) else str(why)
         if self._told.get(about) == said:
             return False
@@ -122,7 +122,7 @@ class PolicyFolder:
 
 
 def _stands(path: Path) -> tuple[int, ...] | None:
-    """What changes when a file does; None where there is none. Raises OSError if that cannot be known."""
+    """Signature that changes whenever a file does; None if there is no file. Raises OSError if it cannot be told."""
     try:
         stat = path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -132,7 +132,7 @@ def _stands(path: Path) -> tuple[int, ...] | None:
 
 @contextmanager
 def watching(policies: PolicyStore, folder: str | None, metrics: FolderMetrics | None = None) -> Iterator[None]:
-    """Look at a folder of policies now, and again and again from now on in a thread of its own."""
+    """Look at a folder of policies now, and then regularly in a thread of its own."""
     if folder is None:
         yield
         return
@@ -154,12 +154,12 @@ def watching(policies: PolicyStore, folder: str | None, metrics: FolderMetrics |
 
 
 def pause_after(took: float) -> float:
-    """Seconds until the next look, after one that took so many."""
+    """Seconds until the next look, after one that took `took` seconds."""
     return max(SECONDS, SHARE * took)
 
 
 def _timed(watched: PolicyFolder) -> float:
-    """Look; how many seconds it took."""
+    """Look, and return the seconds that it took."""
     began = time.monotonic()
     watched.look()
     return time.monotonic() - began

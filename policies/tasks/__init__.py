@@ -1,4 +1,4 @@
-"""Problems with checkable answers: what models are trained on and samplers and policies are judged by."""
+"""Problems with checkable answers, to train models on and to judge samplers and policies by."""
 
 from policies.tasks.base import Problem, Split, Task, split_of
 from policies.tasks.datasets import GSM8K, MATH

@@ -1,4 +1,4 @@
-r"""Reading answers out of completions, and comparing them. Any text is accepted, none raises, all takes linear time.
+r"""Answers in completions, read and compared: for any text, without raising, in linear time.
 
 Where the answer is: the last `\boxed{}` or `<answer>`, as the paper scores GSM8K and MATH (arXiv 2512.09106).
 """
@@ -11,9 +11,9 @@ from itertools import islice
 from policies.tasks.latex import normal_form
 
 TOLERANCE = Fraction(1, 10**6)
-"""How far apart equal numbers may be."""
+"""Largest difference of equal numbers."""
 LONGEST_NUMBER = 100
-"""Characters; what has more is no number that anyone means."""
+"""Most characters of a number; a longer run of digits is ignored."""
 
 _BOX = re.compile(r"\\{1,2}(?:boxed|fbox)(?![a-zA-Z])\s*(\{?)|\\.|[{}]", re.DOTALL)
 _WHOLE = r"(?:[0-9]{1,3}(?:,[0-9]{3}(?![0-9]))++|[0-9]++)"
@@ -36,7 +36,7 @@ _GROUPED = re.compile(r"(?<=[0-9])(?:\{,\}|,?\\[,!;:]\s?|[\u00a0\u2009\u202f])(?
 
 
 def boxed(text: str) -> str | None:
-    r"""What the last closed `\boxed{...}` holds, braces in it balanced; or what follows a `\boxed` without braces."""
+    r"""Content of the last closed `\boxed{...}`, with balanced braces; or the text after a `\boxed` without braces."""
     found: tuple[int, str] | None = None
     opened: list[int | None] = []
     for token in _BOX.finditer(text):
@@ -53,20 +53,20 @@ def boxed(text: str) -> str | None:
 
 
 def _unbraced(text: str, start: int) -> str:
-    """Up to the end of the formula if that is on this line, else one word."""
+    """The text up to the end of the formula if that is on this line, else one word."""
     line = text[start : start + LONGEST_NUMBER].partition("\n")[0]
     formula, dollar, _ = line.partition("$")
     return formula if dollar else "".join(line.split()[:1])
 
 
 def tagged(text: str) -> str | None:
-    """What the last closed `<answer>...</answer>` holds."""
+    """Content of the last closed `<answer>...</answer>`."""
     start = text.rfind("<answer>", 0, max(text.rfind("</answer>"), 0))
     return text[start:].removeprefix("<answer>").partition("</answer>")[0].strip() if start >= 0 else None
 
 
 def hashed(text: str) -> str | None:
-    """The rest of the line behind the last `####`, as GSM8K's own solutions end."""
+    """The rest of the line after the last `####`, which ends GSM8K's own solutions."""
     _, mark, rest = text.rpartition("####")
     return rest.strip().partition("\n")[0].strip() if mark else None
 
@@ -84,7 +84,7 @@ def first_number(text: str) -> Fraction | None:
 
 
 def _value(match: re.Match[str]) -> Fraction | None:
-    """None for a fraction of zero, or what is too long."""
+    """The value of a matched number; None for a denominator of zero, or a number that is too long."""
     if match.end() - match.start() > LONGEST_NUMBER:
         return None
     sign = -1 if match["sign"] else 1
@@ -101,7 +101,7 @@ def _exact(number: str) -> Fraction:
 
 
 def answer_number(completion: str) -> Fraction | None:
-    r"""The first number in the last `\boxed{}`, else in the last `<answer>`, else behind the last `####`."""
+    r"""The first number in the last `\boxed{}`, else in the last `<answer>`, else after the last `####`."""
     for place in (boxed, tagged, hashed):
         if (number := first_number(place(completion) or "")) is not None:
             return number
@@ -109,22 +109,22 @@ def answer_number(completion: str) -> Fraction | None:
 
 
 def answer_math(completion: str) -> str | None:
-    r"""What the last `\boxed{}` holds, else the last `<answer>`; None if there is neither, or nothing in it."""
+    r"""Content of the last `\boxed{}`, else of the last `<answer>`; None if there is neither, or it is empty."""
     return boxed(completion) or tagged(completion) or None
 
 
 def equal_numbers(one: Fraction | None, other: Fraction | None) -> bool:
-    """Whether both are numbers, and within `TOLERANCE` of each other."""
+    """Whether both numbers exist and differ by at most `TOLERANCE`."""
     return one is not None and other is not None and abs(one - other) <= TOLERANCE
 
 
 def same_text(completion: str, answer: str) -> bool:
-    """The completion is the answer, spaces and line breaks aside."""
+    """Whether the completion is the answer, apart from spaces and line breaks."""
     return completion.split() == answer.split()
 
 
 def same_number(completion: str, answer: str) -> bool:
-    """The completion's marked number (see `answer_number`), or else the only number it has, equals the answer's."""
+    """Whether the completion's marked number (see `answer_number`), or else its only number, equals the answer's."""
     found = answer_number(completion)
     if found is None and len(alone := list(islice(numbers(completion), 2))) == 1:
         found = alone[0]
@@ -132,9 +132,9 @@ def same_number(completion: str, answer: str) -> bool:
 
 
 def same_math(completion: str, answer: str) -> bool:
-    """The completion's marked formula (see `answer_math`), or else all of it, has the answer's normal form."""
+    """Whether the completion's marked formula (see `answer_math`), or else all of it, has the answer's normal form."""
     return normal_form(answer_math(completion) or completion) == normal_form(answer)
 
 
 CHECKERS: dict[str, Callable[[str, str], bool]] = {"exact": same_text, "number": same_number, "math": same_math}
-"""How a completion is compared with an answer, by the names that users choose from."""
+"""Comparisons of a completion with an answer, by the names that users choose from."""

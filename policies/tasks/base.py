@@ -1,4 +1,4 @@
-"""What a task is: problems with checkable answers, split into training and held-out by construction."""
+"""Tasks: families of problems with checkable answers, split into training and held-out by construction."""
 
 import random
 import zlib
@@ -12,9 +12,12 @@ HELD_OUT_ONE_IN = 16
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem. `prompt` is exactly the text that goes to the model, `reference` one right response to it.
+    """One problem.
 
-    `key` is the problem without its free wording: it decides the split, so a paraphrase never crosses over.
+    Attributes:
+        key: the problem without its free wording; it decides the split, so that paraphrases stay on one side.
+        prompt: exactly the text that goes to the model.
+        reference: one right response.
     """
 
     task: str
@@ -25,14 +28,15 @@ class Problem:
 
 
 def split_of(key: str) -> Split:
-    """The split a problem belongs to, from a checksum of its key: the two sets cannot overlap."""
+    """The split of a problem, from a checksum of its key, so that the two sets cannot overlap."""
     return "heldout" if zlib.crc32(key.encode()) % HELD_OUT_ONE_IN == 0 else "train"
 
 
 class Task(ABC):
     """A family of problems that a program can generate and check.
 
-    `gen_length` is how many tokens of the embedded tokenizer hold every response of this task, end-of-text included.
+    Attributes:
+        gen_length: tokens of the embedded tokenizer that hold every response, end-of-text included.
     """
 
     name: ClassVar[str]
@@ -41,32 +45,35 @@ class Task(ABC):
 
     @abstractmethod
     def sample(self, rng: random.Random) -> Problem:
-        """One problem of either split."""
+        """Draw one problem of either split."""
 
     @abstractmethod
     def check(self, problem: Problem, completion: str) -> bool:
-        """Whether a completion answers the problem. Any text is accepted as input, none raises."""
+        """Whether a completion answers the problem. Never raises, whatever the text."""
 
     def interchangeable(self) -> tuple[tuple[str, ...], ...]:
-        """Groups of words of which any may stand for any other in a right response."""
+        """Groups of words that may replace each other in a right response."""
         return ()
 
     def solutions(self, problem: Problem) -> list[str]:
-        """All right responses up to interchangeable words, where there may be several."""
+        """All right responses, up to interchangeable words."""
         return [problem.reference]
 
     def count(self, split: Split) -> int | None:
-        """How many problems of a split there are; None where they are drawn, without end."""
+        """Number of problems of a split; None if they are generated without end."""
         return None
 
     def draw(self, rng: random.Random, split: Split) -> Problem:
-        """One problem of the given split."""
+        """Draw one problem of the given split."""
         while split_of((problem := self.sample(rng)).key) != split:
             pass
         return problem
 
     def problems(self, count: int, seed: int, split: Split) -> list[Problem]:
-        """`count` different problems of the given split; the same for the same seed."""
+        """Draw `count` different problems of the given split, the same for the same seed.
+
+        Raises ValueError if there are too few.
+        """
         rng = random.Random(f"{self.name}/{split}/{seed}")
         found: dict[str, Problem] = {}
         attempts = 0

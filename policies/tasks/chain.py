@@ -61,7 +61,7 @@ class Story:
 
 
 def draw_change(rng: random.Random, total: int, packs_left: int) -> Change:
-    """A change that keeps the number of things within 1..99."""
+    """Draw a change that keeps the number of things within 1..99."""
     while True:
         kind = rng.choice(("gain", "gain", "loss", "loss", "packs", "packs", "scale"))
         if kind == "gain":
@@ -92,7 +92,7 @@ def draw_story(rng: random.Random, steps: tuple[int, int]) -> Story:
 
 
 def tell(story: Story, rng: random.Random) -> str:
-    """The story in words; verbs are free."""
+    """Tell the story in words, with verbs drawn at random."""
     who = "He" if story.name in HE else "She"
     sentences = [f"{story.name} has {story.start} {story.thing}."]
     for change in story.changes:
@@ -115,8 +115,8 @@ def tell(story: Story, rng: random.Random) -> str:
 def work_out(story: Story, rng: random.Random) -> list[Piece]:
     """The solution, one piece per token of the embedded tokenizer.
 
-    Beside each piece stands the number of the intermediate value that it shows, if it shows one that had to be
-    computed: pieces with the same number show the same value.
+    A piece that shows a computed intermediate value carries that value's number: pieces with the same number show the
+    same value.
     """
     pieces: list[Piece] = []
     totals = story.totals()
@@ -140,7 +140,7 @@ def work_out(story: Story, rng: random.Random) -> list[Piece]:
 
 
 def equation(rng: random.Random) -> list[Piece]:
-    """One line of working on its own; the value to compute carries number 0."""
+    """Draw a single line of working; the value to compute carries number 0."""
     while True:
         left, sign = rng.randint(1, LARGEST), rng.choice("++--*/")
         if sign in "+-" and rng.random() < 0.3:
@@ -158,7 +158,7 @@ def equation(rng: random.Random) -> list[Piece]:
 
 
 class Chain(Task):
-    """Two to six changes; every result depends on the one before, link words are free and never matter."""
+    """Two to six changes, each depending on the result before; link words are free."""
 
     name = "chain"
     description = "word problems of two to six changes to a number of things, solved line by line"
@@ -166,7 +166,7 @@ class Chain(Task):
     steps = (2, 6)
 
     def sample_worked(self, rng: random.Random) -> tuple[Problem, list[Piece]]:
-        """A problem and the pieces of its reference (see `work_out`)."""
+        """Draw a problem and the pieces of its reference (see `work_out`)."""
         story = draw_story(rng, self.steps)
         pieces = work_out(story, rng)
         answer = str(story.totals()[-1])

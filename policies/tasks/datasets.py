@@ -1,4 +1,4 @@
-"""Two public benchmarks of mathematics, from their own files: GSM8K and MATH.
+"""Two public benchmarks of mathematics, read from their published files: GSM8K and MATH.
 
 The prompt asks for reasoning and then the answer in a box, without examples, and ends where the reasoning begins, as
 the paper evaluates (arXiv 2512.09106).
@@ -28,7 +28,7 @@ Problem: """
 
 
 def boxed_entry(question: str, answer: str, solution: str) -> Entry:
-    """A problem whose response reasons and then puts the answer into a box."""
+    """Make a problem whose response reasons and then puts the answer into a box."""
     return Entry(
         key=entry_key(question),
         prompt=f"{INSTRUCTION}{question.strip()}\n\n<reasoning>",
@@ -38,7 +38,7 @@ def boxed_entry(question: str, answer: str, solution: str) -> Entry:
 
 
 class GSM8KRecord(Record):
-    """A line of GSM8K: the answer is worked out, with calculations as `<<2*3=6>>`, and ends in `#### NUMBER`."""
+    """A line of GSM8K; the answer shows the steps, with calculations as `<<2*3=6>>`, and ends in `#### NUMBER`."""
 
     question: Filled
     answer: str
@@ -67,7 +67,7 @@ class GSM8K(FileTask):
 
 
 class MATHRecord(Record):
-    """A problem of MATH. Without an `answer` it is what the solution's last box holds."""
+    """A problem of MATH. Without an `answer`, the content of the solution's last box is the answer."""
 
     problem: Filled
     solution: str = ""

@@ -1,4 +1,4 @@
-"""Tasks whose problems come from files that a user gives: what is common to them."""
+"""Base class of tasks whose problems come from users' files."""
 
 import hashlib
 import json
@@ -13,12 +13,12 @@ from typing import ClassVar
 from policies.tasks.base import Problem, Split, Task, split_of
 
 Entries = dict[str, "Entry"]
-"""The entries of one split by their keys."""
+"""Entries of one split by key."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A problem as a file has it. `key` decides the split, and which two problems are the same."""
+    """A problem as it is in a file. `key` decides the split; problems with the same key are the same."""
 
     key: str
     prompt: str
@@ -27,10 +27,10 @@ class Entry:
 
 
 class FileTask(Task):
-    """Problems out of files, read when the task is made; of problems with one key the first counts.
+    """Problems from files, read when the task is made; of problems with the same key the first one counts.
 
-    The class is named for the kind of file. Each task of it adds a checksum of its problems, so that measurements on
-    other files are never taken for its own.
+    The class is named for the kind of file. Each task's name ends in a checksum of its problems, so that measurements
+    on other files are never taken for its own.
 
     Args:
         path: one file, split as generated problems are (see `split_of`).
@@ -41,7 +41,7 @@ class FileTask(Task):
 
     gen_length = 256
     options: ClassVar[tuple[str, ...]] = ("path", "train", "heldout")
-    """What may be given in a task's spec: the arguments by name."""
+    """Names of the arguments that a task's spec may give."""
 
     def __init__(self, path: str | None = None, *, train: str | None = None, heldout: str | None = None) -> None:
         if (path is None) == (train is None and heldout is None):
@@ -62,7 +62,7 @@ class FileTask(Task):
         """The problems of a file. Raises ValueError with one line that names the file, the line and the field."""
 
     def _split(self, path: Path) -> tuple[Entries, Entries]:
-        """Training and held-out problems where one path has both."""
+        """Training and held-out problems of one path."""
         parts: dict[Split, Entries] = {"train": {}, "heldout": {}}
         for key, entry in self._unique(path).items():
             parts[split_of(key)][key] = entry
@@ -77,7 +77,7 @@ class FileTask(Task):
         return found
 
     def _kind(self) -> str:
-        """What a task of the same problems must share with this one to be the same task."""
+        """Text that two tasks of the same problems must share to be the same task."""
         return type(self).name
 
     def _label(self, path: Path) -> str:
@@ -91,16 +91,16 @@ class FileTask(Task):
         return rng.choice(self._problems["train"] + self._problems["heldout"])
 
     def count(self, split: Split) -> int:
-        """How many problems of a split there are."""
+        """Number of problems of a split."""
         return len(self._problems[split])
 
     def draw(self, rng: random.Random, split: Split) -> Problem:
-        """One problem of the given split. Raises ValueError if there is none."""
+        """Draw one problem of the given split. Raises ValueError if there is none."""
         self._require(1, split)
         return rng.choice(self._problems[split])
 
     def problems(self, count: int, seed: int, split: Split) -> list[Problem]:
-        """`count` different problems of the given split; the same for the same seed. Raises ValueError if fewer."""
+        """Draw `count` different problems of the split, the same for the same seed. Raises ValueError if too few."""
         self._require(count, split)
         shuffled = list(self._problems[split])
         random.Random(f"{self.name}/{split}/{seed}").shuffle(shuffled)
@@ -113,12 +113,12 @@ class FileTask(Task):
 
 
 def entry_key(question: str) -> str:
-    """The key of a question: line breaks and runs of spaces make no other problem."""
+    """The key of a question, the same whatever its line breaks and runs of spaces."""
     return " ".join(question.split())
 
 
 def file_stem(path: Path) -> str:
-    """A file's name without its ending, fit for a table."""
+    """A file's name without its ending, reduced to characters fit for a table."""
     return re.sub(r"[^0-9A-Za-z_.]+", "-", path.stem).strip("-") or "file"
 
 

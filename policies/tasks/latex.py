@@ -1,7 +1,7 @@
-r"""One spelling for LaTeX answers that mean the same: `0.5`, `\dfrac12` and `$\frac{1}{2}.$` have one normal form.
+r"""Normal form of LaTeX answers: `0.5`, `\dfrac12` and `$\frac{1}{2}.$` become the same text.
 
 The rules are those that the MATH benchmark is scored by (Hendrycks et al., arXiv 2103.03874, and their published
-`is_equiv`), applied to TeX tokens instead of substrings. It is no algebra: `2/4` is not `1/2`, nor is `x+1` `1+x`.
+`is_equiv`), applied to TeX tokens instead of substrings. It does no algebra: `2/4` is not `1/2`, nor is `x+1` `1+x`.
 """
 
 import re
@@ -9,15 +9,15 @@ from fractions import Fraction
 from functools import lru_cache
 
 LONGEST = 400
-"""Characters; a longer answer is only compared as it stands. The longest of the MATH benchmark has under 200."""
+"""Most characters; a longer answer is compared literally. The longest of the MATH benchmark has under 200."""
 DEEPEST = 30
-"""Braces in braces; an answer with more is only compared as it stands."""
+"""Deepest nesting of braces; an answer with more is compared literally."""
 
 _TOKEN = re.compile(r"\\[a-zA-Z]+|\\.|.", re.DOTALL)
 _SIZES = ("left", "right", "big", "Big", "bigl", "bigr", "Bigl", "Bigr", "displaystyle", "textstyle", "limits")
 _SPACES = ("!", ",", ";", ":", "quad", "qquad")
 _UNSEEN = {f"\\{name}" for name in (*_SIZES, *_SPACES, "$", "%", "(", ")", "[", "]", "degree")} | set("$%°~")
-"""Tokens that say how an answer is set, or what its unit is."""
+"""Tokens of typesetting, or of a unit."""
 _OTHER_NAMES = {
     **dict.fromkeys(("\\dfrac", "\\tfrac", "\\cfrac"), "\\frac"),
     **{"\\le": "\\leq", "\\ge": "\\geq", "\\ne": "\\neq", "\\lbrace": "\\{", "\\rbrace": "\\}"},
@@ -26,9 +26,9 @@ _OTHER_NAMES = {
 _WORDS = {f"\\{name}" for name in ("text", "textbf", "textit", "textrm", "mbox", "mathrm", "mathbf", "operatorname")}
 """Commands whose argument is plain text."""
 _UNIT_WORDS = {f"\\{name}" for name in ("text", "textrm", "mbox", "mathrm")}
-r"""Those that a unit is written with. One letter of `\mathrm` is a constant or a vector."""
+r"""Commands that units are written with. A single letter in `\mathrm` is a constant or a vector."""
 
-# A backslash too many, as in text that was escaped twice; a matrix's line break is none.
+# A backslash too many, as in text that was escaped twice; not a matrix's line break.
 _DOUBLED = re.compile(r"(?<!\\)\\\\(?=(?:[dtc]?frac|sqrt|text|mathrm|left|right|pi)(?![a-zA-Z]))")
 # Not in a tuple: (100,200) is a point, 100,200 is a number.
 _THOUSANDS = re.compile(r"(?<![0-9,.(\[])(?<!\\\{)[0-9]{1,3}(?:,[0-9]{3})+(?![0-9]|,[0-9])")
@@ -78,7 +78,7 @@ def _simplify(text: str) -> str:
 
 
 def _elements(text: str) -> list[str]:
-    """What commas separate, except inside braces."""
+    """Split at commas, except inside braces."""
     parts, depth = [""], 0
     for token in _TOKEN.findall(text):
         depth += (token == "{") - (token == "}")
@@ -117,7 +117,7 @@ def _value(text: str) -> str:
 
 
 def _decimal(number: re.Match[str]) -> str:
-    """No trailing zeros or point, one leading zero: `.50` is `0.5`, `5.0` is `5`."""
+    """Normalise a decimal number: `.50` becomes `0.5`, `5.0` becomes `5`."""
     whole, rest = number[1], number[2].rstrip("0")
     if not whole and not number[2]:
         return number[0]
@@ -135,7 +135,7 @@ def _deeper(depth: int) -> int:
 
 
 class _Reader:
-    """Reads TeX and writes it again with every argument in braces and no other braces, spaces, sizes or units."""
+    """Rewriting of TeX with every argument in braces, and without other braces, spaces, sizes or units."""
 
     def __init__(self, text: str) -> None:
         tokens = (token for token in _TOKEN.findall(text) if not (token.isspace() or token[1:].isspace()))
@@ -143,7 +143,7 @@ class _Reader:
         self._at = 0
 
     def group(self, depth: int) -> str:
-        """Everything up to the brace that closes this group, which is read too."""
+        """Rewrite everything up to the brace that closes this group, and read past it."""
         written = ""
         while (token := self._next()) is not None:
             if token == "}" and depth:
@@ -160,7 +160,7 @@ class _Reader:
         return token
 
     def _argument(self, depth: int) -> str:
-        """A group, or one token with its own arguments; nothing where the group around it ends."""
+        """Rewrite a group, or one token with its own arguments; empty where the enclosing group ends."""
         token = self._peek()
         if token is None or token == "}":
             return ""
@@ -168,7 +168,7 @@ class _Reader:
         return self.group(_deeper(depth)) if token == "{" else self._atom(token, "", _deeper(depth))
 
     def _atom(self, token: str, before: str, depth: int) -> str:
-        """A token with what belongs to it. `before` is what this group has so far."""
+        """Rewrite a token with its arguments. `before` is the group's text so far."""
         if token == "{":
             inner = self.group(_deeper(depth))
             return f"{{{inner}}}" if re.search(r"\\[a-zA-Z]+$", before) else inner
@@ -194,7 +194,7 @@ class _Reader:
         return "".join(rest[:end])
 
     def _words(self, command: str, before: str, depth: int) -> str:
-        """Text: a separator, or a unit behind a number (nothing is left of it), or an answer in words."""
+        """Rewrite text: a separator, a unit after a number (dropped), or an answer in words."""
         words = self._argument(depth)
         if words in ("and", "or"):
             return ","
@@ -211,6 +211,6 @@ class _Reader:
 
 
 def _join(written: str, piece: str) -> str:
-    """A letter behind a command needs a space between them."""
+    """Join two texts, with a space between a command and a letter."""
     apart = re.search(r"\\[a-zA-Z]+$", written) and re.match(r"[a-zA-Z]", piece)
     return f"{written} {piece}" if apart else written + piece

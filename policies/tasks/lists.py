@@ -1,4 +1,4 @@
-"""Lists of numbers: to sort, to reverse, to add up as they go."""
+"""Tasks on lists of numbers: sort, reverse, running totals."""
 
 import random
 from abc import abstractmethod
@@ -12,7 +12,7 @@ def words(numbers: list[int]) -> str:
 
 
 class ListTask(Task):
-    """`instruction: numbers` is answered by `lead: numbers`; only the numbers are judged, and in full."""
+    """A prompt `instruction: numbers`, answered by `lead: numbers`; all numbers must be right, the rest is free."""
 
     instruction: str
     lead: str
@@ -24,7 +24,7 @@ class ListTask(Task):
 
     @abstractmethod
     def solve(self, numbers: list[int]) -> list[int]:
-        """The numbers of the answer."""
+        """Numbers of the answer."""
 
     def sample(self, rng: random.Random) -> Problem:
         numbers = self.numbers(rng, rng.randint(*self.size))

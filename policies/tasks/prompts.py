@@ -1,4 +1,4 @@
-"""A user's own problems: prompts with answers in a file, compared by a checker of ours."""
+"""Problems from a user's own file: prompts with answers, and a checker to compare them."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +11,7 @@ from policies.tasks.records import Filled, Record, read_lines
 
 
 class PromptRecord(Record):
-    """A line: what goes to the model, the answer, and a right response where that is more than the answer."""
+    """A line: the prompt, the answer, and a right response if it is more than the answer."""
 
     prompt: Filled
     answer: Filled
@@ -19,10 +19,10 @@ class PromptRecord(Record):
 
 
 class PromptFile(FileTask):
-    """Problems of a JSONL file: `prompt`, `answer` and, if it is longer, a right response as `reference`.
+    """Problems of a JSONL file with `prompt`, `answer` and, if it is longer, a right response as `reference`.
 
     Args:
-        checker: how a completion is compared with an answer, one of `CHECKERS`. For the others see `FileTask`.
+        checker: name of the comparison of completions with answers, one of `CHECKERS`. For the others see `FileTask`.
     """
 
     name = "file"

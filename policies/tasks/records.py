@@ -1,4 +1,4 @@
-"""JSON objects in files that a user gives, and errors that say where in them something is wrong."""
+"""JSON objects in users' files, with errors that name the place."""
 
 import codecs
 from collections.abc import Iterator
@@ -17,14 +17,14 @@ def _filled(text: str) -> str:
 
 
 MOST_LINE = 4 << 20
-"""Bytes of one JSON object."""
+"""Most bytes of one JSON object."""
 
 Filled = Annotated[str, AfterValidator(_filled)]
 """Text that is not blank."""
 
 
 class Record(BaseModel):
-    """One JSON object. A number counts as its text; fields that the record does not name are left alone."""
+    """One JSON object. Numbers are read as their text; unknown fields are ignored."""
 
     model_config = ConfigDict(frozen=True, coerce_numbers_to_str=True)
 
@@ -33,7 +33,7 @@ AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
 def read_lines(path: Path, kind: type[AnyRecord]) -> Iterator[tuple[str, AnyRecord]]:
-    """The objects of a file that has one on each line, and the place of each: `FILE, line N`.
+    """Read the objects of a file with one per line; yields the place of each, `FILE, line N`, and the object.
 
     Raises ValueError with one line that names the file, the line and the field.
     """
@@ -50,7 +50,7 @@ def read_lines(path: Path, kind: type[AnyRecord]) -> Iterator[tuple[str, AnyReco
 
 
 def read_folder(path: Path, kind: type[AnyRecord]) -> Iterator[tuple[str, AnyRecord]]:
-    """The objects of all `.json` files under a folder, by name, one in each file; hidden files are left out.
+    """Read the objects of all `.json` files under a folder, one per file, sorted by path; skips hidden files.
 
     Raises ValueError as `read_lines` does.
     """

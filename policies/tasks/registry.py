@@ -1,4 +1,4 @@
-"""Name -> task: the embedded ones, third parties' through the entry point group `unmask.tasks`, and files by a spec."""
+"""Tasks by name: the embedded ones, those of the entry point group `unmask.tasks`, and files by a spec."""
 
 import re
 from functools import cache, lru_cache
@@ -18,11 +18,11 @@ _FROM_FILES: dict[str, type[FileTask]] = {kind.name: kind for kind in (GSM8K, MA
 _GROUP = "unmask.tasks"
 
 FILE_SPECS = "gsm8k:path=FILE, math:path=FILE_OR_FOLDER, file:path=FILE,checker=NAME"
-"""How tasks from files are asked for, for messages and help; `train=` and `heldout=` may stand for `path=`."""
+"""Specs of tasks from files, for messages and help; `train=` and `heldout=` may replace `path=`."""
 
 
 class UnknownTaskError(KeyError):
-    """No task of that name; the message lists those there are."""
+    """No task of that name; the message lists the known ones."""
 
     def __str__(self) -> str:
         return str(self.args[0])
@@ -30,7 +30,7 @@ class UnknownTaskError(KeyError):
 
 @cache
 def embedded_tasks() -> tuple[Task, ...]:
-    """The tasks that the embedded model is trained on; what is installed beside us changes nothing here."""
+    """Tasks that the embedded model is trained on, whatever other distributions are installed."""
     return tuple(task() for task in _EMBEDDED)
 
 
@@ -41,7 +41,7 @@ def _registry() -> dict[str, Task]:
 
 @cache
 def _third_parties() -> tuple[dict[str, Task], dict[str, str]]:
-    """Tasks of other distributions by name, and why those that are skipped could not be loaded."""
+    """Tasks of other distributions by name, and for those that could not be loaded the reason."""
     if not _any_entry_points():
         return {}, {}
     from samplers.plugins import load_plugins  # brings torch, which lists and help do without otherwise
@@ -69,7 +69,7 @@ def _check(task: Task) -> None:
 
 
 def list_tasks() -> list[Task]:
-    """The tasks that need no files, in the order tables show them."""
+    """Tasks that need no files, in the order of tables."""
     return list(_registry().values())
 
 
@@ -94,7 +94,7 @@ def get_task(text: str) -> Task:
 @lru_cache(maxsize=16)
 def _from_files(name: str, rest: str) -> Task:
     kind, values = _FROM_FILES[name], {}
-    # A comma in a path is none of ours unless an option's name follows.
+    # A comma separates options only if an option's name follows; otherwise it belongs to a path.
     for part in re.split(rf",(?=(?:{'|'.join(kind.options)})=)", rest) if rest else ():
         option, equals, value = part.partition("=")
         if option not in kind.options or not (equals and value):

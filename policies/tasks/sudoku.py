@@ -1,4 +1,4 @@
-"""4x4 Sudoku: free choices that exclude each other."""
+"""4x4 Sudoku: several right answers whose cells exclude each other."""
 
 import random
 from functools import cache

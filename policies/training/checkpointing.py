@@ -1,4 +1,4 @@
-"""A training run between two sessions: one file of tensors, never unpickled."""
+"""State of a training run between two sessions: one safetensors file."""
 
 import copy
 import json
@@ -21,7 +21,7 @@ from policies.training.recipe import PolicyRecipe
 
 @dataclass
 class RunState:
-    """Weights, the reference's, the optimizer's moments, and numbers that JSON holds; `numbers["stage"]` is one."""
+    """Weights of policy and reference, the optimizer's moments, and JSON values, `numbers["stage"]` among them."""
 
     network: UnmaskingPolicy
     reference: UnmaskingPolicy | None
@@ -51,9 +51,9 @@ class RunState:
         """Read what `save` wrote, into `network`.
 
         Args:
-            new_optimizer: makes a fresh one for the stage of that number.
+            new_optimizer: makes a fresh optimizer for the stage of a number.
 
-        Raises ValueError if the state is of another recipe.
+        Raises ValueError if the state belongs to another recipe.
         """
         check_safetensors(path)
         with safe_open(path, "pt") as file:

@@ -1,4 +1,4 @@
-"""Data parallel training: the processes of one `torchrun`, or one process alone."""
+"""Data-parallel training over the processes of one `torchrun`, or in a single process."""
 
 import os
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class DataParallel:
-    """Which of how many processes this is."""
+    """Rank of this process and number of processes."""
 
     rank: int = 0
     size: int = 1
@@ -24,13 +24,13 @@ class DataParallel:
         return cls(dist.get_rank(), dist.get_world_size())
 
     def leave(self) -> None:
-        """Part with the others."""
+        """Leave the process group."""
         if self.size > 1:
             dist.destroy_process_group()
 
     @property
     def first(self) -> bool:
-        """Whether this process writes what all of them know."""
+        """Whether this process writes the shared files."""
         return self.rank == 0
 
     def sum_gradients(self, network: nn.Module) -> None:
@@ -42,7 +42,7 @@ class DataParallel:
                 dist.all_reduce(p.grad)
 
     def total(self, count: int) -> int:
-        """The sum over the processes."""
+        """Sum of a count over the processes."""
         if self.size == 1:
             return count
         value = torch.tensor(count)
@@ -50,7 +50,7 @@ class DataParallel:
         return int(value)
 
     def gather(self, values: Tensor) -> Tensor:
-        """Lines of all processes as one process would have them: line i is of process i % size."""
+        """Gather the lines of all processes in a single process's order: line i is of process i % size."""
         if self.size == 1:
             return values
         parts = [torch.empty_like(values) for _ in range(self.size)]
@@ -58,7 +58,7 @@ class DataParallel:
         return torch.stack(parts, dim=1).flatten(0, 1)
 
     def mean(self, metrics: dict[str, float]) -> dict[str, float]:
-        """Each number's mean over the processes."""
+        """Mean of each metric over the processes."""
         if self.size == 1:
             return metrics
         values = torch.tensor(list(metrics.values()), dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""What a recipe trains on: tasks, each in every way of decoding."""
+"""Tasks of a recipe, each with the ways of decoding its answers."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from samplers import Layout
 
 @dataclass(frozen=True)
 class DecodingSetup:
-    """A task, and how its answers are decoded; no `block_length` is full diffusion."""
+    """A task and the decoding of its answers; without `block_length` it is full diffusion."""
 
     task: Task
     gen_length: int
@@ -18,15 +18,15 @@ class DecodingSetup:
 
     @property
     def blocks(self) -> int:
-        """Blocks of one generation."""
+        """Number of blocks of one generation."""
         return Layout(0, self.gen_length, self.block_length or self.gen_length).blocks
 
     def __str__(self) -> str:
         return self.task.name if self.block_length is None else f"{self.task.name}/{self.block_length}"
 
 
-def settings_of(recipe: PolicyRecipe) -> list[DecodingSetup]:
-    """Every pair of the recipe's tasks and block lengths once; a block as long as the canvas is full diffusion."""
+def setups_of(recipe: PolicyRecipe) -> list[DecodingSetup]:
+    """All different pairs of a recipe's tasks and block lengths; a block as long as the canvas is full diffusion."""
     found: dict[tuple[str, int | None], DecodingSetup] = {}
     for asked in recipe.block_lengths:
         for name in recipe.tasks:

@@ -1,4 +1,4 @@
-"""The gradient steps on one batch of rollouts, in micro-batches and over all processes."""
+"""Gradient steps on one batch of rollouts, in micro-batches and over all processes."""
 
 import math
 from dataclasses import dataclass
@@ -8,19 +8,18 @@ from torch import Tensor
 
 from policies.network.policy_network import UnmaskingPolicy, score
 from policies.training.data_parallel import DataParallel
-from policies.training.fit import pick
-from policies.training.grpo import clipped_loss, expert_mixture, log_prob, regularisation
+from policies.training.policy_gradient import clipped_loss, expert_mixture, log_prob, regularisation
 from policies.training.recipe import Grpo
 from policies.training.rollout import Rollout
 
 
 @dataclass
 class Batch:
-    """Rollouts and what they were worth, one entry each.
+    """Rollouts with their advantages.
 
     Attributes:
         advantage: float32 [rollouts].
-        expert: bool [rollouts], drawn by a rule.
+        expert: bool [rollouts], decided by a rule.
         speed: [rollouts] in 0..1, or None for a policy that takes none.
     """
 
@@ -38,7 +37,9 @@ def gradient_steps(
     batch: Batch,
     world: DataParallel,
 ) -> dict[str, float]:
-    """`stage.inner` steps on one batch; the last one's gradient norm, clipped share and mean probability of a commit.
+    """Take `stage.inner` steps on one batch.
+
+    Returns gradient norm, clipped share and mean probability of a commit in the last step.
 
     Raises FloatingPointError if the gradient is not finite.
     """
@@ -47,9 +48,9 @@ def gradient_steps(
     total = len(batch.rollout.correct) * world.size
     weight = 1.0 / (batch.rollout.forwards[records.row] * total)
     if not (stage.entropy or stage.kl):
-        # Groups without spread have nothing to say.
+        # Groups without spread have no gradient.
         lines = (advantage[records.row] != 0).nonzero()[:, 0]
-        records, weight = pick(records, lines), weight[lines]
+        records, weight = records[lines], weight[lines]
     if not world.total(len(records.row)):
         return {"gradient": 0.0, "clipped": 0.0, "probability": 0.0}
     pieces = [slice(i, i + stage.micro_batch) for i in range(0, len(records.row), stage.micro_batch)]
@@ -59,8 +60,7 @@ def gradient_steps(
         optimizer.zero_grad(set_to_none=False)
         clipped = share = 0.0
         for n, piece in enumerate(pieces):
-            lines = torch.arange(len(records.row))[piece]
-            part = pick(records, lines)
+            part = records[piece]
             rows = part.row
             told = None if batch.speed is None else batch.speed[rows]
             logits = score(network, part.seen, told)

@@ -1,4 +1,4 @@
-"""Log-likelihoods of what a policy drew. Pure functions; leading dimensions are free."""
+"""Log-likelihoods of a policy's draws. Leading dimensions are free."""
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ __all__ = [
 ]
 
 NOTHING = -1e30
-"""Instead of minus infinity, of which a gradient would be no number."""
+"""Stands for minus infinity, whose gradient would be NaN."""
 
 
 def bernoulli_log_prob(action: Tensor, logits: Tensor, candidates: Tensor, temperature: float = 1.0) -> Tensor:
@@ -49,7 +49,7 @@ def dpls_log_prob(order: Tensor, logits: Tensor, candidates: Tensor, stop_logit:
     picked = order.clamp(min=0)
     taken = torch.zeros_like(order).scatter_add(-1, picked, drawn.long()) > 0
     chosen = logits.gather(-1, picked).masked_fill(~drawn, NOTHING)
-    # What each draw chose from: what was drawn then and later, what never was, and, but for the first, STOP.
+    # Each draw chose among the positions drawn then or later, those never drawn and, except for the first draw, STOP.
     later = chosen.flip(-1).logcumsumexp(dim=-1).flip(-1)
     never = logits.masked_fill(~candidates | taken, NOTHING).logsumexp(dim=-1, keepdim=True)
     left = torch.logaddexp(later, never)

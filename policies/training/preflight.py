@@ -1,25 +1,25 @@
-"""What can be known to be wrong with a policy's training before its first forward pass."""
+"""Checks of a policy's training before its first forward pass."""
 
 import random
 from collections.abc import Iterator
 
 from policies.model_under_test import ModelUnderTest
 from policies.tasks import Problem, Task
-from policies.training.decoding_setup import DecodingSetup, settings_of
+from policies.training.decoding_setup import DecodingSetup, setups_of
 from policies.training.recipe import PolicyRecipe
 from samplers import Canvas
 from samplers.learned.policy import Policy
 
 CHECK_SEED = 11
-"""Held-out problems that checkpoints are chosen on; published figures must come from other seeds."""
+"""Seed of the held-out problems that checkpoints are chosen on; published figures must come from other seeds."""
 
 _DRAWN = 64
-"""Problems whose prompts are measured where a task draws any number of them."""
+"""Number of problems whose prompts are measured if a task generates them without end."""
 
 
 def check_problems(recipe: PolicyRecipe) -> None:
     """Raise ValueError if a task of the recipe has too few problems for it, or none."""
-    for task in {setting.task.name: setting.task for setting in settings_of(recipe)}.values():
+    for task in {setup.task.name: setup.task for setup in setups_of(recipe)}.values():
         task.draw(random.Random(0), "train")
         try:
             task.problems(recipe.check, CHECK_SEED, "heldout")
@@ -27,24 +27,24 @@ def check_problems(recipe: PolicyRecipe) -> None:
             raise ValueError(f"check = {recipe.check}: {error}; check = 0 keeps the last policy unchecked") from None
 
 
-def check_model(recipe: PolicyRecipe, settings: list[DecodingSetup], model: ModelUnderTest) -> None:
-    """Raise ValueError if the model cannot be decoded as the recipe says, or prompts do not fit into its context."""
+def check_model(recipe: PolicyRecipe, setups: list[DecodingSetup], model: ModelUnderTest) -> None:
+    """Raise ValueError if the model cannot be decoded as the recipe says, or prompts do not fit its context."""
     if incompatibility := Policy().incompatibility(model.pattern):
         raise ValueError(incompatibility)
-    for setting in settings:
+    for setup in setups:
         try:
-            Canvas.blank([], setting.gen_length, model.mask_id, setting.block_length, pattern=model.pattern)
+            Canvas.blank([], setup.gen_length, model.mask_id, setup.block_length, pattern=model.pattern)
         except ValueError as error:
             raise ValueError(f"block_lengths: {error}") from None
-    longest = {setting.task.name: setting for setting in sorted(settings, key=lambda setting: setting.gen_length)}
-    for setting in longest.values():
-        for problem in _problems(setting.task, recipe.check):
+    longest = {setup.task.name: setup for setup in sorted(setups, key=lambda setup: setup.gen_length)}
+    for setup in longest.values():
+        for problem in _problems(setup.task, recipe.check):
             length = len(model.encode_prompt(problem.prompt))
-            model.check_length(setting.task.name, min(length, recipe.prompt_length or length), setting.gen_length)
+            model.check_length(setup.task.name, min(length, recipe.prompt_length or length), setup.gen_length)
 
 
 def _problems(task: Task, held_out: int) -> Iterator[Problem]:
-    """All problems that training may meet, or a sample of them where there is no end of them."""
+    """All problems that training may meet, or a sample of them if the task generates them without end."""
     rng = random.Random(0)
     count = task.count("train")
     if count is None:

@@ -1,4 +1,4 @@
-"""What a policy's training is: a TOML file, validated."""
+"""Training recipes: validated TOML files."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -7,18 +7,20 @@ from pydantic import Field, model_validator
 
 from policies.files.regular import MOST_LISTED, MOST_WORD
 from policies.files.toml import TomlTable, read_toml
-from policies.network.policy_network import PolicyConfig
-from policies.training.fit import Label
+from policies.network.config import PolicyConfig
 from policies.training.rewards import Form
 
 MOST_ROWS = 1_000_000
-"""More are a slip of the finger."""
+"""Upper bound of counts; more is taken for a typing error."""
+
+Label = Literal["outcome", "oracle", "imitation"]
+"""See `Fit`."""
 
 Length = Annotated[int, Field(gt=0, le=2**24)]
 
 
 class Collect(TomlTable):
-    """Visit states: careful by threshold, bold now and then; or, once there is a policy, by it at random cuts."""
+    """Collect runs: careful ones by a threshold with bold steps, or by the policy itself at random cuts."""
 
     kind: Literal["collect"] = "collect"
     runs: int = Field(gt=0)
@@ -29,10 +31,10 @@ class Collect(TomlTable):
 
 
 class Fit(TomlTable):
-    """Supervised steps on all that was collected so far.
+    """Supervised steps on all runs collected so far.
 
-    Labels: `outcome`, which runs came out right; `oracle`, which tokens were right in every state (the task must know
-    its solutions); `imitation`, what a threshold would commit.
+    Labels: `outcome`, whether a run came out right; `oracle`, which tokens were right in every state (the task must
+    know its solutions); `imitation`, what a threshold would commit.
     """
 
     kind: Literal["fit"] = "fit"
@@ -44,7 +46,7 @@ class Fit(TomlTable):
 
 
 class Shift(TomlTable):
-    """`logit <- scale * (logit - logit(cut))`: a draw is about right at 0.5, and still explores."""
+    """Move the logits, `logit <- scale * (logit - logit(cut))`, so that draws are about right and still explore."""
 
     kind: Literal["shift"] = "shift"
     cut: float = Field(gt=0, lt=1)
@@ -94,10 +96,10 @@ class PolicyRecipe(TomlTable):
     """A whole run: stages one after the other.
 
     Attributes:
-        tasks, block_lengths: what problems are drawn from and how they are decoded: every pair of the two in turn.
+        tasks, block_lengths: sources of problems, and ways of decoding them; all pairs of the two take turns.
         gen_length: positions of the canvas; without it each task's own.
-        save_every: GRPO updates between checkpoints; a stage's end is always one.
-        check: held-out problems on which checkpoints are compared, 0: none.
+        save_every: GRPO updates between checkpoints; there is always one at a stage's end.
+        check: number of held-out problems on which checkpoints are compared; 0 compares none.
     """
 
     seed: int = Field(0, ge=-(2**63), lt=2**63)
@@ -128,5 +130,5 @@ class PolicyRecipe(TomlTable):
 
 
 def load_policy_recipe(path: Path) -> tuple[PolicyRecipe, dict[str, Any]]:
-    """Read a recipe, and its content as it stands. Raises ValueError with one line that names file and field."""
+    """Read a recipe and its plain content. Raises ValueError with one line that names file and field."""
     return read_toml(path, PolicyRecipe)

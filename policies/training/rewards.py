@@ -1,4 +1,4 @@
-"""What a finished generation is worth, and how much better than its group it was."""
+"""Rewards of finished generations, and advantages within their groups."""
 
 from typing import Literal
 
@@ -14,14 +14,14 @@ def reward(
     """Reward of each generation, float32 [n].
 
     Multiplicative: `correct * ((budget - forwards + 1) / budget) ** alpha`, the released code's form of equation 3.1 of
-    arXiv 2512.09106, which never zeroes a right answer. Additive: `correct - alpha * forwards / budget`, an ablation of
-    section 4.4: in a group of wrong answers the fastest one is rewarded.
+    arXiv 2512.09106, which never makes a right answer worthless. Additive: `correct - alpha * forwards / budget`,
+    an ablation of section 4.4: in a group of wrong answers the fastest one is rewarded.
 
     Args:
         correct: [n], 1 where the answer is right; anything in 0..1 for partly right ones (shaped rewards).
         forwards: int [n], forward passes used; beyond the budget they count as the budget.
         budget: int [n], the length of the generation region.
-        alpha: how much speed matters, [n] or one number.
+        alpha: weight of speed, [n] or one number.
     """
     used = torch.minimum(forwards, budget)
     if form == "additive":
@@ -32,12 +32,12 @@ def reward(
 def path_likelihood(committed: Tensor, confidence: Tensor, row: Tensor, rows: int) -> Tensor:
     """Mean log-probability of the tokens of each generation at the forwards that committed them, [rows].
 
-    A dense reward without labels: how much the model itself believes in the way taken (SAS, arXiv 2606.23567).
+    A dense reward without labels: the model's own belief in the path taken (SAS, arXiv 2606.23567).
 
     Args:
         committed: bool [n, length], what each recorded step committed.
         confidence: [n, length], the committed tokens' probabilities.
-        row: int64 [n], which generation each step belongs to.
+        row: int64 [n], the generation of each step.
         rows: number of generations.
     """
     logs = confidence.clamp(min=1e-8).log().masked_fill(~committed, 0.0).sum(dim=1)
@@ -52,9 +52,9 @@ def group_advantage(rewards: Tensor) -> Tensor:
 
 
 class DeviationScale:
-    """Running root mean square of the advantages at each alpha, so that none drowns the others.
+    """Running root mean square of the advantages at each alpha, so that no alpha dominates.
 
-    With one policy for many alphas the rewards of large ones are small, because few forwards are saved per token.
+    With one policy for many alphas, rewards at large alphas are small, because few forwards are saved per token.
     """
 
     def __init__(self, decay: float = 0.9) -> None:
@@ -62,7 +62,7 @@ class DeviationScale:
         self.state: dict[float, float] = {}
 
     def scale(self, advantage: Tensor, alpha: Tensor) -> Tensor:
-        """Advantages [groups, members] over the running value of their group's alpha [groups]; updates it."""
+        """Divide advantages [groups, members] by the running value of their alpha [groups], which is updated."""
         scaled = advantage.clone()
         for value in sorted(set(alpha.tolist())):
             mine = alpha == value

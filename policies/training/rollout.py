@@ -13,9 +13,11 @@ from torch import Tensor
 
 from policies.evaluation.oracle import Oracle
 from policies.model_under_test import ModelUnderTest
+from policies.network.config import PolicyConfig
 from policies.network.features import statistics
-from policies.network.policy_network import Observation, PolicyConfig, observe
+from policies.network.observation import observe
 from policies.tasks import Problem, Task
+from policies.training.transitions import Transitions
 from samplers import Sampler, SamplerParams, Selection, Statistic, Step
 from samplers.loop.row import Row
 from samplers.loop.run import run
@@ -23,11 +25,11 @@ from samplers.loop.run import run
 
 @dataclass(frozen=True)
 class Decision:
-    """What a chooser did in one step.
+    """Decision of an actor in one step.
 
     Attributes:
         action: bool [rows, width], as drawn.
-        commit: bool [rows, width], what becomes of it; the loop adds the surest candidate where a row has none.
+        commit: bool [rows, width], as committed; the loop adds the surest candidate where a row has none.
         order: int64 [rows, width], for ordered draws (see `dpls_draw`).
     """
 
@@ -37,7 +39,7 @@ class Decision:
 
 
 class Actor(Protocol):
-    """Decides on the rows of a step; `live` are their numbers in the rollout."""
+    """Decides what rows commit. `live` in `choose` is int64 [rows], their numbers in the rollout."""
 
     statistics: frozenset[Statistic]
     top: int
@@ -47,31 +49,8 @@ class Actor(Protocol):
 
 
 @dataclass
-class Transitions:
-    """Everything that was seen and done, one line per generation and step; padded to the longest region.
-
-    Attributes:
-        row: int64 [n], which generation.
-        seen: what a policy reads, [n, length, ...].
-        candidates, action, committed: bool [n, length].
-        confidence: float32 [n, length], -inf where unknown.
-        order: int64 [n, length], -1 where nothing was drawn; None for unordered draws.
-        right: bool [n, length], what the oracle would have committed; None where nobody asked it.
-    """
-
-    row: Tensor
-    seen: Observation
-    candidates: Tensor
-    action: Tensor
-    committed: Tensor
-    confidence: Tensor
-    order: Tensor | None
-    right: Tensor | None = None
-
-
-@dataclass
 class Rollout:
-    """Finished generations. `correct` is 1 or 0 [n]; `forwards`, `tokens` int64 [n]; `steps` were recorded if asked."""
+    """Finished generations. `correct` is 1 or 0, [n]; `forwards`, `tokens` and `budget` are int64 [n]."""
 
     problems: list[Problem]
     correct: Tensor
@@ -84,14 +63,13 @@ class Rollout:
 
 @dataclass
 class _Recorder(Sampler):
-    """Runs a chooser as a sampler and keeps what it saw."""
+    """An actor as a sampler, with records of every step."""
 
-    chooser: Actor
+    actor: Actor
     config: PolicyConfig | None
     waits: bool
     oracles: list[Oracle]
-    lines: list[dict[str, Tensor]] = field(default_factory=list)
-    seen: list[Observation] = field(default_factory=list)
+    lines: list[Transitions] = field(default_factory=list)
     name = "recorder"
     sees_region = True
 
@@ -99,11 +77,7 @@ class _Recorder(Sampler):
         number: int = Field(description="place in the rollout")
 
     def __post_init__(self) -> None:
-        self.statistics, self.top, self.whole_region = (
-            self.chooser.statistics,
-            self.chooser.top,
-            self.chooser.region,
-        )
+        self.statistics, self.top, self.whole_region = self.actor.statistics, self.actor.top, self.actor.region
         if self.config is not None:
             self.statistics |= statistics(self.config.features)
             self.top = max(self.top, self.config.largest)
@@ -111,31 +85,35 @@ class _Recorder(Sampler):
 
     def select(self, step: Step) -> Selection:
         live = step.param("number")[:, 0]
-        decision = self.chooser.choose(step, live)
+        decision = self.actor.choose(step, live)
         if self.config is not None:
-            line = {
-                "row": live,
-                "candidates": step.candidate,
-                "action": decision.action,
-                "committed": decision.commit,
-                "confidence": step.confidence,
-            }
-            if decision.order is not None:
-                line["order"] = decision.order
-            if self.oracles:
-                asked = [self.oracles[i] for i in live.tolist()]
-                right = [each.right(*row) for each, *row in zip(asked, step.token, step.candidate, strict=True)]
-                line["right"] = torch.stack(right)
-            self.lines.append(line)
-            self.seen.append(observe(step, self.config))
+            self.lines.append(
+                Transitions(
+                    row=live,
+                    seen=observe(step, self.config),
+                    candidates=step.candidate,
+                    action=decision.action,
+                    committed=decision.commit,
+                    confidence=step.confidence,
+                    order=decision.order,
+                    right=self._right(step, live),
+                )
+            )
         return Selection(decision.commit, waits=self.waits)
+
+    def _right(self, step: Step, live: Tensor) -> Tensor | None:
+        """Commits of each row's oracle, bool [rows, width]; None without oracles."""
+        if not self.oracles:
+            return None
+        asked = [self.oracles[i] for i in live.tolist()]
+        return torch.stack([each.right(*row) for each, *row in zip(asked, step.token, step.candidate, strict=True)])
 
 
 def rollout(
     model: ModelUnderTest,
     task: Task,
     problems: Sequence[Problem],
-    chooser: Actor,
+    actor: Actor,
     *,
     gen_length: int,
     block_length: int | None,
@@ -149,7 +127,7 @@ def rollout(
     """Run one generation for each problem to its end.
 
     Args:
-        chooser: decides what to commit.
+        actor: decides what to commit.
         seeds: each generation's random stream.
         batch: most rows of one forward. All rows of a rollout go through it together, in this many at a time.
         prompt_length: keep only the last tokens of a longer prompt.
@@ -160,7 +138,7 @@ def rollout(
 
     Raises ValueError if a prompt is too long for the model, SamplerError if a generation cannot go on.
     """
-    recorder = _Recorder(chooser, record, waits=allow_empty, oracles=[])
+    recorder = _Recorder(actor, record, waits=allow_empty, oracles=[])
     rows: list[Row] = []
     for problem, seed in zip(problems, seeds, strict=True):
         prompt = model.encode_prompt(problem.prompt)
@@ -174,7 +152,7 @@ def rollout(
     stuck: set[int] = set()
 
     def parts() -> Iterator[list[Row]]:
-        """All that are not finished, in turn."""
+        """Rows that are not finished, up to `batch` at a time."""
         while live := [row for i, row in enumerate(rows) if not row.finished and i not in stuck]:
             for start in range(0, len(live), batch):
                 yield live[start : start + batch]
@@ -198,41 +176,5 @@ def rollout(
         tokens=torch.tensor([row.completion_tokens for row in rows]),
         budget=torch.full((len(rows),), gen_length),
         texts=texts,
-        records=None if record is None else _collect(recorder),
+        records=None if record is None else Transitions.join(recorder.lines),
     )
-
-
-def _collect(recorder: _Recorder) -> Transitions:
-    """The recorded steps as one, cloned out of inference mode."""
-
-    def join(name: str, empty: float = 0) -> Tensor:
-        return _one_width([line[name] for line in recorder.lines], empty)
-
-    seen, optional = recorder.seen, recorder.lines[0]
-    tokens = [each.tokens for each in seen if each.tokens is not None]
-    return Transitions(
-        row=torch.cat([line["row"] for line in recorder.lines]).clone(),
-        seen=Observation(
-            features=_one_width([each.features for each in seen]),
-            masked=_one_width([each.masked for each in seen]),
-            valid=_one_width([each.valid for each in seen]),
-            time=torch.cat([each.time for each in seen]).clone(),
-            tokens=_one_width(tokens) if tokens else None,
-        ),
-        candidates=join("candidates"),
-        action=join("action"),
-        committed=join("committed"),
-        confidence=join("confidence", -torch.inf),
-        order=join("order", -1) if "order" in optional else None,
-        right=join("right") if "right" in optional else None,
-    )
-
-
-def _one_width(parts: list[Tensor], empty: float = 0) -> Tensor:
-    """Steps [rows, width, ...] as one tensor: where blocks are written whole, regions differ in length."""
-    longest = max(part.shape[1] for part in parts)
-    padded = [
-        torch.nn.functional.pad(part, (0, 0) * (part.dim() - 2) + (0, longest - part.shape[1]), value=empty)
-        for part in parts
-    ]
-    return torch.cat(padded).clone()

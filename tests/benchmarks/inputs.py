@@ -6,21 +6,24 @@ forward for each cut, and the fastest row within a point of `--goal`.
 """
 
 import argparse
-import copy
 import random
 import time
+from dataclasses import replace
 
 import torch
 
 from policies.evaluation.measure import Trial, evaluate
 from policies.evaluation.sampler_spec import SamplerSpec
 from policies.model_under_test import ModelUnderTest
+from policies.network.config import PolicyConfig
 from policies.network.features import Feature, width
-from policies.network.policy_network import LoadedPolicy, Observation, PolicyConfig, UnmaskingPolicy, parameters
+from policies.network.observation import Observation
+from policies.network.policy_network import LoadedPolicy, UnmaskingPolicy, parameters
 from policies.tasks import Task, get_task
 from policies.training.actors import Explorer
-from policies.training.fit import Runs, fit
+from policies.training.fit import fit
 from policies.training.rollout import rollout
+from policies.training.runs import Runs
 from samplers.learned.policy import Policy
 from server.commands.options import model_under_test, open_model
 
@@ -64,16 +67,15 @@ def columns(features: tuple[Feature, ...]) -> list[int]:
 
 def cut_down(runs: Runs, features: tuple[Feature, ...], region: bool, tokens: bool) -> Runs:
     """The same runs as a policy with fewer inputs sees them."""
-    records = copy.copy(runs.records)
-    seen = records.seen
+    records, seen = runs.records, runs.records.seen
     numbers = seen.features[..., columns(features)]
     known = torch.ones_like(records.candidates) if region else records.candidates
     given = None
     if tokens:
         assert seen.tokens is not None
         given = seen.tokens.masked_fill(~known, -1)
-    records.seen = Observation(numbers * known[..., None], seen.masked, seen.valid, seen.time, given)
-    return Runs(records, runs.good, runs.ends)
+    cut = Observation(numbers * known[..., None], seen.masked, seen.valid, seen.time, given)
+    return Runs(replace(records, seen=cut), runs.good, runs.ends)
 
 
 def collect(subject: ModelUnderTest, task: Task, vocabulary: int, count: int, seed: int) -> Runs:

@@ -10,7 +10,8 @@ import time
 
 import torch
 
-from policies.network.policy_network import LoadedPolicy, PolicyConfig, UnmaskingPolicy
+from policies.network.config import PolicyConfig
+from policies.network.policy_network import LoadedPolicy, UnmaskingPolicy
 from policies.tasks import get_task
 from samplers import Canvas, Sampler, get_sampler
 from samplers.learned.policy import Policy

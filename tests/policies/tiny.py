@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 
-from policies.network.policy_network import LoadedPolicy, PolicyConfig, UnmaskingPolicy
+from policies.network.config import PolicyConfig
+from policies.network.policy_network import LoadedPolicy, UnmaskingPolicy
 from policies.serving.checkpoint import PolicyCard, TrainedOn
 from policies.training.recipe import PolicyRecipe
 from samplers.learned.policy import Policy

@@ -15,8 +15,8 @@ from policies.files.regular import check_safetensors, read_file, read_open
 from policies.files.toml import read_toml
 from policies.tasks.records import MOST_LINE, Record, read_lines
 from policies.training.checkpointing import RunState
-from policies.training.fit import Runs
 from policies.training.recipe import PolicyRecipe
+from policies.training.runs import Runs
 from server.settings import WrongSettingError, load_settings
 from tests.policies.tiny import network, recipe
 

@@ -1,5 +1,7 @@
 """The policy network and what it reads."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,26 +9,16 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from policies.network import features
-from policies.network.policy_network import LoadedPolicy, PolicyConfig, UnmaskingPolicy, parameters, waves
-from samplers import Canvas, Step
-from samplers.loop.denoising import ask
-from samplers.loop.grid import Grid
+from policies.network.config import PolicyConfig
+from policies.network.policy_network import LoadedPolicy, UnmaskingPolicy, parameters, waves
+from samplers import Canvas, Selection, Step
 from samplers.loop.row import Row
+from samplers.loop.run import finish
+from tests.policies.network.steps import random_step, row_of
 from tests.policies.tiny import RICH, network, sampler
 from tests.samplers.models import MASK, VOCAB, predictor
 
-
-def steps(count: int, **config: object) -> tuple[list[Row], Step]:
-    """Rows of different lengths and ages that a policy of this configuration decides on, and their step."""
-    rule = sampler(**config)
-    rows = []
-    for i in range(count):
-        row = Row(Canvas.blank([1 + i], 6 + 2 * i, MASK, (None, 4)[i % 2]), rule, rule.Params(), seed=i)
-        row.commit(torch.tensor([0, 2]), torch.tensor([3, 4]))
-        row.forwards = 1 + i
-        rows.append(row)
-    query = ask(rows)
-    return rows, Grid(rows, query.row, query.position, predictor()(query)).step(range(count))
+LENGTHS = [6, 8, 10, 12, 14, 16, 18, 20]
 
 
 def test_the_papers_size() -> None:
@@ -45,17 +37,14 @@ def test_it_starts_at_its_bias_and_does_not_see_the_mask_yet() -> None:
 @pytest.mark.parametrize("features", [RICH, {"features": ["confidence"]}])
 def test_logits_do_not_depend_on_the_batch(features: dict[str, object], region: bool) -> None:
     """Alone, among eight, and padded to twice the length: within 1e-5."""
-    config = {**features, "region": region}
-    rows, step = steps(8, **config)
-    loaded = LoadedPolicy(network(**config))
+    loaded = LoadedPolicy(network(**features, region=region))
+    step = random_step(loaded.network.config, LENGTHS, 0.6)
     together = loaded.score(step, None)
-    for i, row in enumerate(rows):
-        query = ask([row])
-        alone = loaded.score(Grid([row], query.row, query.position, predictor()(query)).step([0]), None)
-        length = row.canvas.layout.gen_length
+    for i, length in enumerate(LENGTHS):
+        alone = loaded.score(row_of(step, i, length), None)
         assert alone.shape == (1, length)
         assert torch.allclose(together[i, :length], alone[0], atol=1e-5)
-    assert together.shape[1] >= 2 * rows[0].canvas.layout.gen_length
+    assert together.shape[1] >= 2 * LENGTHS[0]
 
 
 def test_every_input_matters() -> None:
@@ -123,7 +112,7 @@ def test_configurations_that_do_not_fit(config: dict[str, object], message: str)
 @given(top=st.integers(2, 5), count=st.integers(1, 4))
 def test_features_are_as_wide_as_announced_and_zero_where_nothing_is_known(top: int, count: int) -> None:
     config = PolicyConfig.model_validate(RICH | {"top": top, "region": False})
-    _, step = steps(count, **RICH | {"top": top, "region": False})
+    step = random_step(config, LENGTHS[:count], 0.6)
     found = features.read(step, config.features)
     assert found.shape == (*step.candidate.shape, config.numbers)
     assert found.isfinite().all()
@@ -131,20 +120,38 @@ def test_features_are_as_wide_as_announced_and_zero_where_nothing_is_known(top: 
 
 
 def test_doubt_tells_apart_what_is_almost_sure() -> None:
-    _, step = steps(1, features=["doubt"])
+    step = random_step(network(features=["doubt"]).config, LENGTHS[:1], 0.6)
     sure = step.confidence.clone().fill_(0.99), step.confidence.clone().fill_(0.9999)
-    low, high = (features.read(Step(**{**vars(step), "confidence": c}), ("doubt",)).mean() for c in sure)
+    low, high = (features.read(replace(step, confidence=c), ("doubt",)).mean() for c in sure)
     assert high - low > 0.5
 
 
-def test_the_region_is_read_only_if_asked_for() -> None:
-    rows, step = steps(2, region=True)
+def seen(region: bool, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Row], Step, list[torch.Tensor]]:
+    """Rows of different lengths, the first step that a policy decides on for them, and their masks in it."""
+    rule = sampler(region=region)
+    rows = [
+        Row(Canvas.blank([1 + i], 6 + 2 * i, MASK, (None, 4)[i % 2]), rule, rule.Params(), seed=i) for i in range(2)
+    ]
+    found: list[tuple[Step, list[torch.Tensor]]] = []
+    select = rule.select
+
+    def watched(step: Step) -> Selection:
+        found.append((step, [row.canvas.masked.clone() for row in rows]))
+        return select(step)
+
+    monkeypatch.setattr(rule, "select", watched)
+    finish(rows, predictor())
+    return rows, *found[0]
+
+
+def test_the_region_is_read_only_if_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, step, masked = seen(True, monkeypatch)
     for i, row in enumerate(rows):
-        length = row.canvas.layout.gen_length
+        length, block = row.canvas.layout.gen_length, row.canvas.layout.block_size(0)
         assert (step.confidence[i, :length] > 0).all() and (step.confidence[i, length:] == -torch.inf).all()
-        assert step.masked[i, :length].equal(row.canvas.masked)
-        assert step.candidate[i].nonzero()[:, 0].tolist() == row.candidates().tolist()
-    _, step = steps(2, region=False)
+        assert step.masked[i, :length].equal(masked[i])
+        assert step.candidate[i].nonzero()[:, 0].tolist() == list(range(block))
+    _, step, _ = seen(False, monkeypatch)
     assert (step.confidence > -torch.inf).equal(step.candidate)
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from policies.training.grpo import clipped_loss, expert_mixture, regularisation
 from policies.training.log_likelihoods import bernoulli_log_prob
+from policies.training.policy_gradient import clipped_loss, expert_mixture, regularisation
 from policies.training.rewards import DeviationScale, group_advantage, path_likelihood, reward
 
 BUDGET = 16

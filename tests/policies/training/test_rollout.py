@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from policies.network.policy_network import PolicyConfig, score
+from policies.network.config import PolicyConfig
+from policies.network.policy_network import score
 from policies.training.actors import ExpertMixture, Explorer, PolicyActor, RuleActor
 from policies.training.log_likelihoods import bernoulli_log_prob, dpls_log_prob
 from policies.training.rollout import Actor, Decision, Rollout, rollout

@@ -13,16 +13,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from policies.network.policy_network import LoadedPolicy, PolicyConfig, UnmaskingPolicy, score
+from policies.network.config import PolicyConfig
+from policies.network.policy_network import LoadedPolicy, UnmaskingPolicy, score
 from policies.serving.checkpoint import Origin, load_policy
 from policies.training import decoding_setup
 from policies.training import trainer as trainer_module
 from policies.training.actors import Explorer, RuleActor
 from policies.training.data_parallel import DataParallel
-from policies.training.fit import Runs
+from policies.training.grpo import GrpoStage
 from policies.training.recipe import Grpo, PolicyRecipe, load_policy_recipe
 from policies.training.rollout import rollout
-from policies.training.trainer import PolicyTrainer, speed_of
+from policies.training.runs import Runs
+from policies.training.speeds import speed_of
+from policies.training.trainer import PolicyTrainer
 from samplers import AttentionPattern
 from samplers.learned.policy import Policy, PolicyParams
 from tests.policies.tiny import SMALL, recipe
@@ -111,7 +114,7 @@ def test_runs_collected_by_the_policy_itself_survive_an_interruption(tmp_path: P
         part.run()
     expected, found = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert all(expected[name].equal(found[name]) for name in expected)
-    assert len(whole._all_runs(4).good) == 60
+    assert len(whole.training_run.collected.before(4).good) == 60
 
 
 def test_tasks_and_block_lengths_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,6 +211,7 @@ import sys, torch
 from pathlib import Path
 from policies.training import decoding_setup
 from policies.training.data_parallel import DataParallel
+from policies.training.grpo import GrpoStage
 from tests.policies.training.test_trainer import trainer, RICH_GRPO, TAKES_SPEED
 from tests.policies.tiny import recipe
 from tests.policies.toys import ReadySet
@@ -216,11 +220,11 @@ decoding_setup.get_task = lambda name: ReadySet()
 world = DataParallel.join()
 made = trainer(recipe(RICH_GRPO | {"updates": 2}, **TAKES_SPEED), Path(sys.argv[1]) / str(world.rank), world=world)
 stage = made.recipe.stage[0]
-made.optimizer = made._adamw(stage)
+made.grpo.begin(made.network, stage)
 torch.manual_seed(9)
 for p in made.network.parameters():
     p.data.add_(torch.randn_like(p) * 0.1)
-made.grpo_update(0, stage)
+GrpoStage(made.training_run, 0, stage, made.grpo).update()
 torch.save([p.grad for p in made.network.parameters()], Path(sys.argv[1]) / f"gradient-{world.rank}.pt")
 world.leave()
 """
@@ -249,16 +253,16 @@ def test_two_processes_have_the_gradients_of_one_with_the_joint_batch(tmp_path: 
             assert torch.allclose(one, two, atol=1e-6, rtol=1e-4)
 
 
-def test_a_gradient_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
+def test_a_gradient_that_is_not_finite_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = trainer(recipe(GRPO | {"entropy": 0.01}), tmp_path)
-    update = made.grpo_update
+    update = GrpoStage.update
 
-    def broken(number: int, stage: Grpo) -> dict[str, Any]:
+    def broken(stage: GrpoStage) -> dict[str, Any]:
         if made.update == 2:
             made.network.head.weight.data.fill_(float("nan"))
-        return update(number, stage)
+        return update(stage)
 
-    made.grpo_update = broken  # type: ignore[method-assign]
+    monkeypatch.setattr(GrpoStage, "update", broken)
     with pytest.raises(FloatingPointError, match=r"stage 0, update 2: .*not finite; lower the learning rate"):
         made.run()
 
@@ -290,7 +294,7 @@ def test_labels_teach_the_ready_set(tmp_path: Path, label: str, takes_speed: boo
     for speed in (0.0, 0.5, 1.0) if takes_speed else (None,):
         chooser = RuleActor(Policy(LoadedPolicy(made.network)), PolicyParams(speed=speed))
         problems = ReadySet().problems(40, 5, "heldout")
-        found = made._rollout(made.settings[0], problems, chooser, list(range(40)))
+        found = made.training_run.rollout(made.training_run.setups[0], problems, chooser, list(range(40)))
         assert found.correct.mean() >= 0.95
         assert found.tokens.sum() / found.forwards.sum() >= 0.9 * LENGTH / LEVELS
 
