@@ -6,22 +6,34 @@ from torch import Tensor
 
 def best(score: Tensor, candidate: Tensor, count: Tensor) -> Tensor:
     """The `count` [rows, 1] candidates of highest score in each row; equal scores go to the lower position."""
-    if score.device.type == "cpu" and int(count.max()) <= 1:
+    most = min(int(count.max()), score.shape[1]) if len(count) else 0
+    if most <= 1:
         return surest(score, candidate) & (count > 0)
-    order = score.masked_fill(~candidate, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    rank = torch.empty_like(order)
-    rank.scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
-    return candidate & (rank < count)
+    score = _ranked(score, candidate)
+    values = score.topk(most, dim=1).values
+    least = values.gather(1, (count - 1).clamp(0, most - 1))
+    above = score > least
+    # Of those just as good as the last one, the first few: topk itself does not promise which.
+    level = (score == least) & candidate
+    return candidate & (count > 0) & (above | (level & (level.cumsum(dim=1) <= count - above.sum(dim=1, keepdim=True))))
 
 
 def surest(score: Tensor, candidate: Tensor) -> Tensor:
     """The candidate of highest score in each row, bool [rows, width]; equal scores go to the lower position."""
-    score = score.masked_fill(~candidate, -torch.inf)
+    score = _ranked(score, candidate)
     if score.device.type == "cpu":
         place = score.max(dim=1, keepdim=True).indices  # the first of equals on the CPU; not promised elsewhere
     else:
         place = (score == score.amax(dim=1, keepdim=True)).byte().argmax(dim=1, keepdim=True)
     return torch.zeros_like(candidate).scatter_(1, place, True) & candidate
+
+
+def _ranked(score: Tensor, candidate: Tensor) -> Tensor:
+    """Scores of candidates, and minus infinity elsewhere."""
+    if score.device.type != "cpu":
+        return score.masked_fill(~candidate, -torch.inf)
+    # Several times faster than masked_fill on a CPU, which branches at every element.
+    return score.fmin(candidate.to(score.dtype).sub_(0.5).mul_(torch.inf))
 
 
 def prefix(passes: Tensor, order: Tensor) -> Tensor:

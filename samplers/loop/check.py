@@ -9,6 +9,7 @@ from torch import Tensor
 
 from samplers.columns import Columns
 from samplers.contract import Adjustment, Modifier, Sampler, SamplerError, Selection, StateSpec, Step
+from samplers.loop.masks import anywhere
 from samplers.loop.guard import INTEGERS, MOST_NUMBERS, ContractError, Traits, is_ours, plain, told
 
 _BOOLS = ("commit", "replace", "remask")
@@ -174,7 +175,7 @@ def _state(state: object, specs: dict[str, StateSpec], step: Step[Any]) -> dict[
 
 def _within_contract(traits: Traits, step: Step[Any], selection: Selection, may_wait: bool) -> Selection:
     """A selection that does what such a rule may do. Raises ContractError."""
-    if bool((selection.commit & ~step.candidate).any()):
+    if anywhere(selection.commit & ~step.candidate):
         raise ContractError("a position that is no candidate was selected")
     if selection.waits and not may_wait:
         raise ContractError("it waits, which only training may: a generation that waits holds its place for ever")
@@ -230,7 +231,7 @@ def copied(context: C) -> C:
     changes["params"] = list(context.params)
     changes["columns"] = Columns(context.columns.spec, context.columns.values.clone())
     changes["state"] = {name: value.clone() for name, value in context.state.items()}
-    changes["layout"] = replace(context.layout, **{n: v.clone() for n, v in vars(context.layout).items()})
+    changes["layout"] = replace(context.layout, table=context.layout.table.clone())
     changes["canvas"] = context.canvas[context.row[:, 0]]
     changes["row"] = torch.arange(len(context.row), device=context.row.device)[:, None]
     if isinstance(context, Step):
@@ -244,7 +245,7 @@ def take(context: C, rows: Tensor) -> C:
     changes["params"] = [context.params[i] for i in rows.tolist()]
     changes["columns"] = Columns(context.columns.spec, context.columns.values[rows])
     changes["state"] = {name: value[rows] for name, value in context.state.items()}
-    changes["layout"] = replace(context.layout, **{n: v[rows] for n, v in vars(context.layout).items()})
+    changes["layout"] = replace(context.layout, table=context.layout.table[rows])
     if isinstance(context, Step):
         changes["extra"] = {name: value[rows] for name, value in context.extra.items()}
     return replace(context, **changes)

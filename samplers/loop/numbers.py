@@ -11,7 +11,9 @@ class N(IntEnum):
 
     START and STOP bound the active block; CLOSED is what a revising rule has finished; FIRST: the block's first
     position is masked; ENTERED: the block that counters belong to. MOST is what `post_steps` or `draft_steps` said;
-    CONFINED: candidates are of the active block whatever window a rule asks for.
+    CONFINED: candidates are of the active block whatever window a rule asks for. SHIFTED and JUDGES are traits of the
+    attention pattern; KEEPS: something is cached between forwards; GREEDY: the likeliest tokens are taken; WINDOW: the
+    widest window; SPANS_STAY: every forward computes the same.
     """
 
     FORWARDS = 0
@@ -47,8 +49,16 @@ class N(IntEnum):
     CONFINED = 30
     PASSES = 31
     VOCABULARY = 32
+    SHIFTED = 33
+    JUDGES = 34
+    KEEPS = 35
+    GREEDY = 36
+    WINDOW = 37
+    SPANS_STAY = 38
 
 
+CONTEXT = 5
+"""Columns of which a rule is told, and that steps change."""
 CHANGING = 12
 """Columns that steps change."""
 COUNT = len(N)

@@ -52,12 +52,12 @@ class Particles:
         per_step = self.lanes[0].sampler.barrier == "step"
         return [lane for lane in self.lanes if not lane.lane_finished and (per_step or lane.block == ahead)]
 
-    def after(self, events: dict[int, StepEvent]) -> list[StepEvent]:
+    def after(self, events: "dict[Row, StepEvent]") -> list[StepEvent]:
         """What to tell of the generation after a step of some of its canvases."""
-        taking = [i for i, lane in enumerate(self.lanes) if id(lane) in events]
+        taking = [i for i, lane in enumerate(self.lanes) if lane in events]
         self.forwards += sum(1 + len(self.lanes[i].views) for i in taking)
         for i in taking:
-            event = events[id(self.lanes[i])]
+            event = events[self.lanes[i]]
             if event.error is not None:
                 return [StepEvent(error=event.error)]
             self.events[i].append(replace(event, forward=self.forwards, settled=0, text_tokens=[]))

@@ -195,6 +195,8 @@ class Row:
         n[N.REVISES], n[N.DRAFTS], n[N.MOST] = self.traits.revises, self.traits.drafts, self._most_steps
         n[N.CONFINED] = self.cache is not CacheMode.NONE or pattern.causal
         n[N.PASSES], n[N.VOCABULARY] = 1 + len(self.views), -1 if self.vocabulary is None else self.vocabulary
+        n[N.SHIFTED], n[N.JUDGES], n[N.KEEPS] = pattern.shifted, pattern.judges_drawn, self.keeps
+        n[N.GREEDY], n[N.WINDOW], n[N.SPANS_STAY] = self.choice == GREEDY, self.window_width, self._spans_stay
         n[N.END], n[N.ENTERED] = NEVER, -1
         return torch.tensor(n, dtype=torch.int64)
 
@@ -203,9 +205,15 @@ class Row:
         assert self.batch is not None
         self._now = self.batch.numbers[self.slot, :CHANGING].tolist()
 
-    def show(self, now: list[int]) -> None:
-        """Note the row's changing integers, which are these."""
+    def show(self, now: list[int], told: list[int]) -> list[int]:
+        """Note the row's changing integers, and what became settled text; returns that, end-of-text not included."""
         self._now = now
+        if not told:
+            return []
+        self.told += told
+        text = self.told[self.reported : self.end]
+        self.reported = len(self.told)
+        return text
 
     @property
     def forwards(self) -> int:

@@ -1,0 +1,40 @@
+"""Questions to boolean tensors, each answered by the operation that is quickest on the tensor's device.
+
+On a CPU torch's own `nonzero`, `any` and `argmax` of booleans take longer than all the rest of a step.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def places(mask: Tensor) -> Tensor:
+    """Flat indices of what is True, ascending, int64 [n]."""
+    if mask.device.type == "cpu":
+        return torch.from_numpy(np.flatnonzero(mask.numpy()))
+    return mask.reshape(-1).nonzero()[:, 0]
+
+
+def anywhere(mask: Tensor) -> bool:
+    """Whether anything is True. Waits for the device."""
+    if mask.device.type == "cpu":
+        return mask.numel() > 0 and bool(mask.view(torch.uint8).max())
+    return bool(mask.any())
+
+
+def first_of_rows(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether something is True in each row, bool [rows], and the first column where it is, int64 [rows]."""
+    if mask.device.type == "cpu":
+        found = mask.max(dim=1)  # the first of equals on the CPU; not promised elsewhere
+        return found.values, found.indices
+    return mask.any(dim=1), mask.byte().argmax(dim=1)
+
+
+def some_of_rows(mask: Tensor) -> Tensor:
+    """Whether something is True in each row, bool [rows]."""
+    return mask.sum(dim=1) > 0
+
+
+def rows_of(mask: Tensor) -> list[int]:
+    """Rows where something is True. Waits for the device."""
+    return places(some_of_rows(mask)).tolist()
