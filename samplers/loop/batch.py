@@ -57,9 +57,8 @@ class Layer:
 class Group:
     """Rows that are asked together: of one sampler with the same modifiers around it."""
 
-    def __init__(self, layers: list[Layer], revises: bool) -> None:
+    def __init__(self, layers: list[Layer]) -> None:
         self.layers = layers
-        self.revises = revises
         self.count = 0
 
 
@@ -68,6 +67,10 @@ class Batch:
 
     The last column of what is about positions stands for no position at all: nothing is masked there.
     A row's canvas is a view of its slot. Tensors are as long as the longest row needs and grow when one comes.
+
+    Attributes:
+        causal, shifted, drafting, revising, keeping_state: whether there may be rows whose models or rules are like
+            that: what no row needs is not done. Never false again until all rows have gone.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
@@ -79,6 +82,7 @@ class Batch:
     def _clear(self) -> None:
         self.rows: list[Row | None] = []
         self._free: list[int] = []
+        self.causal = self.shifted = self.drafting = self.revising = self.keeping_state = False
         self.tokens = torch.zeros(0, 0, dtype=torch.int64, device=self.device)
         self.masked = torch.zeros(0, 1, dtype=torch.bool, device=self.device)
         self.given = torch.ones(0, 1, dtype=torch.bool, device=self.device)
@@ -100,6 +104,7 @@ class Batch:
         slot = self._free_slot(layout.length, layout.gen_length, len(ends))
         group = self._group(row)
         group.count += 1
+        self._note_kind(row)
         _fill_row(self.tokens[slot], row.canvas.tokens)
         _fill_row(self.masked[slot], row.canvas.masked, False)
         _fill_row(self.given[slot], row.given, True)
@@ -121,6 +126,14 @@ class Batch:
         row.batch, row.slot = self, slot
         self._show(row)
         self.version += 1
+
+    def _note_kind(self, row: "Row") -> None:
+        pattern, traits = row.canvas.layout.pattern, row.traits
+        self.causal |= pattern.causal
+        self.shifted |= pattern.shifted
+        self.drafting |= pattern.noise is not None
+        self.revising |= traits.revises
+        self.keeping_state |= any(traits.state)
 
     def _take_state(self, slot: int, layer: Layer, other: Layer, old: int, region: int) -> None:
         for name, spec in layer.specs.items():
@@ -159,7 +172,7 @@ class Batch:
             ]
             for layer in layers:
                 layer.resize(len(self.rows), self.region, self.device)
-            group = self.groups[row.key] = Group(layers, row.traits.revises)
+            group = self.groups[row.key] = Group(layers)
         return group
 
     def _free_slot(self, length: int, region: int, ends: int) -> int:
@@ -207,18 +220,11 @@ class Batch:
         canvas.masked = self.masked[row.slot, : layout.gen_length]
         row.given = self.given[row.slot, : layout.gen_length]
 
-    def reset_blocks(self, slots: Tensor, which: Tensor) -> None:
-        """Forget what rules keep of a block only, in those of these slots where `which`, bool [slots], says so."""
-        layers = [layer for group in self.groups.values() for layer in group.layers if layer.specs]
-        if layers:
-            slots = slots[which]
-        for layer in layers:
-            layer.reset(slots, block_only=True)
-
-    @property
-    def revising(self) -> bool:
-        """Whether some rule may change what is committed."""
-        return any(group.revises for group in self.groups.values())
+    def reset_blocks(self, slots: Tensor) -> None:
+        """Forget what rules keep of a block only, in these slots."""
+        for group in self.groups.values():
+            for layer in group.layers:
+                layer.reset(slots, block_only=True)
 
 
 def _fill_row(row: Tensor, values: Tensor, rest: float = 0) -> None:

@@ -12,7 +12,7 @@ from samplers.loop.check import Chosen, choose, take
 from samplers.loop.contexts import context, keep
 from samplers.loop.grid import Grid
 from samplers.loop.guard import ContractError, failure
-from samplers.loop.masks import anywhere, places, rows_of, some_of_rows
+from samplers.loop.masks import anywhere, rows_of, some_of_rows
 from samplers.loop.opened import Opened
 from samplers.loop.part import Members, Part
 from samplers.ranking import surest
@@ -60,14 +60,15 @@ def _commit_something(part: Part, opened: Opened, grid: Grid, each: list[Decisio
     """Let rows whose rule commits nothing commit their surest candidate."""
     if all(one.whole for one in each):
         return
-    idle = places(~some_of_rows(found.commit))
-    if not len(idle):
+    counts = found.commit.sum(dim=1).tolist()
+    if 0 not in counts:
         return
-    if any(one.whole for one in each):
-        whole = [one.whole for one, size in zip(each, part.sizes, strict=True) for _ in range(size)]
-        idle = idle[~torch.tensor(whole, device=idle.device)[idle]]
-    best = surest(grid.confidence[idle], opened.candidate[idle])
-    found.commit = found.commit.index_copy(0, idle, best)
+    whole = [one.whole for one, size in zip(each, part.sizes, strict=True) for _ in range(size)]
+    idle = [i for i, count in enumerate(counts) if not count and not whole[i]]
+    if idle:
+        at = torch.tensor(idle, device=part.batch.device)
+        best = surest(grid.confidence.index_select(0, at), opened.candidate.index_select(0, at))
+        found.commit = found.commit.index_copy(0, at, best)
 
 
 def _joined(each: list[Decision], grid: Grid) -> Decision:

@@ -25,14 +25,25 @@ def anywhere(mask: Tensor) -> bool:
 def first_of_rows(mask: Tensor) -> tuple[Tensor, Tensor]:
     """Whether something is True in each row, bool [rows], and the first column where it is, int64 [rows]."""
     if mask.device.type == "cpu":
-        found = mask.max(dim=1)  # the first of equals on the CPU; not promised elsewhere
-        return found.values, found.indices
-    return mask.any(dim=1), mask.byte().argmax(dim=1)
+        first = torch.from_numpy(mask.numpy().argmax(axis=1))
+    else:
+        first = mask.byte().argmax(dim=1)
+    return mask.gather(1, first[:, None])[:, 0], first
 
 
 def some_of_rows(mask: Tensor) -> Tensor:
     """Whether something is True in each row, bool [rows]."""
     return mask.sum(dim=1) > 0
+
+
+def runs(start: Tensor, length: Tensor) -> Tensor:
+    """The integers from each start on, as many as its length says, one run after the other; all are int64 [n]."""
+    if start.device.type == "cpu":
+        sizes = length.numpy()
+        ends = sizes.cumsum()
+        return torch.from_numpy(np.repeat(start.numpy() + sizes - ends, sizes) + np.arange(ends[-1]))
+    found = torch.repeat_interleave(start + length - length.cumsum(0), length)
+    return found + torch.arange(len(found), device=found.device)
 
 
 def rows_of(mask: Tensor) -> list[int]:

@@ -17,16 +17,16 @@ class N(IntEnum):
     """
 
     FORWARDS = 0
-    BLOCK = 1
-    BLOCK_STEP = 2
-    BLOCK_MASKS = 3
+    BLOCK_STEP = 1
+    BLOCK_MASKS = 2
+    BLOCK = 3
     START = 4
     STOP = 5
     SETTLED = 6
-    CLOSED = 7
-    END = 8
-    TOLD = 9
-    ENTERED = 10
+    ENTERED = 7
+    CLOSED = 8
+    END = 9
+    TOLD = 10
     FIRST = 11
     SEED = 12
     SLOT = 13

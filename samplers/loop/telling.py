@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from samplers.contract import SamplerError
 from samplers.loop.event import StepEvent
+from samplers.loop.masks import runs
 from samplers.loop.numbers import N
 from samplers.loop.opened import Opened
 from samplers.loop.part import Part
@@ -82,11 +82,9 @@ def _newly_told(part: Part, now: Tensor, before: Tensor) -> Sequence[list[int]]:
     """Tokens of each row that became settled text with this step."""
     grown = now - before
     counts = grown.tolist()
-    if not (total := sum(counts)):
+    if not any(counts):
         return [[]] * len(counts)
-    start = part.flat_tokens + before - grown.cumsum(0) + grown
-    which = torch.repeat_interleave(start, grown, output_size=total)
-    which += torch.arange(total, device=which.device)
+    which = runs(part.flat_tokens + before, grown)
     return cut(part.batch.tokens.view(-1).index_select(0, which).tolist(), counts)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from samplers.loop.batch import Batch
-from samplers.loop.masks import anywhere, first_of_rows, places, some_of_rows
+from samplers.loop.masks import first_of_rows, places, some_of_rows
 from samplers.loop.numbers import N
 from samplers.randomness import NOISE, uniform
 
@@ -27,10 +27,10 @@ def enter(batch: Batch, slots: Tensor) -> Filled:
     """
     filled: Filled = []
     while len(slots):
-        some = _find(batch, slots)
+        _find(batch, slots)
         if not batch.revising:
             break
-        slots = slots[~some & (batch.numbers[slots, N.REVISES] > 0)]
+        slots = slots[(batch.numbers[slots, N.REVISES] > 0) & ~_has_candidates(batch, slots)]
         if len(slots):
             slots = slots[_has_nothing_to_say(batch, slots)]
         if len(slots):
@@ -38,35 +38,35 @@ def enter(batch: Batch, slots: Tensor) -> Filled:
     return filled
 
 
-def _find(batch: Batch, slots: Tensor) -> Tensor:
-    """Note the active block, and what follows from it; returns which of them have candidates, bool [rows]."""
+def _find(batch: Batch, slots: Tensor) -> None:
+    """Note the active block, and what follows from it."""
     n = batch.numbers.index_select(0, slots)
     c = n.unbind(1)
     masked = batch.masked.index_select(0, slots)
     some, first_masked = first_of_rows(masked)
     settled = torch.where(some, first_masked, c[N.GEN])
-    settled = torch.where(c[N.REVISES] > 0, settled.minimum(c[N.CLOSED]), settled)
+    if batch.revising:
+        settled = torch.where(c[N.REVISES] > 0, settled.minimum(c[N.CLOSED]), settled)
     block = ((settled + c[N.SHARED]) // c[N.BLOCK_LENGTH]).minimum(c[N.BLOCKS] - 1)
     first = block * c[N.BLOCK_LENGTH] - c[N.SHARED]
     start, stop = first.clamp(min=0), (first + c[N.BLOCK_LENGTH]).minimum(c[N.GEN])
-    place = batch.places
-    candidate = masked & (place >= start[:, None]) & (place < stop[:, None])
+    candidate = masked & (batch.places >= start[:, None]) & (batch.places < stop[:, None])
     entered = block != c[N.ENTERED]
-    # The programs of block-causal models count the whole block, also where it holds the prompt's end.
-    masks = torch.where(c[N.CAUSAL] > 0, c[N.BLOCK_LENGTH], candidate.sum(dim=1))
+    masks = candidate.sum(dim=1)
+    if batch.causal:  # The programs of such models count the whole block, also where it holds the prompt's end.
+        masks = torch.where(c[N.CAUSAL] > 0, c[N.BLOCK_LENGTH], masks)
     c[N.BLOCK_MASKS].copy_(torch.where(entered, masks, c[N.BLOCK_MASKS]))
     c[N.BLOCK_STEP].masked_fill_(entered, 0)
-    for which, value in ((N.SETTLED, settled), (N.BLOCK, block), (N.START, start), (N.STOP, stop), (N.ENTERED, block)):
-        c[which].copy_(value)
-    c[N.FIRST].copy_(candidate.gather(1, start[:, None])[:, 0])
-    c[N.TOLD].copy_(c[N.TOLD].maximum(told_stop(c)))
+    n[:, N.BLOCK : N.ENTERED + 1] = torch.stack([block, start, stop, settled, block], dim=1)
+    if batch.shifted:
+        c[N.FIRST].copy_(candidate.gather(1, start[:, None])[:, 0])
+    c[N.TOLD].copy_(c[N.TOLD].maximum(settled.minimum(c[N.TEXT]).minimum(c[N.END] + 1)))
     batch.numbers.index_copy_(0, slots, n)
-    if anywhere(entered):
-        batch.reset_blocks(slots, entered)
+    if batch.keeping_state:
+        batch.reset_blocks(slots[entered])
+    if batch.drafting:
         fresh = entered & (c[N.NOISE] > 0)
-        if anywhere(fresh):
-            _draw_noise(batch, slots[fresh], candidate[fresh])
-    return some_of_rows(candidate)
+        _draw_noise(batch, slots[fresh], candidate[fresh])
 
 
 def _draw_noise(batch: Batch, slots: Tensor, candidate: Tensor) -> None:
@@ -75,6 +75,13 @@ def _draw_noise(batch: Batch, slots: Tensor, candidate: Tensor) -> None:
     row, position = candidate.nonzero(as_tuple=True)
     numbers = uniform(n[row, N.SEED], n[row, N.FORWARDS], position, NOISE)
     batch.tokens[slots[row], n[row, N.PROMPT] + position] = (numbers * n[row, N.NOISE]).long()
+
+
+def _has_candidates(batch: Batch, slots: Tensor) -> Tensor:
+    """Rows with a mask in their active block, bool [rows]."""
+    n, place = batch.numbers[slots], batch.places
+    inside = (place >= n[:, N.START, None]) & (place < n[:, N.STOP, None])
+    return some_of_rows(batch.masked[slots] & inside)
 
 
 def _has_nothing_to_say(batch: Batch, slots: Tensor) -> Tensor:
@@ -92,7 +99,7 @@ def _has_nothing_to_say(batch: Batch, slots: Tensor) -> Tensor:
 def close(batch: Batch, slots: Tensor) -> Filled:
     """Settle what the active block of these rows, which revise, holds; returns what became padding."""
     n = batch.numbers[slots]
-    place = torch.arange(batch.region, device=slots.device)
+    place = batch.places[:-1]
     inside = (place >= n[:, N.CLOSED, None]) & (place < n[:, N.STOP, None])
     row, position = inside.nonzero(as_tuple=True)
     tokens = batch.tokens[slots[row], n[row, N.PROMPT] + position]
@@ -133,7 +140,7 @@ def _fill(batch: Batch, slots: Tensor) -> Filled:
     """Settle every mask after these rows' ends as padding."""
     n = batch.numbers[slots]
     end = n[:, N.END, None]
-    after = batch.masked[slots] & (torch.arange(batch.region + 1, device=slots.device) >= end)
+    after = batch.masked[slots] & (batch.places >= end)
     row, position = after.nonzero(as_tuple=True)
     padding = batch.tokens[slots, n[:, N.PROMPT] + n[:, N.END]]
     batch.tokens[slots[row], n[row, N.PROMPT] + position] = padding[row]
@@ -145,8 +152,3 @@ def _fill(batch: Batch, slots: Tensor) -> Filled:
             found.append((slot, places[first : first + count]))
         first += count
     return found
-
-
-def told_stop(c: Sequence[Tensor]) -> Tensor:
-    """End of the settled text of each row, end-of-text included; [rows], of the table's columns."""
-    return c[N.SETTLED].minimum(c[N.TEXT]).minimum(c[N.END] + 1)
