@@ -6,27 +6,38 @@ import torch
 from torch import Tensor
 
 
-def best(score: Tensor, candidate: Tensor, count: Tensor) -> Tensor:
-    """The `count` [rows, 1] candidates of highest score in each row; equal scores go to the lower position."""
-    most = min(int(count.max()), score.shape[1]) if len(count) else 0
+def best(score: Tensor, candidate: Tensor, count: Tensor | int) -> Tensor:
+    """The `count` candidates of highest score in each row; equal scores go to the lower position.
+
+    Args:
+        count: [rows, 1], or one number above 0 for all rows.
+    """
+    most = min(count if isinstance(count, int) else int(count.max()), score.shape[1])
     if most <= 1:
-        return surest(score, candidate) & (count > 0)
+        found = surest(score, candidate)
+        return found if isinstance(count, int) else found & (count > 0)
     score = _ranked(score, candidate)
     values = score.topk(most, dim=1).values
-    least = values.gather(1, (count - 1).clamp(0, most - 1))
-    above = score > least
-    # Of those just as good as the last one, the first few: topk itself does not promise which.
-    level = (score == least) & candidate
-    return candidate & (count > 0) & (above | (level & (level.cumsum(dim=1) <= count - above.sum(dim=1, keepdim=True))))
+    if isinstance(count, int):
+        least: Tensor = values[:, -1:]
+        count = most
+    else:
+        least = values.gather(1, (count - 1).clamp(0, most - 1)).masked_fill(count < 1, torch.inf)
+    found = candidate & (score >= least)
+    extra = found.sum(dim=1, keepdim=True) - count
+    if int(extra.max()) > 0:  # of those just as good as the last one the first few go; topk does not promise which
+        level = found & (score == least)
+        found &= ~level | (level.cumsum(dim=1) <= level.sum(dim=1, keepdim=True) - extra)
+    return found
 
 
 def surest(score: Tensor, candidate: Tensor) -> Tensor:
     """The candidate of highest score in each row, bool [rows, width]; equal scores go to the lower position."""
-    place = _first_of_largest(_ranked(score, candidate))
+    place = first_of_largest(_ranked(score, candidate))
     return torch.zeros_like(candidate).scatter_(1, place, True) & candidate
 
 
-def _first_of_largest(score: Tensor) -> Tensor:
+def first_of_largest(score: Tensor) -> Tensor:
     """Column of the largest of each row, of equals the first, int64 [rows, 1]."""
     if score.device.type == "cpu":
         return torch.from_numpy(score.numpy().argmax(axis=1))[:, None]  # a fifth of torch's time

@@ -175,7 +175,7 @@ def _state(state: object, specs: dict[str, StateSpec], step: Step[Any]) -> dict[
 
 def _within_contract(traits: Traits, step: Step[Any], selection: Selection, may_wait: bool) -> Selection:
     """A selection that does what such a rule may do. Raises ContractError."""
-    if anywhere(selection.commit & ~step.candidate):
+    if anywhere(selection.commit > step.candidate):
         raise ContractError("a position that is no candidate was selected")
     if selection.waits and not may_wait:
         raise ContractError("it waits, which only training may: a generation that waits holds its place for ever")

@@ -9,7 +9,7 @@ from torch import Tensor
 from samplers.contract import SamplerError, StepContext
 from samplers.loop import guard
 from samplers.loop.check import copied, one
-from samplers.loop.numbers import CONTEXT, N
+from samplers.loop.numbers import N
 from samplers.loop.opened import Opened
 from samplers.loop.part import Members, Part
 
@@ -18,8 +18,7 @@ def context(
     part: Part, opened: Opened, members: Members, layer: int, kind: Callable[..., Any] = StepContext, **more: Any
 ) -> Any:
     """What a rule (layer 0) or a modifier sees of its rows; `kind` is the class of it, `more` its further fields."""
-    numbers = opened.piece("numbers", opened.numbers, part, members)
-    c = numbers[:, :CONTEXT].t().unsqueeze(2).unbind(0)
+    c = opened.columns(part, members)
     position = opened.piece("position", opened.position, part, members)
     return kind(
         candidate=opened.piece("candidate", opened.candidate, part, members),

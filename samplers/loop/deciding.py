@@ -15,7 +15,7 @@ from samplers.loop.guard import ContractError, failure
 from samplers.loop.masks import anywhere, rows_of, some_of_rows
 from samplers.loop.opened import Opened
 from samplers.loop.part import Members, Part
-from samplers.ranking import surest
+from samplers.ranking import first_of_largest, surest
 
 Errors = dict[int, SamplerError]
 """Rows of a part that go no further, and why."""
@@ -65,10 +65,17 @@ def _commit_something(part: Part, opened: Opened, grid: Grid, each: list[Decisio
         return
     whole = [one.whole for one, size in zip(each, part.sizes, strict=True) for _ in range(size)]
     idle = [i for i, count in enumerate(counts) if not count and not whole[i]]
-    if idle:
-        at = torch.tensor(idle, device=part.batch.device)
+    if not idle:
+        return
+    at = torch.tensor(idle, device=part.batch.device)
+    if part.any_wide:
         best = surest(grid.confidence.index_select(0, at), opened.candidate.index_select(0, at))
         found.commit = found.commit.index_copy(0, at, best)
+        return
+    # Where candidates are all that was asked, the confidence of anything else is minus infinity.
+    place = at * part.width + first_of_largest(grid.confidence)[:, 0].index_select(0, at)
+    there = opened.candidate.view(-1).index_select(0, place)
+    found.commit = found.commit.reshape(-1).index_copy(0, place, there).view(found.commit.shape)
 
 
 def _joined(each: list[Decision], grid: Grid) -> Decision:

@@ -22,7 +22,7 @@ class Grid:
     _part: Part
     _opened: Opened
     _prediction: Prediction
-    _bounds: list[tuple[int, int]] = field(default_factory=list)
+    _groups: list[tuple[int, int, Tensor]] = field(default_factory=list)
 
     @classmethod
     def of(cls, part: Part, opened: Opened, prediction: Prediction) -> "Grid":
@@ -56,20 +56,22 @@ class Grid:
 
     def _of(self, members: Members, values: Tensor, empty: float = torch.nan) -> Tensor:
         """Values of the asked positions at a group's rows, [rows, width, ...]."""
-        flat, width = self._opened.flat, self._part.width
-        shape = (len(members.rows), width)
-        if len(self._part.sizes) == 1:
-            return _spread(values, flat, shape, empty)
-        start, stop = self._group_bounds()[members.number]
-        return _spread(values[start:stop], flat[start:stop] - members.start * width, shape, empty)
+        start, stop, flat = self._group(members)
+        shape = (len(members.rows), self._part.width)
+        return _spread(values if flat is self._opened.flat else values[start:stop], flat, shape, empty)
 
-    def _group_bounds(self) -> list[tuple[int, int]]:
-        """First and last of the asked positions of each group."""
-        if not self._bounds:
-            starts = [members.start for members in self._part.members]
-            bounds = torch.tensor([*starts, len(self._part.rows)], device=self._opened.row.device)
-            self._bounds = list(pairwise(torch.searchsorted(self._opened.row, bounds).tolist()))
-        return self._bounds
+    def _group(self, members: Members) -> tuple[int, int, Tensor]:
+        """First and last of the asked positions of a group, and their places in its windows."""
+        flat = self._opened.flat
+        if len(self._part.sizes) == 1:
+            return 0, 0, flat
+        if not self._groups:
+            bounds = torch.searchsorted(self._opened.row, self._part.bounds).tolist()
+            self._groups = [
+                (start, stop, flat[start:stop] - each.start * self._part.width)
+                for each, (start, stop) in zip(self._part.members, pairwise(bounds), strict=True)
+            ]
+        return self._groups[members.number]
 
 
 def _spread(values: Tensor, flat: Tensor, shape: tuple[int, ...], empty: float) -> Tensor:

@@ -28,22 +28,22 @@ class N(IntEnum):
     END = 9
     TOLD = 10
     FIRST = 11
-    SEED = 12
-    SLOT = 13
-    LENGTH = 14
-    PROMPT = 15
-    GEN = 16
-    TEXT = 17
-    BLOCK_LENGTH = 18
-    SHARED = 19
-    BLOCKS = 20
-    DENOISED = 21
-    CAUSAL = 22
-    NOISE = 23
-    STRICT = 24
-    MASK_ID = 25
-    FILL = 26
-    REVISES = 27
+    GEN = 12
+    TEXT = 13
+    BLOCK_LENGTH = 14
+    SHARED = 15
+    BLOCKS = 16
+    CAUSAL = 17
+    NOISE = 18
+    REVISES = 19
+    SEED = 20
+    SLOT = 21
+    LENGTH = 22
+    PROMPT = 23
+    DENOISED = 24
+    STRICT = 25
+    MASK_ID = 26
+    FILL = 27
     DRAFTS = 28
     MOST = 29
     CONFINED = 30
@@ -61,4 +61,6 @@ CONTEXT = 5
 """Columns of which a rule is told, and that steps change."""
 CHANGING = 12
 """Columns that steps change."""
+ENTERING = 20
+"""Columns that decide which block is the active one."""
 COUNT = len(N)

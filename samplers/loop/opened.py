@@ -1,5 +1,6 @@
 """The open windows of a part: where they are, and what the next forward is to tell of."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from samplers.contract import SamplerError
 from samplers.forward.span import ForwardSpan
 from samplers.loop.masks import places
-from samplers.loop.numbers import N
+from samplers.loop.numbers import CONTEXT, N
 from samplers.loop.part import Members, Part
 
 
@@ -44,7 +45,8 @@ class Opened:
     failed: dict[int, SamplerError] = field(default_factory=dict)
     named: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
     judged: Tensor | None = None
-    _pieces: dict[str, tuple[Tensor, tuple[Tensor, ...]]] = field(default_factory=dict)
+    _pieces: dict[str, tuple[Tensor, Sequence[Tensor]]] = field(default_factory=dict)
+    _columns: list[Sequence[Tensor]] = field(default_factory=list)
 
     def piece(self, name: str, values: Tensor, part: Part, members: Members) -> Tensor:
         """What of a tensor, [rows, ...], is about a group's rows."""
@@ -54,6 +56,13 @@ class Opened:
         if found is None or found[0] is not values:
             found = self._pieces[name] = values, values.split_with_sizes(part.sizes)
         return found[1][members.number]
+
+    def columns(self, part: Part, members: Members) -> Sequence[Tensor]:
+        """The integers of a group's rows that rules are told of, one [rows, 1] for each of the first of `N`."""
+        if not self._columns:
+            columns = self.numbers[:, :CONTEXT].t().unsqueeze(2)
+            self._columns = [each.unbind(0) for each in columns.split_with_sizes(part.sizes, dim=1)]
+        return self._columns[members.number]
 
     def asked_positions(self) -> Tensor:
         """Region positions that the forward is to tell of, int64 [n]."""

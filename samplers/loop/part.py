@@ -70,7 +70,7 @@ class Members:
             slots[:, None],
             static[:, N.SEED, None],
             static[:, N.SLOT, None],
-            LayoutColumns(static[:, N.LENGTH : N.VOCABULARY], _LAYOUT),
+            LayoutColumns(static, _LAYOUT),
         )
 
     @property
@@ -92,17 +92,14 @@ class Members:
 
 
 _LAYOUT = {
-    name: column - N.LENGTH
-    for name, column in {
-        "length": N.LENGTH,
-        "prompt_length": N.PROMPT,
-        "gen_length": N.GEN,
-        "block_length": N.BLOCK_LENGTH,
-        "blocks": N.BLOCKS,
-        "denoised_length": N.DENOISED,
-        "noise": N.NOISE,
-        "strict": N.STRICT,
-    }.items()
+    "length": N.LENGTH,
+    "prompt_length": N.PROMPT,
+    "gen_length": N.GEN,
+    "block_length": N.BLOCK_LENGTH,
+    "blocks": N.BLOCKS,
+    "denoised_length": N.DENOISED,
+    "noise": N.NOISE,
+    "strict": N.STRICT,
 }
 
 
@@ -177,6 +174,11 @@ class Part:
         """Rows that are told of more than candidates, bool [rows, 1]."""
         wide = [row.traits.whole_region or row.traits.revises for row in self.rows]
         return torch.tensor(wide, device=self.batch.device)[:, None]
+
+    @cached_property
+    def bounds(self) -> Tensor:
+        """First rows of the groups, and the end of the last one, int64 [groups + 1]."""
+        return torch.tensor([0, *(members.stop for members in self.members)], device=self.batch.device)
 
     @cached_property
     def canvases(self) -> list[Canvas]:

@@ -48,12 +48,8 @@ def tell(
     first = 0
     for row, now, count, more in zip(part.rows, numbers.tolist(), counts, told, strict=True):
         stop = first + count
-        text = row.show(now, more)
-        events.append(
-            StepEvent(
-                now[0], positions[first:stop], tokens[first:stop], confidences[first:stop], [], row.reported, text
-            )
-        )
+        text, own = row.show(now, more), slice(first, stop)
+        events.append(StepEvent(now[0], positions[own], tokens[own], confidences[own], [], row.reported, text))
         first = stop
     _add_rest(part, opened, changes, events)
     for i, error in errors.items():

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from samplers.loop.batch import Batch
 from samplers.loop.masks import first_of_rows, places, some_of_rows
-from samplers.loop.numbers import N
+from samplers.loop.numbers import ENTERING, N
 from samplers.randomness import NOISE, uniform
 
 
@@ -41,7 +41,7 @@ def enter(batch: Batch, slots: Tensor) -> Filled:
 def _find(batch: Batch, slots: Tensor) -> None:
     """Note the active block, and what follows from it."""
     n = batch.numbers.index_select(0, slots)
-    c = n.unbind(1)
+    c = n[:, :ENTERING].unbind(1)
     masked = batch.masked.index_select(0, slots)
     some, first_masked = first_of_rows(masked)
     settled = torch.where(some, first_masked, c[N.GEN])
@@ -55,7 +55,7 @@ def _find(batch: Batch, slots: Tensor) -> None:
     masks = candidate.sum(dim=1)
     if batch.causal:  # The programs of such models count the whole block, also where it holds the prompt's end.
         masks = torch.where(c[N.CAUSAL] > 0, c[N.BLOCK_LENGTH], masks)
-    c[N.BLOCK_MASKS].copy_(torch.where(entered, masks, c[N.BLOCK_MASKS]))
+    torch.where(entered, masks, c[N.BLOCK_MASKS], out=c[N.BLOCK_MASKS])
     c[N.BLOCK_STEP].masked_fill_(entered, 0)
     n[:, N.BLOCK : N.ENTERED + 1] = torch.stack([block, start, stop, settled, block], dim=1)
     if batch.shifted:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from samplers.contract import Selection, Step
 from samplers.ranking import best
-from samplers.schedule import ScheduledParams, ScheduledSampler, quota
+from samplers.schedule import ScheduledParams, ScheduledSampler, quota_for_best
 
 
 class Threshold(ScheduledSampler):
@@ -29,7 +29,7 @@ class Threshold(ScheduledSampler):
         sure = step.candidate & (step.confidence >= step.columns.keep("least", lambda: _least(step)))
         if not (step.columns.any_given("k") or step.columns.any_given("steps")):
             return Selection(sure)  # the surest goes where nothing does
-        return Selection(sure | best(step.confidence, step.candidate, quota(step)))
+        return Selection(sure | best(step.confidence, step.candidate, quota_for_best(step)))
 
 
 def _least(step: Step[ScheduledParams]) -> Tensor:
