@@ -9,8 +9,8 @@ from torch import Tensor
 
 from samplers.columns import Columns
 from samplers.contract import Adjustment, Modifier, Sampler, SamplerError, Selection, StateSpec, Step
-from samplers.loop.masks import anywhere
 from samplers.loop.guard import INTEGERS, MOST_NUMBERS, ContractError, Traits, is_ours, plain, told
+from samplers.loop.masks import anywhere
 
 _BOOLS = ("commit", "replace", "remask")
 _TOKENS = ("token", "draft")
@@ -126,8 +126,14 @@ def _filtered(modifier: Modifier[Any], step: Step[Any], selection: Selection) ->
         return modifier.after(step, selection)
     state = selection.state
     shown = replace(selection, state=None)
-    shown = replace(shown, **{n: v.clone() for n, v in _given(shown).items() if isinstance(v, Tensor)})
+    shown = _copy_of(shown)
     return replace(_own(modifier.after(copied(step), shown), {}, step), state=state)
+
+
+def _copy_of(selection: Selection) -> Selection:
+    """A selection with tensors of its own."""
+    tensors: dict[str, Any] = {n: v.clone() for n, v in _given(selection).items() if isinstance(v, Tensor)}
+    return replace(selection, **tensors)
 
 
 def _own(selection: object, specs: dict[str, StateSpec], step: Step[Any]) -> Selection:

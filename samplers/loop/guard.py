@@ -385,14 +385,14 @@ def _checked_views(found: Sequence[View]) -> Sequence[View]:
     return found
 
 
-def most_steps(sampler: Sampler, traits: Traits, params: SamplerParams) -> int:
+def most_steps(sampler: Sampler[Any], traits: Traits, params: SamplerParams) -> int:
     """Most forwards of a drafted block, or of a revised one beyond two a position. Raises SamplerError."""
     if traits.drafts:
         return count(sampler, "draft_steps", 1, MOST_STEPS, params)
     return count(sampler, "post_steps", 0, MOST_STEPS, params) if traits.revises else 0
 
 
-def count(sampler: Sampler, name: str, least: int, most: int, *arguments: Any) -> int:
+def count(sampler: Sampler[Any], name: str, least: int, most: int, *arguments: Any) -> int:
     """A number that a sampler says when its method of that name is asked. Raises SamplerError."""
 
     def ask() -> int:
@@ -440,12 +440,13 @@ def _is_number(value: object) -> bool:
 
 def plain(value: object, what: str, like: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
     """A copy of a sampler's tensor: a usual one, of this shape, on the device of another. Raises ContractError."""
-    usual = type(value) is Tensor and value.layout is torch.strided and not value.is_nested
-    if not usual or value.device != like.device:
+    tensor: Tensor = value  # type: ignore[assignment]
+    usual = type(value) is Tensor and tensor.layout is torch.strided and not tensor.is_nested
+    if not usual or tensor.device != like.device:
         raise ContractError(f"{what} must be a plain dense tensor on {like.device}")
-    if shape is not None and value.shape != shape:
-        raise ContractError(f"{what} must be of shape {list(shape)}, not {shown(list(value.shape), 80)}")
-    return (value.detach() if value.requires_grad else value).clone()
+    if shape is not None and tensor.shape != shape:
+        raise ContractError(f"{what} must be of shape {list(shape)}, not {shown(list(tensor.shape), 80)}")
+    return (tensor.detach() if tensor.requires_grad else tensor).clone()
 
 
 def names(owner: Owner, context: StepContext[Any], vocabulary: int | None) -> Tensor | None:

@@ -109,7 +109,8 @@ class Row:
         modifiers = [modifier for modifier, _ in self.modifiers]
         if reason := guard.incompatibility(sampler, layout.pattern, modifiers):
             raise ParameterError("sampler", reason)
-        for owner, own in zip((sampler, *modifiers), self.all_params, strict=True):
+        owners: list[guard.Owner] = [sampler, *modifiers]
+        for owner, own in zip(owners, self.all_params, strict=True):
             guard.check_params(owner, own, layout)
             self.column_values[id(own)] = guard.column_values(owner, columns_of(type(own)), own)
         self.traits = Traits.of(sampler, modifiers)
@@ -165,7 +166,7 @@ class Row:
 
     @cached_property
     def part_key(self) -> tuple[bool, int]:
-        """Rows with the same one take steps together: what they look at is of similar width, within a factor of four."""
+        """Rows with the same one take steps together: their windows differ in width by no more than a factor of four."""
         traits = self.traits
         region = traits.whole_region or traits.sees_region or "window" in traits.hooks[0]
         self.window_width = self.canvas.layout.gen_length

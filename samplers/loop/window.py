@@ -11,7 +11,6 @@ from samplers.loop.masks import first_of_rows, places, some_of_rows
 from samplers.loop.numbers import ENTERING, N
 from samplers.randomness import NOISE, uniform
 
-
 Filled = list[tuple[int, list[int]]]
 """What became padding: slot, and positions of its generation region."""
 

@@ -1,5 +1,7 @@
 """What a generation can come to cost, known before its first forward."""
 
+from typing import Any
+
 from samplers.canvas import Layout
 from samplers.contract import Sampler, SamplerParams
 from samplers.loop.guard import count
@@ -10,7 +12,7 @@ MOST_FORWARDS = 2**31
 """Forwards that a sampler may say it takes at most."""
 
 
-def work(sampler: Sampler, params: SamplerParams, layout: Layout) -> int:
+def work(sampler: Sampler[Any], params: SamplerParams, layout: Layout) -> int:
     """Most tokens that forwards compute for a generation: slots x views x forwards x canvas.
 
     Raises SamplerError if the sampler cannot tell.

@@ -11,8 +11,7 @@ from samplers.forward.statistics import Statistic
 from samplers.ranking import best
 from samplers.schedule import ScheduledSampler
 
-
-CHOSEN_CONFIDENCE, CHOSEN_MARGIN = Statistic.CHOSEN_CONFIDENCE, Statistic.CHOSEN_MARGIN
+_SCORES = {"maskgit_plus": Statistic.CHOSEN_CONFIDENCE, "topk_margin": Statistic.CHOSEN_MARGIN}
 
 
 class DreamParams(SamplerParams):
@@ -40,14 +39,14 @@ class Dream(ScheduledSampler):
     name = "dream"
     paper = "https://arxiv.org/abs/2508.15487"
     statistics = frozenset({Statistic.CHOSEN_CONFIDENCE, Statistic.CHOSEN_ENTROPY, Statistic.CHOSEN_MARGIN})
-    Params = DreamParams
+    Params = DreamParams  # type: ignore[assignment]
 
     def select(self, step: Step[DreamParams]) -> Selection:  # type: ignore[override]
         share, columns = shares(step), step.columns
         if columns.all_have("alg", "origin"):
             return Selection(step.candidate & (self.numbers(step) < share))
         score = -step.extra[Statistic.CHOSEN_ENTROPY]
-        for name, statistic in (("maskgit_plus", CHOSEN_CONFIDENCE), ("topk_margin", CHOSEN_MARGIN)):
+        for name, statistic in _SCORES.items():
             if columns.any_has("alg", name):
                 score = torch.where(step.option("alg", name), step.extra[statistic], score)
         warmth = columns.exact("alg_temp").float().double()
