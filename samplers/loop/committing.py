@@ -56,13 +56,11 @@ def _changes(opened: Opened, part: Part, decision: Decision, errors: Errors) -> 
         for each in (commit, replaced, remask):
             if each is not None:
                 each[list(errors)] = False
-    written = commit if replaced is None else commit | replaced
-    flat = places(written)
+    flat = places(commit if replaced is None else commit | replaced)
     return Changes(
         commit,
         replaced,
         remask,
-        written,
         part.row_grid.index_select(0, flat),
         opened.position.view(-1).index_select(0, flat),
         decision.token.reshape(-1).index_select(0, flat),

@@ -12,7 +12,7 @@ from samplers.loop.check import Chosen, choose, take
 from samplers.loop.contexts import context, keep
 from samplers.loop.grid import Grid
 from samplers.loop.guard import ContractError, failure
-from samplers.loop.masks import anywhere, rows_of, some_of_rows
+from samplers.loop.masks import anywhere, places, rows_of, some_of_rows
 from samplers.loop.opened import Opened
 from samplers.loop.part import Members, Part
 from samplers.ranking import first_of_largest, surest
@@ -60,14 +60,13 @@ def _commit_something(part: Part, opened: Opened, grid: Grid, each: list[Decisio
     """Let rows whose rule commits nothing commit their surest candidate."""
     if all(one.whole for one in each):
         return
-    counts = found.commit.sum(dim=1).tolist()
-    if 0 not in counts:
+    idle = ~some_of_rows(found.commit)
+    for one, members in zip(each, part.members, strict=True):
+        if one.whole:
+            idle[members.start : members.stop] = False
+    at = places(idle)
+    if not len(at):
         return
-    whole = [one.whole for one, size in zip(each, part.sizes, strict=True) for _ in range(size)]
-    idle = [i for i, count in enumerate(counts) if not count and not whole[i]]
-    if not idle:
-        return
-    at = torch.tensor(idle, device=part.batch.device)
     if part.any_wide:
         best = surest(grid.confidence.index_select(0, at), opened.candidate.index_select(0, at))
         found.commit = found.commit.index_copy(0, at, best)

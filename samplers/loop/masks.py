@@ -24,16 +24,14 @@ def anywhere(mask: Tensor) -> bool:
 
 def first_of_rows(mask: Tensor) -> tuple[Tensor, Tensor]:
     """Whether something is True in each row, bool [rows], and the first column where it is, int64 [rows]."""
-    if mask.device.type == "cpu":
-        first = torch.from_numpy(mask.numpy().argmax(axis=1))
-    else:
-        first = mask.byte().argmax(dim=1)
+    on_cpu = mask.device.type == "cpu"
+    first = torch.from_numpy(mask.numpy().argmax(axis=1)) if on_cpu else mask.byte().argmax(dim=1)
     return mask.gather(1, first[:, None])[:, 0], first
 
 
 def some_of_rows(mask: Tensor) -> Tensor:
     """Whether something is True in each row, bool [rows]."""
-    return mask.sum(dim=1) > 0
+    return first_of_rows(mask)[0]
 
 
 def runs(start: Tensor, length: Tensor) -> Tensor:
@@ -44,6 +42,13 @@ def runs(start: Tensor, length: Tensor) -> Tensor:
         return torch.from_numpy(np.repeat(start.numpy() + sizes - ends, sizes) + np.arange(ends[-1]))
     found = torch.repeat_interleave(start + length - length.cumsum(0), length)
     return found + torch.arange(len(found), device=found.device)
+
+
+def counts_of(row: Tensor, rows: int) -> list[int]:
+    """How often each of so many rows is named. Waits for the device."""
+    if row.device.type == "cpu":
+        return np.bincount(row.numpy(), minlength=rows).tolist()
+    return torch.bincount(row, minlength=rows).tolist()
 
 
 def rows_of(mask: Tensor) -> list[int]:

@@ -166,7 +166,7 @@ class Row:
 
     @cached_property
     def part_key(self) -> tuple[bool, int]:
-        """Rows with the same one take steps together: their windows differ in width by no more than a factor of four."""
+        """Rows with the same one take steps together: their windows' widths are within a factor of four."""
         traits = self.traits
         region = traits.whole_region or traits.sees_region or "window" in traits.hooks[0]
         self.window_width = self.canvas.layout.gen_length

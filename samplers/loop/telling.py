@@ -7,7 +7,7 @@ from torch import Tensor
 
 from samplers.contract import SamplerError
 from samplers.loop.event import StepEvent
-from samplers.loop.masks import runs
+from samplers.loop.masks import counts_of, runs
 from samplers.loop.numbers import N
 from samplers.loop.opened import Opened
 from samplers.loop.part import Part
@@ -19,8 +19,8 @@ class Changes:
     """What a step writes to the canvases of a part.
 
     Attributes:
-        commit, replaced, remask, written: bool [rows, width]; written is what was committed or replaced.
-        row, position, token, confidence: of all that is written, [n]: index into the part's rows, region position.
+        commit, replaced, remask: bool [rows, width].
+        row, position, token, confidence: of all that is committed or replaced, [n]: index into the part's rows, region position.
         filled: what became padding.
         drafts: what would be committed by now at open positions, by row; None where no row drafts.
     """
@@ -28,7 +28,6 @@ class Changes:
     commit: Tensor
     replaced: Tensor | None
     remask: Tensor | None
-    written: Tensor
     row: Tensor
     position: Tensor
     token: Tensor
@@ -42,7 +41,7 @@ def tell(
 ) -> list[StepEvent]:
     """One event a row, in order. `numbers` are the rows' integers after the step, [rows, CHANGING]."""
     told = _newly_told(part, numbers[:, N.TOLD], opened.numbers[:, N.TOLD])
-    counts = changes.written.sum(dim=1).tolist()
+    counts = counts_of(changes.row, len(part.rows))
     positions, tokens, confidences = changes.position.tolist(), changes.token.tolist(), changes.confidence.tolist()
     events = []
     first = 0
