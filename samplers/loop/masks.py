@@ -47,7 +47,8 @@ def runs(start: Tensor, length: Tensor) -> Tensor:
 def counts_of(row: Tensor, rows: int) -> list[int]:
     """How often each of so many rows is named. Waits for the device."""
     if row.device.type == "cpu":
-        return np.bincount(row.numpy(), minlength=rows).tolist()
+        counts: list[int] = np.bincount(row.numpy(), minlength=rows).tolist()
+        return counts
     return torch.bincount(row, minlength=rows).tolist()
 
 

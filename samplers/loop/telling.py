@@ -20,7 +20,8 @@ class Changes:
 
     Attributes:
         commit, replaced, remask: bool [rows, width].
-        row, position, token, confidence: of all that is committed or replaced, [n]: index into the part's rows, region position.
+        row, position, token, confidence: of all that is committed or replaced, [n]; row is an index into the part's
+            rows, position one of the region.
         filled: what became padding.
         drafts: what would be committed by now at open positions, by row; None where no row drafts.
     """
