@@ -8,7 +8,7 @@ from torch import Tensor
 from samplers.forward.query import Query
 from samplers.forward.statistics import LogitBonus, Statistic, StatisticsRequest
 from samplers.forward.token_choice import TokenChoices
-from samplers.loop import guard
+from samplers.loop import hooks
 from samplers.loop.contexts import answers
 from samplers.loop.numbers import N
 from samplers.loop.opened import Opened, open_windows, settle_asked
@@ -42,7 +42,7 @@ def _place_windows(part: Part, opened: Opened) -> None:
     for members in part.members:
         if "window" not in members.traits.hooks[0]:
             continue
-        for index, found in answers(part, opened, members, 0, partial(guard.window, members.sampler)):
+        for index, found in answers(part, opened, members, 0, partial(hooks.window, members.sampler)):
             n, position, block = opened.numbers[index], opened.position[index], opened.block[index]
             settled = n[:, N.SETTLED, None]
             start, stop = found.start.minimum(settled), found.stop.maximum(settled + 1)
@@ -81,7 +81,7 @@ def _choices(part: Part, opened: Opened) -> TokenChoices | None:
     for members in part.members:
         if "choice" not in members.traits.hooks[0]:
             continue
-        for index, found in answers(part, opened, members, 0, partial(guard.choice, members.sampler)):
+        for index, found in answers(part, opened, members, 0, partial(hooks.choice, members.sampler)):
             if choices is None:
                 zero = torch.zeros(len(part.rows), dtype=torch.float64, device=part.batch.device)
                 choices = TokenChoices(zero, zero + 1, zero.long())
@@ -98,7 +98,7 @@ def _named(part: Part, opened: Opened) -> Tensor | None:
     for members in part.members:
         first = 0
         for layer, owner in members.asking("name_tokens"):
-            hook = partial(guard.names, owner, vocabulary=members.rows[0].vocabulary)
+            hook = partial(hooks.names, owner, vocabulary=members.rows[0].vocabulary)
             named = list(answers(part, opened, members, layer, hook))
             width = max((each.shape[2] for _, each in named), default=0)
             found += [(at, first, each) for at, each in named]
@@ -120,7 +120,7 @@ def _bonus(part: Part, opened: Opened) -> LogitBonus | None:
     number: Tensor | None = None
     for members in part.members:
         for layer, owner in members.asking("bonus"):
-            hook = partial(guard.bonus, owner, vocabulary=members.rows[0].vocabulary)
+            hook = partial(hooks.bonus, owner, vocabulary=members.rows[0].vocabulary)
             for at, each in answers(part, opened, members, layer, hook):
                 if number is None:
                     number = (opened.asked.view(-1).cumsum(0) - 1).view(opened.asked.shape)

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from samplers.columns import Columns
 from samplers.contract import Adjustment, Modifier, Sampler, SamplerError, Selection, StateSpec, Step
-from samplers.loop.guard import INTEGERS, MOST_NUMBERS, ContractError, Traits, is_ours, plain, told
+from samplers.loop.guard import INTEGERS, MOST_NUMBERS, ContractError, is_ours, plain, told
 from samplers.loop.masks import anywhere
+from samplers.loop.traits import Traits
 
 _BOOLS = ("commit", "replace", "remask")
 _TOKENS = ("token", "draft")

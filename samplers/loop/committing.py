@@ -131,9 +131,7 @@ def _fault(part: Part, i: int, tokens: Tensor) -> str:
     return "a confidence is no probability"
 
 
-def _write_drafts(
-    part: Part, opened: Opened, decision: Decision, changes: Changes, errors: Errors
-) -> list[list[int]]:
+def _write_drafts(part: Part, opened: Opened, decision: Decision, changes: Changes, errors: Errors) -> list[list[int]]:
     """Put drafts where candidates stay candidates; returns what would be committed there by now, by row."""
     assert decision.draft is not None
     still = opened.candidate & ~changes.commit & (opened.numbers[:, N.DRAFTS, None] > 0)

@@ -15,10 +15,10 @@ from samplers.forward.span import ForwardSpan
 from samplers.forward.statistics import Statistic
 from samplers.forward.token_choice import TokenChoices
 from samplers.loop.batch import Batch, Group
-from samplers.loop.guard import Traits
 from samplers.loop.masks import anywhere
 from samplers.loop.numbers import N
 from samplers.loop.row import Row
+from samplers.loop.traits import Traits
 
 Groups = Sequence[list[Row]]
 """Rows by sampler and modifiers."""
@@ -122,9 +122,7 @@ class Part:
         start = 0
         for number, group in enumerate(groups):
             stop = start + len(group)
-            self.members.append(
-                Members.of(batch, group, number, start, self.slots[start:stop], static[start:stop])
-            )
+            self.members.append(Members.of(batch, group, number, start, self.slots[start:stop], static[start:stop]))
             start = stop
         ends = {row.end_ids for row in rows}
         self.ends: tuple[int, ...] | None = tuple(ends.pop()) if len(ends) == 1 else None
@@ -231,9 +229,7 @@ class Part:
 
     def asked_bounds(self) -> tuple[Tensor, Tensor]:
         """Region positions that rows which ask for more than candidates are told of, [rows, 1] each."""
-        bounds = [
-            row.asked_bounds() if row.traits.whole_region or row.traits.revises else (0, 0) for row in self.rows
-        ]
+        bounds = [row.asked_bounds() if row.traits.whole_region or row.traits.revises else (0, 0) for row in self.rows]
         if self._bounds is None or self._bounds[0] != bounds:
             columns = torch.tensor(bounds, device=self.batch.device)
             self._bounds = bounds, columns[:, :1], columns[:, 1:]

@@ -8,7 +8,7 @@ import torch
 
 from samplers.canvas import Canvas
 from samplers.contract import Resampling, SamplerError, Slots
-from samplers.loop import guard
+from samplers.loop import hooks
 from samplers.loop.event import StepEvent
 from samplers.loop.numbers import N
 from samplers.randomness import BARRIER, uniform
@@ -80,7 +80,7 @@ class Particles:
                 return
         finished = [lane.lane_finished for lane in self.lanes]
         if not all(finished):
-            found = guard.resample(rule, self._slots())
+            found = hooks.resample(rule, self._slots())
             if found is not None:
                 self._take_over(found)
         self._blocks = [lane.block for lane in self.lanes]
@@ -130,7 +130,7 @@ class Particles:
     def _end(self) -> list[StepEvent]:
         """Let one canvas be the generation's, and tell all that it did."""
         row = self.lanes[0]
-        winner = guard.winner(row.sampler, self._slots(), len(self.lanes))
+        winner = hooks.winner(row.sampler, self._slots(), len(self.lanes))
         self.won = winner
         found, batch = self.lanes[winner], row.batch
         assert batch is not None

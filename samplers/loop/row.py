@@ -1,7 +1,7 @@
 """One generation on its way from all masks to text."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -10,41 +10,21 @@ from torch import Tensor
 
 from samplers.canvas import Canvas, Layout
 from samplers.columns import columns_of
-from samplers.contract import Modifier, ParameterError, Sampler, SamplerParams, View
+from samplers.contract import Modifier, ParameterError, Sampler, SamplerParams
 from samplers.forward.span import CacheMode, ForwardSpan
 from samplers.forward.token_choice import GREEDY, TokenChoice
-from samplers.loop import guard
+from samplers.loop import guard, hooks
 from samplers.loop.batch import Batch
 from samplers.loop.cache_plan import CachePlan
-from samplers.loop.guard import Traits
 from samplers.loop.numbers import CHANGING, COUNT, NEVER, N
 from samplers.loop.particles import Particles, copies_of
+from samplers.loop.traits import Traits
+from samplers.loop.view_canvas import ViewCanvas
 from samplers.loop.window import enter
 from samplers.randomness import slot_seed
 
 NARROW = 3
 """Windows up to 4 ** 3 positions wide stand side by side whatever their width."""
-
-
-@dataclass(eq=False)
-class ViewCanvas:
-    """A further canvas as which the model sees a generation, and what is cached of it."""
-
-    canvas: Canvas
-    weight: float
-    plan: CachePlan
-
-    @classmethod
-    def of(cls, view: View, canvas: Canvas, given: Tensor, mask_id: int, cache: CacheMode) -> "ViewCanvas":
-        """The view of a canvas, in its own tensors."""
-        layout, tokens = canvas.layout, canvas.tokens.clone()
-        if view.prompt == "masked":
-            tokens[: layout.prompt_length] = mask_id
-            tokens[layout.prompt_length + layout.gen_length :] = mask_id
-        elif view.prompt is not None:
-            tokens = torch.cat([tokens.new_tensor(view.prompt), tokens[layout.prompt_length :]])
-            layout = replace(layout, prompt_length=len(view.prompt))
-        return cls(Canvas(layout, tokens, canvas.masked), view.weight, CachePlan(cache))
 
 
 @dataclass(eq=False)
@@ -118,7 +98,7 @@ class Row:
         if self.traits.chooses_tokens and self.choice.temperature > 0:
             name = guard.name_of(sampler)
             raise ParameterError("sampler", f"sampler {name} chooses tokens itself; use temperature 0")
-        self._most_steps = guard.most_steps(sampler, self.traits, params)
+        self._most_steps = hooks.most_steps(sampler, self.traits, params)
         self._plan = CachePlan(self.cache)
         self._text_length = layout.text_length
         # Without a cache every forward computes the whole canvas.
@@ -138,7 +118,7 @@ class Row:
 
     def _make_particles(self) -> None:
         """Further canvases, if the rule denoises on several."""
-        count = guard.count(self.sampler, "slots", 1, guard.MOST_CANVASES, self.params)
+        count = hooks.count(self.sampler, "slots", 1, hooks.MOST_CANVASES, self.params)
         if count > 1:
             others = [
                 Row(
@@ -160,7 +140,7 @@ class Row:
 
     def _make_views(self) -> None:
         """The canvases of every forward."""
-        first, *others = guard.views(self.sampler, self.modifiers)
+        first, *others = hooks.views(self.sampler, self.modifiers)
         self.weight = first.weight
         self.views = [ViewCanvas.of(view, self.canvas, self.given, self._mask_id, self.cache) for view in others]
 

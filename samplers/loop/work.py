@@ -4,7 +4,7 @@ from typing import Any
 
 from samplers.canvas import Layout
 from samplers.contract import Sampler, SamplerParams
-from samplers.loop.guard import count
+from samplers.loop.hooks import count
 
 MOST_CANVASES = 1024
 """Slots, and views of each, that a sampler may have."""

@@ -23,7 +23,9 @@ Small = Annotated[bool, typer.Option("--embedded-only", help="Leave out the rand
 
 
 def register(app: typer.Typer) -> None:
-    commands = typer.Typer(help="Measure on this machine: ratios of two things that alternate in one run, and the time of a denoising step.")
+    commands = typer.Typer(
+        help="Measure on this machine: ratios of two things that alternate in one run; times of steps."
+    )
     commands.command("engine")(engine)
     commands.command("http")(http)
     commands.command("sampler")(sampler)

@@ -7,13 +7,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import structlog
+from samplers.loop.denoising import Outcome, advance, ask
 
 from policies.serving.store import PolicyStore, ServedModel, UnknownPolicyError
 from samplers import CacheMode, Canvas, ParameterError, Prediction, SamplerError, UnknownSamplerError
 from samplers.forward.query import Query
-from samplers.loop.denoising import Outcome, advance, ask
-from samplers.loop.guard import Traits, incompatibility, own_params
+from samplers.loop.guard import incompatibility, own_params
 from samplers.loop.row import Row
+from samplers.loop.traits import Traits
 from samplers.loop.work import work
 from server.backends.contract import Backend, BackendDeadError, ModelInfo
 from server.engine.generation import Deliver, Generation
