@@ -243,4 +243,4 @@ def plain(found: object, what: str, like: Tensor, shape: tuple[int, ...] | None 
         raise ContractError(f"{what} must be a plain dense tensor on {like.device}")
     if shape is not None and value.shape != shape:
         raise ContractError(f"{what} must be of shape {list(shape)}, not {shown(list(value.shape), 80)}")
-    return (value.detach() if value.requires_grad else tensor).clone()
+    return (value.detach() if value.requires_grad else value).clone()
