@@ -2,7 +2,7 @@
 
 import math
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -146,57 +146,23 @@ class Columns:
         return cls(spec, torch.tensor(values, dtype=torch.float64).view(len(params), len(spec.kinds)))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class LayoutColumns:
     """Canvas lengths of some rows, int64 [rows, 1], and traits of how the model reads them, bool [rows, 1].
 
     Attributes:
-        table, columns: int64 [rows, columns], and which of its columns is what.
+        length, prompt_length, gen_length: positions of the whole canvas, before and in the generation region.
+        block_length, blocks: positions of a block, and their number.
+        denoised_length: positions of all blocks, where they are whole: steps of a schedule of one position a step.
+        noise: tokens of a vocabulary without a mask token; 0 where there is one.
+        strict: the family's own program commits what is surer than a threshold, and not what is just as sure.
     """
 
-    table: Tensor = field(repr=False)
-    columns: Mapping[str, int] = field(repr=False)
-
-    def _of(self, name: str) -> Tensor:
-        column = self.columns[name]
-        return self.table[:, column : column + 1]
-
-    @property
-    def length(self) -> Tensor:
-        """Positions of the whole canvas."""
-        return self._of("length")
-
-    @property
-    def prompt_length(self) -> Tensor:
-        """Positions before the generation region."""
-        return self._of("prompt_length")
-
-    @property
-    def gen_length(self) -> Tensor:
-        """Positions of the generation region."""
-        return self._of("gen_length")
-
-    @property
-    def block_length(self) -> Tensor:
-        """Positions of a block."""
-        return self._of("block_length")
-
-    @property
-    def blocks(self) -> Tensor:
-        """Number of blocks."""
-        return self._of("blocks")
-
-    @property
-    def denoised_length(self) -> Tensor:
-        """Positions of all blocks, where they are whole: steps of a schedule of one position a step."""
-        return self._of("denoised_length")
-
-    @property
-    def noise(self) -> Tensor:
-        """Tokens of a vocabulary without a mask token; 0 where there is one."""
-        return self._of("noise")
-
-    @property
-    def strict(self) -> Tensor:
-        """The family's own program commits what is surer than a threshold, and not what is just as sure."""
-        return self._of("strict") > 0
+    length: Tensor
+    prompt_length: Tensor
+    gen_length: Tensor
+    block_length: Tensor
+    blocks: Tensor
+    denoised_length: Tensor
+    noise: Tensor
+    strict: Tensor

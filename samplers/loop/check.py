@@ -238,7 +238,7 @@ def copied(context: C) -> C:
     changes["params"] = list(context.params)
     changes["columns"] = Columns(context.columns.spec, context.columns.values.clone())
     changes["state"] = {name: value.clone() for name, value in context.state.items()}
-    changes["layout"] = replace(context.layout, table=context.layout.table.clone())
+    changes["layout"] = replace(context.layout, **{n: v.clone() for n, v in vars(context.layout).items()})
     changes["canvas"] = context.canvas[context.row[:, 0]]
     changes["row"] = torch.arange(len(context.row), device=context.row.device)[:, None]
     if isinstance(context, Step):
@@ -252,7 +252,7 @@ def take(context: C, rows: Tensor) -> C:
     changes["params"] = [context.params[i] for i in rows.tolist()]
     changes["columns"] = Columns(context.columns.spec, context.columns.values[rows])
     changes["state"] = {name: value[rows] for name, value in context.state.items()}
-    changes["layout"] = replace(context.layout, table=context.layout.table[rows])
+    changes["layout"] = replace(context.layout, **{n: v[rows] for n, v in vars(context.layout).items()})
     if isinstance(context, Step):
         changes["extra"] = {name: value[rows] for name, value in context.extra.items()}
     return replace(context, **changes)

@@ -70,7 +70,7 @@ class Members:
             slots[:, None],
             static[:, N.SEED, None],
             static[:, N.SLOT, None],
-            LayoutColumns(static, _LAYOUT),
+            _layout(static),
         )
 
     @property
@@ -91,16 +91,13 @@ class Members:
                 yield layer, self.group.layers[layer].owner
 
 
-_LAYOUT = {
-    "length": N.LENGTH,
-    "prompt_length": N.PROMPT,
-    "gen_length": N.GEN,
-    "block_length": N.BLOCK_LENGTH,
-    "blocks": N.BLOCKS,
-    "denoised_length": N.DENOISED,
-    "noise": N.NOISE,
-    "strict": N.STRICT,
-}
+def _layout(static: Tensor) -> LayoutColumns:
+    """Lengths of canvases, of rows' integers [rows, columns]."""
+    length, prompt, gen, block_length, blocks, denoised, noise, strict = (
+        static[:, each, None]
+        for each in (N.LENGTH, N.PROMPT, N.GEN, N.BLOCK_LENGTH, N.BLOCKS, N.DENOISED, N.NOISE, N.STRICT)
+    )
+    return LayoutColumns(length, prompt, gen, block_length, blocks, denoised, noise, strict > 0)
 
 
 class Part:
