@@ -31,7 +31,7 @@ def commit(part: Part, opened: Opened, decision: Decision, errors: Errors) -> li
         row = part.rows[i]
         row.note_forward(opened.spans[i], row.block)
     changes.filled = note_part_ends(part, opened, changes, decision.done, left)
-    numbers = settle(part, opened, left, changes.filled)
+    numbers = settle(part, opened, left, changes.filled, errors)
     return tell(part, opened, changes, numbers, errors)
 
 

@@ -1,5 +1,7 @@
 """Where rows are after a step: ends of text, settled prefixes, counters, and the next block."""
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
@@ -26,13 +28,14 @@ def note_part_ends(part: Part, opened: Opened, changes: Changes, done: Tensor | 
     return filled
 
 
-def settle(part: Part, opened: Opened, left: Tensor, filled: Filled) -> Tensor:
+def settle(part: Part, opened: Opened, left: Tensor, filled: Filled, failed: Collection[int]) -> Tensor:
     """Count the forward, note what is settled, and enter the next block; returns the rows' integers, [rows, CHANGING].
 
     Adds to `filled` what became padding.
 
     Args:
         left: bool [rows, width], what is still masked.
+        failed: rows that go no further; the forward does not count for them.
     """
     batch, slots = part.batch, part.slots
     # Ends and closed blocks were noted in the batch.
@@ -42,6 +45,9 @@ def settle(part: Part, opened: Opened, left: Tensor, filled: Filled) -> Tensor:
     if not part.zero_based:
         first = first + c[N.START]
     c[N.FORWARDS].add_(part.passes)
+    if failed:
+        gone = list(failed)
+        c[N.FORWARDS][gone] -= part.passes[gone]
     c[N.BLOCK_STEP].add_(1)
     # A block without a mask is settled to its end: whoever comes to the region's end needs no further block.
     settled = torch.where(some, first, c[N.STOP])
