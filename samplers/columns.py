@@ -130,6 +130,14 @@ class Columns:
         found: Tensor = self._kept[key]
         return found
 
+    def any_has(self, name: str, value: str) -> bool:
+        """Whether some row's one-of-several parameter has this value."""
+        return bool(self.keep(f"any {name} {value}", lambda: bool(self.option(name, value).any())))
+
+    def all_have(self, name: str, value: str) -> bool:
+        """Whether every row's one-of-several parameter has this value."""
+        return bool(self.keep(f"all {name} {value}", lambda: bool(self.option(name, value).all())))
+
     @classmethod
     def of(cls, params: Sequence[BaseModel]) -> "Columns":
         """Columns of parameters of one class."""

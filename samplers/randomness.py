@@ -4,12 +4,17 @@ A counter-based stream (SplitMix64, Steele et al., OOPSLA 2014): no state to kee
 generation's numbers cannot change with who shares its batch.
 """
 
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed integer
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
+_U_GOLDEN, _U_MIX_1, _U_MIX_2 = (np.uint64(each % 2**64) for each in (_GOLDEN, _MIX_1, _MIX_2))
+_BITS = {bits: np.uint64(bits) for bits in (11, 27, 30, 31)}
 TOKENS, POSITIONS, FIRST, LATER, NOISE, BARRIER, SLOTS = 1, 2, 3, 4, 5, 6, 7
 """Streams: numbers that choose tokens, that choose positions, that order positions (the first, and those after it), and
 that a block without a mask token begins with; that canvases are drawn with anew; and seeds of further canvases."""
@@ -30,8 +35,28 @@ def _mix(x: Tensor) -> Tensor:
 def uniform(seed: Tensor, step: Tensor, position: Tensor, stream: int) -> Tensor:
     """Numbers in [0, 1), float64, for broadcastable int64 seeds, steps and positions."""
     # The seed is mixed before the stream is added, or one seed's second stream would be the next seed's first.
+    if position.device.type == "cpu" and position.dim():
+        return torch.from_numpy(_numpy_uniform(seed.numpy(), step.numpy(), position.numpy(), stream))
     x = _mix(_mix(_mix(_mix(seed) + stream) ^ step) ^ position)
     return _shift(x, 11).double() * 2.0**-53
+
+
+def _numpy_uniform(seed: Any, step: Any, position: Any, stream: int) -> Any:
+    """The same on the CPU, with a tenth of the operations' cost: numpy shifts logically, and in place."""
+    with np.errstate(over="ignore"):
+        x = _numpy_mix(_numpy_mix(seed.view(np.uint64).copy()) + np.uint64(stream))
+        x = _numpy_mix(_numpy_mix(x ^ step.view(np.uint64)) ^ position.view(np.uint64))
+    return (x >> _BITS[11]) * 2.0**-53
+
+
+def _numpy_mix(x: Any) -> Any:
+    x = x + _U_GOLDEN
+    x ^= x >> _BITS[30]
+    x *= _U_MIX_1
+    x ^= x >> _BITS[27]
+    x *= _U_MIX_2
+    x ^= x >> _BITS[31]
+    return x
 
 
 def slot_seed(seed: int, slot: int) -> int:

@@ -10,7 +10,8 @@ from samplers.attention_pattern import BIDIRECTIONAL, AttentionPattern
 from samplers.contract import Modifier, Sampler, SamplerParams
 from samplers.drafting.diffusion_gemma import DiffusionGemma
 from samplers.learned.policy import Policy
-from samplers.loop.guard import Traits, incompatibility
+from samplers.loop.guard import incompatibility
+from samplers.loop.traits import Traits
 from samplers.modifiers.credit import Credit, CreditThreshold
 from samplers.modifiers.guidance import Guidance
 from samplers.modifiers.spacing import Spacing

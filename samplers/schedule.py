@@ -93,11 +93,24 @@ def quota(step: Step[ScheduledParams]) -> Tensor:
     return torch.where(step.given("steps"), count, k)
 
 
+def quota_for_best(step: Step[ScheduledParams]) -> Tensor | int:
+    """The quota, as one number where it is the same for all rows in all steps: `best` is quicker then."""
+    if step.columns.any_given("steps"):
+        return quota(step)
+
+    def same() -> Tensor | int:
+        k = quota(step)
+        return int(k[0]) if bool((k == k[0]).all()) else k
+
+    found: Tensor | int = step.columns.keep("quota", same)
+    return found
+
+
 def passing_or_best(step: Step[ScheduledParams], score: Tensor, bound: Tensor) -> Selection:
     """Rows with a `threshold` commit every candidate whose score reaches the bound, [rows, 1], and one at least; the
     others their quota's best."""
     if not step.columns.any_given("threshold"):
-        return Selection(best(score, step.candidate, quota(step)))
+        return Selection(best(score, step.candidate, quota_for_best(step)))
     # Where the bound lets nothing through, the best score goes, not the largest confidence.
     counted = ~step.given("threshold")
     count = torch.where(counted, quota(step), 1)

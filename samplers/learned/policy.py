@@ -40,7 +40,7 @@ class PolicyNetwork(Protocol):
     floor: float
     longest: int
 
-    def score(self, step: Step, speed: Tensor | None) -> Tensor:
+    def score(self, step: Step[Any], speed: Tensor | None) -> Tensor:
         """Logits, float32 [rows, width]; `speed` is [rows, 1] in 0..1 for a network that takes it."""
 
 
@@ -178,7 +178,7 @@ def _sizes(gen: Tensor, block: Tensor, longest: int) -> tuple[Tensor, int | None
     return own, None if bool((own == gen).all()) else int(own.max())
 
 
-def step_gumbel(step: Step) -> Tensor:
+def step_gumbel(step: Step[Any]) -> Tensor:
     """Gumbel noise from each row's own stream, [rows, 2, width + 1]: one for the first draw, one for all others."""
     # Numbered by what they are for, STOP as -1: the width is that of the batch, and must not matter.
     place = torch.nn.functional.pad(step.position, (0, 1), value=STOP)

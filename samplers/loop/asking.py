@@ -1,17 +1,19 @@
 """What the next forward is asked: the open windows of a part, and what its rules want to know of them."""
 
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from samplers.contract import StepContext, TokenBonus
-from samplers.forward.query import Mixture, Query
+from samplers.forward.query import Query
 from samplers.forward.statistics import LogitBonus, Statistic, StatisticsRequest
 from samplers.forward.token_choice import TokenChoices
-from samplers.loop import guard
+from samplers.loop import hooks
+from samplers.loop.contexts import answers
 from samplers.loop.numbers import N
-from samplers.loop.part import Opened, Part
+from samplers.loop.opened import Opened, open_windows, settle_asked
+from samplers.loop.part import Part
+from samplers.loop.views import with_views
 from samplers.randomness import TOKENS, uniform
 
 
@@ -21,31 +23,50 @@ def ask(part: Part) -> tuple[Query, Opened]:
     A row whose sampler fails when it is asked is in the forward all the same; `Opened.failed` says why it goes no
     further.
     """
-    opened = part.open()
-    row, column = opened.asked.nonzero(as_tuple=True)
-    position = opened.position[row, column]
-    opened.spans = [row_.spans() for row_ in part.rows]
-    wanted = _request(part, opened, row, position)
-    if all(len(spans) == 1 for spans in opened.spans):
-        canvases, spans = [each.canvas for each in part.rows], [spans[0] for spans in opened.spans]
-        return Query(canvases, spans, row, position + opened.numbers[row, N.PROMPT], wanted), opened
-    return _with_views(part, opened, row, position, wanted), opened
+    opened = open_windows(part)
+    _place_windows(part, opened)
+    settle_asked(part, opened)
+    opened.spans = part.spans()
+    wanted = _request(part, opened)
+    if not part.one_view:
+        return with_views(part, opened, wanted), opened
+    if part.zero_based:
+        place = part.canvas_places.view(-1).index_select(0, opened.flat)
+    else:
+        place = opened.asked_positions() + part.prompt.index_select(0, opened.row)
+    return Query(part.canvases, [spans[0] for spans in opened.spans], opened.row, place, wanted), opened
 
 
-def _request(part: Part, opened: Opened, row: Tensor, position: Tensor) -> StatisticsRequest:
-    names = part.statistics
+def _place_windows(part: Part, opened: Opened) -> None:
+    """Let rules say where their candidates are."""
+    for members in part.members:
+        if "window" not in members.traits.hooks[0]:
+            continue
+        for index, found in answers(part, opened, members, 0, partial(hooks.window, members.sampler)):
+            n, position, block = opened.numbers[index], opened.position[index], opened.block[index]
+            settled = n[:, N.SETTLED, None]
+            start, stop = found.start.minimum(settled), found.stop.maximum(settled + 1)
+            inside = opened.masked[index] & (position >= start) & (position < stop)
+            confined = n[:, N.CONFINED, None] > 0
+            candidate = opened.candidate.clone()
+            candidate[index] = torch.where(confined, inside & block, inside)
+            opened.candidate = candidate
+
+
+def _request(part: Part, opened: Opened) -> StatisticsRequest:
+    names, row = part.statistics, opened.row
     choices = _choices(part, opened)
     numbers = None
-    if part.judging:
-        drawn = torch.zeros(len(part.rows), device=row.device) if choices is None else choices.temperature
-        opened.judged = part.judges & (drawn > 0)
+    opened.judged = part.judged
+    if choices is not part.choices and part.judging and choices is not None:
+        opened.judged = part.judged_with(choices)
     if choices is not None:
         choices = choices[row]
         n = opened.numbers
-        numbers = uniform(n[row, N.SEED], n[row, N.FORWARDS], position, TOKENS)
+        numbers = uniform(n[row, N.SEED], n[row, N.FORWARDS], opened.asked_positions(), TOKENS)
     return StatisticsRequest(
         statistics=frozenset(Statistic(name) for name in names if name != "top"),
-        only={name: wish[row] for name, wish in names.items() if wish is not None},
+        only={name: wish.index_select(0, row) for name, wish in names.items() if wish is not None},
         choices=choices,
         uniform=numbers,
         top=max(each.traits.top for each in part.members),
@@ -60,16 +81,9 @@ def _choices(part: Part, opened: Opened) -> TokenChoices | None:
     for members in part.members:
         if "choice" not in members.traits.hooks[0]:
             continue
-
-        def hook(context: StepContext[Any], owner: Any = members.owners[0]) -> TokenChoices | None:
-            return guard.choice(owner, context)
-
-        for index, found in part.ask(opened, members, 0, hook):
-            if found is None:
-                continue
+        for index, found in answers(part, opened, members, 0, partial(hooks.choice, members.sampler)):
             if choices is None:
-                rows = len(part.rows)
-                zero = torch.zeros(rows, dtype=torch.float64, device=part.batch.device)
+                zero = torch.zeros(len(part.rows), dtype=torch.float64, device=part.batch.device)
                 choices = TokenChoices(zero, zero + 1, zero.long())
             elif choices is part.choices:
                 choices = choices[torch.arange(len(part.rows), device=part.batch.device)]
@@ -81,20 +95,15 @@ def _choices(part: Part, opened: Opened) -> TokenChoices | None:
 def _named(part: Part, opened: Opened) -> Tensor | None:
     """The tokens that rules and modifiers name at each asked position, int64 [n, m], -1 for none."""
     found: list[tuple[Tensor, int, Tensor]] = []
-    for i, members in enumerate(part.members):
+    for members in part.members:
         first = 0
-        for layer, hooks in enumerate(members.traits.hooks):
-            if "name_tokens" not in hooks:
-                continue
-
-            def hook(context: StepContext[Any], owner: Any = members.owners[layer], m: Any = members) -> Tensor | None:
-                return guard.names(owner, context, m.rows[0].vocabulary)
-
-            answers = [(at, each) for at, each in part.ask(opened, members, layer, hook) if each is not None]
-            width = max((each.shape[2] for _, each in answers), default=0)
-            found += [(at, first, each) for at, each in answers]
+        for layer, owner in members.asking("name_tokens"):
+            hook = partial(hooks.names, owner, vocabulary=members.rows[0].vocabulary)
+            named = list(answers(part, opened, members, layer, hook))
+            width = max((each.shape[2] for _, each in named), default=0)
+            found += [(at, first, each) for at, each in named]
             if width:
-                opened.named[i, layer] = first, first + width
+                opened.named[members.number, layer] = first, first + width
             first += width
     if not found:
         return None
@@ -102,7 +111,7 @@ def _named(part: Part, opened: Opened) -> Tensor | None:
     grid = torch.full((*opened.asked.shape, most), -1, device=part.batch.device)
     for at, first, each in found:
         grid[at, :, first : first + each.shape[2]] = each
-    return grid[opened.asked]
+    return grid.view(-1, most).index_select(0, opened.flat)
 
 
 def _bonus(part: Part, opened: Opened) -> LogitBonus | None:
@@ -110,86 +119,12 @@ def _bonus(part: Part, opened: Opened) -> LogitBonus | None:
     parts: list[LogitBonus] = []
     number: Tensor | None = None
     for members in part.members:
-        for layer, hooks in enumerate(members.traits.hooks):
-            if "bonus" not in hooks:
-                continue
-
-            def hook(
-                context: StepContext[Any], owner: Any = members.owners[layer], m: Any = members
-            ) -> TokenBonus | None:
-                return guard.bonus(owner, context, m.rows[0].vocabulary)
-
-            for at, each in part.ask(opened, members, layer, hook):
-                if each is None:
-                    continue
+        for layer, owner in members.asking("bonus"):
+            hook = partial(hooks.bonus, owner, vocabulary=members.rows[0].vocabulary)
+            for at, each in answers(part, opened, members, layer, hook):
                 if number is None:
                     number = (opened.asked.view(-1).cumsum(0) - 1).view(opened.asked.shape)
                 there = (each.token >= 0) & opened.asked[at][:, :, None]
                 index = number[at][:, :, None].expand(there.shape)[there]
                 parts.append(LogitBonus(index, each.token[there], each.value[there]))
     return LogitBonus.join(parts) if parts else None
-
-
-def _with_views(part: Part, opened: Opened, row: Tensor, position: Tensor, wanted: StatisticsRequest) -> Query:
-    """The query of rows of which some are seen as several canvases."""
-    device = part.batch.device
-    counts = opened.asked.sum(dim=1).tolist()
-    canvases, spans, rows, places, answers, weights, views = [], [], [], [], [], [], []
-    first = 0
-    for each, count, own in zip(part.rows, counts, opened.spans, strict=True):
-        layout = each.canvas.layout
-        for view in each.views:  # what was committed since the last step
-            seen = view.canvas
-            seen.tokens[seen.layout.prompt_length :][: layout.gen_length] = each.canvas.generated
-        at = position[first : first + count]
-        answer = torch.arange(first, first + count, device=device)
-        for canvas, weight in [(each.canvas, each.weight), *((view.canvas, view.weight) for view in each.views)]:
-            rows.append(torch.full((count,), len(canvases), device=device))
-            places.append(at + canvas.layout.prompt_length)
-            answers.append(answer)
-            weights.append(torch.full((count,), weight, dtype=torch.float32, device=device))
-            canvases.append(canvas)
-        spans += own
-        views.append(1 + len(each.views))
-        first += count
-    mixture = Mixture(torch.cat(answers), torch.cat(weights), first, views)
-    return Query(canvases, spans, torch.cat(rows), torch.cat(places), wanted, mixture)
-
-
-def together(queries: list[Query]) -> Query:
-    """One query of several parts, one after the other."""
-    if len(queries) == 1:
-        return queries[0]
-    counts = [len(each.position) if each.mixture is None else each.mixture.count for each in queries]
-    rows, canvases, spans = [], [], []
-    for each in queries:
-        rows.append(each.row + len(canvases))
-        canvases += each.canvases
-        spans += each.spans
-    mixture = None
-    if any(each.mixture is not None for each in queries):
-        mixture = _mixed(queries, counts)
-    return Query(
-        canvases,
-        spans,
-        torch.cat(rows),
-        torch.cat([each.position for each in queries]),
-        StatisticsRequest.join([each.wanted for each in queries], counts),
-        mixture,
-    )
-
-
-def _mixed(queries: list[Query], counts: list[int]) -> Mixture:
-    answers, weights, views = [], [], []
-    first = 0
-    for each, count in zip(queries, counts, strict=True):
-        if each.mixture is None:
-            answers.append(torch.arange(first, first + count, device=each.row.device))
-            weights.append(torch.ones(count, device=each.row.device))
-            views += [1] * len(each.canvases)
-        else:
-            answers.append(each.mixture.answer + first)
-            weights.append(each.mixture.weight)
-            views += each.mixture.views
-        first += count
-    return Mixture(torch.cat(answers), torch.cat(weights), first, views)

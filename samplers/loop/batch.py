@@ -1,7 +1,8 @@
 """The tensors of the rows of a batch. They stay from step to step; rows move in and out of slots."""
 
 from collections.abc import Hashable
-from typing import TYPE_CHECKING
+from heapq import heappop, heappush
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ NO_TOKEN = -1
 class Layer:
     """What a rule, or a modifier around it, has of the rows that it is asked about: parameters and state, by slot."""
 
-    def __init__(self, owner: "Sampler | Modifier", specs: dict[str, StateSpec], spec: ColumnSpec) -> None:
+    def __init__(self, owner: "Sampler[Any] | Modifier[Any]", specs: dict[str, StateSpec], spec: ColumnSpec) -> None:
         self.owner = owner
         self.specs = specs
         self.spec = spec
@@ -39,11 +40,12 @@ class Layer:
             else:
                 self.state[name] = _grown(old, shape, spec.fill)
 
-    def reset(self, slots: Tensor, block_only: bool) -> None:
+    def reset(self, slots: Tensor | list[int], block_only: bool) -> None:
         """State as it is before the first step of a generation, or of a block."""
         for name, spec in self.specs.items():
             if spec.lives == "block" or not block_only:
-                self.state[name][slots] = torch.tensor(spec.fill, dtype=spec.dtype, device=slots.device)
+                kept = self.state[name]
+                kept[slots] = torch.full((), spec.fill, dtype=spec.dtype, device=kept.device)
 
     def widen(self, name: str, last: int) -> None:
         """Let the last dimension of a state be at least this."""
@@ -55,8 +57,7 @@ class Layer:
 class Group:
     """Rows that are asked together: of one sampler with the same modifiers around it."""
 
-    def __init__(self, key: Hashable, layers: list[Layer]) -> None:
-        self.key = key
+    def __init__(self, layers: list[Layer]) -> None:
         self.layers = layers
         self.count = 0
 
@@ -66,16 +67,22 @@ class Batch:
 
     The last column of what is about positions stands for no position at all: nothing is masked there.
     A row's canvas is a view of its slot. Tensors are as long as the longest row needs and grow when one comes.
+
+    Attributes:
+        causal, shifted, drafting, revising, keeping_state: whether there may be rows whose models or rules are like
+            that: what no row needs is not done. Never false again until all rows have gone.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
-        self.rows: list[Row | None] = []
         self.groups: dict[Hashable, Group] = {}
         self.version = 0
         self._clear()
 
     def _clear(self) -> None:
+        self.rows: list[Row | None] = []
+        self._free: list[int] = []
+        self.causal = self.shifted = self.drafting = self.revising = self.keeping_state = False
         self.tokens = torch.zeros(0, 0, dtype=torch.int64, device=self.device)
         self.masked = torch.zeros(0, 1, dtype=torch.bool, device=self.device)
         self.given = torch.ones(0, 1, dtype=torch.bool, device=self.device)
@@ -90,34 +97,43 @@ class Batch:
 
     def admit(self, row: "Row") -> None:
         """Move a row here, from the batch where it is."""
-        before = row.batch
+        before, old = row.batch, row.slot
         if before is self:
             return
-        layout = row.canvas.layout
-        slot = self._free_slot(layout.length, layout.gen_length, len(row.end_ids))
-        index = torch.tensor([slot], device=self.device)
+        layout, ends = row.canvas.layout, sorted(row.end_ids)
+        slot = self._free_slot(layout.length, layout.gen_length, len(ends))
         group = self._group(row)
         group.count += 1
-        numbers, ends = row.first_numbers() if before is None else before.numbers[row.slot], sorted(row.end_ids)
-        self.tokens[slot, : layout.length] = row.canvas.tokens
-        self.masked[slot] = False
-        self.masked[slot, : layout.gen_length] = row.canvas.masked
-        self.given[slot] = True
-        self.given[slot, : layout.gen_length] = row.given
-        self.numbers[slot] = numbers.to(self.device)
-        self.ends[slot] = NO_TOKEN
-        self.ends[slot, : len(ends)] = torch.tensor(ends, dtype=torch.int64)
-        for layer, params in zip(group.layers, row.all_params, strict=True):
-            layer.params[slot] = torch.tensor(row.column_values[id(params)], dtype=torch.float64)
-            layer.reset(index, block_only=False)
-        if before is not None:
+        self._note_kind(row)
+        _fill_row(self.tokens[slot], row.canvas.tokens)
+        _fill_row(self.masked[slot], row.canvas.masked, False)
+        _fill_row(self.given[slot], row.given, True)
+        if before is None:
+            self.numbers[slot] = row.first_numbers()
+            _fill_row(self.ends[slot], torch.tensor(ends, dtype=torch.int64), NO_TOKEN)
+            for layer, params in zip(group.layers, row.all_params, strict=True):
+                layer.params[slot] = torch.tensor(row.column_values[id(params)], dtype=torch.float64)
+                layer.reset([slot], block_only=False)
+        else:
+            self.numbers[slot].copy_(before.numbers[old])
+            _fill_row(self.ends[slot], before.ends[old, : len(ends)], NO_TOKEN)
             for layer, other in zip(group.layers, before.groups[row.key].layers, strict=True):
-                self._take_state(slot, layer, other, row.slot, layout.gen_length)
-            before.release(row)
+                layer.params[slot].copy_(other.params[old])
+                layer.reset([slot], block_only=False)
+                self._take_state(slot, layer, other, old, layout.gen_length)
+            before._let_go(row)
         self.rows[slot] = row
         row.batch, row.slot = self, slot
         self._show(row)
         self.version += 1
+
+    def _note_kind(self, row: "Row") -> None:
+        pattern, traits = row.canvas.layout.pattern, row.traits
+        self.causal |= pattern.causal
+        self.shifted |= pattern.shifted
+        self.drafting |= pattern.noise is not None
+        self.revising |= traits.revises
+        self.keeping_state |= any(traits.state)
 
     def _take_state(self, slot: int, layer: Layer, other: Layer, old: int, region: int) -> None:
         for name, spec in layer.specs.items():
@@ -129,38 +145,39 @@ class Batch:
 
     def release(self, row: "Row") -> None:
         """Let a row go, with a canvas of its own."""
-        slot = row.slot
-        assert self.rows[slot] is row
         canvas = row.canvas
         canvas.tokens, canvas.masked = canvas.tokens.clone(), canvas.masked.clone()
         row.given = row.given.clone()
-        self.rows[slot] = None
+        self._let_go(row)
+        if not self.groups:
+            self._clear()
+
+    def _let_go(self, row: "Row") -> None:
+        assert self.rows[row.slot] is row
+        self.rows[row.slot] = None
+        heappush(self._free, row.slot)
         group = self.groups[row.key]
         group.count -= 1
         if not group.count:
             del self.groups[row.key]
-        if not any(self.rows):
-            self.rows = []
-            self._clear()
         self.version += 1
 
     def _group(self, row: "Row") -> Group:
         group = self.groups.get(row.key)
         if group is None:
-            owners = [row.sampler, *(modifier for modifier, _ in row.modifiers)]
+            owners: list[Sampler[Any] | Modifier[Any]] = [row.sampler, *(modifier for modifier, _ in row.modifiers)]
             layers = [
                 Layer(owner, specs, columns_of(type(params)))
                 for owner, specs, params in zip(owners, map(dict, row.traits.state), row.all_params, strict=True)
             ]
             for layer in layers:
                 layer.resize(len(self.rows), self.region, self.device)
-            group = self.groups[row.key] = Group(row.key, layers)
+            group = self.groups[row.key] = Group(layers)
         return group
 
     def _free_slot(self, length: int, region: int, ends: int) -> int:
-        slot = next((i for i, row in enumerate(self.rows) if row is None), len(self.rows))
         slots = len(self.rows)
-        if slot == slots:
+        if not self._free:
             slots = max(4, 2 * slots) if slots else 1
         if slots > len(self.rows) or length > self.tokens.shape[1] or region > self.region or ends > self.ends.shape[1]:
             self._resize(
@@ -169,7 +186,7 @@ class Batch:
                 max(region, self.region),
                 max(ends, self.ends.shape[1]),
             )
-        return slot
+        return heappop(self._free)
 
     def _resize(self, slots: int, length: int, region: int, ends: int) -> None:
         old = self.region
@@ -185,7 +202,8 @@ class Batch:
                 for layer in group.layers:  # the column of no position moves to the end
                     for name, spec in layer.specs.items():
                         if spec.per == "position":
-                            layer.state[name][:, old] = torch.tensor(spec.fill, dtype=spec.dtype)
+                            layer.state[name][:, old] = spec.fill
+        self._free += range(len(self.rows), slots)  # larger than all there are, so that it stays a heap
         self.rows += [None] * (slots - len(self.rows))
         for group in self.groups.values():
             for layer in group.layers:
@@ -206,8 +224,15 @@ class Batch:
         """Forget what rules keep of a block only, in these slots."""
         for group in self.groups.values():
             for layer in group.layers:
-                if layer.specs:
-                    layer.reset(slots, block_only=True)
+                layer.reset(slots, block_only=True)
+
+
+def _fill_row(row: Tensor, values: Tensor, rest: float = 0) -> None:
+    """Write values to the beginning of a row, and something else to the rest of it."""
+    size = len(values)
+    row[:size].copy_(values)
+    if size < len(row):
+        row[size:].fill_(rest)
 
 
 def _grown(old: Tensor, shape: tuple[int, ...], fill: float) -> Tensor:

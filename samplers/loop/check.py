@@ -9,7 +9,9 @@ from torch import Tensor
 
 from samplers.columns import Columns
 from samplers.contract import Adjustment, Modifier, Sampler, SamplerError, Selection, StateSpec, Step
-from samplers.loop.guard import INTEGERS, MOST_NUMBERS, ContractError, Traits, is_ours, plain, told
+from samplers.loop.guard import INTEGERS, MOST_NUMBERS, ContractError, is_ours, plain, told
+from samplers.loop.masks import anywhere
+from samplers.loop.traits import Traits
 
 _BOOLS = ("commit", "replace", "remask")
 _TOKENS = ("token", "draft")
@@ -125,8 +127,14 @@ def _filtered(modifier: Modifier[Any], step: Step[Any], selection: Selection) ->
         return modifier.after(step, selection)
     state = selection.state
     shown = replace(selection, state=None)
-    shown = replace(shown, **{n: v.clone() for n, v in _given(shown).items() if isinstance(v, Tensor)})
+    shown = _copy_of(shown)
     return replace(_own(modifier.after(copied(step), shown), {}, step), state=state)
+
+
+def _copy_of(selection: Selection) -> Selection:
+    """A selection with tensors of its own."""
+    tensors: dict[str, Any] = {n: v.clone() for n, v in _given(selection).items() if isinstance(v, Tensor)}
+    return replace(selection, **tensors)
 
 
 def _own(selection: object, specs: dict[str, StateSpec], step: Step[Any]) -> Selection:
@@ -174,7 +182,7 @@ def _state(state: object, specs: dict[str, StateSpec], step: Step[Any]) -> dict[
 
 def _within_contract(traits: Traits, step: Step[Any], selection: Selection, may_wait: bool) -> Selection:
     """A selection that does what such a rule may do. Raises ContractError."""
-    if bool((selection.commit & ~step.candidate).any()):
+    if anywhere(selection.commit > step.candidate):
         raise ContractError("a position that is no candidate was selected")
     if selection.waits and not may_wait:
         raise ContractError("it waits, which only training may: a generation that waits holds its place for ever")

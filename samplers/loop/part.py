@@ -1,87 +1,100 @@
 """Rows that take a step together: their windows side by side, rows of one group neighbours."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from samplers.canvas import Canvas
 from samplers.columns import Columns, LayoutColumns
-from samplers.contract import SamplerError, SamplerParams, StepContext
+from samplers.contract import Modifier, Sampler, SamplerParams
 from samplers.forward.span import ForwardSpan
 from samplers.forward.statistics import Statistic
-from samplers.forward.token_choice import GREEDY, TokenChoices
-from samplers.loop import guard
+from samplers.forward.token_choice import TokenChoices
 from samplers.loop.batch import Batch, Group
-from samplers.loop.check import copied, one
+from samplers.loop.masks import anywhere
 from samplers.loop.numbers import N
 from samplers.loop.row import Row
+from samplers.loop.traits import Traits
+
+Groups = Sequence[list[Row]]
+"""Rows by sampler and modifiers."""
 
 
-@dataclass
-class Members:
-    """The rows of a group in a part: `start` to before `stop`."""
-
-    group: Group
-    start: int
-    stop: int
-    rows: list[Row]
-    columns: list[Columns]
-    params: list[list[SamplerParams]]
-    slots: Tensor
-    row: Tensor
-    layout: LayoutColumns
-
-    @property
-    def traits(self) -> guard.Traits:
-        return self.rows[0].traits
-
-    @property
-    def owners(self) -> list[guard.Owner]:
-        """The rule, and the modifiers around it."""
-        return [layer.owner for layer in self.group.layers]
-
-
-@dataclass
-class Opened:
-    """The windows of a part before a forward; tensors [rows, width], or [rows, 1].
-
-    Attributes:
-        numbers: the rows' integers, [rows, columns].
-        position: region positions; past a window's end the one that stands for no position.
-        masked, candidate, committed: see `StepContext`.
-        block: positions of the active block.
-        asked: positions that the forward is to tell of.
-        opens: rows whose forward decides the block's first position only; None where there are none.
-    """
-
-    numbers: Tensor
-    position: Tensor
-    masked: Tensor
-    candidate: Tensor
-    committed: Tensor
-    block: Tensor
-    asked: Tensor
-    opens: Tensor | None
-    failed: dict[int, SamplerError] = field(default_factory=dict)
-    named: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
-    judged: Tensor | None = None
-    spans: list[list[ForwardSpan]] = field(default_factory=list)
-
-
-def split(rows: Sequence[Row]) -> list[list[Row]]:
+def split(rows: Sequence[Row]) -> list[Groups]:
     """Rows by the width of what they look at, within factors of four, and then by group."""
     parts: dict[tuple[bool, int], dict[Any, list[Row]]] = {}
     for row in rows:
         parts.setdefault(row.part_key, {}).setdefault(row.key, []).append(row)
-    return [[row for group in groups.values() for row in group] for groups in parts.values()]
+    return [list(groups.values()) for groups in parts.values()]
 
 
-def _layout(n: Tensor) -> LayoutColumns:
+@dataclass
+class Members:
+    """The rows of a group in a part: `start` to before `stop`, the group being the part's `number`-th."""
+
+    number: int
+    start: int
+    stop: int
+    rows: list[Row]
+    group: Group
+    traits: Traits
+    params: list[list[SamplerParams]]
+    columns: list[Columns]
+    slots: Tensor
+    row: Tensor
+    seed: Tensor
+    slot: Tensor
+    layout: LayoutColumns
+
+    @classmethod
+    def of(cls, batch: Batch, rows: list[Row], number: int, start: int, slots: Tensor, static: Tensor) -> "Members":
+        """Those of these rows; `slots` [rows] and `static` [rows, columns] are theirs."""
+        group = batch.groups[rows[0].key]
+        params: list[list[SamplerParams]] = [[row.params for row in rows]]
+        params += [[row.modifiers[i][1] for row in rows] for i in range(len(group.layers) - 1)]
+        columns = [Columns(layer.spec, layer.params.index_select(0, slots)) for layer in group.layers]
+        return cls(
+            number,
+            start,
+            start + len(rows),
+            rows,
+            group,
+            rows[0].traits,
+            params,
+            columns,
+            slots,
+            slots[:, None],
+            static[:, N.SEED, None],
+            static[:, N.SLOT, None],
+            _layout(static),
+        )
+
+    @property
+    def sampler(self) -> Sampler[Any]:
+        """The rule."""
+        found: Sampler[Any] = self.rows[0].sampler
+        return found
+
+    @property
+    def modifiers(self) -> list[Modifier[Any]]:
+        """Those around the rule, in order."""
+        return [modifier for modifier, _ in self.rows[0].modifiers]
+
+    def asking(self, hook: str) -> Iterator[tuple[int, Any]]:
+        """The layers that have this method of their own: the rule (0) and modifiers, by number."""
+        for layer, hooks in enumerate(self.traits.hooks):
+            if hook in hooks:
+                yield layer, self.group.layers[layer].owner
+
+
+def _layout(static: Tensor) -> LayoutColumns:
+    """Lengths of canvases, of rows' integers [rows, columns]."""
     length, prompt, gen, block_length, blocks, denoised, noise, strict = (
-        n[:, each, None]
+        static[:, each, None]
         for each in (N.LENGTH, N.PROMPT, N.GEN, N.BLOCK_LENGTH, N.BLOCKS, N.DENOISED, N.NOISE, N.STRICT)
     )
     return LayoutColumns(length, prompt, gen, block_length, blocks, denoised, noise, strict > 0)
@@ -93,221 +106,128 @@ class Part:
     Whatever does not change from step to step is gathered once: slots, lengths, parameters, choices.
     """
 
-    def __init__(self, batch: Batch, rows: list[Row]) -> None:
-        self.batch, self.rows = batch, rows
-        device = batch.device
-        self.slots = torch.tensor([row.slot for row in rows], device=device)
-        self.region = rows[0].part_key[0]
-        layouts = [row.canvas.layout for row in rows]
-        self.width = max(row.window_width for row in rows)
-        self.zero_based = self.region or all(layout.blocks == 1 for layout in layouts)
-        self.shifted = any(layout.pattern.shifted for layout in layouts)
-        self.offset = torch.arange(self.width, device=device)
-        self.positions = self.offset.expand(len(rows), self.width)
-        self.nowhere = torch.zeros(len(rows), self.width, dtype=torch.bool, device=device)
-        self.everywhere = ~self.nowhere
-        n = batch.numbers[self.slots]
-        self.static = n
-        self.prompt = n[:, N.PROMPT, None]
-        self.flat_tokens = self.slots * batch.tokens.shape[1] + n[:, N.PROMPT]
-        self.flat_masks = self.slots * batch.masked.shape[1]
-        self.members = self._members()
-        self.passes = n[:, N.PASSES]
-        self.wide = [row.traits.whole_region or row.traits.revises for row in rows]
-        self.any_wide = any(self.wide)
-        self.wide_rows = torch.tensor(self.wide, device=device)[:, None]
-        self.revising = any(row.traits.revises for row in rows)
-        self.reviewed = self.revising or not all(row.traits.ours for row in rows)
-        self.drafting = any(row.traits.drafts for row in rows)
-        self.keeping = [i for i, row in enumerate(rows) if row.keeps]
+    def __init__(self, batch: Batch, groups: Groups) -> None:
+        self.batch = batch
+        self.rows = rows = [row for group in groups for row in group]
+        self.sizes = [len(group) for group in groups]
+        self.slots = torch.tensor([row.slot for row in rows], device=batch.device)
+        self.static = static = batch.numbers.index_select(0, self.slots)
+        self._least, self._most = torch.stack([static.amin(dim=0), static.amax(dim=0)]).tolist()
+        self._read_traits([group[0].traits for group in groups])
+        self._gather()
+        self.members: list[Members] = []
+        start = 0
+        for number, group in enumerate(groups):
+            stop = start + len(group)
+            self.members.append(Members.of(batch, group, number, start, self.slots[start:stop], static[start:stop]))
+            start = stop
         ends = {row.end_ids for row in rows}
         self.ends: tuple[int, ...] | None = tuple(ends.pop()) if len(ends) == 1 else None
-        self.judging = any(layout.pattern.judges_drawn for layout in layouts)
-        self.judges = torch.tensor([layout.pattern.judges_drawn for layout in layouts], device=device)
         self._bounds: tuple[list[tuple[int, int]], Tensor, Tensor] | None = None
 
-    def _members(self) -> list[Members]:
-        found: list[Members] = []
-        start = 0
-        while start < len(self.rows):
-            key = self.rows[start].key
-            stop = start
-            while stop < len(self.rows) and self.rows[stop].key == key:
-                stop += 1
-            group, slots = self.batch.groups[key], self.slots[start:stop]
-            columns = [Columns(layer.spec, layer.params[slots]) for layer in group.layers]
-            rows = self.rows[start:stop]
-            params = [[row.all_params[i] for row in rows] for i in range(len(columns))]
-            layout = _layout(self.static[start:stop])
-            found.append(Members(group, start, stop, rows, columns, params, slots, slots[:, None], layout))
-            start = stop
-        return found
+    def _read_traits(self, traits: list[Traits]) -> None:
+        """What some of the rows need, so that the others' steps do without it."""
+        least, most = self._least, self._most
+        self.region = self.rows[0].part_key[0]
+        self.width = most[N.WINDOW]
+        self.zero_based = self.region or most[N.BLOCKS] == 1
+        self.shifted = most[N.SHIFTED] > 0
+        self.judging = most[N.JUDGES] > 0
+        self.spans_stay = least[N.SPANS_STAY] > 0
+        self.one_view = most[N.PASSES] == 1
+        self.keeping = [i for i, row in enumerate(self.rows) if row.keeps] if most[N.KEEPS] else []
+        self.any_wide = any(each.whole_region or each.revises for each in traits)
+        self.revising = any(each.revises for each in traits)
+        self.drafting = any(each.drafts for each in traits)
+        self.reviewed = self.revising or not all(each.ours for each in traits)
+
+    def _gather(self) -> None:
+        """Where on the batch's tensors the windows are."""
+        device, shape = self.batch.device, (len(self.rows), self.width)
+        self.passes, self.text, self.gen = (self.static[:, each] for each in (N.PASSES, N.TEXT, N.GEN))
+        self.prompt = self.static[:, N.PROMPT]
+        self.flat_tokens = self.slots * self.batch.tokens.shape[1] + self.prompt
+        self.flat_masks = self.slots * self.batch.masked.shape[1]
+        self.offset = torch.arange(self.width, device=device)
+        self.positions = self.offset.expand(shape).contiguous()
+        self.row_grid = torch.arange(shape[0], device=device)[:, None].expand(shape).reshape(-1)
+        self.nowhere = torch.zeros(shape, dtype=torch.bool, device=device)
+        self.everywhere = ~self.nowhere
+
+    @property
+    def plain(self) -> bool:
+        """Whether candidates are committed for good, and nothing else happens."""
+        return not (self.revising or self.drafting)
+
+    @cached_property
+    def canvas_places(self) -> Tensor:
+        """Canvas positions of windows that begin at the region's start, int64 [rows, width]."""
+        return self.positions + self.prompt[:, None]
+
+    @cached_property
+    def wide_rows(self) -> Tensor:
+        """Rows that are told of more than candidates, bool [rows, 1]."""
+        wide = [row.traits.whole_region or row.traits.revises for row in self.rows]
+        return torch.tensor(wide, device=self.batch.device)[:, None]
+
+    @cached_property
+    def bounds(self) -> Tensor:
+        """First rows of the groups, and the end of the last one, int64 [groups + 1]."""
+        return torch.tensor([0, *(members.stop for members in self.members)], device=self.batch.device)
+
+    @cached_property
+    def canvases(self) -> list[Canvas]:
+        """The rows' own."""
+        return [row.canvas for row in self.rows]
+
+    @cached_property
+    def _same_spans(self) -> list[list[ForwardSpan]]:
+        return [row.spans() for row in self.rows]
+
+    def spans(self) -> list[list[ForwardSpan]]:
+        """What the next forward computes of each row's canvas, and of its further views."""
+        return self._same_spans if self.spans_stay else [row.spans() for row in self.rows]
 
     @cached_property
     def choices(self) -> TokenChoices | None:
         """How each row's tokens are chosen; None where all take the likeliest, of everything."""
-        each = [row.choice for row in self.rows]
-        return None if all(choice == GREEDY for choice in each) else TokenChoices.of(each, self.batch.device)
+        if self._least[N.GREEDY]:
+            return None
+        return TokenChoices.of([row.choice for row in self.rows], self.batch.device)
+
+    @cached_property
+    def judged(self) -> Tensor | None:
+        """Rows whose confidence is that of what the token was drawn from, bool [rows]; None: none are."""
+        if not self.judging or self.choices is None:
+            return None
+        return self.judged_with(self.choices)
+
+    def judged_with(self, choices: TokenChoices) -> Tensor | None:
+        """Those rows, if tokens are chosen like this."""
+        found = (self.static[:, N.JUDGES] > 0) & (choices.temperature > 0)
+        return found if anywhere(found) else None
 
     @cached_property
     def statistics(self) -> dict[str, Tensor | None]:
         """What is wanted beside token and confidence, and the rows that want it, bool [rows]; None: all of them."""
         wishes: dict[str, list[bool]] = {}
-        for i, row in enumerate(self.rows):
-            own = set(row.traits.statistics)
-            if row.canvas.layout.pattern.judges_drawn and (row.choice.temperature > 0 or row.traits.any_has("choice")):
-                own.add(Statistic.CHOSEN_CONFIDENCE)
-            for name in (*own, *(("top",) if row.traits.top else ())):
-                wishes.setdefault(name, [False] * len(self.rows))[i] = True
-        return {
-            name: None if all(wish) else torch.tensor(wish, device=self.batch.device) for name, wish in wishes.items()
-        }
+        nobody = [False] * len(self.rows)
+        for members in self.members:
+            own = {*members.traits.statistics, *(("top",) if members.traits.top else ())}
+            for name in own:
+                wishes.setdefault(name, list(nobody))[members.start : members.stop] = [True] * len(members.rows)
+            if self.judging:
+                chooses = members.traits.any_has("choice")
+                for i, row in enumerate(members.rows, members.start):
+                    if row.canvas.layout.pattern.judges_drawn and (chooses or row.choice.temperature > 0):
+                        wishes.setdefault(Statistic.CHOSEN_CONFIDENCE, list(nobody))[i] = True
+        device = self.batch.device
+        return {name: None if all(wish) else torch.tensor(wish, device=device) for name, wish in wishes.items()}
 
-    def open(self) -> Opened:
-        """Gather the rows' windows."""
-        batch, slots = self.batch, self.slots
-        n = batch.numbers.index_select(0, slots)
-        start, stop = n[:, N.START, None], n[:, N.STOP, None]
-        if self.zero_based:
-            position = self.positions
-            masked = batch.masked[:, : self.width].index_select(0, slots)
-        else:
-            position = start + self.offset
-            position.masked_fill_(position >= stop, batch.region)
-            masked = batch.masked.view(-1)[self.flat_masks[:, None] + position]
-        block = (position >= start) & (position < stop) if self.region else self.everywhere
-        candidate = masked & block if self.region else masked
-        committed = self.nowhere
-        if self.reviewed:
-            if self.zero_based:
-                given = batch.given[:, : self.width].index_select(0, slots)
-            else:
-                given = batch.given.view(-1)[self.flat_masks[:, None] + position]
-            committed = block & ~(masked | given)
-        opened = Opened(n, position, masked, candidate, committed, block, candidate, None)
-        self._place_windows(opened)
-        if self.shifted:
-            opens = [row.opens_block() for row in self.rows]
-            if any(opens):
-                opened.opens = torch.tensor(opens, device=batch.device)[:, None]
-                opened.candidate = opened.candidate & (~opened.opens | (position == start))
-        opened.asked = opened.candidate
-        if self.any_wide:
-            low, high = self._asked_bounds()
-            wide = self.wide_rows if opened.opens is None else self.wide_rows & ~opened.opens
-            opened.asked = torch.where(wide, (position >= low) & (position < high), opened.candidate)
-        return opened
-
-    def _asked_bounds(self) -> tuple[Tensor, Tensor]:
+    def asked_bounds(self) -> tuple[Tensor, Tensor]:
         """Region positions that rows which ask for more than candidates are told of, [rows, 1] each."""
-        bounds = [row.asked_bounds() if wide else (0, 0) for row, wide in zip(self.rows, self.wide, strict=True)]
+        bounds = [row.asked_bounds() if row.traits.whole_region or row.traits.revises else (0, 0) for row in self.rows]
         if self._bounds is None or self._bounds[0] != bounds:
             columns = torch.tensor(bounds, device=self.batch.device)
             self._bounds = bounds, columns[:, :1], columns[:, 1:]
         return self._bounds[1], self._bounds[2]
-
-    def _place_windows(self, opened: Opened) -> None:
-        """Let rules say where their candidates are."""
-        for members in self.members:
-            if "window" not in members.traits.hooks[0]:
-                continue
-            asked = self.ask(opened, members, 0, lambda context, m=members: guard.window(m.owners[0], context))
-            for index, found in asked:
-                if found is None:
-                    continue
-                n, position, block = opened.numbers[index], opened.position[index], opened.block[index]
-                settled = n[:, N.SETTLED, None]
-                start, stop = found.start.minimum(settled), found.stop.maximum(settled + 1)
-                inside = opened.masked[index] & (position >= start) & (position < stop)
-                confined = n[:, N.CONFINED, None] > 0
-                candidate = opened.candidate.clone()
-                candidate[index] = torch.where(confined, inside & block, inside)
-                opened.candidate = candidate
-
-    def context(
-        self, opened: Opened, members: Members, layer: int, kind: Callable[..., Any] = StepContext, **more: Any
-    ) -> Any:
-        """What a rule (layer 0) or a modifier sees of its rows."""
-        a, b = members.start, members.stop
-        n = opened.numbers[a:b]
-        everything = len(self.rows) == b - a
-
-        def part(values: Tensor) -> Tensor:
-            return values if everything else values[a:b]
-
-        position = part(opened.position)
-        slots = members.slots
-        c = n[:, : N.SLOT + 1].split(1, dim=1)
-        return kind(
-            candidate=part(opened.candidate),
-            masked=part(opened.masked),
-            committed=part(opened.committed),
-            position=position,
-            seed=c[N.SEED],
-            forward=c[N.FORWARDS],
-            block=c[N.BLOCK],
-            block_start=c[N.START],
-            block_step=c[N.BLOCK_STEP],
-            block_masks=c[N.BLOCK_MASKS],
-            slot=c[N.SLOT],
-            layout=members.layout,
-            params=members.params[layer],
-            columns=members.columns[layer],
-            state=self.state(members, layer, slots, position),
-            canvas=self.batch.tokens,
-            row=members.row,
-            **more,
-        )
-
-    def state(self, members: Members, layer: int, slots: Tensor, position: Tensor) -> dict[str, Tensor]:
-        """What a rule or modifier keeps of these rows, in their windows."""
-        own, found = members.group.layers[layer], {}
-        for name, spec in own.specs.items():
-            kept = own.state[name]
-            if spec.per == "row":
-                found[name] = kept[slots]
-            elif self.zero_based:
-                found[name] = kept[slots][:, : self.width]
-            else:
-                found[name] = kept[slots[:, None], position]
-        return found
-
-    def keep(
-        self, opened: Opened, members: Members, layer: int, index: Tensor | None, states: dict[str, Tensor]
-    ) -> None:
-        """Write new state of some rows of the part, or of all members."""
-        own = members.group.layers[layer]
-        at = slice(members.start, members.stop) if index is None else index
-        slots, position = self.slots[at], opened.position[at]
-        for name, value in states.items():
-            own.widen(name, value.shape[-1])
-            kept, spec = own.state[name], own.specs[name]
-            if spec.shape and kept.shape[-1] > value.shape[-1]:
-                value = torch.nn.functional.pad(value, (0, kept.shape[-1] - value.shape[-1]), value=spec.fill)
-            if spec.per == "row":
-                kept[slots] = value
-            else:
-                kept[slots[:, None], position] = value
-                if not self.zero_based:  # what was written where no position is
-                    kept[slots, -1] = torch.tensor(spec.fill, dtype=spec.dtype, device=kept.device)
-
-    def ask(
-        self, opened: Opened, members: Members, layer: int, hook: Callable[[StepContext[Any]], Any]
-    ) -> list[tuple[Tensor, Any]]:
-        """A hook's answers with the rows of the part that each is for; where all together fail, each row alone."""
-        context = self.context(opened, members, layer)
-        ours = guard.is_ours(type(members.owners[layer]))
-        index = torch.arange(members.start, members.stop, device=self.batch.device)
-        try:
-            return [(index, hook(context if ours else copied(context)))]
-        except SamplerError as error:
-            if len(index) == 1:
-                opened.failed.setdefault(members.start, error)
-                return []
-        found = []
-        for i in range(len(index)):
-            try:
-                found.append((index[i : i + 1], hook(one(context, i) if ours else copied(one(context, i)))))
-            except SamplerError as error:
-                opened.failed.setdefault(members.start + i, error)
-        return found

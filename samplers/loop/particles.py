@@ -8,7 +8,7 @@ import torch
 
 from samplers.canvas import Canvas
 from samplers.contract import Resampling, SamplerError, Slots
-from samplers.loop import guard
+from samplers.loop import hooks
 from samplers.loop.event import StepEvent
 from samplers.loop.numbers import N
 from samplers.randomness import BARRIER, uniform
@@ -52,12 +52,12 @@ class Particles:
         per_step = self.lanes[0].sampler.barrier == "step"
         return [lane for lane in self.lanes if not lane.lane_finished and (per_step or lane.block == ahead)]
 
-    def after(self, events: dict[int, StepEvent]) -> list[StepEvent]:
+    def after(self, events: "dict[Row, StepEvent]") -> list[StepEvent]:
         """What to tell of the generation after a step of some of its canvases."""
-        taking = [i for i, lane in enumerate(self.lanes) if id(lane) in events]
+        taking = [i for i, lane in enumerate(self.lanes) if lane in events]
         self.forwards += sum(1 + len(self.lanes[i].views) for i in taking)
         for i in taking:
-            event = events[id(self.lanes[i])]
+            event = events[self.lanes[i]]
             if event.error is not None:
                 return [StepEvent(error=event.error)]
             self.events[i].append(replace(event, forward=self.forwards, settled=0, text_tokens=[]))
@@ -80,7 +80,7 @@ class Particles:
                 return
         finished = [lane.lane_finished for lane in self.lanes]
         if not all(finished):
-            found = guard.resample(rule, self._slots())
+            found = hooks.resample(rule, self._slots())
             if found is not None:
                 self._take_over(found)
         self._blocks = [lane.block for lane in self.lanes]
@@ -132,7 +132,7 @@ class Particles:
     def _end(self) -> list[StepEvent]:
         """Let one canvas be the generation's, and tell all that it did."""
         row = self.lanes[0]
-        winner = guard.winner(row.sampler, self._slots(), len(self.lanes))
+        winner = hooks.winner(row.sampler, self._slots(), len(self.lanes))
         self.won = winner
         found, batch = self.lanes[winner], row.batch
         assert batch is not None

@@ -1,7 +1,7 @@
 """One generation on its way from all masks to text."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -10,41 +10,21 @@ from torch import Tensor
 
 from samplers.canvas import Canvas, Layout
 from samplers.columns import columns_of
-from samplers.contract import Modifier, ParameterError, Sampler, SamplerParams, View
+from samplers.contract import Modifier, ParameterError, Sampler, SamplerParams
 from samplers.forward.span import CacheMode, ForwardSpan
 from samplers.forward.token_choice import GREEDY, TokenChoice
-from samplers.loop import guard
+from samplers.loop import guard, hooks
 from samplers.loop.batch import Batch
 from samplers.loop.cache_plan import CachePlan
-from samplers.loop.guard import Traits
 from samplers.loop.numbers import CHANGING, COUNT, NEVER, N
 from samplers.loop.particles import Particles, copies_of
+from samplers.loop.traits import Traits
+from samplers.loop.view_canvas import ViewCanvas
 from samplers.loop.window import enter
 from samplers.randomness import slot_seed
 
 NARROW = 3
 """Windows up to 4 ** 3 positions wide stand side by side whatever their width."""
-
-
-@dataclass(eq=False)
-class ViewCanvas:
-    """A further canvas as which the model sees a generation, and what is cached of it."""
-
-    canvas: Canvas
-    weight: float
-    plan: CachePlan
-
-    @classmethod
-    def of(cls, view: View, canvas: Canvas, given: Tensor, mask_id: int, cache: CacheMode) -> "ViewCanvas":
-        """The view of a canvas, in its own tensors."""
-        layout, tokens = canvas.layout, canvas.tokens.clone()
-        if view.prompt == "masked":
-            tokens[: layout.prompt_length] = mask_id
-            tokens[layout.prompt_length + layout.gen_length :] = mask_id
-        elif view.prompt is not None:
-            tokens = torch.cat([tokens.new_tensor(view.prompt), tokens[layout.prompt_length :]])
-            layout = replace(layout, prompt_length=len(view.prompt))
-        return cls(Canvas(layout, tokens, canvas.masked), view.weight, CachePlan(cache))
 
 
 @dataclass(eq=False)
@@ -111,7 +91,8 @@ class Row:
             raise ParameterError("sampler", reason)
         if reason := guard.incompatibility(sampler, layout.pattern, modifiers):
             raise ParameterError("modifiers", reason)
-        for i, (owner, own) in enumerate(zip((sampler, *modifiers), self.all_params, strict=True)):
+        owners: list[guard.Owner] = [sampler, *modifiers]
+        for i, (owner, own) in enumerate(zip(owners, self.all_params, strict=True)):
             try:
                 guard.check_params(owner, own, layout)
             except ParameterError as error:
@@ -121,12 +102,12 @@ class Row:
         self.traits = Traits.of(sampler, modifiers)
         self.key = (id(sampler), *map(id, modifiers), id(self.traits))
         if self.traits.chooses_tokens and self.choice.temperature > 0:
-            kind, who = "sampler", sampler
+            kind, who = "sampler", owners[0]
             if not Traits.of(sampler).chooses_tokens:
                 kind, who = "modifier", next(each for each in modifiers if each.chooses_tokens)
             name = guard.name_of(who)
             raise ParameterError("temperature", f"{kind} {name} chooses tokens itself; use temperature 0")
-        self._most_steps = guard.most_steps(sampler, self.traits, params)
+        self._most_steps = hooks.most_steps(sampler, self.traits, params)
         self._plan = CachePlan(self.cache)
         self._text_length = layout.text_length
         # Without a cache every forward computes the whole canvas.
@@ -146,7 +127,7 @@ class Row:
 
     def _make_particles(self) -> None:
         """Further canvases, if the rule denoises on several."""
-        count = guard.count(self.sampler, "slots", 1, guard.MOST_CANVASES, self.params)
+        count = hooks.count(self.sampler, "slots", 1, hooks.MOST_CANVASES, self.params)
         if count > 1:
             others = [
                 Row(
@@ -168,13 +149,13 @@ class Row:
 
     def _make_views(self) -> None:
         """The canvases of every forward."""
-        first, *others = guard.views(self.sampler, self.modifiers)
+        first, *others = hooks.views(self.sampler, self.modifiers)
         self.weight = first.weight
         self.views = [ViewCanvas.of(view, self.canvas, self.given, self._mask_id, self.cache) for view in others]
 
     @cached_property
     def part_key(self) -> tuple[bool, int]:
-        """Rows with the same one take steps together: what they look at is of similar width, within a factor of four."""
+        """Rows with the same one take steps together: their windows' widths are within a factor of four."""
         traits = self.traits
         region = traits.whole_region or traits.sees_region or "window" in traits.hooks[0]
         self.window_width = self.canvas.layout.gen_length
@@ -204,6 +185,8 @@ class Row:
         n[N.REVISES], n[N.DRAFTS], n[N.MOST] = self.traits.revises, self.traits.drafts, self._most_steps
         n[N.CONFINED] = self.cache is not CacheMode.NONE or pattern.causal
         n[N.PASSES], n[N.VOCABULARY] = 1 + len(self.views), -1 if self.vocabulary is None else self.vocabulary
+        n[N.SHIFTED], n[N.JUDGES], n[N.KEEPS] = pattern.shifted, pattern.judges_drawn, self.keeps
+        n[N.GREEDY], n[N.WINDOW], n[N.SPANS_STAY] = self.choice == GREEDY, self.window_width, self._spans_stay
         n[N.END], n[N.ENTERED] = NEVER, -1
         return torch.tensor(n, dtype=torch.int64)
 
@@ -212,9 +195,15 @@ class Row:
         assert self.batch is not None
         self._now = self.batch.numbers[self.slot, :CHANGING].tolist()
 
-    def show(self, now: list[int]) -> None:
-        """Note the row's changing integers, which are these."""
+    def show(self, now: list[int], told: list[int]) -> list[int]:
+        """Note the row's changing integers, and what became settled text; returns that, end-of-text not included."""
         self._now = now
+        if not told:
+            return []
+        self.told += told
+        text = self.told[self.reported : self.end]
+        self.reported = len(self.told)
+        return text
 
     @property
     def forwards(self) -> int:

@@ -11,12 +11,13 @@ from samplers.contract import SamplerError
 from samplers.forward.prediction import Prediction
 from samplers.forward.query import Predict, Query
 from samplers.loop.advancing import advance, blame_bonus
-from samplers.loop.asking import ask, together
+from samplers.loop.asking import ask
 from samplers.loop.batch import Batch
 from samplers.loop.event import ForwardError, StepEvent
 from samplers.loop.part import Part, split
 from samplers.loop.particles import Particles, lanes_of
 from samplers.loop.row import Row
+from samplers.loop.views import together
 
 Turn = list[tuple[Row, StepEvent]]
 """What a step did to each row that took part in it."""
@@ -74,16 +75,16 @@ class Loop:
     def __init__(self, batch: Batch, may_wait: bool) -> None:
         self._batch = batch
         self._may_wait = may_wait
-        self._key: tuple[object, ...] = ()
+        self._key: list[int] = []
         self._parts: list[Part] = []
 
     def _parts_of(self, lanes: Sequence[Row]) -> list[Part]:
         for row in lanes:
             if row.batch is not self._batch:
                 self._batch.admit(row)
-        key = (self._batch.version, *map(id, lanes))
+        key = [self._batch.version, *map(id, lanes)]
         if key != self._key:
-            self._parts = [Part(self._batch, rows) for rows in split(lanes)]
+            self._parts = [Part(self._batch, groups) for groups in split(lanes)]
             self._key = key
         return self._parts
 
@@ -95,7 +96,7 @@ class Loop:
         asked = [ask(part) for part in parts]
         query = together([each for each, _ in asked])
         prediction = predict(query)
-        events: dict[int, StepEvent] = {}
+        events: dict[Row, StepEvent] = {}
         first = canvas = 0
         for part, (own, opened) in zip(parts, asked, strict=True):
             count = own.answers
@@ -103,10 +104,11 @@ class Loop:
             broken = blame_bonus(part, own.wanted, opened, mine)
             if prediction.failed:
                 broken |= _failed(part, prediction, canvas)
-            for row, event in zip(part.rows, advance(part, opened, mine, self._may_wait, broken), strict=True):
-                events[id(row)] = event
+            events.update(zip(part.rows, advance(part, opened, mine, self._may_wait, broken), strict=True))
             first += count
             canvas += own.generations
+        if len(lanes) == len(rows) and all(row.particles is None for row in rows):
+            return [(row, events[row]) for row in rows]
         return [each for row in rows for each in _of_row(row, events)]
 
 
@@ -119,8 +121,8 @@ def _failed(part: Part, prediction: Prediction, first: int) -> dict[int, Sampler
     }
 
 
-def _of_row(row: Row, events: dict[int, StepEvent]) -> Turn:
+def _of_row(row: Row, events: dict[Row, StepEvent]) -> Turn:
     if row.particles is None:
-        return [(row, events[id(row)])]
+        return [(row, events[row])]
     particles: Particles = row.particles
     return [(row, event) for event in particles.after(events)]

@@ -1,29 +1,35 @@
 """Where rows are: their active block, what is settled before it, and when it is time for the next."""
 
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
 
 from samplers.loop.batch import Batch
-from samplers.loop.numbers import N
+from samplers.loop.masks import first_of_rows, places, some_of_rows
+from samplers.loop.numbers import ENTERING, N
 from samplers.randomness import NOISE, uniform
 
+Filled = list[tuple[int, list[int]]]
+"""What became padding: slot, and positions of its generation region."""
 
-def enter(batch: Batch, slots: Tensor) -> list[tuple[int, list[int]]]:
+
+def enter(batch: Batch, slots: Tensor) -> Filled:
     """Make the first block with a mask the active one of these rows, which have none left in theirs.
 
     A row that revises stays in its block until that is closed. A block of which a forward would say nothing is closed
     here: where a block's first position is decided by the position before it, it is not told again, and a block may
     hold no other. So no row that is not finished is ever asked about nothing.
 
-    Returns:
-        what became padding after an end-of-text: slot, and positions of its generation region.
+    Returns what became padding after an end-of-text.
     """
-    filled: list[tuple[int, list[int]]] = []
+    filled: Filled = []
     while len(slots):
-        some = _find(batch, slots)
-        slots = slots[~some & (batch.numbers[slots, N.REVISES] > 0)]
+        _find(batch, slots)
+        if not batch.revising:
+            break
+        slots = slots[(batch.numbers[slots, N.REVISES] > 0) & ~_has_candidates(batch, slots)]
         if len(slots):
             slots = slots[_has_nothing_to_say(batch, slots)]
         if len(slots):
@@ -31,35 +37,35 @@ def enter(batch: Batch, slots: Tensor) -> list[tuple[int, list[int]]]:
     return filled
 
 
-def _find(batch: Batch, slots: Tensor) -> Tensor:
-    """Note the active block, and what follows from it; returns which of them have candidates, bool [rows]."""
+def _find(batch: Batch, slots: Tensor) -> None:
+    """Note the active block, and what follows from it."""
     n = batch.numbers.index_select(0, slots)
-    c = n.unbind(1)
+    c = n[:, :ENTERING].unbind(1)
     masked = batch.masked.index_select(0, slots)
-    some = masked.any(dim=1)
-    settled = torch.where(some, masked.byte().argmax(dim=1), c[N.GEN])
-    settled = torch.where(c[N.REVISES] > 0, settled.minimum(c[N.CLOSED]), settled)
+    some, first_masked = first_of_rows(masked)
+    settled = torch.where(some, first_masked, c[N.GEN])
+    if batch.revising:
+        settled = torch.where(c[N.REVISES] > 0, settled.minimum(c[N.CLOSED]), settled)
     block = ((settled + c[N.SHARED]) // c[N.BLOCK_LENGTH]).minimum(c[N.BLOCKS] - 1)
     first = block * c[N.BLOCK_LENGTH] - c[N.SHARED]
     start, stop = first.clamp(min=0), (first + c[N.BLOCK_LENGTH]).minimum(c[N.GEN])
-    place = batch.places
-    candidate = masked & (place >= start[:, None]) & (place < stop[:, None])
+    candidate = masked & (batch.places >= start[:, None]) & (batch.places < stop[:, None])
     entered = block != c[N.ENTERED]
-    # The programs of block-causal models count the whole block, also where it holds the prompt's end.
-    masks = torch.where(c[N.CAUSAL] > 0, c[N.BLOCK_LENGTH], candidate.sum(dim=1))
-    c[N.BLOCK_MASKS].copy_(torch.where(entered, masks, c[N.BLOCK_MASKS]))
+    masks = candidate.sum(dim=1)
+    if batch.causal:  # The programs of such models count the whole block, also where it holds the prompt's end.
+        masks = torch.where(c[N.CAUSAL] > 0, c[N.BLOCK_LENGTH], masks)
+    torch.where(entered, masks, c[N.BLOCK_MASKS], out=c[N.BLOCK_MASKS])
     c[N.BLOCK_STEP].masked_fill_(entered, 0)
-    for which, value in ((N.SETTLED, settled), (N.BLOCK, block), (N.START, start), (N.STOP, stop), (N.ENTERED, block)):
-        c[which].copy_(value)
-    c[N.FIRST].copy_(candidate.gather(1, start[:, None])[:, 0])
-    c[N.TOLD].copy_(c[N.TOLD].maximum(told_stop(c)))
+    n[:, N.BLOCK : N.ENTERED + 1] = torch.stack([block, start, stop, settled, block], dim=1)
+    if batch.shifted:
+        c[N.FIRST].copy_(candidate.gather(1, start[:, None])[:, 0])
+    c[N.TOLD].copy_(c[N.TOLD].maximum(settled.minimum(c[N.TEXT]).minimum(c[N.END] + 1)))
     batch.numbers.index_copy_(0, slots, n)
-    if bool(entered.any()):
+    if batch.keeping_state:
         batch.reset_blocks(slots[entered])
+    if batch.drafting:
         fresh = entered & (c[N.NOISE] > 0)
-        if bool(fresh.any()):
-            _draw_noise(batch, slots[fresh], candidate[fresh])
-    return candidate.any(dim=1)
+        _draw_noise(batch, slots[fresh], candidate[fresh])
 
 
 def _draw_noise(batch: Batch, slots: Tensor, candidate: Tensor) -> None:
@@ -68,6 +74,13 @@ def _draw_noise(batch: Batch, slots: Tensor, candidate: Tensor) -> None:
     row, position = candidate.nonzero(as_tuple=True)
     numbers = uniform(n[row, N.SEED], n[row, N.FORWARDS], position, NOISE)
     batch.tokens[slots[row], n[row, N.PROMPT] + position] = (numbers * n[row, N.NOISE]).long()
+
+
+def _has_candidates(batch: Batch, slots: Tensor) -> Tensor:
+    """Rows with a mask in their active block, bool [rows]."""
+    n, place = batch.numbers[slots], batch.places
+    inside = (place >= n[:, N.START, None]) & (place < n[:, N.STOP, None])
+    return some_of_rows(batch.masked[slots] & inside)
 
 
 def _has_nothing_to_say(batch: Batch, slots: Tensor) -> Tensor:
@@ -82,10 +95,10 @@ def _has_nothing_to_say(batch: Batch, slots: Tensor) -> Tensor:
     return torch.tensor(flags, dtype=torch.bool, device=slots.device)
 
 
-def close(batch: Batch, slots: Tensor) -> list[tuple[int, list[int]]]:
+def close(batch: Batch, slots: Tensor) -> Filled:
     """Settle what the active block of these rows, which revise, holds; returns what became padding."""
     n = batch.numbers[slots]
-    place = torch.arange(batch.region, device=slots.device)
+    place = batch.places[:-1]
     inside = (place >= n[:, N.CLOSED, None]) & (place < n[:, N.STOP, None])
     row, position = inside.nonzero(as_tuple=True)
     tokens = batch.tokens[slots[row], n[row, N.PROMPT] + position]
@@ -94,33 +107,39 @@ def close(batch: Batch, slots: Tensor) -> list[tuple[int, list[int]]]:
 
 
 def note_ends(
-    batch: Batch, slots: Tensor, row: Tensor, position: Tensor, tokens: Tensor
-) -> list[tuple[int, list[int]]]:
+    batch: Batch, slots: Tensor, row: Tensor, position: Tensor, tokens: Tensor, ends: Sequence[int] | None = None
+) -> Filled:
     """Note committed end-of-text tokens, and settle masks after them as padding where that is wanted.
 
     Args:
         row, position, tokens: int64 [n], what was committed: index into `slots`, region position, token.
+        ends: end-of-text tokens where they are the same in all of these slots.
 
-    Returns:
-        what became padding.
+    Returns what became padding.
     """
-    if not batch.ends.shape[1] or not len(tokens):
+    if not batch.ends.shape[1] or not len(tokens) or (ends is not None and not len(ends)):
         return []
-    is_end = (tokens[:, None] == batch.ends[slots[row]]).any(dim=1)
-    if not bool(is_end.any()):
+    if ends is None:
+        is_end = some_of_rows(tokens[:, None] == batch.ends[slots[row]])
+    else:
+        is_end = reduce(torch.Tensor.logical_or, [tokens == end for end in ends])
+    found = places(is_end)
+    if not len(found):
         return []
-    end = batch.numbers[slots, N.END].scatter_reduce(0, row[is_end], position[is_end], "amin")
+    row, position = row[found], position[found]
+    end = batch.numbers[slots, N.END].scatter_reduce(0, row, position, "amin")
     batch.numbers[slots, N.END] = end
-    at = row[is_end].unique()
-    at = at[(batch.numbers[slots[at], N.FILL] > 0)]
+    ending = torch.zeros(len(slots), dtype=torch.bool, device=slots.device)
+    ending[row] = True
+    at = places(ending & (batch.numbers[slots, N.FILL] > 0))
     return _fill(batch, slots[at]) if len(at) else []
 
 
-def _fill(batch: Batch, slots: Tensor) -> list[tuple[int, list[int]]]:
+def _fill(batch: Batch, slots: Tensor) -> Filled:
     """Settle every mask after these rows' ends as padding."""
     n = batch.numbers[slots]
     end = n[:, N.END, None]
-    after = batch.masked[slots] & (torch.arange(batch.region + 1, device=slots.device) >= end)
+    after = batch.masked[slots] & (batch.places >= end)
     row, position = after.nonzero(as_tuple=True)
     padding = batch.tokens[slots, n[:, N.PROMPT] + n[:, N.END]]
     batch.tokens[slots[row], n[row, N.PROMPT] + position] = padding[row]
@@ -132,8 +151,3 @@ def _fill(batch: Batch, slots: Tensor) -> list[tuple[int, list[int]]]:
             found.append((slot, places[first : first + count]))
         first += count
     return found
-
-
-def told_stop(c: Sequence[Tensor]) -> Tensor:
-    """End of the settled text of each row, end-of-text included; [rows], of the table's columns."""
-    return c[N.SETTLED].minimum(c[N.TEXT]).minimum(c[N.END] + 1)

@@ -1,6 +1,6 @@
 """What a generation can come to cost, known before its first forward."""
 
-from samplers.loop.guard import count
+from samplers.loop.hooks import count
 from samplers.loop.row import Row
 
 MOST_FORWARDS = 2**31

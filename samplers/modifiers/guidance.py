@@ -39,9 +39,10 @@ class Guidance(Modifier[GuidanceParams]):
             return views
         if isinstance(params.negative_prompt, str):
             raise ParameterError("negative_prompt", "negative_prompt must be encoded before it gets here")
-        without = "masked" if params.negative_prompt is None else tuple(params.negative_prompt)
+        negative = params.negative_prompt
+        other = View(-params.scale, "masked" if negative is None else tuple(negative))
         guided = [View(view.weight * (params.scale + 1), view.prompt) for view in views]
-        return [*guided, View(-params.scale, without)]
+        return [*guided, other]
 
     def incompatibility(
         self, sampler: Sampler[Any], pattern: AttentionPattern, before: Sequence[Modifier[Any]]

@@ -9,7 +9,9 @@ from torch import Tensor
 from samplers.contract import SamplerParams, Selection, Step
 from samplers.forward.statistics import Statistic
 from samplers.ranking import best
-from samplers.schedule import ScheduledSampler, block_share
+from samplers.schedule import ScheduledSampler
+
+_SCORES = {"maskgit_plus": Statistic.CHOSEN_CONFIDENCE, "topk_margin": Statistic.CHOSEN_MARGIN}
 
 
 class DreamParams(SamplerParams):
@@ -37,21 +39,26 @@ class Dream(ScheduledSampler):
     name = "dream"
     paper = "https://arxiv.org/abs/2508.15487"
     statistics = frozenset({Statistic.CHOSEN_CONFIDENCE, Statistic.CHOSEN_ENTROPY, Statistic.CHOSEN_MARGIN})
-    Params = DreamParams
+    Params = DreamParams  # type: ignore[assignment]
 
     def select(self, step: Step[DreamParams]) -> Selection:  # type: ignore[override]
-        share = shares(step)
-        count = self.count(step, share)
-        uniform = self.numbers(step, count)
+        share, columns = shares(step), step.columns
+        if columns.all_have("alg", "origin"):
+            return Selection(step.candidate & (self.numbers(step) < share))
         score = -step.extra[Statistic.CHOSEN_ENTROPY]
-        score = torch.where(step.option("alg", "maskgit_plus"), step.extra[Statistic.CHOSEN_CONFIDENCE], score)
-        score = torch.where(step.option("alg", "topk_margin"), step.extra[Statistic.CHOSEN_MARGIN], score).double()
-        warmth = step.columns.exact("alg_temp").float().double()
-        # Adding such noise and taking the best is to draw from the softmax without replacement.
-        noise = -(-uniform.clamp(min=2.0**-53).log()).log()
-        score = torch.where(warmth > 0, score / warmth.clamp(min=1e-9) + noise, score)
-        chosen = self.surest(score, step.candidate, count)
-        drawn = step.candidate & (uniform < share)
+        for name, statistic in _SCORES.items():
+            if columns.any_has("alg", name):
+                score = torch.where(step.option("alg", name), step.extra[statistic], score)
+        warmth = columns.exact("alg_temp").float().double()
+        if columns.keep("warm", lambda: bool((warmth > 0).any())):
+            # Adding such noise and taking the best is to draw from the softmax without replacement.
+            noise = -(-self.numbers(step).clamp(min=2.0**-53).log()).log()
+            score = score.double()
+            score = torch.where(warmth > 0, score / warmth.clamp(min=1e-9) + noise, score)
+        chosen = self.surest(score, step.candidate, self.count(step, share))
+        if not columns.any_has("alg", "origin"):
+            return Selection(chosen)
+        drawn = step.candidate & (self.numbers(step) < share)
         return Selection(torch.where(step.option("alg", "origin"), drawn, chosen))
 
     def count(self, step: Step[DreamParams], share: Tensor) -> Tensor:
@@ -62,22 +69,27 @@ class Dream(ScheduledSampler):
         """The `count` [rows, 1] candidates of highest score, bool [rows, width]."""
         return best(score, candidate, count)
 
-    def numbers(self, step: Step[DreamParams], count: Tensor) -> Tensor:
+    def numbers(self, step: Step[DreamParams]) -> Tensor:
         """Random numbers in [0, 1), [rows, width]."""
         return step.uniform()
 
 
 def shares(step: Step[DreamParams]) -> Tensor:
     """The share of its candidates that each row commits, float32 [rows, 1]."""
+    least, more, eps = step.columns.keep("times", lambda: _times(step))
+    steps = least + (step.block < more)
+    after = torch.cat([step.block_step, step.block_step + 1], dim=1)
+    times = _time(after, steps, eps)
+    return torch.where(after[:, 1:] >= steps, 1.0, 1 - times[:, 1:] / times[:, :1])
+
+
+def _times(step: Step[DreamParams]) -> tuple[Tensor, Tensor, Tensor]:
+    """Steps of every block, number of the first blocks that have one more, and the time at the end; [rows, 1] each."""
     steps = torch.where(step.given("steps"), step.param("steps", none=1), step.layout.denoised_length)
-    steps = block_share(steps, step.layout.blocks, step.block)
-    eps = step.columns.exact("eps")
-    now, then = (_time(s, steps, eps) for s in (step.block_step, step.block_step + 1))
-    return torch.where(step.block_step + 1 >= steps, 1.0, 1 - then / now)
+    return steps // step.layout.blocks, steps % step.layout.blocks, step.columns.exact("eps").float()
 
 
 def _time(s: Tensor, steps: Tensor, eps: Tensor) -> Tensor:
     """Entry s of float32 linspace(1, eps, steps + 1), as torch rounds it: from the nearer end."""
-    start, stop = torch.ones_like(eps).float(), eps.float()
-    size = (stop - start) / steps.float()
-    return torch.where(s < (steps + 1) // 2, start + size * s, stop - size * (steps - s))
+    size = (eps - 1) / steps
+    return torch.where(s < (steps + 1) // 2, 1 + size * s, eps - size * (steps - s))

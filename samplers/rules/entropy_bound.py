@@ -4,6 +4,7 @@ from typing import Literal
 
 import torch
 from pydantic import AliasChoices, Field
+from torch import Tensor
 
 from samplers.contract import Sampler, SamplerParams, Selection, Step
 from samplers.forward.statistics import Statistic
@@ -30,13 +31,21 @@ class EntropyBound(Sampler[SamplerParams]):
         proxy: Literal["entropy", "confidence", "margin"] = Field("entropy", description="what surest means")
 
     def select(self, step: Step[SamplerParams]) -> Selection:
+        # What is no candidate comes last; its entropy must not make infinity of what is before it.
         entropy = step.extra[Statistic.ENTROPY].masked_fill(~step.candidate, torch.inf)
+        if step.columns.all_have("proxy", "entropy"):
+            entropies, order = entropy.sort(dim=1, stable=True)
+        else:
+            order = self._error(step, entropy).argsort(dim=1, stable=True)
+            entropies = entropy.gather(1, order)
+        entropies = entropies.clamp_(max=1e6).double()
+        largest = entropies.cummax(dim=1).values.masked_fill(step.param("count_largest"), 0.0)
+        passes = entropies.cumsum(dim=1) - largest <= step.param("gamma")
+        passes[:, 0] = True  # one goes, whatever its own entropy
+        return Selection(step.candidate & prefix(passes, order))
+
+    def _error(self, step: Step[SamplerParams], entropy: Tensor) -> Tensor:
+        """How unsure each candidate is, by the measure that its row names."""
         error = torch.where(step.option("proxy", "confidence"), -step.confidence, entropy)
         error = torch.where(step.option("proxy", "margin"), -step.extra[Statistic.MARGIN], error)
-        order = error.masked_fill(~step.candidate, torch.inf).argsort(dim=1, stable=True)
-        # What is no candidate comes last; its entropy must not make infinity of what is before it.
-        sorted_entropy = entropy.gather(1, order).clamp(max=1e6).double()
-        largest = sorted_entropy.cummax(dim=1).values.masked_fill(step.param("count_largest"), 0.0)
-        passes = sorted_entropy.cumsum(dim=1) - largest <= step.param("gamma")
-        passes[:, :1] = True  # one goes, whatever its own entropy
-        return Selection(step.candidate & prefix(passes, order))
+        return error.masked_fill(~step.candidate, torch.inf)

@@ -2,7 +2,7 @@
 
 from samplers.contract import Selection, Step
 from samplers.ranking import best
-from samplers.schedule import ScheduledParams, ScheduledSampler, quota
+from samplers.schedule import ScheduledParams, ScheduledSampler, quota_for_best
 
 
 class Random(ScheduledSampler):
@@ -12,4 +12,4 @@ class Random(ScheduledSampler):
     paper = "https://arxiv.org/abs/2502.09992"
 
     def select(self, step: Step[ScheduledParams]) -> Selection:
-        return Selection(best(step.uniform(), step.candidate, quota(step)))
+        return Selection(best(step.uniform(), step.candidate, quota_for_best(step)))

@@ -2,7 +2,7 @@
 
 from samplers.contract import Selection, Step
 from samplers.ranking import best
-from samplers.schedule import ScheduledParams, ScheduledSampler, quota
+from samplers.schedule import ScheduledParams, ScheduledSampler, quota_for_best
 
 
 class Sequential(ScheduledSampler):
@@ -15,4 +15,4 @@ class Sequential(ScheduledSampler):
     paper = "https://arxiv.org/abs/2510.06303"
 
     def select(self, step: Step[ScheduledParams]) -> Selection:
-        return Selection(best(-step.position.float(), step.candidate, quota(step)))
+        return Selection(best(-step.position.float(), step.candidate, quota_for_best(step)))

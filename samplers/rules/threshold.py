@@ -1,10 +1,12 @@
 """Everything sure enough."""
 
+import torch
 from pydantic import Field
+from torch import Tensor
 
 from samplers.contract import Selection, Step
 from samplers.ranking import best
-from samplers.schedule import ScheduledParams, ScheduledSampler, quota
+from samplers.schedule import ScheduledParams, ScheduledSampler, quota_for_best
 
 
 class Threshold(ScheduledSampler):
@@ -24,9 +26,14 @@ class Threshold(ScheduledSampler):
         )
 
     def select(self, step: Step[ScheduledParams]) -> Selection:
-        threshold = step.param("threshold")
-        sure = (step.confidence > threshold) | (~step.layout.strict & (step.confidence == threshold))
-        sure = step.candidate & sure
+        sure = step.candidate & (step.confidence >= step.columns.keep("least", lambda: _least(step)))
         if not (step.columns.any_given("k") or step.columns.any_given("steps")):
             return Selection(sure)  # the surest goes where nothing does
-        return Selection(sure | best(step.confidence, step.candidate, quota(step)))
+        return Selection(sure | best(step.confidence, step.candidate, quota_for_best(step)))
+
+
+def _least(step: Step[ScheduledParams]) -> Tensor:
+    """Least confidence that passes, float32 [rows, 1]."""
+    threshold = step.param("threshold")
+    above = torch.nextafter(threshold, torch.full_like(threshold, torch.inf))
+    return torch.where(step.layout.strict, above, threshold)

@@ -27,6 +27,16 @@ class Result:
     detail: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Figure:
+    """A number that is no ratio, what it counts, and how it came about."""
+
+    name: str
+    value: float
+    unit: str
+    detail: dict[str, Any] = field(default_factory=dict)
+
+
 def timed(work: Callable[[], object]) -> Measure:
     """Seconds that a piece of work takes."""
 
@@ -59,6 +69,6 @@ def spread(name: str, unit: str, ratios: list[float], **detail: Any) -> Result:
     return Result(name, round(middle, 4), round(low, 4), round(high, 4), unit, rounded | {"rounds": len(ratios)})
 
 
-def write_results(path: Path, machine: dict[str, Any], results: Iterable[Result]) -> None:
+def write_results(path: Path, machine: dict[str, Any], results: Iterable[Result | Figure]) -> None:
     content = {"machine": machine, "results": [asdict(result) for result in results]}
     write_file(path, json.dumps(content, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""`unmask bench`: ratios of timings taken in one run on this machine."""
+"""`unmask bench`: measurements taken in one run on this machine."""
 
 import tempfile
 import time
@@ -12,19 +12,23 @@ from server.commands.options import MOST_COUNT, Threads, check_file, progress_co
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from server.bench.results import Result
+    from server.bench.results import Figure, Result
 
 Json = Annotated[Path | None, typer.Option("--json", help="Write the results there.", metavar="FILE")]
 Rounds = Annotated[
     int, typer.Option("--rounds", min=1, max=MOST_COUNT, help="Rounds in which both sides of a ratio are measured.")
 ]
+Steps = Annotated[int, typer.Option("--steps", min=1, max=MOST_COUNT, help="Steps that each median is of.")]
 Small = Annotated[bool, typer.Option("--embedded-only", help="Leave out the random model of 100 M weights.")]
 
 
 def register(app: typer.Typer) -> None:
-    commands = typer.Typer(help="Measure on this machine; ratios of two things that alternate in one run.")
+    commands = typer.Typer(
+        help="Measure on this machine: ratios of two things that alternate in one run; times of steps."
+    )
     commands.command("engine")(engine)
     commands.command("http")(http)
+    commands.command("sampler")(sampler)
     app.add_typer(commands, name="bench")
 
 
@@ -67,21 +71,34 @@ def http(json: Json = None, rounds: Rounds = 5, embedded_only: Small = False, th
     _report(results(), json)
 
 
-def _report(results: "Iterable[Result]", json: Path | None) -> None:
+def sampler(json: Json = None, steps: Steps = 60) -> None:
+    """The denoising loop alone, without a model, on one thread: milliseconds a step, by sampler and number of rows."""
+    from server.bench.sampler import measure_sampler
+
+    check_file("--json", json)
+    use_threads(1)
+    _report(measure_sampler(steps=steps), json)
+
+
+def _report(results: "Iterable[Result | Figure]", json: Path | None) -> None:
     """Print the machine and each result as it comes, and write all of them to the file."""
     from server.bench.machine import in_words, machine
-    from server.bench.results import write_results
+    from server.bench.results import Result, write_results
     from server.runtime.waiting import CALM_READINGS, READING_PERIOD
 
     measured_on = machine()
     typer.echo(in_words(measured_on))
     # Reading the CPU's features took another process, next to which idle threads sleep. Wait until they spin again.
     time.sleep((CALM_READINGS + 2) * READING_PERIOD)
-    found: list[Result] = []
+    found: list[Result | Figure] = []
     with progress_console().status("measuring"):
         for result in results:
             found.append(result)
-            spread = f"{result.low:.3f} ... {result.high:.3f}"
-            typer.echo(f"{result.detail['model']}: {result.name} {result.ratio:.3f} ({spread}), {result.unit}")
+            if isinstance(result, Result):
+                spread = f"{result.low:.3f} ... {result.high:.3f}"
+                typer.echo(f"{result.detail['model']}: {result.name} {result.ratio:.3f} ({spread}), {result.unit}")
+            else:
+                about = ", ".join(f"{key} {value}" for key, value in result.detail.items())
+                typer.echo(f"{about}: {result.value:.3f} {result.unit}")
     if json is not None:
         write_results(json, measured_on, found)

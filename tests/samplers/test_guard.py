@@ -6,14 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from samplers.loop.denoising import advance, ask, denoise
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from samplers import AttentionPattern, Canvas, Sampler, SamplerError, SamplerParams, Selection, Step, TokenChoice
-from samplers.loop.denoising import advance, ask, denoise
-from samplers.loop.guard import MOST_NUMBERS, MOST_STEPS, Traits, shown, told, why_not
+from samplers.loop.guard import MOST_NUMBERS, shown, told, why_not
+from samplers.loop.hooks import MOST_STEPS
 from samplers.loop.row import Row
+from samplers.loop.traits import Traits
 from tests.samplers.models import MASK, VOCAB, predictor
 
 PREDICT = predictor()

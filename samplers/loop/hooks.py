@@ -1,0 +1,214 @@
+"""What samplers and modifiers answer, outside of `select`, held against the contract."""
+
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from samplers.contract import (
+    Modifier,
+    Resampling,
+    Sampler,
+    SamplerParams,
+    Slots,
+    StepContext,
+    TokenBonus,
+    View,
+    Window,
+)
+from samplers.forward.token_choice import TokenChoices
+from samplers.loop.guard import INTEGERS, MOST_NUMBERS, ContractError, Owner, plain, shown, told
+from samplers.loop.traits import Traits
+
+MOST_CANVASES = 1024
+"""Canvases of one generation."""
+MOST_VIEWS = 8
+"""Canvases that the model may see of one in a step."""
+MOST_STEPS = 10_000
+"""Most forwards that a sampler may ask for a block beyond those that its positions give it."""
+
+
+def views(sampler: Sampler[Any], modifiers: Sequence[tuple[Modifier[Any], SamplerParams]]) -> list[View]:
+    """Canvases that the model sees in every step, that of the generation itself first. Raises SamplerError."""
+    found: Sequence[View] = (View(),)
+    for modifier, params in modifiers:
+        found = told(modifier, lambda: _checked_views(modifier.views(params, found)))  # noqa: B023
+    return list(found)
+
+
+def _checked_views(found: Sequence[View]) -> Sequence[View]:
+    found = list(found)
+    if not found or len(found) > MOST_VIEWS or not all(type(view) is View for view in found):
+        raise ContractError(f"views must be 1 to {MOST_VIEWS} View objects")
+    if found[0].prompt is not None:
+        raise ContractError("the first view must be the canvas itself")
+    if not all(_is_number(view.weight) for view in found):
+        raise ContractError("a view's weight must be a finite number")
+    return found
+
+
+def most_steps(sampler: Sampler[Any], traits: Traits, params: SamplerParams) -> int:
+    """Most forwards of a drafted block, or of a revised one beyond two a position. Raises SamplerError."""
+    if traits.drafts:
+        return count(sampler, "draft_steps", 1, MOST_STEPS, params)
+    return count(sampler, "post_steps", 0, MOST_STEPS, params) if traits.revises else 0
+
+
+def count(sampler: Sampler[Any], name: str, least: int, most: int, *arguments: Any) -> int:
+    """A number that a sampler says when its method of that name is asked. Raises SamplerError."""
+
+    def ask() -> int:
+        found: object = getattr(sampler, name)(*arguments)
+        try:
+            number = operator.index(found)  # type: ignore[arg-type]
+        except TypeError:
+            number = least - 1
+        if not least <= number <= most:
+            raise ContractError(f"{name} must be an integer from {least} to {most}, not {shown(found, 80)}")
+        return number
+
+    return told(sampler, ask)
+
+
+def choice(sampler: Sampler[Any], context: StepContext[Any]) -> TokenChoices | None:
+    """How a sampler has tokens chosen, if it says so; [rows]. Raises SamplerError."""
+
+    def ask() -> TokenChoices | None:
+        found: object = sampler.choice(context)
+        if found is None:
+            return None
+        if not isinstance(found, TokenChoices):
+            raise ContractError("choice must be TokenChoices or None")
+        rows = len(context.candidate)
+        temperature, top_p, top_k = (
+            plain(each, f"a choice's {name}", context.candidate, (rows, 1))[:, 0]
+            for name, each in (("temperature", found.temperature), ("top_p", found.top_p), ("top_k", found.top_k))
+        )
+        if not (temperature.is_floating_point() and top_p.is_floating_point() and top_k.dtype in INTEGERS):
+            raise ContractError("a choice's temperature and top_p are floats, its top_k an integer")
+        usable = temperature.isfinite() & (temperature >= 0) & (top_p > 0) & (top_p <= 1)
+        if not bool(usable.all()):
+            raise ContractError("a choice has a finite temperature from 0 on and a top_p above 0 and up to 1")
+        if not bool(((top_k >= 0) & (top_k < 2**31)).all()):
+            raise ContractError("a choice's top_k is an integer from 0 on")
+        return TokenChoices(temperature.double(), top_p.double(), top_k.long())
+
+    return told(sampler, ask)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def names(owner: Owner, context: StepContext[Any], vocabulary: int | None) -> Tensor | None:
+    """The tokens that a sampler names, int64 [rows, width, m] with -1 for none. Raises SamplerError.
+
+    Args:
+        vocabulary: number of the model's tokens, if it is known.
+    """
+
+    def ask() -> Tensor | None:
+        found: object = owner.name_tokens(context)
+        if found is None:
+            return None
+        rows, width = context.candidate.shape
+        if not isinstance(found, Tensor) or found.dim() != 3 or found.shape[2] > MOST_NUMBERS:
+            raise ContractError(f"named tokens must be integers [rows, width, at most {MOST_NUMBERS}]")
+        tokens = plain(found, "named tokens", context.candidate, (rows, width, found.shape[2]))
+        if tokens.dtype not in INTEGERS:
+            raise ContractError(f"named tokens must be integers [rows, width, at most {MOST_NUMBERS}]")
+        if tokens.numel() and not _within(tokens, -1, vocabulary):
+            raise ContractError("a token that does not exist was named")
+        return tokens.long()
+
+    return told(owner, ask)
+
+
+def bonus(owner: Owner, context: StepContext[Any], vocabulary: int | None) -> TokenBonus | None:
+    """What a sampler adds to logits, [rows, width, n]. Raises SamplerError."""
+
+    def ask() -> TokenBonus | None:
+        found: object = owner.bonus(context)
+        if found is None:
+            return None
+        if not isinstance(found, TokenBonus):
+            raise ContractError("a bonus must be a TokenBonus or None")
+        token, value = (
+            plain(each, f"a bonus's {name}", context.candidate)
+            for name, each in (("tokens", found.token), ("values", found.value))
+        )
+        shape = context.candidate.shape
+        if token.dim() != 3 or token.shape[:2] != shape or token.shape != value.shape:
+            raise ContractError("tokens and values of a bonus must both be [rows, width, n]")
+        if token.shape[2] > MOST_NUMBERS:
+            raise ContractError(f"a bonus has at most {MOST_NUMBERS} additions a position")
+        if token.dtype not in INTEGERS or not value.is_floating_point():
+            raise ContractError("tokens of a bonus must be integers, and values floats")
+        if token.numel() and not _within(token, -1, vocabulary):
+            raise ContractError("a bonus is for a token that does not exist")
+        value = value.float()
+        if not bool((value < torch.inf).all()):
+            raise ContractError("a bonus is not finite")  # minus infinity bans a token
+        return TokenBonus(token.long(), value)
+
+    return told(owner, ask)
+
+
+def window(sampler: Sampler[Any], context: StepContext[Any]) -> Window | None:
+    """Where a sampler wants its candidates, [rows, 1] each. Raises SamplerError."""
+
+    def ask() -> Window | None:
+        found: object = sampler.window(context)
+        if found is None:
+            return None
+        if not isinstance(found, Window):
+            raise ContractError("window must be a Window or None")
+        rows = len(context.candidate)
+        start, stop = (
+            plain(each, f"a window's {name}", context.candidate, (rows, 1))
+            for name, each in (("start", found.start), ("stop", found.stop))
+        )
+        if start.dtype not in INTEGERS or stop.dtype not in INTEGERS:
+            raise ContractError("a window's bounds are integers")
+        return Window(start.long(), stop.long())
+
+    return told(sampler, ask)
+
+
+def resample(sampler: Sampler[Any], slots: Slots[Any]) -> Resampling | None:
+    """The canvases that go on after a barrier. Raises SamplerError."""
+    count = len(slots.finished)
+
+    def ask() -> Resampling | None:
+        found: object = sampler.resample(slots)
+        if found is None:
+            return None
+        if not isinstance(found, Resampling):
+            raise ContractError("resample must return a Resampling or None")
+        ancestors = plain(found.ancestors, "resample's ancestors", slots.finished, (count,))
+        if ancestors.dtype not in INTEGERS or not _within(ancestors, 0, count):
+            raise ContractError(f"resample must say which of {count} canvases each goes on from")
+        state = {}
+        for name, value in dict(found.state).items():
+            if name not in slots.state:
+                raise ContractError("it keeps a state that it has not declared")
+            state[name] = plain(value, "a state", slots.finished, tuple(slots.state[name].shape))
+            if state[name].dtype != slots.state[name].dtype:
+                raise ContractError(f"a state must be of type {slots.state[name].dtype}")
+        return Resampling(ancestors.long(), state)
+
+    return told(sampler, ask)
+
+
+def winner(sampler: Sampler[Any], slots: Slots[Any], count_: int) -> int:
+    """The canvas that is the generation's. Raises SamplerError."""
+    return count(sampler, "winner", 0, count_ - 1, slots)
+
+
+def _within(values: Tensor, least: int, stop: int | None) -> bool:
+    """Whether integers lie from `least` to before `stop`."""
+    smallest, largest = values.aminmax()
+    return bool(smallest >= least) and (stop is None or bool(largest < stop))

@@ -1,0 +1,74 @@
+"""Where rows are after a step: ends of text, settled prefixes, counters, and the next block."""
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+from samplers.loop.masks import anywhere, first_of_rows, places, some_of_rows
+from samplers.loop.numbers import CHANGING, N
+from samplers.loop.opened import Opened
+from samplers.loop.part import Part
+from samplers.loop.telling import Changes
+from samplers.loop.window import Filled, close, enter, note_ends
+
+
+def note_part_ends(part: Part, opened: Opened, changes: Changes, done: Tensor | None, left: Tensor) -> Filled:
+    """Note end-of-text tokens that were committed for good; returns what became padding."""
+    batch, slots, token = part.batch, part.slots, changes.token
+    if not part.revising:
+        return note_ends(batch, slots, changes.row, changes.position, token, part.ends)
+    assert done is not None
+    plain = opened.numbers[:, N.REVISES] == 0
+    kept = plain[changes.row]
+    filled = note_ends(batch, slots, changes.row[kept], changes.position[kept], token[kept])
+    finished = ~plain & done & ~some_of_rows(left & opened.block)
+    if anywhere(finished):
+        filled += close(batch, slots[finished])
+    return filled
+
+
+def settle(part: Part, opened: Opened, left: Tensor, filled: Filled, failed: Collection[int]) -> Tensor:
+    """Count the forward, note what is settled, and enter the next block; returns the rows' integers, [rows, CHANGING].
+
+    Adds to `filled` what became padding.
+
+    Args:
+        left: bool [rows, width], what is still masked.
+        failed: rows that go no further; the forward does not count for them.
+    """
+    batch, slots = part.batch, part.slots
+    # Ends and closed blocks were noted in the batch.
+    n = batch.numbers.index_select(0, slots)[:, :CHANGING]
+    c = n.unbind(1)
+    some, first = first_of_rows(left & opened.block if part.region else left)
+    if not part.zero_based:
+        first = first + c[N.START]
+    c[N.FORWARDS].add_(part.passes)
+    if failed:
+        gone = list(failed)
+        c[N.FORWARDS][gone] -= part.passes[gone]
+    c[N.BLOCK_STEP].add_(1)
+    # A block without a mask is settled to its end: whoever comes to the region's end needs no further block.
+    settled = torch.where(some, first, c[N.STOP])
+    moved = ~some
+    if part.revising:
+        revises = part.static[:, N.REVISES] > 0
+        settled = torch.where(some, first, torch.where(revises, c[N.SETTLED], c[N.STOP]))
+        settled = torch.where(revises, settled.minimum(c[N.CLOSED]), settled)
+        moved &= revises | (c[N.STOP] < part.gen)
+    else:
+        moved &= c[N.STOP] < part.gen
+    c[N.SETTLED].copy_(settled)
+    if part.shifted:
+        c[N.FIRST].copy_(some & (first == c[N.START]))
+    torch.maximum(c[N.TOLD], settled.minimum(part.text).minimum(c[N.END] + 1), out=c[N.TOLD])
+    batch.numbers[:, :CHANGING].index_copy_(0, slots, n)
+    if filled:
+        at = {row.slot: i for i, row in enumerate(part.rows)}
+        moved[torch.tensor([at[slot] for slot, _ in filled], device=moved.device)] = True
+    moving = places(moved)
+    if not len(moving):
+        return n
+    filled += enter(batch, slots.index_select(0, moving))
+    return batch.numbers[:, :CHANGING].index_select(0, slots)

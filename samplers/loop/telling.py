@@ -1,0 +1,98 @@
+"""One trip to Python: what a step did to each row, and where it is now."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from samplers.contract import SamplerError
+from samplers.loop.event import StepEvent
+from samplers.loop.masks import counts_of, runs
+from samplers.loop.numbers import N
+from samplers.loop.opened import Opened
+from samplers.loop.part import Part
+from samplers.loop.window import Filled
+
+
+@dataclass
+class Changes:
+    """What a step writes to the canvases of a part.
+
+    Attributes:
+        commit, replaced, remask: bool [rows, width].
+        row, position, token, confidence: of all that is committed or replaced, [n]; row is an index into the part's
+            rows, position one of the region.
+        filled: what became padding.
+        drafts: what would be committed by now at open positions, by row; None where no row drafts.
+    """
+
+    commit: Tensor
+    replaced: Tensor | None
+    remask: Tensor | None
+    row: Tensor
+    position: Tensor
+    token: Tensor
+    confidence: Tensor
+    filled: Filled = field(default_factory=list)
+    drafts: list[list[int]] | None = None
+
+
+def tell(
+    part: Part, opened: Opened, changes: Changes, numbers: Tensor, errors: Mapping[int, SamplerError]
+) -> list[StepEvent]:
+    """One event a row, in order. `numbers` are the rows' integers after the step, [rows, CHANGING]."""
+    told = _newly_told(part, numbers[:, N.TOLD], opened.numbers[:, N.TOLD])
+    counts = counts_of(changes.row, len(part.rows))
+    positions, tokens, confidences = changes.position.tolist(), changes.token.tolist(), changes.confidence.tolist()
+    events = []
+    first = 0
+    for row, now, count, more in zip(part.rows, numbers.tolist(), counts, told, strict=True):
+        stop = first + count
+        text, own = row.show(now, more), slice(first, stop)
+        events.append(StepEvent(now[0], positions[own], tokens[own], confidences[own], [], row.reported, text))
+        first = stop
+    _add_rest(part, opened, changes, events)
+    for i, error in errors.items():
+        events[i] = StepEvent(error=error)
+    return events
+
+
+def _add_rest(part: Part, opened: Opened, changes: Changes, events: list[StepEvent]) -> None:
+    """Say what happens in few steps, or in those of few rules."""
+    if changes.filled:
+        at = {row.slot: i for i, row in enumerate(part.rows)}
+        for slot, places in changes.filled:
+            events[at[slot]].filled += places
+    if changes.replaced is not None:
+        for event, replaced in zip(events, _by_row(changes.replaced, opened), strict=True):
+            event.replaced = replaced
+    if changes.remask is not None:
+        for event, remasked in zip(events, _by_row(changes.remask, opened), strict=True):
+            event.remasked = remasked
+    if changes.drafts is not None:
+        for event, draft in zip(events, changes.drafts, strict=True):
+            event.draft = draft
+
+
+def _newly_told(part: Part, now: Tensor, before: Tensor) -> Sequence[list[int]]:
+    """Tokens of each row that became settled text with this step."""
+    grown = now - before
+    counts = grown.tolist()
+    if not any(counts):
+        return [[]] * len(counts)
+    which = runs(part.flat_tokens + before, grown)
+    return cut(part.batch.tokens.view(-1).index_select(0, which).tolist(), counts)
+
+
+def _by_row(which: Tensor, opened: Opened) -> list[list[int]]:
+    """Region positions of what is True."""
+    return cut(opened.position[which].tolist(), which.sum(dim=1).tolist())
+
+
+def cut(values: list[int], counts: list[int]) -> list[list[int]]:
+    """A list in pieces of these lengths."""
+    found, first = [], 0
+    for count in counts:
+        found.append(values[first : first + count])
+        first += count
+    return found
