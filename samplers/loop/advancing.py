@@ -304,7 +304,7 @@ def _commit(part: Part, opened: Opened, decision: Decision, errors: dict[int, Sa
         part.rows[i].note_forward(opened.spans[i], blocks[i])
     filled = _note_ends(part, decision, row, position, token, left, opened)
     told_before = n[:, N.TOLD]
-    moved = _settle(part, opened, left)
+    moved = _settle(part, opened, left, errors)
     if filled:
         at = {part.rows[i].slot: i for i in range(len(part.rows))}
         moved[torch.tensor([at[slot] for slot, _ in filled], device=moved.device)] = True
@@ -419,7 +419,7 @@ def _any_of(token: Tensor, ends: tuple[int, ...] | None) -> bool:
     return bool(found.any())
 
 
-def _settle(part: Part, opened: Opened, left: Tensor) -> Tensor:
+def _settle(part: Part, opened: Opened, left: Tensor, errors: Mapping[int, SamplerError]) -> Tensor:
     """Count the forward and note what is settled; returns rows that may have no mask left in their block."""
     batch, slots = part.batch, part.slots
     n = batch.numbers.index_select(0, slots)  # ends and closed blocks were noted there
@@ -439,6 +439,9 @@ def _settle(part: Part, opened: Opened, left: Tensor) -> Tensor:
     if part.shifted:
         c[N.FIRST].copy_(some & (first == c[N.START]))
     c[N.TOLD].copy_(c[N.TOLD].maximum(told_stop(c)))
+    if errors:  # rows that go no further stay as they were
+        failed = list(errors)
+        n[failed], some[failed] = opened.numbers[failed], True
     batch.numbers.index_copy_(0, slots, n)
     return ~some
 
