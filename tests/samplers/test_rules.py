@@ -2,51 +2,38 @@
 
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
-from torch import Tensor
 
-from samplers import Canvas, Layout, ParameterError, Sampler, Step, get_sampler
+from samplers import Canvas, ParameterError, Sampler, Step, get_sampler
 from samplers.forward.prediction import Prediction
 from samplers.forward.query import Query
 from samplers.forward.statistics import CHOSEN, Statistic
-from samplers.loop.denoising import advance, ask, denoise
 from samplers.loop.row import Row
-from samplers.ranking import best
-from tests.samplers.models import MASK, predictor
+from samplers.loop.run import finish, run
+from samplers.ranking import best, surest
+from tests.samplers.models import MASK, predictor, turn
+from tests.samplers.steps import step_of
 
 
 def one_step(
     confidence: list[float], candidate: list[bool] | None = None, block_masks: int | None = None, **params: object
-) -> Step:
+) -> Step[Any]:
     """A first step of one row."""
-    width = len(confidence)
-    mask = torch.tensor([candidate or [True] * width])
-
-    def counter(value: int) -> Tensor:
-        return torch.tensor([[value]])
-
     sampler = get_sampler(str(params.pop("sampler")))
-    return Step(
-        candidate=mask,
-        masked=mask,
-        token=torch.ones(1, width, dtype=torch.int64),
-        confidence=torch.tensor([confidence]).masked_fill(~mask, -torch.inf),
-        extra={},
-        params=[sampler.Params(**params)],
-        layouts=[Layout(0, width, width)],
-        seed=counter(0),
-        forward=counter(0),
-        block=counter(0),
-        block_step=counter(0),
-        block_masks=counter(block_masks or int(mask.sum())),
-    )
+    mask = torch.tensor([candidate or [True] * len(confidence)])
+    own = sampler.Params(**params)
+    return step_of(sampler, [own], torch.tensor([confidence]), mask, block_masks=block_masks)
 
 
-def chosen(step: Step, sampler: str) -> list[int]:
-    positions: list[int] = get_sampler(sampler).select(step).commit[0].nonzero()[:, 0].tolist()
+def chosen(step: Step[Any], sampler: str) -> list[int]:
+    """What is committed: the surest candidate where the rule commits none."""
+    commit = get_sampler(sampler).select(step).commit
+    commit = commit if bool(commit.any()) else surest(step.confidence, step.candidate)
+    positions: list[int] = commit[0].nonzero()[:, 0].tolist()
     return positions
 
 
@@ -61,7 +48,7 @@ def test_threshold_cuts(threshold: float, expected: list[int]) -> None:
 def test_below_the_threshold_the_surest_is_committed_all_the_same() -> None:
     sampler = get_sampler("threshold")
     row = Row(Canvas.blank([1], 6, MASK), sampler, sampler.Params(threshold=1.0))
-    denoise([row], predictor())
+    finish([row], predictor())
     assert row.forwards == 6
 
 
@@ -113,7 +100,7 @@ def test_steps_are_shared_out_over_the_blocks() -> None:
     assert commits(get_sampler("topk"), 10, 4, 7) == [2, 1, 1, 2, 2, 1, 1]
 
 
-def commits(sampler: Sampler, gen_length: int, block_length: int, steps: int) -> list[int]:
+def commits(sampler: Sampler[Any], gen_length: int, block_length: int, steps: int) -> list[int]:
     """How many each forward commits."""
     row = Row(Canvas.blank([1], gen_length, MASK, block_length), sampler, sampler.Params(steps=steps))
     left: list[int] = []
@@ -122,7 +109,7 @@ def commits(sampler: Sampler, gen_length: int, block_length: int, steps: int) ->
         left.append(int(row.canvas.masked.sum()))
         return predictor()(query)
 
-    denoise([row], watched)
+    finish([row], watched)
     left.append(0)
     return [a - b for a, b in pairwise(left)]
 
@@ -159,25 +146,15 @@ def test_bad_parameters_are_refused(name: str, params: dict[str, object]) -> Non
 def test_random_order_is_uniform_and_its_own_for_each_seed() -> None:
     """Over many seeds each position comes first equally often."""
     sampler, width, rows = get_sampler("random"), 8, 4000
-    step = Step(
-        candidate=torch.ones(rows, width, dtype=torch.bool),
-        masked=torch.ones(rows, width, dtype=torch.bool),
-        token=torch.ones(rows, width, dtype=torch.int64),
-        confidence=torch.linspace(0, 1, width).expand(rows, width),
-        extra={},
-        params=[sampler.Params()] * rows,
-        layouts=[Layout(0, width, width)] * rows,
-        seed=torch.arange(rows)[:, None],
-        **{name: torch.zeros(rows, 1, dtype=torch.int64) for name in ("forward", "block", "block_step")},
-        block_masks=torch.full((rows, 1), width),
-    )
+    confidence = torch.linspace(0, 1, width).expand(rows, width)
+    step = step_of(sampler, [sampler.Params()] * rows, confidence, seed=torch.arange(rows)[:, None])
     commit = sampler.select(step).commit
     assert commit.sum(dim=1).eq(1).all()
     share = commit.double().mean(dim=0)
     assert (share - 1 / width).abs().max() < 4 * (1 / width / rows) ** 0.5
 
 
-def by_probabilities(rows: list[list[float]], candidate: list[bool] | None = None, **params: object) -> Step:
+def by_probabilities(rows: list[list[float]], candidate: list[bool] | None = None, **params: object) -> Step[Any]:
     """A first step whose statistics are those of these distributions."""
     p = torch.tensor([row + [0.0] * (5 - len(row)) for row in rows])
     two = p.topk(2, dim=1).values
@@ -333,9 +310,7 @@ def test_dreams_schedule(masks: int, steps: int, expected: list[int]) -> None:
         Canvas.blank([1], masks, MASK), get_sampler("dream"), get_sampler("dream").Params(steps=steps, alg="entropy")
     )
     left = [masks]
-    while not row.finished:
-        query = ask([row])
-        advance([row], query, predictor()(query))
+    for _ in run([row], predictor()):
         left.append(int(row.canvas.masked.sum()))
     assert [a - b for a, b in pairwise(left)] == expected
 
@@ -349,9 +324,8 @@ def test_dreams_random_shares_are_as_large_as_the_time_says() -> None:
             get_sampler("dream").Params(steps=4, alg="origin", eps=1e-6),
             seed=seed,
         )
-        query = ask([row])
-        (outcome,) = advance([row], query, predictor()(query))
-        sizes.append(len(outcome.positions))
+        (event,) = turn([row], predictor())
+        sizes.append(len(event.positions))
     assert abs(sum(sizes) / len(sizes) - 8) < 0.6
 
 
@@ -380,10 +354,4 @@ def test_dream_draws_positions_in_proportion() -> None:
 def test_edit_commits_at_least_so_many(params: dict[str, float], expected: list[int]) -> None:
     """LLaDA2.1's `num_to_transfer`: the surest, where fewer pass the threshold; never more than there are."""
     step = one_step([0.97, 0.60, 0.20, 0.40, 0.30], sampler="edit", **params)
-    step = replace(
-        step,
-        current=step.token,
-        given=torch.zeros_like(step.candidate),
-        states=[get_sampler("edit").start(step.params[0])],
-    )
     assert chosen(step, "edit") == expected
