@@ -4,11 +4,12 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Literal, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
+from typing_extensions import TypeVar
 
 from samplers.attention_pattern import AttentionPattern
 from samplers.canvas import Layout
@@ -27,15 +28,16 @@ class SamplerParams(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-P = TypeVar("P", bound=SamplerParams)
+P = TypeVar("P", bound=SamplerParams, default=Any)
 
 
 class ParameterError(ValueError):
-    """Parameters that do not fit the generation. `field` is the parameter's name."""
+    """Parameters that do not fit the generation. `field` is the parameter's name, `code` the kind of error."""
 
-    def __init__(self, field: str, message: str) -> None:
+    def __init__(self, field: str, message: str, code: str = "invalid_value") -> None:
         super().__init__(message)
         self.field = field
+        self.code = code
 
 
 class SamplerError(RuntimeError):

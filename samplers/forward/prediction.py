@@ -31,6 +31,18 @@ class Prediction:
     failed: Mapping[int, Exception] = field(default_factory=dict)
 
     @classmethod
+    def missing(cls, wanted: StatisticsRequest, rows: int, device: torch.device) -> "Prediction":
+        """Zeros in place of what a forward that failed was asked."""
+        zeros = torch.zeros(rows, device=device)
+        return cls(
+            zeros.long(),
+            zeros,
+            dict.fromkeys(wanted.statistics, zeros),
+            zeros[:, None].expand(rows, wanted.top) if wanted.top else None,
+            None if wanted.named is None else zeros[:, None].expand(wanted.named.shape),
+        )
+
+    @classmethod
     def join(cls, parts: "Sequence[Prediction]") -> "Prediction":
         """All rows of several."""
         top = [part.top for part in parts if part.top is not None]

@@ -1,6 +1,6 @@
 """The question that a step puts to the model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,13 +28,43 @@ class Mixture:
     count: int
     views: Sequence[int]
 
-    def mix(self, logits: Tensor, first: int) -> Tensor:
-        """Weighted sums, [answers, vocabulary], of logits of the asked positions from `first` on."""
-        answer = self.answer[first : first + len(logits)].to(logits.device, non_blocking=True)
-        weight = self.weight[first : first + len(logits)].to(logits.device, non_blocking=True)
-        rows = answer - answer.min()
-        out = logits.new_zeros(int(rows.max()) + 1, logits.shape[1], dtype=torch.float32)
-        return out.index_add_(0, rows, logits.float() * weight[:, None])
+    def parts(self, most: int) -> Iterator["MixturePart"]:
+        """Its answers in order, in parts of at most so many asked positions, but whole answers."""
+        order = self.answer.argsort(stable=True)
+        answer, weight = self.answer[order], self.weight[order]
+        start = 0
+        while start < len(answer):
+            stop = min(start + most, len(answer))
+            if stop < len(answer):
+                stop = int(torch.searchsorted(answer, answer[stop]))
+            if stop <= start:
+                stop = int(torch.searchsorted(answer, answer[start], right=True))
+            first, last = int(answer[start]), int(answer[stop - 1]) + 1
+            yield MixturePart(order[start:stop], answer[start:stop] - first, weight[start:stop], first, last)
+            start = stop
+
+
+@dataclass(frozen=True)
+class MixturePart:
+    """Some answers, `first` to before `last`, of a mixture.
+
+    Attributes:
+        asked: int64 [n], the asked positions that make them.
+        answer: int64 [n], the answer that each counts for, from 0.
+        weight: float32 [n].
+    """
+
+    asked: Tensor
+    answer: Tensor
+    weight: Tensor
+    first: int
+    last: int
+
+    def mix(self, logits: Tensor) -> Tensor:
+        """Weighted sums, float32 [answers, vocabulary], of logits [n, vocabulary]."""
+        answer, weight = (each.to(logits.device, non_blocking=True) for each in (self.answer, self.weight))
+        out = logits.new_zeros(self.last - self.first, logits.shape[1], dtype=torch.float32)
+        return out.index_add_(0, answer, logits.float() * weight[:, None])
 
 
 @dataclass(frozen=True)
@@ -60,6 +90,11 @@ class Query:
     def generations(self) -> int:
         """Canvases of generations, however many views each has."""
         return len(self.canvases) if self.mixture is None else len(self.mixture.views)
+
+    @property
+    def answers(self) -> int:
+        """Rows of the answer."""
+        return len(self.position) if self.mixture is None else self.mixture.count
 
     def part(self, start: int, stop: int) -> "Query":
         """What is asked of generations `start` to before `stop`."""

@@ -5,6 +5,10 @@ from dataclasses import dataclass, field
 from samplers.contract import SamplerError
 
 
+class ForwardError(SamplerError):
+    """The forward pass of a generation failed; its sampler is not to blame."""
+
+
 @dataclass(slots=True)
 class StepEvent:
     """One forward pass of one generation. Positions are relative to its generation region.

@@ -107,16 +107,25 @@ class Row:
     def __post_init__(self) -> None:
         sampler, params, layout = self.sampler, self.params, self.canvas.layout
         modifiers = [modifier for modifier, _ in self.modifiers]
-        if reason := guard.incompatibility(sampler, layout.pattern, modifiers):
+        if reason := guard.incompatibility(sampler, layout.pattern):
             raise ParameterError("sampler", reason)
-        for owner, own in zip((sampler, *modifiers), self.all_params, strict=True):
-            guard.check_params(owner, own, layout)
+        if reason := guard.incompatibility(sampler, layout.pattern, modifiers):
+            raise ParameterError("modifiers", reason)
+        for i, (owner, own) in enumerate(zip((sampler, *modifiers), self.all_params, strict=True)):
+            try:
+                guard.check_params(owner, own, layout)
+            except ParameterError as error:
+                field = f"modifiers.{i - 1}.params.{error.field}" if i else error.field
+                raise ParameterError(field, str(error)) from None
             self.column_values[id(own)] = guard.column_values(owner, columns_of(type(own)), own)
         self.traits = Traits.of(sampler, modifiers)
         self.key = (id(sampler), *map(id, modifiers), id(self.traits))
         if self.traits.chooses_tokens and self.choice.temperature > 0:
-            name = guard.name_of(sampler)
-            raise ParameterError("sampler", f"sampler {name} chooses tokens itself; use temperature 0")
+            kind, who = "sampler", sampler
+            if not Traits.of(sampler).chooses_tokens:
+                kind, who = "modifier", next(each for each in modifiers if each.chooses_tokens)
+            name = guard.name_of(who)
+            raise ParameterError("temperature", f"{kind} {name} chooses tokens itself; use temperature 0")
         self._most_steps = guard.most_steps(sampler, self.traits, params)
         self._plan = CachePlan(self.cache)
         self._text_length = layout.text_length
@@ -268,6 +277,11 @@ class Row:
     def lanes(self) -> "list[Row]":
         """The canvases of the generation, this one among them."""
         return [self] if self.particles is None else self.particles.lanes
+
+    @property
+    def layouts(self) -> list[Layout]:
+        """Layouts of the canvas and of its further views."""
+        return [self.canvas.layout, *(view.canvas.layout for view in self.views)]
 
     @property
     def passes(self) -> int:

@@ -9,11 +9,11 @@ import torch
 
 from samplers.contract import SamplerError
 from samplers.forward.prediction import Prediction
-from samplers.forward.query import Predict
+from samplers.forward.query import Predict, Query
 from samplers.loop.advancing import advance, blame_bonus
 from samplers.loop.asking import ask, together
 from samplers.loop.batch import Batch
-from samplers.loop.event import StepEvent
+from samplers.loop.event import ForwardError, StepEvent
 from samplers.loop.part import Part, split
 from samplers.loop.particles import Particles, lanes_of
 from samplers.loop.row import Row
@@ -59,6 +59,15 @@ def finish(rows: Sequence[Row], predict: Predict, at_once: int | None = None) ->
                 raise event.error
 
 
+def next_query(rows: Sequence[Row]) -> Query:
+    """The query of the next step of these rows, which stay as they are."""
+    batch = Batch()
+    lanes = lanes_of(rows)
+    for row in lanes:
+        batch.admit(row)
+    return together([ask(Part(batch, part))[0] for part in split(lanes)])
+
+
 class Loop:
     """Steps of rows in a batch. As long as the same rows take part, nothing is put together anew."""
 
@@ -89,7 +98,7 @@ class Loop:
         events: dict[int, StepEvent] = {}
         first = canvas = 0
         for part, (own, opened) in zip(parts, asked, strict=True):
-            count = len(own.position) if own.mixture is None else own.mixture.count
+            count = own.answers
             mine = prediction if len(parts) == 1 else prediction.part(first, first + count)
             broken = blame_bonus(part, own.wanted, opened, mine)
             if prediction.failed:
@@ -104,7 +113,7 @@ class Loop:
 def _failed(part: Part, prediction: Prediction, first: int) -> dict[int, SamplerError]:
     """Rows of which the forward pass told nothing."""
     return {
-        i: SamplerError(f"the forward pass failed: {type(prediction.failed[first + i]).__name__}")
+        i: ForwardError(f"the forward pass failed: {type(prediction.failed[first + i]).__name__}")
         for i in range(len(part.rows))
         if first + i in prediction.failed
     }
