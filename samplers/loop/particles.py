@@ -55,11 +55,12 @@ class Particles:
     def after(self, events: dict[int, StepEvent]) -> list[StepEvent]:
         """What to tell of the generation after a step of some of its canvases."""
         taking = [i for i, lane in enumerate(self.lanes) if id(lane) in events]
+        for i in taking:
+            if (error := events[id(self.lanes[i])].error) is not None:
+                return [StepEvent(error=error)]
         self.forwards += sum(1 + len(self.lanes[i].views) for i in taking)
         for i in taking:
             event = events[id(self.lanes[i])]
-            if event.error is not None:
-                return [StepEvent(error=event.error)]
             self.events[i].append(replace(event, forward=self.forwards, settled=0, text_tokens=[]))
         try:
             self._barrier(taking)
