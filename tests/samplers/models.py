@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Callable, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ def predictor(logits: Logits = random_logits, mask_id: int | None = MASK) -> Cal
         at = zip(query.row.tolist(), query.position.tolist(), strict=True)
         rows = torch.stack([each[row][position] for row, position in at])
         if query.mixture is not None:
-            rows = query.mixture.mix(rows, 0)
+            rows = torch.cat([part.mix(rows[part.asked]) for part in query.mixture.parts(7)])
         return summarise(rows, mask_id, query.wanted)
 
     return predict
@@ -54,34 +55,16 @@ def scripted(script: dict[int, tuple[int, float]], offset: int = 0) -> Logits:
     return logits
 
 
-class Asked(Exception):
-    """Ends a step when the model is asked, with what it is asked."""
-
-
-def asked(rows: Sequence[Row]) -> Query:
-    """What the next forward of these rows is asked; they stay as they are."""
-
-    def stop(query: Query) -> Prediction:
-        raise Asked(query)
-
-    try:
-        turn(rows, stop)
-    except Asked as found:
-        query: Query = found.args[0]
-        return query
-    raise AssertionError("no row asks anything")
-
-
 def turn(rows: Sequence[Row], predict: Predict, may_wait: bool = False) -> list[StepEvent]:
     """One step of rows, none of them finished: what it did to each."""
     return [event for _, event in next(run(list(rows), predict, may_wait=may_wait))]
 
 
-def events_of(rows: Sequence[Row], predict: Predict) -> list[list[StepEvent]]:
-    """Run to the end: the events of each row."""
+def events_of(rows: Sequence[Row], predict: Predict, most: int = 1000) -> list[list[StepEvent]]:
+    """Run to the end, but for at most so many steps: the events of each row."""
     found: list[list[StepEvent]] = [[] for _ in rows]
     place = {id(row): i for i, row in enumerate(rows)}
-    for each in run(rows, predict):
+    for each in islice(run(rows, predict), most):
         for row, event in each:
             found[place[id(row)]].append(event)
     return found

@@ -11,7 +11,7 @@ from samplers.columns import Columns, LayoutColumns
 
 
 def step_of(
-    owner: Sampler[Any] | Modifier[Any],
+    owner: Sampler | Modifier,
     params: Sequence[SamplerParams],
     confidence: Tensor,
     candidate: Tensor | None = None,
@@ -25,7 +25,7 @@ def step_of(
     seed: Tensor | None = None,
     block_masks: int | None = None,
     **more: Any,
-) -> Step[Any]:
+) -> Step:
     """A first step of rows that are one block each, [rows, width], without a prompt.
 
     Args:

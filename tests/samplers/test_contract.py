@@ -185,9 +185,9 @@ class Start:
     seed: int
     end_ids: frozenset[int]
     fill_after_end: bool
-    modifiers: Sequence[tuple[Modifier[Any], SamplerParams]] = ()
+    modifiers: Sequence[tuple[Modifier, SamplerParams]] = ()
 
-    def row(self, sampler: Sampler[Any]) -> Row:
+    def row(self, sampler: Sampler) -> Row:
         canvas = blank(sampler, self.prompt, self.gen_length, self.block_length, self.suffix)
         given = torch.zeros_like(canvas.masked)
         given[: self.gen_length] = torch.tensor(self.given[: self.gen_length])
@@ -207,18 +207,18 @@ class Start:
 
 
 def blank(
-    sampler: Sampler[Any], prompt: list[int], gen_length: int, block_length: int | None = None, suffix: Sequence[int] = ()
+    sampler: Sampler, prompt: list[int], gen_length: int, block_length: int | None = None, suffix: Sequence[int] = ()
 ) -> Canvas:
     """A canvas of a model that this sampler is for."""
     pattern = AttentionPattern(noise=VOCAB) if sampler.drafts else BIDIRECTIONAL
     return Canvas.blank(prompt, gen_length, None if sampler.drafts else MASK, block_length, list(suffix), pattern)
 
 
-def predict_for(sampler: Sampler[Any], logits: Logits = random_logits) -> Predict:
+def predict_for(sampler: Sampler, logits: Logits = random_logits) -> Predict:
     return predictor(logits, None if sampler.drafts else MASK)
 
 
-def starts(sampler: Sampler[Any], modifier: Modifier[Any] | None = None) -> st.SearchStrategy[Start]:
+def starts(sampler: Sampler, modifier: Modifier | None = None) -> st.SearchStrategy[Start]:
     tokens = st.integers(0, VOCAB - 1)
     around: st.SearchStrategy[Any] = st.just(())
     if modifier is not None:
@@ -259,7 +259,7 @@ def may_change(row: Row) -> set[int]:
     return set(range(*row.asked_bounds())) - set(row.given.nonzero()[:, 0].tolist())
 
 
-def check_steps(sampler: Sampler[Any], begin: Sequence[Start]) -> None:
+def check_steps(sampler: Sampler, begin: Sequence[Start]) -> None:
     """Only candidates change, at least one each step, never to a mask, and it ends within its budget.
 
     One that revises may also change what is committed in its block, but nothing that was given. One that drafts has a
@@ -298,7 +298,7 @@ def check_event(row: Row, event: StepEvent, old: Tensor, allowed: set[int]) -> N
     assert not row.canvas.masked[event.positions + event.filled].any()
 
 
-def check_alone(sampler: Sampler[Any], begin: Sequence[Start]) -> None:
+def check_alone(sampler: Sampler, begin: Sequence[Start]) -> None:
     """Same seed, same result, whoever shares the batch."""
     together = [start.row(sampler) for start in begin]
     finish(together, predict_for(sampler))
@@ -312,7 +312,7 @@ def check_alone(sampler: Sampler[Any], begin: Sequence[Start]) -> None:
 @each_sampler
 @settings(max_examples=25)
 @given(data=st.data())
-def test_each_step_keeps_the_contract(sampler: Sampler[Any], data: st.DataObject) -> None:
+def test_each_step_keeps_the_contract(sampler: Sampler, data: st.DataObject) -> None:
     check_steps(sampler, data.draw(st.lists(starts(sampler), min_size=1, max_size=4)))
 
 
@@ -320,7 +320,7 @@ def test_each_step_keeps_the_contract(sampler: Sampler[Any], data: st.DataObject
 @settings(max_examples=5)
 @given(data=st.data())
 def test_each_step_with_a_modifier_keeps_the_contract(
-    modifier: Modifier[Any], sampler: Sampler[Any], data: st.DataObject
+    modifier: Modifier, sampler: Sampler, data: st.DataObject
 ) -> None:
     check_steps(sampler, data.draw(st.lists(starts(sampler, modifier), min_size=1, max_size=4)))
 
@@ -328,7 +328,7 @@ def test_each_step_with_a_modifier_keeps_the_contract(
 @each_sampler
 @settings(max_examples=6)  # of eight generations each
 @given(data=st.data())
-def test_the_same_alone_and_in_a_batch_of_eight(sampler: Sampler[Any], data: st.DataObject) -> None:
+def test_the_same_alone_and_in_a_batch_of_eight(sampler: Sampler, data: st.DataObject) -> None:
     check_alone(sampler, data.draw(st.lists(starts(sampler), min_size=8, max_size=8)))
 
 
@@ -336,7 +336,7 @@ def test_the_same_alone_and_in_a_batch_of_eight(sampler: Sampler[Any], data: st.
 @settings(max_examples=2)
 @given(data=st.data())
 def test_the_same_alone_and_in_a_batch_of_eight_with_a_modifier(
-    modifier: Modifier[Any], sampler: Sampler[Any], data: st.DataObject
+    modifier: Modifier, sampler: Sampler, data: st.DataObject
 ) -> None:
     check_alone(sampler, data.draw(st.lists(starts(sampler, modifier), min_size=8, max_size=8)))
 
@@ -344,11 +344,11 @@ def test_the_same_alone_and_in_a_batch_of_eight_with_a_modifier(
 @each_sampler
 @settings(max_examples=20)
 @given(data=st.data())
-def test_select_changes_nothing_and_repeats_itself(sampler: Sampler[Any], data: st.DataObject) -> None:
+def test_select_changes_nothing_and_repeats_itself(sampler: Sampler, data: st.DataObject) -> None:
     rows = [start.row(sampler) for start in data.draw(st.lists(starts(sampler), min_size=1, max_size=4))]
     select, asked = sampler.select, []
 
-    def twice(step: Step[Any]) -> Selection:
+    def twice(step: Step) -> Selection:
         def tensors() -> list[Tensor]:
             each = [*(v for v in vars(step).values() if isinstance(v, Tensor)), *step.extra.values()]
             return [*each, *step.state.values(), *vars(step.layout).values(), step.columns.values]
@@ -368,7 +368,7 @@ def test_select_changes_nothing_and_repeats_itself(sampler: Sampler[Any], data: 
 
 @each_sampler
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
-def test_a_row_of_broken_logits_is_refused_and_harms_no_other(sampler: Sampler[Any], poison: float) -> None:
+def test_a_row_of_broken_logits_is_refused_and_harms_no_other(sampler: Sampler, poison: float) -> None:
     def row(number: int) -> Row:
         choice = TokenChoice(0.0 if sampler.chooses_tokens else 0.5)
         return Row(blank(sampler, [number + 1], 8), sampler, sampler.Params(), choice, seed=number)
@@ -383,15 +383,13 @@ def test_a_row_of_broken_logits_is_refused_and_harms_no_other(sampler: Sampler[A
     finish(clean, predict_for(sampler))
     failed = [each for turn in run(rows, predict_for(sampler, logits)) for each, event in turn if event.error]
     assert len(failed) == 1 and failed[0] is rows[3]
-    assert rows[3].forwards <= rows[3].passes - 1, "a refused row is left as it was"
-    assert rows[3].forwards == 0 or rows[3].particles
-    assert rows[3].canvas.masked.all()
+    assert rows[3].forwards == 0 and rows[3].canvas.masked.all(), "a refused row is left as it was"
     for i in set(range(8)) - {3}:
         assert rows[i].canvas.tokens.equal(clean[i].canvas.tokens)
 
 
 @each_sampler
-def test_it_describes_itself(sampler: Sampler[Any]) -> None:
+def test_it_describes_itself(sampler: Sampler) -> None:
     assert sampler.name in PARAMETERS
     assert sampler.summary().endswith(".")
     assert sampler.paper.startswith("https://")
@@ -401,7 +399,7 @@ def test_it_describes_itself(sampler: Sampler[Any]) -> None:
 
 
 @pytest.mark.parametrize("modifier", list_modifiers(), ids=lambda modifier: modifier.name)
-def test_a_modifier_describes_itself(modifier: Modifier[Any]) -> None:
+def test_a_modifier_describes_itself(modifier: Modifier) -> None:
     assert modifier.name in MODIFIER_PARAMETERS and modifier.name in {each.name for each, _ in MODIFIED}
     assert modifier.summary().endswith(".")
     assert modifier.paper.startswith("https://")

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from samplers import Canvas, Sampler, SamplerError, SamplerParams, Selection, Step, TokenChoice, get_sampler
 from samplers.forward.summary import summarise
 from samplers.loop.row import Row
-from samplers.loop.run import finish
-from tests.samplers.models import MASK, VOCAB, asked, events_of, predictor, random_logits, scripted, turn
+from samplers.loop.run import finish, next_query
+from tests.samplers.models import MASK, VOCAB, events_of, predictor, random_logits, scripted, turn
 
 
 def plain_loop(prompt: list[int], gen: int, block: int, rule: str, number: float) -> tuple[list[int], int]:
@@ -151,7 +151,7 @@ def test_mask_tokens_in_the_prompt_and_suffix_are_just_tokens() -> None:
     sampler = get_sampler("threshold")
     canvas = Canvas.blank([MASK, 1, MASK], 4, MASK, suffix=[MASK, 3])
     row = Row(canvas, sampler, sampler.Params(threshold=0.01))
-    assert asked([row]).position.tolist() == [3, 4, 5, 6]
+    assert next_query([row]).position.tolist() == [3, 4, 5, 6]
     finish([row], predictor())
     assert canvas.tokens[:3].tolist() == [MASK, 1, MASK] and canvas.tokens[-2:].tolist() == [MASK, 3]
     assert MASK not in canvas.generated.tolist()

@@ -33,7 +33,7 @@ def turn(each: Row, logits: Logits = random_logits) -> StepEvent:
     return event
 
 
-def step(entropy: list[float], drawn: list[int], likeliest: list[int], **params: Any) -> Step[Any]:
+def step(entropy: list[float], drawn: list[int], likeliest: list[int], **params: Any) -> Step:
     """A first step of one block."""
     width = len(entropy)
     extra = {
@@ -54,7 +54,7 @@ def step(entropy: list[float], drawn: list[int], likeliest: list[int], **params:
 class Silent(DiffusionGemma):
     """Whose noise is a token that nobody else chooses."""
 
-    def noise(self, step: Step[Any]) -> Tensor:
+    def noise(self, step: Step) -> Tensor:
         return torch.full_like(step.token, 11)
 
 
@@ -172,7 +172,7 @@ class Careless(DiffusionGemma):
     def __init__(self, **changes: Any) -> None:
         self.changes = changes
 
-    def select(self, step: Step[Any]) -> Selection:
+    def select(self, step: Step) -> Selection:
         return Selection(torch.zeros_like(step.candidate), **self.changes)
 
 

@@ -27,7 +27,7 @@ class Written:
         self.action: Action = action
         self.takes_speed = takes_speed
 
-    def score(self, step: Step[Any], speed: Tensor | None) -> Tensor:
+    def score(self, step: Step, speed: Tensor | None) -> Tensor:
         logits = self.logits.expand(len(step.params), -1)
         return logits if speed is None else logits + 8 * (speed - 0.5)
 

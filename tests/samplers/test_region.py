@@ -89,7 +89,7 @@ def test_the_text_is_cut_and_ends_when_it_is_there(name: str) -> None:
     assert written(3, beyond).told == written(20, beyond).told[:3] and not written(3, beyond).ended
 
 
-class Forgetful(Sampler[SamplerParams]):
+class Forgetful(Sampler):
     """Masks again, or replaces, positions that are told of and settled, or that it was not asked about."""
 
     revises = whole_region = True
@@ -98,7 +98,7 @@ class Forgetful(Sampler[SamplerParams]):
     def __init__(self, positions: list[int]) -> None:
         self.positions = positions
 
-    def select(self, step: Step[Any]) -> Selection:
+    def select(self, step: Step) -> Selection:
         remask = torch.zeros_like(step.candidate)
         remask[:, self.positions] = step.block > 0
         none = torch.zeros_like(remask)

@@ -21,7 +21,7 @@ from tests.samplers.steps import step_of
 
 def one_step(
     confidence: list[float], candidate: list[bool] | None = None, block_masks: int | None = None, **params: object
-) -> Step[Any]:
+) -> Step:
     """A first step of one row."""
     sampler = get_sampler(str(params.pop("sampler")))
     mask = torch.tensor([candidate or [True] * len(confidence)])
@@ -29,7 +29,7 @@ def one_step(
     return step_of(sampler, [own], torch.tensor([confidence]), mask, block_masks=block_masks)
 
 
-def chosen(step: Step[Any], sampler: str) -> list[int]:
+def chosen(step: Step, sampler: str) -> list[int]:
     """What is committed: the surest candidate where the rule commits none."""
     commit = get_sampler(sampler).select(step).commit
     commit = commit if bool(commit.any()) else surest(step.confidence, step.candidate)
@@ -100,7 +100,7 @@ def test_steps_are_shared_out_over_the_blocks() -> None:
     assert commits(get_sampler("topk"), 10, 4, 7) == [2, 1, 1, 2, 2, 1, 1]
 
 
-def commits(sampler: Sampler[Any], gen_length: int, block_length: int, steps: int) -> list[int]:
+def commits(sampler: Sampler, gen_length: int, block_length: int, steps: int) -> list[int]:
     """How many each forward commits."""
     row = Row(Canvas.blank([1], gen_length, MASK, block_length), sampler, sampler.Params(steps=steps))
     left: list[int] = []
@@ -154,7 +154,7 @@ def test_random_order_is_uniform_and_its_own_for_each_seed() -> None:
     assert (share - 1 / width).abs().max() < 4 * (1 / width / rows) ** 0.5
 
 
-def by_probabilities(rows: list[list[float]], candidate: list[bool] | None = None, **params: object) -> Step[Any]:
+def by_probabilities(rows: list[list[float]], candidate: list[bool] | None = None, **params: object) -> Step:
     """A first step whose statistics are those of these distributions."""
     p = torch.tensor([row + [0.0] * (5 - len(row)) for row in rows])
     two = p.topk(2, dim=1).values

@@ -81,9 +81,9 @@ def test_no_generation_takes_more_forwards_than_it_may(
             except ValueError:
                 continue  # fewer steps than blocks
             most = sampler.most_forwards(params, canvas.layout) * sampler.slots(params)
+            assert work(row) == most * canvas.layout.length
             finish([row], predictor(random_logits, None if pattern.noise else MASK))
             assert 1 <= row.forwards <= most
-            assert work(sampler, params, canvas.layout) == most * canvas.layout.length
             tried += 1
     assert tried
 
@@ -100,12 +100,12 @@ def test_no_generation_takes_more_forwards_than_it_may(
 )
 def test_a_schedule_is_known(name: str, given: dict[str, Any], most: int) -> None:
     sampler = get_sampler(name)
-    layout = Canvas.blank([1] * 8, 40, MASK, 8).layout
-    assert sampler.most_forwards(sampler.Params(**given), layout) == most
-    assert work(sampler, sampler.Params(**given), layout) == most * 48
+    row = Row(Canvas.blank([1] * 8, 40, MASK, 8), sampler, sampler.Params(**given))
+    assert sampler.most_forwards(row.params, row.canvas.layout) == most
+    assert work(row) == most * 48
 
 
-class Answers(Sampler[SamplerParams]):
+class Answers(Sampler):
     """Says anything of its work."""
 
     name = "answers"
@@ -123,7 +123,7 @@ class Answers(Sampler[SamplerParams]):
         return self._answers.get("forwards", 3)
 
 
-class Views(Modifier[SamplerParams]):
+class Views(Modifier):
     """Shows the model these."""
 
     name = "views"
@@ -135,20 +135,21 @@ class Views(Modifier[SamplerParams]):
         return self._views
 
 
+def row_of(prompt: list[int], sampler: Sampler, *views: View) -> Row:
+    around = [(Views(*views), SamplerParams())] if views else []
+    return Row(Canvas.blank(prompt, 10, MASK), sampler, SamplerParams(), modifiers=around)
+
+
 def test_slots_and_views_count() -> None:
-    layout = Canvas.blank([], 10, MASK).layout
-    seen = [(Views(View(), View(-1.0, "masked")), SamplerParams())]
-    assert work(Answers(slots=4), SamplerParams(), layout, seen) == 4 * 2 * 3 * 10
+    assert work(row_of([], Answers(slots=4), View(), View(-1.0, "masked"))) == 4 * 2 * 3 * 10
 
 
 def test_a_view_with_a_longer_prompt_costs_more() -> None:
-    layout = Canvas.blank([1, 2], 10, MASK).layout
-    seen = [(Views(View(), View(-1.0, (1, 2, 3, 4, 5))), SamplerParams())]
-    assert work(Answers(), SamplerParams(), layout, seen) == 3 * (12 + 15)
+    assert work(row_of([1, 2], Answers(), View(), View(-1.0, (1, 2, 3, 4, 5)))) == 3 * (12 + 15)
 
 
 @pytest.mark.parametrize("answer", [0, -1, 1.5, None, float("nan"), "3"])
 @pytest.mark.parametrize("what", ["slots", "forwards"])
 def test_what_is_no_number_is_refused(what: str, answer: Any) -> None:
     with pytest.raises(SamplerError, match="must be an integer from 1"):
-        work(Answers(**{what: answer}), SamplerParams(), Canvas.blank([], 10, MASK).layout)
+        work(row_of([], Answers(**{what: answer})))
