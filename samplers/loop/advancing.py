@@ -12,7 +12,7 @@ from samplers.forward.prediction import Prediction
 from samplers.forward.statistics import Statistic, StatisticsRequest
 from samplers.loop.check import Chosen, check_told, choose, take
 from samplers.loop.event import StepEvent
-from samplers.loop.guard import ContractError, failure, name_of
+from samplers.loop.guard import ContractError, Owner, failure, suspect
 from samplers.loop.numbers import CHANGING, N
 from samplers.loop.part import Members, Opened, Part
 from samplers.loop.window import close, enter, note_ends, told_stop
@@ -93,12 +93,15 @@ def blame_bonus(
     row = opened.asked.nonzero(as_tuple=True)[0]
     touched = set(row[wanted.bonus.index].tolist())
     return {
-        i: SamplerError(
-            f"sampler {name_of(part.rows[i].sampler)} failed: with its bonus the model's output is not finite"
-        )
+        i: failure(_suspect(part, i), ContractError("with its bonus the model's output is not finite"))
         for i in row[~finite].unique().tolist()
         if i in touched
     }
+
+
+def _suspect(part: Part, i: int) -> Owner:
+    row = part.rows[i]
+    return suspect(row.sampler, [modifier for modifier, _ in row.modifiers])
 
 
 def _grid(part: Part, opened: Opened, prediction: Prediction) -> Grid:
@@ -372,7 +375,7 @@ def _check_own(
             said = "a token that does not exist was selected"
         elif mask_id is not None and bool((tokens_of == mask_id).any()):
             said = "the mask token was selected"
-        errors.setdefault(i, failure(part.rows[i].sampler, ContractError(said)))
+        errors.setdefault(i, failure(_suspect(part, i), ContractError(said)))
 
 
 def _write_drafts(

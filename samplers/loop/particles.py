@@ -49,7 +49,7 @@ class Particles:
     def active(self) -> "list[Row]":
         """Canvases that take part in the next forward: those that wait at no barrier."""
         ahead = min((lane.block for lane in self.lanes if not lane.lane_finished), default=0)
-        per_step = self.lanes[0].sampler.barrier == "step"
+        per_step = self.lanes[0].traits.barrier == "step"
         return [lane for lane in self.lanes if not lane.lane_finished and (per_step or lane.block == ahead)]
 
     def after(self, events: dict[int, StepEvent]) -> list[StepEvent]:
@@ -73,7 +73,7 @@ class Particles:
     def _barrier(self, taking: list[int]) -> None:
         """Draw canvases anew where all have come to the end of a step, or of a block."""
         rule = self.lanes[0].sampler
-        if rule.barrier == "block":
+        if self.lanes[0].traits.barrier == "block":
             passed = [
                 lane.lane_finished or lane.block > was for lane, was in zip(self.lanes, self._blocks, strict=True)
             ]

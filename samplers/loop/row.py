@@ -168,7 +168,7 @@ class Row:
 
     def _make_views(self) -> None:
         """The canvases of every forward."""
-        first, *others = guard.views(self.sampler, self.modifiers)
+        first, *others = guard.views(self.modifiers, self.canvas.layout, self.vocabulary)
         self.weight = first.weight
         self.views = [ViewCanvas.of(view, self.canvas, self.given, self._mask_id, self.cache) for view in others]
 

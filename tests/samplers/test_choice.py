@@ -51,7 +51,9 @@ def test_draws_have_exactly_the_right_probabilities(choice: TokenChoice) -> None
     """Equally spaced random numbers: each token's share is its probability, to within one draw at each of its ends."""
     count = 5000
     numbers = (torch.arange(count, dtype=torch.float64) + 0.5) / count
-    token = draw_tokens(*choosable(torch.tensor([LOGITS]).expand(count, -1), TokenChoices.of([choice] * count)), numbers)
+    token = draw_tokens(
+        *choosable(torch.tensor([LOGITS]).expand(count, -1), TokenChoices.of([choice] * count)), numbers
+    )
     shares = torch.bincount(token, minlength=len(LOGITS)) / count
     expected = torch.tensor(exact(LOGITS, choice))
     assert (shares - expected).abs().max() <= 1.5 / count
@@ -67,7 +69,10 @@ def test_every_random_number_gives_a_possible_token() -> None:
     assert draw_tokens(*choosable(flat, TokenChoices.of([TokenChoice(1.0, top_p=0.999)])), numbers[3:]).item() == 48
     assert draw_tokens(*choosable(flat, TokenChoices.of([TokenChoice(1.0)])), numbers[3:]).item() == 48
     flat[0, 40:] = -math.inf
-    assert draw_tokens(*choosable(flat, TokenChoices.of([TokenChoice(1.0)])), torch.ones(1, dtype=torch.float64)).item() == 39
+    assert (
+        draw_tokens(*choosable(flat, TokenChoices.of([TokenChoice(1.0)])), torch.ones(1, dtype=torch.float64)).item()
+        == 39
+    )
 
 
 def test_a_draw_depends_on_its_own_row_only() -> None:
@@ -76,7 +81,9 @@ def test_a_draw_depends_on_its_own_row_only() -> None:
     choices = [TokenChoice(0.2 + 0.3 * i, top_p=1 - 0.1 * i, top_k=i) for i in range(8)]
     together = draw_tokens(*choosable(scores, TokenChoices.of(choices)), numbers)
     for i in range(8):
-        assert draw_tokens(*choosable(scores[i : i + 1], TokenChoices.of([choices[i]])), numbers[i : i + 1]) == together[i]
+        assert (
+            draw_tokens(*choosable(scores[i : i + 1], TokenChoices.of([choices[i]])), numbers[i : i + 1]) == together[i]
+        )
 
 
 def probabilities(*values: float) -> Tensor:
@@ -105,7 +112,9 @@ def test_the_mask_token_is_never_chosen_but_keeps_its_probability(choice: TokenC
 def test_confidence_of_a_drawn_token_is_the_unmodified_probability() -> None:
     logits = torch.tensor([LOGITS]).expand(100, -1)
     numbers = torch.arange(100, dtype=torch.float64) / 100
-    found = summarise(logits, 5, StatisticsRequest(choices=TokenChoices.of([TokenChoice(3.0, top_k=4)] * 100), uniform=numbers))
+    found = summarise(
+        logits, 5, StatisticsRequest(choices=TokenChoices.of([TokenChoice(3.0, top_k=4)] * 100), uniform=numbers)
+    )
     assert len(found.token.unique()) == 4
     assert torch.allclose(found.confidence, torch.tensor(LOGITS).softmax(0)[found.token])
 
@@ -114,7 +123,11 @@ def test_greedy_and_drawn_rows_share_a_batch() -> None:
     logits = torch.tensor([LOGITS]).expand(3, -1)
     choices = [TokenChoice(), TokenChoice(1.0), TokenChoice()]
     found = summarise(
-        logits, 5, StatisticsRequest(choices=TokenChoices.of(choices), uniform=torch.tensor([0.99, 0.99, 0.99], dtype=torch.float64))
+        logits,
+        5,
+        StatisticsRequest(
+            choices=TokenChoices.of(choices), uniform=torch.tensor([0.99, 0.99, 0.99], dtype=torch.float64)
+        ),
     )
     assert found.token.tolist() == [0, 4, 0]
 
@@ -193,7 +206,9 @@ def test_statistics_of_what_tokens_are_drawn_from() -> None:
     found = summarise(
         logits,
         0,
-        StatisticsRequest(frozenset(Statistic), choices=TokenChoices.of(choices), uniform=torch.full((5,), 0.4, dtype=torch.float64)),
+        StatisticsRequest(
+            frozenset(Statistic), choices=TokenChoices.of(choices), uniform=torch.full((5,), 0.4, dtype=torch.float64)
+        ),
     )
     for i, choice in enumerate(choices):
         p = (logits[i] / (choice.temperature or 1.0)).double()

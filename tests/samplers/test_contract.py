@@ -141,9 +141,7 @@ MODIFIER_PARAMETERS: dict[str, st.SearchStrategy[dict[str, Any]]] = {
     "credit": st.fixed_dictionaries(
         {}, optional={"alpha": st.floats(0, 3.0), "gamma": st.floats(0, 2.0), "beta": st.floats(0, 1.0)}
     ),
-    "spacing": st.fixed_dictionaries(
-        {}, optional={"min_gap_start": st.integers(1, 12), "min_gap": st.integers(1, 5)}
-    ),
+    "spacing": st.fixed_dictionaries({}, optional={"min_gap_start": st.integers(1, 12), "min_gap": st.integers(1, 5)}),
 }
 """The same for modifiers."""
 

@@ -1,7 +1,6 @@
 """The region that is denoised for a text, and what was told of it: it never changes."""
 
 import zlib
-from typing import Any
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ from samplers import (
     Layout,
     Sampler,
     SamplerError,
-    SamplerParams,
     Selection,
     Step,
     get_sampler,
