@@ -433,7 +433,7 @@ def _settle(part: Part, opened: Opened, left: Tensor, errors: Mapping[int, Sampl
     first = left.byte().argmax(dim=1)
     if not part.zero_based:
         first = first + c[N.START]
-    c[N.FORWARDS].add_(part.passes)
+    c[N.STEPS].add_(1)
     c[N.BLOCK_STEP].add_(1)
     settled = torch.where(some, first, c[N.SETTLED])
     if part.revising:
@@ -479,7 +479,9 @@ def _tell(
     for i, (each, count, more, own) in enumerate(zip(part.rows, written.sum(dim=1).tolist(), told, now, strict=True)):
         each.show(own)
         stop = first + count
-        event = StepEvent(own[0], positions[first:stop], tokens[first:stop], confidences[first:stop])
+        event = StepEvent(
+            each.forwards_of_steps(own[N.STEPS]), positions[first:stop], tokens[first:stop], confidences[first:stop]
+        )
         first = stop
         if more:
             each.told += more

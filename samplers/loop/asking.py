@@ -42,7 +42,7 @@ def _request(part: Part, opened: Opened, row: Tensor, position: Tensor) -> Stati
     if choices is not None:
         choices = choices[row]
         n = opened.numbers
-        numbers = uniform(n[row, N.SEED], n[row, N.FORWARDS], position, TOKENS)
+        numbers = uniform(n[row, N.SEED], n[row, N.STEPS], position, TOKENS)
     return StatisticsRequest(
         statistics=frozenset(Statistic(name) for name in names if name != "top"),
         only={name: wish[row] for name, wish in names.items() if wish is not None},

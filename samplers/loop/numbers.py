@@ -9,12 +9,13 @@ NEVER = 1 << 40
 class N(IntEnum):
     """Columns: first what steps change, then what never changes.
 
-    START and STOP bound the active block; CLOSED is what a revising rule has finished; FIRST: the block's first
-    position is masked; ENTERED: the block that counters belong to. MOST is what `post_steps` or `draft_steps` said;
-    CONFINED: candidates are of the active block whatever window a rule asks for.
+    STEPS counts forwards of the canvas, one each whatever number of views it has. START and STOP bound the active
+    block; CLOSED is what a revising rule has finished; FIRST: the block's first position is masked; ENTERED: the block
+    that counters belong to. MOST is what `post_steps` or `draft_steps` said; CONFINED: candidates are of the active
+    block whatever window a rule asks for.
     """
 
-    FORWARDS = 0
+    STEPS = 0
     BLOCK = 1
     BLOCK_STEP = 2
     BLOCK_MASKS = 3
@@ -45,8 +46,7 @@ class N(IntEnum):
     DRAFTS = 28
     MOST = 29
     CONFINED = 30
-    PASSES = 31
-    VOCABULARY = 32
+    VOCABULARY = 31
 
 
 CHANGING = 12

@@ -112,7 +112,6 @@ class Part:
         self.flat_tokens = self.slots * batch.tokens.shape[1] + n[:, N.PROMPT]
         self.flat_masks = self.slots * batch.masked.shape[1]
         self.members = self._members()
-        self.passes = n[:, N.PASSES]
         self.wide = [row.traits.whole_region or row.traits.revises for row in rows]
         self.any_wide = any(self.wide)
         self.wide_rows = torch.tensor(self.wide, device=device)[:, None]
@@ -244,7 +243,7 @@ class Part:
             committed=part(opened.committed),
             position=position,
             seed=c[N.SEED],
-            forward=c[N.FORWARDS],
+            forward=c[N.STEPS],
             block=c[N.BLOCK],
             block_start=c[N.START],
             block_step=c[N.BLOCK_STEP],

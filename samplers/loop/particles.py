@@ -138,7 +138,6 @@ class Particles:
         events = self.events[winner]
         batch.tokens[row.slot], batch.masked[row.slot] = batch.tokens[found.slot], batch.masked[found.slot]
         batch.numbers[row.slot] = batch.numbers[found.slot]
-        batch.numbers[row.slot, N.FORWARDS] = self.forwards
         row.read()
         row.told = list(found.told)
         row.reported = len(row.told)

@@ -203,7 +203,7 @@ class Row:
         n[N.STRICT], n[N.MASK_ID], n[N.FILL] = pattern.strict, self._mask_id, self.fill_after_end
         n[N.REVISES], n[N.DRAFTS], n[N.MOST] = self.traits.revises, self.traits.drafts, self._most_steps
         n[N.CONFINED] = self.cache is not CacheMode.NONE or pattern.causal
-        n[N.PASSES], n[N.VOCABULARY] = 1 + len(self.views), -1 if self.vocabulary is None else self.vocabulary
+        n[N.VOCABULARY] = -1 if self.vocabulary is None else self.vocabulary
         n[N.END], n[N.ENTERED] = NEVER, -1
         return torch.tensor(n, dtype=torch.int64)
 
@@ -219,7 +219,13 @@ class Row:
     @property
     def forwards(self) -> int:
         """Forward passes that this generation took part in, every view counted."""
-        return self._now[N.FORWARDS] if self.particles is None else self.particles.forwards
+        if self.particles is not None:
+            return self.particles.forwards
+        return self.forwards_of_steps(self._now[N.STEPS])
+
+    def forwards_of_steps(self, steps: int) -> int:
+        """Forward passes that so many steps of this canvas are."""
+        return steps * (1 + len(self.views))
 
     @property
     def block(self) -> int:

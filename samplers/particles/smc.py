@@ -51,6 +51,7 @@ class SMC(Sampler[SMCParams]):
     name = "smc"
     paper = "https://arxiv.org/abs/2602.01849"
     requires = {"base": "sampler"}
+    counts_commits = True
     Params = SMCParams
 
     def __init__(self, base: Sampler[Any] | None = None) -> None:
