@@ -338,6 +338,8 @@ def incompatibility(
         return reason
     for i, modifier in enumerate(modifiers):
         before = list(modifiers[:i])
+        if any(modifier is each for each in before):
+            return f"modifier {name_of(modifier)} is given twice"
         if reason := told(modifier, ask, modifier.incompatibility, sampler, replace(pattern), before):
             return reason
     return None

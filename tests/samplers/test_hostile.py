@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -63,21 +64,40 @@ def others(twin: Sampler | None) -> list[Row]:
     return rows if twin is None else [*rows, start(twin, 7)]
 
 
+@cache
+def clean(hostile: bool) -> list[Told]:
+    """What the others say where nothing goes wrong."""
+    rows = others(Leftmost() if hostile else None)
+    events_of(rows, predictor())
+    return told(rows)
+
+
+@cache
+def clean_modified() -> list[Told]:
+    rows = [*others(None), *modified(2, Around())]
+    events_of(rows, predictor())
+    return told(rows)
+
+
+def modified(count: int, around: Modifier) -> list[Row]:
+    """Generations with a modifier that are to go well."""
+    each = [(around, around.Params())]
+    return [start(get_sampler("threshold"), 10 + i, modifiers=each) for i in range(count)]
+
+
 def told(rows: Sequence[Row]) -> list[Told]:
     return [(row.told, row.forwards) for row in rows]
 
 
 def beside(sampler: Sampler, twin: bool) -> str | None:
     """Run one that is to fail among others, and see that these are as they were; returns its message."""
-    clean = others(Leftmost() if twin else None)
-    events_of(clean, predictor())
     rows = others(sampler if twin else None)
     try:
         bad = start(sampler, 8, params=sampler.Params(fault=True))
     except (SamplerError, ParameterError) as error:
         return str(error)
     *found, mine = events_of([*rows, bad], predictor())
-    assert told(rows) == told(clean)
+    assert told(rows) == clean(twin)
     assert all(event.error is None for events in found for event in events)
     error = mine[-1].error
     assert all(event.error is None for event in mine[:-1])
@@ -242,21 +262,14 @@ MODIFIERS: dict[str, Modifier] = {
 def beside_modified(modifier: Modifier) -> str | None:
     """Run a rule of ours with a modifier that is to fail among others, some of which have it around them too."""
     rule = get_sampler("threshold")
-
-    def own(count: int, around: Modifier) -> list[Row]:
-        each = [(around, around.Params())]
-        return [start(rule, 10 + i, modifiers=each) for i in range(count)]
-
-    clean = [*others(None), *own(2, Around())]
-    events_of(clean, predictor())
     try:
         bad = start(rule, 8, modifiers=[(modifier, modifier.Params(fault=True))])
-        twins = own(2, modifier)
+        twins = modified(2, modifier)
     except (SamplerError, ParameterError) as error:
         return str(error)
     rows = [*others(None), *twins]
     *found, mine = events_of([*rows, bad], predictor())
-    assert told(rows) == told(clean)
+    assert told(rows) == clean_modified()
     assert all(event.error is None for events in found for event in events)
     error = mine[-1].error
     return None if error is None else str(error)
