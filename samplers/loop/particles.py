@@ -93,7 +93,7 @@ class Particles:
         assert batch is not None
         slots = torch.tensor([lane.slot for lane in self.lanes], device=batch.device)
         layer = batch.groups[row.key].layers[0]
-        seed, number, zero = (torch.tensor(value) for value in (row.seed, self.barriers, 0))
+        seed, number, zero = (torch.tensor(value, device="cpu") for value in (row.seed, self.barriers, 0))
         return Slots(
             params=row.params,
             state={name: layer.state[name][slots] for name, spec in layer.specs.items() if spec.per == "row"},

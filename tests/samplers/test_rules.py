@@ -14,7 +14,7 @@ from samplers.forward.statistics import CHOSEN, Statistic
 from samplers.loop.row import Row
 from samplers.loop.run import finish, run
 from samplers.ranking import best, surest
-from tests.samplers.models import MASK, predictor, turn
+from tests.samplers.models import MASK, events_of, predictor, turn
 from tests.samplers.steps import step_of
 
 
@@ -354,3 +354,101 @@ def test_edit_commits_at_least_so_many(params: dict[str, float], expected: list[
     """LLaDA2.1's `num_to_transfer`: the surest, where fewer pass the threshold; never more than there are."""
     step = one_step([0.97, 0.60, 0.20, 0.40, 0.30], sampler="edit", **params)
     assert chosen(step, "edit") == expected
+
+
+LEAP = {0: 0.95, 3: 0.78, 5: 0.80, 8: 0.60, 9: 0.76}
+
+
+@pytest.mark.parametrize(
+    ("found", "params", "expected"),
+    [
+        (LEAP, {}, [0, 3]),  # 5 is too far, and below 0.9
+        (LEAP, {"radius": 5}, [0, 3, 5]),
+        (LEAP, {"radius": 0}, [0]),
+        (LEAP, {"relaxed_threshold": 0.79}, [0]),
+        (LEAP, {"threshold": 0.8}, [0, 3, 5, 9]),
+        ({0: 0.85, 1: 0.80}, {}, [0]),
+        ({2: 0.80, 3: 0.95, 4: 0.74}, {}, [2, 3]),
+    ],
+)
+def test_local_leap_relaxes_near_anchors(
+    found: dict[int, float], params: dict[str, object], expected: list[int]
+) -> None:
+    there = [position in found for position in range(10)]
+    confidence = [found.get(position, 0.99) for position in range(10)]
+    assert chosen(one_step(confidence, there, sampler="local_leap", **params), "local_leap") == expected
+
+
+NAN = float("nan")
+
+
+def saber_step(**more: Any) -> Step[Any]:
+    """Committed 0: .50 (.90 a step ago) and 1: .75 (.70); candidates 2: .95, 3: .85, 4: .60; stored .9 and .7."""
+    sampler = get_sampler("saber")
+    state = {
+        "committed": torch.tensor([[0.9, 0.7, NAN, NAN, NAN]]),
+        "before": torch.tensor([[0.90, 0.70, 0.60, 0.80, 0.60]]),
+        "sum": torch.tensor([[1.6]], dtype=torch.float64),
+        "count": torch.tensor([[2]]),
+    } | more.pop("state", {})
+    candidate = torch.tensor([[False, False, True, True, True]])
+    return step_of(
+        sampler,
+        [sampler.Params(**({"n": 2} | more))],
+        torch.tensor([[0.50, 0.75, 0.95, 0.85, 0.60]]),
+        candidate,
+        committed=~candidate,
+        state=state,
+    )
+
+
+def test_saber_commits_above_the_mean_and_masks_what_lost_most() -> None:
+    """Mean .8: commit 2 and 3, and mask 0 again, which lost .40."""
+    found = get_sampler("saber").select(saber_step())
+    assert found.commit[0].nonzero()[:, 0].tolist() == [2, 3]
+    assert found.remask is not None and found.remask[0].nonzero()[:, 0].tolist() == [0]
+    assert found.state is not None
+    assert found.state["sum"].item() == pytest.approx(1.6 + 0.95 + 0.85)
+    assert found.state["count"].item() == 4
+    assert found.state["before"].tolist() == pytest.approx([[0.50, 0.75, 0.95, 0.85, 0.60]])
+
+
+@pytest.mark.parametrize(
+    ("n", "commit", "remask"),
+    [(1, [2, 3], [0]), (3, [2, 3, 4], []), (9, [2, 3, 4], [])],
+)
+def test_saber_masks_nothing_once_all_are_committed(n: int, commit: list[int], remask: list[int]) -> None:
+    found = get_sampler("saber").select(saber_step(n=n))
+    assert found.commit[0].nonzero()[:, 0].tolist() == commit
+    assert found.remask is not None and found.remask[0].nonzero()[:, 0].tolist() == remask
+
+
+def test_saber_at_first_commits_its_least_number() -> None:
+    """Nothing is stored: nobody is above a mean of 1; of two commits one may be masked again, but nothing lost any."""
+    sampler = get_sampler("saber")
+    found = sampler.select(step_of(sampler, [sampler.Params()], torch.tensor([[0.3, 0.9, 0.8, 0.2]])))
+    assert found.commit[0].nonzero()[:, 0].tolist() == [1, 2]
+    assert found.remask is not None and not found.remask.any()
+
+
+def test_saber_commits_more_than_it_masks() -> None:
+    """Net progress of at least one a step, in any block."""
+    sampler = get_sampler("saber")
+    for seed in range(6):
+        row = Row(Canvas.blank([seed], 24, MASK, 12), sampler, sampler.Params(n=3))
+        for event in events_of([row], predictor())[0]:
+            assert len(event.positions) > len(event.remasked)
+        assert row.finished
+
+
+def test_saber_counts_each_position_once() -> None:
+    """One that was masked again and is committed anew replaces what was stored of it."""
+    state = {
+        "committed": torch.tensor([[0.9, 0.7, 0.6, NAN, NAN]]),
+        "sum": torch.tensor([[2.2]], dtype=torch.float64),
+        "count": torch.tensor([[3]]),
+    }
+    found = get_sampler("saber").select(saber_step(state=state))
+    assert found.state is not None
+    assert found.state["sum"].item() == pytest.approx(2.2 - 0.6 + 0.95 + 0.85)
+    assert found.state["count"].item() == 4
