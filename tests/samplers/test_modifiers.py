@@ -1,5 +1,6 @@
-"""Modifiers around rules: worked examples, what they equal, in which order they apply, and what does not go together."""
+"""Modifiers around rules: worked examples, what they equal, their order, and what does not go together."""
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -167,7 +168,7 @@ def test_no_two_commits_of_a_step_are_near(rule: str) -> None:
     each = row(rule, around("spacing", min_gap_start=1, min_gap=3), params=params.get(rule), gen=16, block=16)
     for found in story(each):
         positions = sorted(found[1])  # type: ignore[call-overload]
-        assert positions and all(b - a >= 3 for a, b in zip(positions, positions[1:], strict=False))
+        assert positions and all(b - a >= 3 for a, b in pairwise(positions))
 
 
 def test_spacing_changes_nothing_where_one_is_committed_a_step() -> None:

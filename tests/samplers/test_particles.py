@@ -217,14 +217,17 @@ def test_a_result_never_depends_on_neighbours(cache: CacheMode) -> None:
         assert (a.told, a.forwards, a.canvas.tokens.tolist()) == (b.told, b.forwards, b.canvas.tokens.tolist())
 
 
+KEEPS = {
+    "steps": StateSpec(0, torch.int64, lives="generation"),
+    "places": StateSpec(0, torch.int64, per="position", lives="generation"),
+}
+
+
 class Two(Sampler[SamplerParams]):
     """Commit the surest on two canvases; after every step, or block, go on with the first, and give it its state."""
 
     name = "two"
-    state = dict(  # noqa: RUF012
-        steps=StateSpec(0, torch.int64, lives="generation"),
-        places=StateSpec(0, torch.int64, per="position", lives="generation"),
-    )
+    state = KEEPS
 
     def __init__(self, barrier: str = "step", ancestors: tuple[int, int] = (0, 0), **changes: Any) -> None:
         self.barrier, self.ancestors, self.changes = barrier, ancestors, changes  # type: ignore[misc, assignment]

@@ -411,7 +411,7 @@ def test_saber_commits_above_the_mean_and_masks_what_lost_most() -> None:
     assert found.state is not None
     assert found.state["sum"].item() == pytest.approx(1.6 + 0.95 + 0.85)
     assert found.state["count"].item() == 4
-    assert found.state["before"].tolist() == pytest.approx([[0.50, 0.75, 0.95, 0.85, 0.60]])
+    assert found.state["before"][0].tolist() == pytest.approx([0.50, 0.75, 0.95, 0.85, 0.60])
 
 
 @pytest.mark.parametrize(
