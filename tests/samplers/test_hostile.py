@@ -118,6 +118,25 @@ def test_a_sampler_that_is_wrong_as_such_harms_no_other(fault: str, away: Thread
     assert message and len(message) <= 700 and message.isprintable()
 
 
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("none", "must return a Selection"),
+        ("bonus of two", "a bonus must be a TokenBonus or None"),
+        ("bonus nan", "is not finite"),
+        ("chooses in words", "must be TokenChoices or None"),
+        ("window in words", "must be a Window or None"),
+        ("resample numbers", "must return a Resampling or None"),
+        ("state of another name", "it keeps a state that it has not declared"),
+        ("incompatibility number", "must say why in words"),
+        ("waits at no barrier", "barrier is neither step nor block"),
+    ],
+)
+def test_what_is_wrong_is_said(fault: str, words: str, away: ThreadPoolExecutor) -> None:
+    message = away.submit(beside, (SINGLE | WHOLE)[fault](), False).result(30)
+    assert message is not None and words in message and "output" not in message
+
+
 @pytest.mark.parametrize("fault", HARMLESS)
 def test_what_a_sampler_may_try_changes_nothing_for_others(fault: str, away: ThreadPoolExecutor) -> None:
     message = away.submit(beside, HARMLESS[fault](), HARMLESS[fault].revises is False).result(30)

@@ -27,7 +27,7 @@ def written(name: str) -> Any:
 
 
 def row(sampler: Sampler, *modifiers: Modifier, **params: Any) -> Row:
-    around = [(each, each.Params(weight=0.9)) for each in modifiers]
+    around = [(each, each.Params()) for each in modifiers]
     return Row(Canvas.blank([1], 24, MASK, 8), sampler, sampler.Params(**params), vocabulary=VOCAB, modifiers=around)
 
 
@@ -46,12 +46,10 @@ def test_the_rule_with_a_state_revises_once() -> None:
 
 
 def test_the_modifier_goes_around_any_rule() -> None:
-    plain, doubting = (
-        row(get_sampler("threshold"), threshold=0.4),
-        row(get_sampler("threshold"), written("Doubt"), threshold=0.4),
-    )
-    finish([plain, doubting], predictor())
-    assert doubting.finished and doubting.forwards > plain.forwards
+    rule = get_sampler("topk")
+    plain, doubting = events_of([row(rule), row(rule, written("Doubt"))], predictor())
+    assert plain[0].confidences == doubting[0].confidences, "nothing is taken off where all is masked"
+    assert doubting[1].confidences[0] == pytest.approx(plain[1].confidences[0] - 0.1 / 8)
 
 
 @pytest.mark.parametrize("name", ["Leap", "Wavering", "Doubt"])
