@@ -88,7 +88,8 @@ def is_interrupt(error: BaseException) -> bool:
 
 def suspect(sampler: Sampler[Any], modifiers: Sequence[Modifier[Any]]) -> Owner:
     """Whom to blame for what sampler and modifiers made together: the first that is not ours."""
-    return next((each for each in (sampler, *modifiers) if not is_ours(type(each))), sampler)
+    owners: list[Owner] = [sampler, *modifiers]
+    return next((each for each in owners if not is_ours(type(each))), sampler)
 
 
 def name_of(sampler: Owner) -> str:

@@ -87,7 +87,7 @@ class Particles:
         self._blocks = [lane.block for lane in self.lanes]
         self.barriers += 1
 
-    def _slots(self) -> Slots:  # type: ignore[type-arg]
+    def _slots(self) -> Slots:
         row = self.lanes[0]
         batch = row.batch
         assert batch is not None

@@ -51,7 +51,9 @@ class Credit(Modifier[CreditParams]):
         if sampler.chooses_tokens or sampler.drafts:
             return f"modifier credit chooses tokens itself, and so does sampler {sampler.name}"
         if sampler.has_slots():
-            return f"modifier credit takes the likeliest tokens, so that all texts of sampler {sampler.name} were the same"
+            return (
+                f"modifier credit takes the likeliest tokens, so that all texts of sampler {sampler.name} were the same"
+            )
         if sampler.statistics or sampler.top:
             read = ", ".join(sorted(sampler.statistics)) or "other probabilities"
             return f"modifier credit raises confidences only, and sampler {sampler.name} reads {read}"

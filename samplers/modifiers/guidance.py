@@ -1,7 +1,7 @@
 """Away from what the model would say without the prompt."""
 
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -39,7 +39,9 @@ class Guidance(Modifier[GuidanceParams]):
             return views
         if isinstance(params.negative_prompt, str):
             raise ParameterError("negative_prompt", "negative_prompt must be encoded before it gets here")
-        without = "masked" if params.negative_prompt is None else tuple(params.negative_prompt)
+        without: Literal["masked"] | tuple[int, ...] = "masked"
+        if params.negative_prompt is not None:
+            without = tuple(params.negative_prompt)
         guided = [View(view.weight * (params.scale + 1), view.prompt) for view in views]
         return [*guided, View(-params.scale, without)]
 

@@ -226,7 +226,7 @@ def starts(sampler: Sampler, modifier: Modifier | None = None) -> st.SearchStrat
         Start,
         prompt=st.lists(tokens, max_size=5),
         gen_length=st.integers(1, 16),
-        block_length=st.integers(1, 20),
+        block_length=st.integers(4 if sampler.drafts else 1, 20),
         suffix=st.lists(tokens, max_size=3),
         # The first position is masked in each, so that there is something to do.
         given=st.lists(st.booleans(), min_size=15, max_size=15).map(lambda rest: [False, *rest]),

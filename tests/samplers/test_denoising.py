@@ -1,5 +1,7 @@
 """The one loop: against a plain one, and what end-of-text, blocks, suffixes and failures do to it."""
 
+from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -7,7 +9,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from samplers import Canvas, Sampler, SamplerError, SamplerParams, Selection, Step, TokenChoice, get_sampler
+from samplers import (
+    Canvas,
+    Sampler,
+    SamplerError,
+    SamplerParams,
+    Selection,
+    Step,
+    TokenChoice,
+    get_modifier,
+    get_sampler,
+)
+from samplers.forward.prediction import Prediction
+from samplers.forward.query import Query
 from samplers.forward.summary import summarise
 from samplers.loop.row import Row
 from samplers.loop.run import finish, next_query
@@ -305,3 +319,37 @@ def test_layout_of_blocks() -> None:
     assert (layout.length, layout.blocks, [layout.block_size(b) for b in range(3)]) == (13, 3, [4, 4, 2])
     assert Canvas.blank([], 10, MASK).layout.block_length == 10
     assert Canvas.blank([], 10, MASK, 99).layout.block_length == 10
+
+
+def test_a_forward_that_fails_for_one_generation_fails_that_one() -> None:
+    """By its place among the generations, whatever widths they have, and views."""
+    guidance = get_modifier("guidance")
+    views = [(guidance, guidance.Params(scale=1.0))]
+
+    def make() -> list[Row]:
+        topk, margin = get_sampler("topk"), get_sampler("margin")
+        return [
+            Row(Canvas.blank([1], 6, MASK), topk, topk.Params(), modifiers=views),
+            Row(Canvas.blank([2], 200, MASK), topk, topk.Params(k=40)),
+            Row(Canvas.blank([3], 6, MASK), margin, margin.Params(), modifiers=views),
+            Row(Canvas.blank([4], 5, MASK), topk, topk.Params()),
+        ]
+
+    for bad in range(4):
+        rows, clean = make(), make()
+        prompts = [int(row.canvas.tokens[0]) for row in rows]
+
+        def predict(query: Query, first: int = prompts[bad]) -> Prediction:
+            heads = query.canvases
+            if query.mixture is not None:
+                starts = [0, *accumulate(query.mixture.views)][:-1]
+                heads = [query.canvases[start] for start in starts]
+            failed = {i: OSError("away") for i, canvas in enumerate(heads) if canvas.tokens[0] == first}
+            return replace(predictor()(query), failed=failed)
+
+        events = events_of(rows, predict)
+        assert "the forward pass failed: OSError" in str(events[bad][0].error)
+        finish(clean, predictor())
+        assert [row.told for i, row in enumerate(rows) if i != bad] == [
+            row.told for i, row in enumerate(clean) if i != bad
+        ]

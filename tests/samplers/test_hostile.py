@@ -42,7 +42,7 @@ from tests.engine.hostile import (
 )
 from tests.samplers.models import MASK, VOCAB, events_of, predictor
 
-NEIGHBOURS = ("topk", "threshold", "random", "credit", "edit", "hierarchy_remask", "saber")
+NEIGHBOURS = ("random", "credit", "edit")
 Told = tuple[list[int], int]
 
 
@@ -59,7 +59,7 @@ def start(sampler: Sampler, number: int, **options: Any) -> Row:
 
 
 def others(twin: Sampler | None) -> list[Row]:
-    """Seven generations, and one of the hostile sampler's own that is to go well."""
+    """Three generations, and one of the hostile sampler's own that is to go well."""
     rows = [start(get_sampler(name), i) for i, name in enumerate(NEIGHBOURS)]
     return rows if twin is None else [*rows, start(twin, 7)]
 
