@@ -52,7 +52,7 @@ class Leftmost(Sampler[Params]):
 
 
 def leftmost(step: Step[Any]) -> Selection:
-    place = -torch.arange(step.candidate.shape[1]).expand(step.candidate.shape).float()
+    place = -step.position.minimum(step.layout.gen_length).float()
     state = {"steps": step.state["steps"] + 1, "seen": step.state["seen"] + step.candidate.sum(dim=1, keepdim=True)}
     return Selection(best(place, step.candidate, torch.ones_like(step.forward)), state=state)
 

@@ -26,6 +26,7 @@ from samplers import (
 )
 from samplers.loop.guard import own_params
 from samplers.loop.row import Row
+from samplers.resources import bound
 from tests.engine.hostile import (
     FAR,
     HARMLESS,
@@ -237,7 +238,7 @@ MODIFIERS: dict[str, Modifier] = {
     "adjusts confidence below zero": adjusting(confidence=lambda step: torch.full_like(step.confidence, -torch.inf)),
     "adjusts confidence of odd kind": adjusting(confidence=lambda step: step.confidence.as_subclass(Odd)),
     "adjusts candidates to integers": adjusting(candidate=lambda step: step.candidate.long()),
-    "adjusts candidates to more": adjusting(candidate=lambda step: ~step.candidate),
+    "adjusts candidates to more": adjusting(candidate=lambda step: torch.ones_like(step.candidate)),
     "adjusts candidates to none": adjusting(candidate=lambda step: torch.zeros_like(step.candidate)),
     "keeps what is not its own": adjusting(state=lambda step: {"token": step.state["seen"]}),
     "keeps a number": adjusting(state=lambda step: 5),
@@ -325,3 +326,20 @@ def overwriting(step: Step, *selection: Selection) -> Any:
 )
 def test_what_a_modifier_may_try_changes_nothing_for_others(modifier: Modifier, away: ThreadPoolExecutor) -> None:
     assert away.submit(beside_modified, modifier).result(30) is None
+
+
+@pytest.mark.parametrize(
+    ("bind", "words"),
+    [
+        (THROWN["exit"], "sampler hostile failed: SystemExit"),
+        (THROWN["long"], "sampler hostile failed: ValueError"),
+        (lambda self, resources, params: 5, "sampler hostile failed: bind must return a sampler"),
+        (lambda self, resources, params: resources.find("twin", "x"), "this server has no twin"),
+        (lambda self, resources, params: resources.find("sampler", "nothing"), "unknown sampler 'nothing'"),
+    ],
+)
+def test_a_sampler_that_cannot_be_bound_says_so(bind: Callable[..., Any], words: str) -> None:
+    sampler = type("Hostile", (Leftmost,), {"requires": {"fault": "twin"}, "bind": bind})()
+    with pytest.raises((SamplerError, ParameterError)) as caught:
+        bound(sampler, sampler.Params())
+    assert words in str(caught.value) and len(str(caught.value)) <= 700
