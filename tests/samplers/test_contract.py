@@ -308,14 +308,14 @@ def check_alone(sampler: Sampler, begin: Sequence[Start]) -> None:
 
 
 @each_sampler
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_each_step_keeps_the_contract(sampler: Sampler, data: st.DataObject) -> None:
     check_steps(sampler, data.draw(st.lists(starts(sampler), min_size=1, max_size=4)))
 
 
 @each_modified
-@settings(max_examples=5)
+@settings(max_examples=3)
 @given(data=st.data())
 def test_each_step_with_a_modifier_keeps_the_contract(
     modifier: Modifier, sampler: Sampler, data: st.DataObject
@@ -324,7 +324,7 @@ def test_each_step_with_a_modifier_keeps_the_contract(
 
 
 @each_sampler
-@settings(max_examples=6)  # of eight generations each
+@settings(max_examples=4)  # of eight generations each
 @given(data=st.data())
 def test_the_same_alone_and_in_a_batch_of_eight(sampler: Sampler, data: st.DataObject) -> None:
     check_alone(sampler, data.draw(st.lists(starts(sampler), min_size=8, max_size=8)))
@@ -340,7 +340,7 @@ def test_the_same_alone_and_in_a_batch_of_eight_with_a_modifier(
 
 
 @each_sampler
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(data=st.data())
 def test_select_changes_nothing_and_repeats_itself(sampler: Sampler, data: st.DataObject) -> None:
     rows = [start.row(sampler) for start in data.draw(st.lists(starts(sampler), min_size=1, max_size=4))]
