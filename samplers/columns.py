@@ -139,11 +139,11 @@ class Columns:
         return bool(self.keep(f"all {name} {value}", lambda: bool(self.option(name, value).all())))
 
     @classmethod
-    def of(cls, params: Sequence[BaseModel]) -> "Columns":
+    def of(cls, params: Sequence[BaseModel], device: torch.device | None = None) -> "Columns":
         """Columns of parameters of one class."""
         spec = columns_of(type(params[0]))
-        values = [spec.values(each) for each in params]
-        return cls(spec, torch.tensor(values, dtype=torch.float64).view(len(params), len(spec.kinds)))
+        values = torch.tensor([spec.values(each) for each in params], dtype=torch.float64, device=device)
+        return cls(spec, values.view(len(params), len(spec.kinds)))
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ class StepContext(Generic[P]):
         committed: positions of the active block that a revising rule may change: generated, not settled yet, and (in a
             step) told of by the forward.
         position: int64, relative to the generation region.
-        seed, forward: the row's random stream, and forward passes that it took part in before this one.
+        seed, forward: the row's random stream, and steps that it took before this one: forwards, but for further views.
         block, block_start, block_step: the active block, its first position, and forwards already spent on it.
         block_masks: how many masks a schedule shares out over the block: those it had when it became active, or all of
             it in block-causal models.
@@ -300,6 +300,7 @@ class Sampler(_Described, ABC, Generic[P]):
         chooses_tokens: chooses tokens itself, so that a temperature has no meaning.
         drafts: for models without a mask token: writes a new draft of its candidates each step, and commits when it is
             content with one. Such models need one that does, others one that does not.
+        counts_commits: keeps account of what it commits, so that no modifier may drop some of it.
         barrier: when the canvases of one generation wait for each other: after every step or every block.
     """
 
@@ -308,6 +309,7 @@ class Sampler(_Described, ABC, Generic[P]):
     revises: bool = False
     chooses_tokens: bool = False
     drafts: bool = False
+    counts_commits: ClassVar[bool] = False
     barrier: ClassVar[Literal["step", "block"]] = "block"
 
     @abstractmethod
@@ -355,6 +357,11 @@ class Sampler(_Described, ABC, Generic[P]):
     def slots(self, params: P) -> int:
         """Canvases that a generation is denoised on at a time."""
         return 1
+
+    @classmethod
+    def has_slots(cls) -> bool:
+        """Whether it may denoise on several canvases."""
+        return cls.slots is not Sampler.slots
 
     def resample(self, slots: Slots[P]) -> Resampling | None:
         """The canvases that go on after a barrier; None: each from its own."""

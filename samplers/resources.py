@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from samplers.contract import ParameterError, Sampler, SamplerParams
+from samplers.loop.guard import SHOWN, ContractError, shown, told
 from samplers.registry import UnknownSamplerError, get_sampler
 
 Find = Callable[[str | None], Any]
@@ -55,5 +56,19 @@ DEFAULT = ResourceTable()
 
 
 def bound(sampler: Sampler[Any], params: SamplerParams, resources: ResourceTable | None = None) -> Sampler[Any]:
-    """The sampler with the auxiliaries that it requires. Raises ParameterError."""
-    return sampler.bind(resources or DEFAULT, params) if sampler.requires else sampler
+    """The sampler with the auxiliaries that it requires. Raises ParameterError, and SamplerError if it fails."""
+
+    def ask() -> Sampler[Any] | ParameterError:
+        try:
+            found: object = sampler.bind(resources or DEFAULT, params) if sampler.requires else sampler
+        except ParameterError as error:
+            raised = error
+            return ParameterError(shown(lambda: raised.field, 80), shown(raised, 2 * SHOWN), raised.code)
+        if not isinstance(found, Sampler):
+            raise ContractError("bind must return a sampler")
+        return found
+
+    found = told(sampler, ask)
+    if isinstance(found, ParameterError):
+        raise found
+    return found

@@ -1,5 +1,7 @@
 """How many candidates to commit a step: a fixed number, or a number of steps to spread the masks over."""
 
+from typing import ClassVar
+
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -42,7 +44,7 @@ class NumberOrThresholdParams(ScheduledParams):
 class ScheduledSampler(Sampler[ScheduledParams]):
     """A rule whose parameters may name a number of steps."""
 
-    Params = ScheduledParams
+    Params: ClassVar[type[SamplerParams]] = ScheduledParams
 
     def check(self, params: ScheduledParams, layout: Layout) -> None:
         check_steps(params, layout)

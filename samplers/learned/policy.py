@@ -166,10 +166,10 @@ def nearby(step: Step[PolicyParams], longest: int) -> tuple[Step[PolicyParams], 
 
     names = ("masked", "committed", "token", "confidence", "top", "named", "probability")
     changes: dict[str, Any] = {name: near(getattr(step, name)) for name in names}
-    extra = {name: near(values) for name, values in step.extra.items()}
+    changes["extra"] = {name: near(values) for name, values in step.extra.items()}
     there = offset < own  # rows differ in how many positions they see
     position = step.position.gather(1, columns).where(there, gen)
-    return replace(step, **changes, extra=extra, position=position, candidate=there & near(step.candidate)), columns
+    return replace(step, **changes, position=position, candidate=there & near(step.candidate)), columns
 
 
 def _sizes(gen: Tensor, block: Tensor, longest: int) -> tuple[Tensor, int | None]:

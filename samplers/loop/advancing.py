@@ -13,7 +13,7 @@ from samplers.loop.committing import commit
 from samplers.loop.deciding import Errors, decide
 from samplers.loop.event import StepEvent
 from samplers.loop.grid import Grid
-from samplers.loop.guard import name_of
+from samplers.loop.guard import ContractError, failure
 from samplers.loop.opened import Opened
 from samplers.loop.part import Part
 
@@ -47,9 +47,7 @@ def blame_bonus(
         return {}
     touched = set(opened.row[wanted.bonus.index].tolist())
     return {
-        i: SamplerError(
-            f"sampler {name_of(part.rows[i].sampler)} failed: with its bonus the model's output is not finite"
-        )
+        i: failure(part.rows[i].suspect, ContractError("with its bonus the model's output is not finite"))
         for i in _not_finite(opened, prediction)
         if i in touched
     }

@@ -63,7 +63,7 @@ def _request(part: Part, opened: Opened) -> StatisticsRequest:
     if choices is not None:
         choices = choices[row]
         n = opened.numbers
-        numbers = uniform(n[row, N.SEED], n[row, N.FORWARDS], opened.asked_positions(), TOKENS)
+        numbers = uniform(n[row, N.SEED], n[row, N.STEPS], opened.asked_positions(), TOKENS)
     return StatisticsRequest(
         statistics=frozenset(Statistic(name) for name in names if name != "top"),
         only={name: wish.index_select(0, row) for name, wish in names.items() if wish is not None},

@@ -82,10 +82,14 @@ def _choose(
                 adjusted = adjusted or found.token is not None or found.confidence is not None
     selection = told(sampler, _selected, sampler, dict(traits.state[0]), step)
     states[0] = selection.state or {}
+    if not all(is_ours(type(modifier)) for modifier in modifiers):  # or they would be blamed for it
+        told(sampler, _within_contract, traits, step, selection, may_wait)
     for i, (modifier, own) in enumerate(zip(modifiers, around, strict=True), 1):
         if "after" in traits.hooks[i]:
             seen = replace(own, token=step.token, confidence=step.confidence, candidate=step.candidate)
             selection = told(modifier, _filtered, modifier, seen, selection)
+            if not is_ours(type(modifier)):
+                told(modifier, _within_contract, traits, step, selection, may_wait)
     return Chosen(told(sampler, _within_contract, traits, step, selection, may_wait), step, states, adjusted)
 
 
@@ -111,6 +115,8 @@ def _adjusted(modifier: Modifier[Any], specs: dict[str, StateSpec], step: Step[A
         given["candidate"].dtype != torch.bool or bool((given["candidate"] & ~step.candidate).any())
     ):
         raise ContractError("an adjustment's candidates must be bool, and some of those there were")
+    if "candidate" in given and bool((step.candidate.any(dim=1) & ~given["candidate"].any(dim=1)).any()):
+        raise ContractError("an adjustment leaves no candidate")
     if "state" in given:
         given["state"] = _state(given["state"], specs, step)
     return Adjustment(**given)
@@ -168,12 +174,12 @@ def _state(state: object, specs: dict[str, StateSpec], step: Step[Any]) -> dict[
         if name not in specs:
             raise ContractError("it keeps a state that it has not declared")
         spec = specs[name]
-        tensor = plain(value, "a state", step.candidate)
         first = (rows, width if spec.per == "position" else 1)
-        shape = tuple(tensor.shape)
+        shape = tuple(value.shape) if isinstance(value, Tensor) else ()
         last = shape[2:-1] == spec.shape[:-1] and (not spec.shape or shape[-1] >= spec.shape[-1])
         if shape[:2] != first or len(shape) != 2 + len(spec.shape) or not last or shape[-1] > max(MOST_NUMBERS, width):
-            raise ContractError(f"a state must be of shape {[*first, *spec.shape]}")
+            raise ContractError(f"a state must be a tensor of shape {[*first, *spec.shape]}")
+        tensor = plain(value, "a state", step.candidate, shape)
         if tensor.dtype != spec.dtype:
             raise ContractError(f"a state must be of type {spec.dtype}")
         found[name] = tensor

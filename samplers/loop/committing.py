@@ -117,7 +117,7 @@ def _find_wrong(part: Part, opened: Opened, decision: Decision, changes: Changes
     for i in sorted(wrong):
         looked = changes.commit[i] if decision.draft is None else changes.commit[i] | opened.candidate[i]
         fault = ContractError(_fault(part, i, decision.token[i][looked]))
-        errors.setdefault(i, failure(part.rows[i].sampler, fault))
+        errors.setdefault(i, failure(part.rows[i].suspect, fault))
     return bool(wrong)
 
 

@@ -26,7 +26,7 @@ def context(
         committed=opened.piece("committed", opened.committed, part, members),
         position=position,
         seed=members.seed,
-        forward=c[N.FORWARDS],
+        forward=c[N.STEPS],
         block=c[N.BLOCK],
         block_start=c[N.START],
         block_step=c[N.BLOCK_STEP],

@@ -65,6 +65,12 @@ def is_interrupt(error: BaseException) -> bool:
     )
 
 
+def suspect(sampler: Sampler[Any], modifiers: Sequence[Modifier[Any]]) -> Owner:
+    """Whom to blame for what sampler and modifiers made together: the first that is not ours."""
+    owners: list[Owner] = [sampler, *modifiers]
+    return next((each for each in owners if not is_ours(type(each))), sampler)
+
+
 def name_of(sampler: Owner) -> str:
     """Its name, for a message."""
     return shown(lambda: sampler.name, 100)
@@ -78,11 +84,11 @@ def failure(sampler: Owner, error: BaseException) -> SamplerError:
     """
     if is_interrupt(error):
         raise error
-    name = name_of(sampler)
+    name = f"{'modifier' if isinstance(sampler, Modifier) else 'sampler'} {name_of(sampler)}"
     if type(error) is ContractError:
-        return SamplerError(f"sampler {name} failed: {shown(error)}")
+        return SamplerError(f"{name} failed: {shown(error)}")
     said = f"{shown(lambda: type(error).__name__, 80)}: {shown(error)}"
-    found = SamplerError(f"sampler {name} failed: {said}")
+    found = SamplerError(f"{name} failed: {said}")
     # Not the error itself: a log would show its message, its notes and its causes, whatever they are.
     found.__cause__ = SamplerError(said).with_traceback(_innermost(sys.exc_info()[2]))
     return found
@@ -190,6 +196,8 @@ def incompatibility(
         return reason
     for i, modifier in enumerate(modifiers):
         before = list(modifiers[:i])
+        if any(modifier is each for each in before):
+            return f"modifier {name_of(modifier)} is given twice"
         if reason := told(modifier, ask, modifier.incompatibility, sampler, replace(pattern), before):
             return reason
     return None

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from samplers.canvas import Layout
 from samplers.contract import (
     Modifier,
+    ParameterError,
     Resampling,
     Sampler,
     SamplerParams,
@@ -27,19 +29,40 @@ MOST_CANVASES = 1024
 """Canvases of one generation."""
 MOST_VIEWS = 8
 """Canvases that the model may see of one in a step."""
+MOST_TOKENS = 1 << 20
+"""Tokens of a view's prompt."""
 MOST_STEPS = 10_000
 """Most forwards that a sampler may ask for a block beyond those that its positions give it."""
 
 
-def views(sampler: Sampler[Any], modifiers: Sequence[tuple[Modifier[Any], SamplerParams]]) -> list[View]:
-    """Canvases that the model sees in every step, that of the generation itself first. Raises SamplerError."""
+def views(
+    modifiers: Sequence[tuple[Modifier[Any], SamplerParams]], layout: Layout, vocabulary: int | None
+) -> list[View]:
+    """Canvases that the model sees in every step, that of the generation itself first.
+
+    Args:
+        vocabulary: number of the model's tokens, if it is known.
+
+    Raises SamplerError, and ParameterError if a modifier's own parameters are to blame.
+    """
     found: Sequence[View] = (View(),)
+
+    def ask(modifier: Modifier[Any], params: SamplerParams) -> Sequence[View] | ParameterError:
+        try:
+            return _checked_views(modifier.views(params, found), layout, vocabulary)
+        except ParameterError as error:
+            raised = error
+            return ParameterError(shown(lambda: raised.field, 80), shown(raised))
+
     for modifier, params in modifiers:
-        found = told(modifier, lambda: _checked_views(modifier.views(params, found)))  # noqa: B023
+        answer = told(modifier, ask, modifier, params)
+        if isinstance(answer, ParameterError):
+            raise answer
+        found = answer
     return list(found)
 
 
-def _checked_views(found: Sequence[View]) -> Sequence[View]:
+def _checked_views(found: Sequence[View], layout: Layout, vocabulary: int | None) -> Sequence[View]:
     found = list(found)
     if not found or len(found) > MOST_VIEWS or not all(type(view) is View for view in found):
         raise ContractError(f"views must be 1 to {MOST_VIEWS} View objects")
@@ -47,7 +70,30 @@ def _checked_views(found: Sequence[View]) -> Sequence[View]:
         raise ContractError("the first view must be the canvas itself")
     if not all(_is_number(view.weight) for view in found):
         raise ContractError("a view's weight must be a finite number")
+    for view in found:
+        _check_prompt(view.prompt, layout, vocabulary)
     return found
+
+
+def _check_prompt(prompt: object, layout: Layout, vocabulary: int | None) -> None:
+    """Raise ContractError if a view's prompt is none, ParameterError if it does not fit this model."""
+    if prompt is None:
+        return
+    if prompt == "masked":
+        if layout.pattern.noise is not None:
+            raise ParameterError("modifiers", "a view with a masked prompt needs a mask token, and this model has none")
+        return
+    if type(prompt) is not tuple or len(prompt) > MOST_TOKENS or not all(type(token) is int for token in prompt):
+        raise ContractError(f"a view's prompt is None, 'masked' or at most {MOST_TOKENS} token ids")
+    if any(token < 0 or (vocabulary is not None and token >= vocabulary) for token in prompt):
+        raise ParameterError("modifiers", "a view's prompt has a token that this model does not have")
+    size = layout.pattern.causal_block
+    if size is not None and (len(prompt) - layout.prompt_length) % size:
+        raise ParameterError(
+            "modifiers",
+            f"this model reads blocks of {size} positions: the lengths of a view's prompt, {len(prompt)}, and of the "
+            f"prompt, {layout.prompt_length}, must differ by a multiple of that",
+        )
 
 
 def most_steps(sampler: Sampler[Any], traits: Traits, params: SamplerParams) -> int:
@@ -136,6 +182,9 @@ def bonus(owner: Owner, context: StepContext[Any], vocabulary: int | None) -> To
             return None
         if not isinstance(found, TokenBonus):
             raise ContractError("a bonus must be a TokenBonus or None")
+        sizes = [each.numel() for each in (found.token, found.value) if isinstance(each, Tensor)]
+        if max(sizes, default=0) > MOST_NUMBERS * context.candidate.numel():
+            raise ContractError(f"a bonus has at most {MOST_NUMBERS} additions a position")
         token, value = (
             plain(each, f"a bonus's {name}", context.candidate)
             for name, each in (("tokens", found.token), ("values", found.value))
@@ -143,8 +192,6 @@ def bonus(owner: Owner, context: StepContext[Any], vocabulary: int | None) -> To
         shape = context.candidate.shape
         if token.dim() != 3 or token.shape[:2] != shape or token.shape != value.shape:
             raise ContractError("tokens and values of a bonus must both be [rows, width, n]")
-        if token.shape[2] > MOST_NUMBERS:
-            raise ContractError(f"a bonus has at most {MOST_NUMBERS} additions a position")
         if token.dtype not in INTEGERS or not value.is_floating_point():
             raise ContractError("tokens of a bonus must be integers, and values floats")
         if token.numel() and not _within(token, -1, vocabulary):

@@ -9,14 +9,13 @@ NEVER = 1 << 40
 class N(IntEnum):
     """Columns: first what steps change, then what never changes.
 
-    START and STOP bound the active block; CLOSED is what a revising rule has finished; FIRST: the block's first
-    position is masked; ENTERED: the block that counters belong to. MOST is what `post_steps` or `draft_steps` said;
-    CONFINED: candidates are of the active block whatever window a rule asks for. SHIFTED and JUDGES are traits of the
-    attention pattern; KEEPS: something is cached between forwards; GREEDY: the likeliest tokens are taken; WINDOW: the
-    widest window; SPANS_STAY: every forward computes the same.
+    STEPS counts forwards of the canvas, one each whatever number of views it has. START and STOP bound the active
+    block; CLOSED is what a revising rule has finished; FIRST: the block's first position is masked; ENTERED: the block
+    that counters belong to. MOST is what `post_steps` or `draft_steps` said; CONFINED: candidates are of the active
+    block whatever window a rule asks for.
     """
 
-    FORWARDS = 0
+    STEPS = 0
     BLOCK_STEP = 1
     BLOCK_MASKS = 2
     BLOCK = 3
@@ -47,14 +46,13 @@ class N(IntEnum):
     DRAFTS = 28
     MOST = 29
     CONFINED = 30
-    PASSES = 31
-    VOCABULARY = 32
-    SHIFTED = 33
-    JUDGES = 34
-    KEEPS = 35
-    GREEDY = 36
-    WINDOW = 37
-    SPANS_STAY = 38
+    VOCABULARY = 31
+    SHIFTED = 32
+    JUDGES = 33
+    KEEPS = 34
+    GREEDY = 35
+    WINDOW = 36
+    SPANS_STAY = 37
 
 
 CONTEXT = 5

@@ -134,7 +134,7 @@ class Part:
         self.shifted = most[N.SHIFTED] > 0
         self.judging = most[N.JUDGES] > 0
         self.spans_stay = least[N.SPANS_STAY] > 0
-        self.one_view = most[N.PASSES] == 1
+        self.one_view = all(row.view_count == 1 for row in self.rows)
         self.keeping = [i for i, row in enumerate(self.rows) if row.keeps] if most[N.KEEPS] else []
         self.any_wide = any(each.whole_region or each.revises for each in traits)
         self.revising = any(each.revises for each in traits)
@@ -144,7 +144,7 @@ class Part:
     def _gather(self) -> None:
         """Where on the batch's tensors the windows are."""
         device, shape = self.batch.device, (len(self.rows), self.width)
-        self.passes, self.text, self.gen = (self.static[:, each] for each in (N.PASSES, N.TEXT, N.GEN))
+        self.text, self.gen = self.static[:, N.TEXT], self.static[:, N.GEN]
         self.prompt = self.static[:, N.PROMPT]
         self.flat_tokens = self.slots * self.batch.tokens.shape[1] + self.prompt
         self.flat_masks = self.slots * self.batch.masked.shape[1]

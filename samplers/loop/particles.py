@@ -49,17 +49,18 @@ class Particles:
     def active(self) -> "list[Row]":
         """Canvases that take part in the next forward: those that wait at no barrier."""
         ahead = min((lane.block for lane in self.lanes if not lane.lane_finished), default=0)
-        per_step = self.lanes[0].sampler.barrier == "step"
+        per_step = self.lanes[0].traits.barrier == "step"
         return [lane for lane in self.lanes if not lane.lane_finished and (per_step or lane.block == ahead)]
 
     def after(self, events: "dict[Row, StepEvent]") -> list[StepEvent]:
         """What to tell of the generation after a step of some of its canvases."""
         taking = [i for i, lane in enumerate(self.lanes) if lane in events]
-        self.forwards += sum(1 + len(self.lanes[i].views) for i in taking)
+        for i in taking:
+            if (error := events[self.lanes[i]].error) is not None:
+                return [StepEvent(error=error)]
+        self.forwards += sum(self.lanes[i].view_count for i in taking)
         for i in taking:
             event = events[self.lanes[i]]
-            if event.error is not None:
-                return [StepEvent(error=event.error)]
             self.events[i].append(replace(event, forward=self.forwards, settled=0, text_tokens=[]))
         try:
             self._barrier(taking)
@@ -72,7 +73,7 @@ class Particles:
     def _barrier(self, taking: list[int]) -> None:
         """Draw canvases anew where all have come to the end of a step, or of a block."""
         rule = self.lanes[0].sampler
-        if rule.barrier == "block":
+        if self.lanes[0].traits.barrier == "block":
             passed = [
                 lane.lane_finished or lane.block > was for lane, was in zip(self.lanes, self._blocks, strict=True)
             ]
@@ -86,13 +87,13 @@ class Particles:
         self._blocks = [lane.block for lane in self.lanes]
         self.barriers += 1
 
-    def _slots(self) -> Slots:  # type: ignore[type-arg]
+    def _slots(self) -> Slots:
         row = self.lanes[0]
         batch = row.batch
         assert batch is not None
         slots = torch.tensor([lane.slot for lane in self.lanes], device=batch.device)
         layer = batch.groups[row.key].layers[0]
-        seed, number, zero = (torch.tensor(value) for value in (row.seed, self.barriers, 0))
+        seed, number, zero = (torch.tensor(value, device="cpu") for value in (row.seed, self.barriers, 0))
         return Slots(
             params=row.params,
             state={name: layer.state[name][slots] for name, spec in layer.specs.items() if spec.per == "row"},
@@ -139,7 +140,6 @@ class Particles:
         events = self.events[winner]
         batch.tokens[row.slot], batch.masked[row.slot] = batch.tokens[found.slot], batch.masked[found.slot]
         batch.numbers[row.slot] = batch.numbers[found.slot]
-        batch.numbers[row.slot, N.FORWARDS] = self.forwards
         row.read()
         row.told = list(found.told)
         row.reported = len(row.told)

@@ -69,6 +69,7 @@ class Row:
     given: Tensor = field(init=False, repr=False)
     views: list[ViewCanvas] = field(default_factory=list, init=False, repr=False)
     weight: float = field(default=1.0, init=False)
+    view_count: int = field(default=1, init=False)
     particles: Particles | None = field(default=None, init=False, repr=False)
     batch: Batch | None = field(default=None, init=False, repr=False)
     slot: int = field(default=-1, init=False)
@@ -149,8 +150,9 @@ class Row:
 
     def _make_views(self) -> None:
         """The canvases of every forward."""
-        first, *others = hooks.views(self.sampler, self.modifiers)
+        first, *others = hooks.views(self.modifiers, self.canvas.layout, self.vocabulary)
         self.weight = first.weight
+        self.view_count = 1 + len(others)
         self.views = [ViewCanvas.of(view, self.canvas, self.given, self._mask_id, self.cache) for view in others]
 
     @cached_property
@@ -162,6 +164,11 @@ class Row:
         if not region:
             self.window_width = min(self.canvas.layout.block_length, self.window_width)
         return region, max(NARROW, ((self.window_width - 1).bit_length() + 1) // 2)
+
+    @property
+    def suspect(self) -> guard.Owner:
+        """Whom to blame for what the rule and its modifiers made together."""
+        return guard.suspect(self.sampler, [modifier for modifier, _ in self.modifiers])
 
     @property
     def all_params(self) -> list[SamplerParams]:
@@ -184,7 +191,7 @@ class Row:
         n[N.STRICT], n[N.MASK_ID], n[N.FILL] = pattern.strict, self._mask_id, self.fill_after_end
         n[N.REVISES], n[N.DRAFTS], n[N.MOST] = self.traits.revises, self.traits.drafts, self._most_steps
         n[N.CONFINED] = self.cache is not CacheMode.NONE or pattern.causal
-        n[N.PASSES], n[N.VOCABULARY] = 1 + len(self.views), -1 if self.vocabulary is None else self.vocabulary
+        n[N.VOCABULARY] = -1 if self.vocabulary is None else self.vocabulary
         n[N.SHIFTED], n[N.JUDGES], n[N.KEEPS] = pattern.shifted, pattern.judges_drawn, self.keeps
         n[N.GREEDY], n[N.WINDOW], n[N.SPANS_STAY] = self.choice == GREEDY, self.window_width, self._spans_stay
         n[N.END], n[N.ENTERED] = NEVER, -1
@@ -208,7 +215,9 @@ class Row:
     @property
     def forwards(self) -> int:
         """Forward passes that this generation took part in, every view counted."""
-        return self._now[N.FORWARDS] if self.particles is None else self.particles.forwards
+        if self.particles is not None:
+            return self.particles.forwards
+        return self._now[N.STEPS] * self.view_count
 
     @property
     def block(self) -> int:
@@ -275,7 +284,7 @@ class Row:
     @property
     def passes(self) -> int:
         """Canvases that its forwards compute at most, every view of every canvas."""
-        return len(self.lanes) * (1 + len(self.views))
+        return len(self.lanes) * self.view_count
 
     @property
     def cost(self) -> int:

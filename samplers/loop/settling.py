@@ -35,7 +35,7 @@ def settle(part: Part, opened: Opened, left: Tensor, filled: Filled, failed: Col
 
     Args:
         left: bool [rows, width], what is still masked.
-        failed: rows that go no further; the forward does not count for them.
+        failed: rows that go no further, and stay as they were.
     """
     batch, slots = part.batch, part.slots
     # Ends and closed blocks were noted in the batch.
@@ -44,10 +44,7 @@ def settle(part: Part, opened: Opened, left: Tensor, filled: Filled, failed: Col
     some, first = first_of_rows(left & opened.block if part.region else left)
     if not part.zero_based:
         first = first + c[N.START]
-    c[N.FORWARDS].add_(part.passes)
-    if failed:
-        gone = list(failed)
-        c[N.FORWARDS][gone] -= part.passes[gone]
+    c[N.STEPS].add_(1)
     c[N.BLOCK_STEP].add_(1)
     # A block without a mask is settled to its end: whoever comes to the region's end needs no further block.
     settled = torch.where(some, first, c[N.STOP])
@@ -63,6 +60,9 @@ def settle(part: Part, opened: Opened, left: Tensor, filled: Filled, failed: Col
     if part.shifted:
         c[N.FIRST].copy_(some & (first == c[N.START]))
     torch.maximum(c[N.TOLD], settled.minimum(part.text).minimum(c[N.END] + 1), out=c[N.TOLD])
+    if failed:  # they stay as they were
+        gone = list(failed)
+        n[gone], moved[gone] = opened.numbers[gone, :CHANGING], False
     batch.numbers[:, :CHANGING].index_copy_(0, slots, n)
     if filled:
         at = {row.slot: i for i, row in enumerate(part.rows)}

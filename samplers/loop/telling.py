@@ -49,7 +49,11 @@ def tell(
     for row, now, count, more in zip(part.rows, numbers.tolist(), counts, told, strict=True):
         stop = first + count
         text, own = row.show(now, more), slice(first, stop)
-        events.append(StepEvent(now[0], positions[own], tokens[own], confidences[own], [], row.reported, text))
+        events.append(
+            StepEvent(
+                now[N.STEPS] * row.view_count, positions[own], tokens[own], confidences[own], [], row.reported, text
+            )
+        )
         first = stop
     _add_rest(part, opened, changes, events)
     for i, error in errors.items():

@@ -35,6 +35,7 @@ class Traits:
     state: tuple[tuple[tuple[str, StateSpec], ...], ...] = ((),)
     hooks: tuple[frozenset[str], ...] = (frozenset(),)
     ours: bool = False
+    barrier: str = "block"
 
     @classmethod
     def of(cls, sampler: Sampler[Any], modifiers: Sequence[Modifier[Any]] = ()) -> "Traits":
@@ -58,6 +59,7 @@ class Traits:
             state=(_state(sampler),),
             hooks=(_own_hooks(sampler, Sampler),),
             ours=is_ours(type(sampler)),
+            barrier=_barrier(sampler),
         )
 
     def _with(self, modifier: Modifier[Any]) -> "Traits":
@@ -92,6 +94,14 @@ def _top(owner: Owner) -> int:
     if not isinstance(top, int) or not 0 <= top <= MOST_NUMBERS:
         raise ContractError(f"top is not a number of probabilities from 0 to {MOST_NUMBERS}")
     return int(top)
+
+
+def _barrier(sampler: Sampler[Any]) -> str:
+    found: object = sampler.barrier
+    for known in ("step", "block"):
+        if type(found) is str and found == known:
+            return known
+    raise ContractError("barrier is neither step nor block")
 
 
 def _check_flags(flags: dict[str, Any]) -> None:

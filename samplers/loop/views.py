@@ -36,7 +36,7 @@ def with_views(part: Part, opened: Opened, wanted: StatisticsRequest) -> Query:
             canvases.append(canvas)
         spans += own
         first += count
-    mixture = Mixture(torch.cat(answers), torch.cat(weights), first, [1 + len(each.views) for each in part.rows])
+    mixture = Mixture(torch.cat(answers), torch.cat(weights), first, [each.view_count for each in part.rows])
     return Query(canvases, spans, torch.cat(rows), torch.cat(places), wanted, mixture)
 
 

@@ -72,7 +72,7 @@ def _draw_noise(batch: Batch, slots: Tensor, candidate: Tensor) -> None:
     """What the candidates of a new block hold where there is no mask token."""
     n = batch.numbers[slots]
     row, position = candidate.nonzero(as_tuple=True)
-    numbers = uniform(n[row, N.SEED], n[row, N.FORWARDS], position, NOISE)
+    numbers = uniform(n[row, N.SEED], n[row, N.STEPS], position, NOISE)
     batch.tokens[slots[row], n[row, N.PROMPT] + position] = (numbers * n[row, N.NOISE]).long()
 
 

@@ -50,6 +50,13 @@ class Credit(Modifier[CreditParams]):
     ) -> str | None:
         if sampler.chooses_tokens or sampler.drafts:
             return f"modifier credit chooses tokens itself, and so does sampler {sampler.name}"
+        if sampler.has_slots():
+            return (
+                f"modifier credit takes the likeliest tokens, so that all texts of sampler {sampler.name} were the same"
+            )
+        if sampler.statistics or sampler.top:
+            read = ", ".join(sorted(sampler.statistics)) or "other probabilities"
+            return f"modifier credit raises confidences only, and sampler {sampler.name} reads {read}"
         return None
 
     def name_tokens(self, context: StepContext[Any]) -> Tensor | None:

@@ -33,6 +33,8 @@ class Spacing(Modifier[SpacingParams]):
     ) -> str | None:
         if sampler.drafts:
             return f"modifier spacing keeps commits of a step apart, and sampler {sampler.name} commits whole blocks"
+        if sampler.counts_commits:
+            return f"modifier spacing drops commits, of which sampler {sampler.name} keeps account"
         return None
 
     def after(self, step: Step[SpacingParams], selection: Selection) -> Selection:

@@ -38,7 +38,7 @@ class SMCParams(SamplerParams):
         description="draw texts anew after a block where the effective number of them is below this share",
     )
     base: str = Field("threshold", min_length=1, max_length=64, description="sampler that each text is written with")
-    base_params: dict[str, Any] = Field(default_factory=dict, description="that sampler's parameters")
+    base_params: dict[str, Any] = Field({}, description="that sampler's parameters")
 
 
 class SMC(Sampler[SMCParams]):
@@ -51,6 +51,7 @@ class SMC(Sampler[SMCParams]):
     name = "smc"
     paper = "https://arxiv.org/abs/2602.01849"
     requires = {"base": "sampler"}
+    counts_commits = True
     Params = SMCParams
 
     def __init__(self, base: Sampler[Any] | None = None) -> None:
@@ -123,7 +124,7 @@ class SMC(Sampler[SMCParams]):
 
         def make() -> tuple[list[SamplerParams], Columns]:
             params = [_own_params(base, each) for each in context.params]
-            return params, Columns.of(params)
+            return params, Columns.of(params, context.candidate.device)
 
         params, columns = context.columns.keep("base", make)
         return replace(context, params=params, columns=columns)

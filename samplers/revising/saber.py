@@ -17,6 +17,7 @@ class Saber(Sampler[SamplerParams]):
     name = "saber"
     paper = "https://arxiv.org/abs/2510.18165"
     revises = True
+    counts_commits = True
     state = {
         # Confidence of every position ever committed, and everywhere one step ago; NaN: none.
         "committed": StateSpec(torch.nan, per="position", lives="generation"),

@@ -39,7 +39,7 @@ class Dream(ScheduledSampler):
     name = "dream"
     paper = "https://arxiv.org/abs/2508.15487"
     statistics = frozenset({Statistic.CHOSEN_CONFIDENCE, Statistic.CHOSEN_ENTROPY, Statistic.CHOSEN_MARGIN})
-    Params = DreamParams  # type: ignore[assignment]
+    Params = DreamParams
 
     def select(self, step: Step[DreamParams]) -> Selection:  # type: ignore[override]
         share, columns = shares(step), step.columns

@@ -152,11 +152,14 @@ def test_a_sampler_that_is_wrong_as_such_harms_no_other(
     ("fault", "words"),
     [
         ("none", "must return a Selection"),
-        ("bonus of two", "must be indices, tokens and values"),
+        ("bonus of two", "a bonus must be a TokenBonus or None"),
         ("bonus nan", "is not finite"),
-        ("chooses in words", "must be a TokenChoice or None"),
+        ("chooses in words", "must be TokenChoices or None"),
+        ("window in words", "must be a Window or None"),
+        ("resample numbers", "must return a Resampling or None"),
+        ("state of another name", "it keeps a state that it has not declared"),
         ("incompatibility number", "must say why in words"),
-        ("never says done", "must say which blocks are done"),
+        ("waits at no barrier", "barrier is neither step nor block"),
     ],
 )
 def test_what_is_wrong_is_said(

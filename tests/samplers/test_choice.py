@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from samplers import Statistic, TokenChoice
+from samplers import Statistic, TokenChoice, TokenChoices
 from samplers.forward.statistics import StatisticsRequest
 from samplers.forward.summary import choosable, draw_tokens, summarise
 from samplers.randomness import POSITIONS, TOKENS, uniform
@@ -51,7 +51,9 @@ def test_draws_have_exactly_the_right_probabilities(choice: TokenChoice) -> None
     """Equally spaced random numbers: each token's share is its probability, to within one draw at each of its ends."""
     count = 5000
     numbers = (torch.arange(count, dtype=torch.float64) + 0.5) / count
-    token = draw_tokens(*choosable(torch.tensor([LOGITS]).expand(count, -1), [choice] * count), numbers)
+    token = draw_tokens(
+        *choosable(torch.tensor([LOGITS]).expand(count, -1), TokenChoices.of([choice] * count)), numbers
+    )
     shares = torch.bincount(token, minlength=len(LOGITS)) / count
     expected = torch.tensor(exact(LOGITS, choice))
     assert (shares - expected).abs().max() <= 1.5 / count
@@ -60,23 +62,28 @@ def test_draws_have_exactly_the_right_probabilities(choice: TokenChoice) -> None
 def test_every_random_number_gives_a_possible_token() -> None:
     numbers = torch.tensor([0.0, 2.0**-53, 0.5, 1 - 2.0**-53], dtype=torch.float64)
     scores = torch.tensor([[-math.inf, 1.0, -math.inf, 0.5]]).expand(4, -1)
-    token = draw_tokens(*choosable(scores, [TokenChoice(1.0)] * 4), numbers)
+    token = draw_tokens(*choosable(scores, TokenChoices.of([TokenChoice(1.0)] * 4)), numbers)
     assert token.tolist() == [1, 1, 1, 3]
     # Probabilities that do not add up to one in binary: the last number must still find a token.
     flat = torch.zeros(1, 49)
-    assert draw_tokens(*choosable(flat, [TokenChoice(1.0, top_p=0.999)]), numbers[3:]).item() == 48
-    assert draw_tokens(*choosable(flat, [TokenChoice(1.0)]), numbers[3:]).item() == 48
+    assert draw_tokens(*choosable(flat, TokenChoices.of([TokenChoice(1.0, top_p=0.999)])), numbers[3:]).item() == 48
+    assert draw_tokens(*choosable(flat, TokenChoices.of([TokenChoice(1.0)])), numbers[3:]).item() == 48
     flat[0, 40:] = -math.inf
-    assert draw_tokens(*choosable(flat, [TokenChoice(1.0)]), torch.ones(1, dtype=torch.float64)).item() == 39
+    assert (
+        draw_tokens(*choosable(flat, TokenChoices.of([TokenChoice(1.0)])), torch.ones(1, dtype=torch.float64)).item()
+        == 39
+    )
 
 
 def test_a_draw_depends_on_its_own_row_only() -> None:
     generator = torch.Generator().manual_seed(0)
     scores, numbers = torch.randn(8, 20, generator=generator), torch.rand(8, generator=generator, dtype=torch.float64)
     choices = [TokenChoice(0.2 + 0.3 * i, top_p=1 - 0.1 * i, top_k=i) for i in range(8)]
-    together = draw_tokens(*choosable(scores, choices), numbers)
+    together = draw_tokens(*choosable(scores, TokenChoices.of(choices)), numbers)
     for i in range(8):
-        assert draw_tokens(*choosable(scores[i : i + 1], [choices[i]]), numbers[i : i + 1]) == together[i]
+        assert (
+            draw_tokens(*choosable(scores[i : i + 1], TokenChoices.of([choices[i]])), numbers[i : i + 1]) == together[i]
+        )
 
 
 def probabilities(*values: float) -> Tensor:
@@ -96,7 +103,7 @@ def test_greedy_takes_the_likeliest_and_the_lower_of_equals() -> None:
 def test_the_mask_token_is_never_chosen_but_keeps_its_probability(choice: TokenChoice) -> None:
     logits = probabilities(0.02, 0.9, 0.05, 0.03).expand(200, -1)
     numbers = torch.arange(200, dtype=torch.float64) / 200
-    found = summarise(logits, 1, StatisticsRequest(choices=[choice] * 200, uniform=numbers))
+    found = summarise(logits, 1, StatisticsRequest(choices=TokenChoices.of([choice] * 200), uniform=numbers))
     assert 1 not in found.token.tolist()
     expected = torch.tensor([0.02, 0.9, 0.05, 0.03])[found.token]
     assert torch.allclose(found.confidence, expected), "confidence is the model's own probability of the token"
@@ -105,7 +112,9 @@ def test_the_mask_token_is_never_chosen_but_keeps_its_probability(choice: TokenC
 def test_confidence_of_a_drawn_token_is_the_unmodified_probability() -> None:
     logits = torch.tensor([LOGITS]).expand(100, -1)
     numbers = torch.arange(100, dtype=torch.float64) / 100
-    found = summarise(logits, 5, StatisticsRequest(choices=[TokenChoice(3.0, top_k=4)] * 100, uniform=numbers))
+    found = summarise(
+        logits, 5, StatisticsRequest(choices=TokenChoices.of([TokenChoice(3.0, top_k=4)] * 100), uniform=numbers)
+    )
     assert len(found.token.unique()) == 4
     assert torch.allclose(found.confidence, torch.tensor(LOGITS).softmax(0)[found.token])
 
@@ -114,7 +123,11 @@ def test_greedy_and_drawn_rows_share_a_batch() -> None:
     logits = torch.tensor([LOGITS]).expand(3, -1)
     choices = [TokenChoice(), TokenChoice(1.0), TokenChoice()]
     found = summarise(
-        logits, 5, StatisticsRequest(choices=choices, uniform=torch.tensor([0.99, 0.99, 0.99], dtype=torch.float64))
+        logits,
+        5,
+        StatisticsRequest(
+            choices=TokenChoices.of(choices), uniform=torch.tensor([0.99, 0.99, 0.99], dtype=torch.float64)
+        ),
     )
     assert found.token.tolist() == [0, 4, 0]
 
@@ -193,7 +206,9 @@ def test_statistics_of_what_tokens_are_drawn_from() -> None:
     found = summarise(
         logits,
         0,
-        StatisticsRequest(frozenset(Statistic), choices=choices, uniform=torch.full((5,), 0.4, dtype=torch.float64)),
+        StatisticsRequest(
+            frozenset(Statistic), choices=TokenChoices.of(choices), uniform=torch.full((5,), 0.4, dtype=torch.float64)
+        ),
     )
     for i, choice in enumerate(choices):
         p = (logits[i] / (choice.temperature or 1.0)).double()

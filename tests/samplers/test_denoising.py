@@ -1,5 +1,7 @@
 """The one loop: against a plain one, and what end-of-text, blocks, suffixes and failures do to it."""
 
+from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -7,11 +9,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from samplers import Canvas, Sampler, SamplerError, SamplerParams, Selection, Step, TokenChoice, get_sampler
+from samplers import (
+    Canvas,
+    Sampler,
+    SamplerError,
+    SamplerParams,
+    Selection,
+    Step,
+    TokenChoice,
+    get_modifier,
+    get_sampler,
+)
+from samplers.forward.prediction import Prediction
+from samplers.forward.query import Query
 from samplers.forward.summary import summarise
-from samplers.loop.denoising import advance, ask, denoise
 from samplers.loop.row import Row
-from tests.samplers.models import MASK, VOCAB, predictor, random_logits, scripted
+from samplers.loop.run import finish, next_query
+from tests.samplers.models import MASK, VOCAB, events_of, predictor, random_logits, scripted, turn
 
 
 def plain_loop(prompt: list[int], gen: int, block: int, rule: str, number: float) -> tuple[list[int], int]:
@@ -46,7 +60,7 @@ def test_the_loop_does_what_a_plain_loop_does(prompt: list[int], gen: int, block
     sampler = get_sampler(name)
     params = sampler.Params(threshold=number) if name == "threshold" else sampler.Params(k=int(number))
     row = Row(Canvas.blank(prompt, gen, MASK, block), sampler, params)
-    denoise([row], predictor())
+    finish([row], predictor())
     assert (row.canvas.tokens.tolist(), row.forwards) == plain_loop(prompt, gen, block, name, number)
     assert row.finished and row.completion_tokens == gen and not row.canvas.masked.any()
 
@@ -66,13 +80,9 @@ def start(
 
 def steps(row: Row, script: dict[int, tuple[int, float]]) -> list[tuple[list[int], list[int]]]:
     """Run to the end: what each forward committed and what it filled."""
-    done = []
-    while not row.finished:
-        query = ask([row])
-        (outcome,) = advance([row], query, predictor(scripted(script, offset=1))(query))
-        assert outcome.error is None
-        done.append((outcome.positions, outcome.filled))
-    return done
+    (events,) = events_of([row], predictor(scripted(script, offset=1)))
+    assert all(event.error is None for event in events)
+    return [(event.positions, event.filled) for event in events]
 
 
 FALLING = {0: (2, 0.9), 1: (3, 0.8), 2: (END, 0.7), 3: (4, 0.6), 4: (5, 0.5), 5: (6, 0.4)}
@@ -155,8 +165,8 @@ def test_mask_tokens_in_the_prompt_and_suffix_are_just_tokens() -> None:
     sampler = get_sampler("threshold")
     canvas = Canvas.blank([MASK, 1, MASK], 4, MASK, suffix=[MASK, 3])
     row = Row(canvas, sampler, sampler.Params(threshold=0.01))
-    assert ask([row]).position.tolist() == [3, 4, 5, 6]
-    denoise([row], predictor())
+    assert next_query([row]).position.tolist() == [3, 4, 5, 6]
+    finish([row], predictor())
     assert canvas.tokens[:3].tolist() == [MASK, 1, MASK] and canvas.tokens[-2:].tolist() == [MASK, 3]
     assert MASK not in canvas.generated.tolist()
 
@@ -166,7 +176,7 @@ def test_infilling_sees_the_suffix_and_keeps_it() -> None:
     outcomes = []
     for suffix in ([3, 4], [5, 6]):
         row = Row(Canvas.blank([1, 2], 8, MASK, suffix=suffix), sampler, sampler.Params())
-        denoise([row], predictor())
+        finish([row], predictor())
         assert row.canvas.tokens[-2:].tolist() == suffix
         outcomes.append(row.canvas.generated.tolist())
     assert outcomes[0] != outcomes[1]
@@ -179,7 +189,7 @@ def test_given_positions_are_kept_and_their_block_is_skipped() -> None:
     sampler = get_sampler("topk")
     row = Row(canvas, sampler, sampler.Params())
     assert (row.block, row.block_masks) == (1, 2)
-    denoise([row], predictor())
+    finish([row], predictor())
     assert canvas.generated[:2].tolist() == [7, 7] and row.forwards == 4
 
 
@@ -187,6 +197,7 @@ class Misbehaving(Sampler):
     """Does what its parameters say."""
 
     name = "misbehaving"
+    sees_region = True
 
     class Params(SamplerParams):
         fault: str = ""
@@ -222,8 +233,7 @@ def test_a_failing_row_is_left_alone_and_harms_no_other(fault: str, message: str
     rows = [
         Row(Canvas.blank([i + 1], 8, MASK, 4), sampler, sampler.Params(fault=fault if i == 2 else "")) for i in range(5)
     ]
-    query = ask(rows)
-    outcomes = advance(rows, query, predictor()(query))
+    outcomes = turn(rows, predictor())
     for i, (row, outcome) in enumerate(zip(rows, outcomes, strict=True)):
         if i == 2:
             assert message in str(outcome.error)
@@ -231,7 +241,7 @@ def test_a_failing_row_is_left_alone_and_harms_no_other(fault: str, message: str
         else:
             assert outcome.error is None and outcome.positions == [0, 1, 2, 3]
     with pytest.raises(SamplerError, match="misbehaving failed"):
-        denoise(rows, predictor())
+        finish(rows, predictor())
 
 
 def test_a_sampler_that_selects_nothing_gets_the_surest_candidate() -> None:
@@ -255,9 +265,9 @@ def test_rows_of_different_samplers_and_lengths_share_a_step() -> None:
         ]
 
     together, alone = make(), make()
-    denoise(together, predictor())
+    finish(together, predictor())
     for a, b in zip(together, alone, strict=True):
-        denoise([b], predictor())
+        finish([b], predictor())
         assert a.canvas.tokens.equal(b.canvas.tokens) and a.forwards == b.forwards
 
 
@@ -281,15 +291,14 @@ class Panic(BaseException):
 
 def test_a_sampler_that_changes_what_it_is_given_still_ends() -> None:
     row = Row(Canvas.blank([1], 6, MASK), rule := Careless(), rule.Params())
-    denoise([row], predictor())
+    finish([row], predictor())
     assert row.finished and row.forwards == 6
 
 
 def test_a_sampler_that_panics_fails_its_own_generation() -> None:
     rule = Careless()
     rows = [Row(Canvas.blank([i], 6, MASK), rule, rule.Params(fault="panic" * (i == 1))) for i in range(3)]
-    query = ask(rows)
-    outcomes = advance(rows, query, predictor()(query))
+    outcomes = turn(rows, predictor())
     assert ["Panic: native code" in str(outcome.error) for outcome in outcomes] == [False, True, False]
 
 
@@ -310,3 +319,37 @@ def test_layout_of_blocks() -> None:
     assert (layout.length, layout.blocks, [layout.block_size(b) for b in range(3)]) == (13, 3, [4, 4, 2])
     assert Canvas.blank([], 10, MASK).layout.block_length == 10
     assert Canvas.blank([], 10, MASK, 99).layout.block_length == 10
+
+
+def test_a_forward_that_fails_for_one_generation_fails_that_one() -> None:
+    """By its place among the generations, whatever widths they have, and views."""
+    guidance = get_modifier("guidance")
+    views = [(guidance, guidance.Params(scale=1.0))]
+
+    def make() -> list[Row]:
+        topk, margin = get_sampler("topk"), get_sampler("margin")
+        return [
+            Row(Canvas.blank([1], 6, MASK), topk, topk.Params(), modifiers=views),
+            Row(Canvas.blank([2], 200, MASK), topk, topk.Params(k=40)),
+            Row(Canvas.blank([3], 6, MASK), margin, margin.Params(), modifiers=views),
+            Row(Canvas.blank([4], 5, MASK), topk, topk.Params()),
+        ]
+
+    for bad in range(4):
+        rows, clean = make(), make()
+        prompts = [int(row.canvas.tokens[0]) for row in rows]
+
+        def predict(query: Query, first: int = prompts[bad]) -> Prediction:
+            heads = query.canvases
+            if query.mixture is not None:
+                starts = [0, *accumulate(query.mixture.views)][:-1]
+                heads = [query.canvases[start] for start in starts]
+            failed = {i: OSError("away") for i, canvas in enumerate(heads) if canvas.tokens[0] == first}
+            return replace(predictor()(query), failed=failed)
+
+        events = events_of(rows, predict)
+        assert "the forward pass failed: OSError" in str(events[bad][0].error)
+        finish(clean, predictor())
+        assert [row.told for i, row in enumerate(rows) if i != bad] == [
+            row.told for i, row in enumerate(clean) if i != bad
+        ]

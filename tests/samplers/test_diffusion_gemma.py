@@ -8,10 +8,15 @@ from torch import Tensor
 
 from samplers import AttentionPattern, Canvas, ParameterError, Selection, Step, get_sampler, list_samplers
 from samplers.drafting.diffusion_gemma import DiffusionGemma
+from samplers.forward.prediction import Prediction
+from samplers.forward.query import Query
 from samplers.forward.statistics import Statistic
-from samplers.loop.denoising import Outcome, advance, ask, denoise
+from samplers.loop.event import StepEvent
 from samplers.loop.row import Row
+from samplers.loop.run import finish
+from tests.samplers import models
 from tests.samplers.models import MASK, VOCAB, Logits, predictor, random_logits
+from tests.samplers.steps import step_of
 
 RULE = get_sampler("diffusion_gemma")
 SCHEME = AttentionPattern(noise=VOCAB, drafted=6)
@@ -22,36 +27,27 @@ def row(seed: int = 0, gen_length: int = 15, block_length: int | None = None, **
     return Row(canvas, RULE, RULE.Params(**params), seed=seed)
 
 
-def turn(each: Row, logits: Logits = random_logits) -> Outcome:
-    query = ask([each])
-    (outcome,) = advance([each], query, predictor(logits, None)(query))
-    assert outcome.error is None
-    return outcome
+def turn(each: Row, logits: Logits = random_logits) -> StepEvent:
+    (event,) = models.turn([each], predictor(logits, None))
+    assert event.error is None
+    return event
 
 
 def step(entropy: list[float], drawn: list[int], likeliest: list[int], **params: Any) -> Step:
     """A first step of one block."""
     width = len(entropy)
-    everywhere = torch.ones(1, width, dtype=torch.bool)
-    zero = torch.zeros(1, 1, dtype=torch.int64)
-    return Step(
-        candidate=everywhere,
-        masked=everywhere,
+    extra = {
+        Statistic.CHOSEN_ENTROPY: torch.tensor([entropy]),
+        Statistic.LIKELIEST: torch.tensor([likeliest], dtype=torch.float32),
+    }
+    return step_of(
+        RULE,
+        [RULE.Params(**params)],
+        torch.full((1, width), 0.5),
+        layout=row(gen_length=width, block_length=width).canvas.layout,
         token=torch.tensor([drawn]),
-        confidence=torch.full((1, width), 0.5),
-        extra={
-            Statistic.CHOSEN_ENTROPY: torch.tensor([entropy]),
-            Statistic.LIKELIEST: torch.tensor([likeliest], dtype=torch.float32),
-        },
-        params=[RULE.Params(**params)],
-        layouts=[row(gen_length=width, block_length=width).canvas.layout],
-        seed=zero,
-        forward=zero,
-        block=zero,
-        block_step=zero,
-        block_masks=zero + width,
+        extra=extra,
         top=torch.full((1, width, 1), 0.75),
-        states=[RULE.start(RULE.Params())],
     )
 
 
@@ -101,9 +97,13 @@ def test_it_waits_for_as_many_steady_steps(steps: int) -> None:
 def test_the_temperature_falls_from_the_highest() -> None:
     each = row(t_min=0.4, t_max=0.8, max_denoising_steps=4, gen_length=12)
     seen = []
-    while not each.finished:
-        turn(each)
-        seen.append(each.token_choice.temperature)
+
+    def predict(query: Query) -> Prediction:
+        assert query.wanted.choices is not None
+        seen.extend(query.wanted.choices.temperature.unique().tolist())
+        return predictor(mask_id=None)(query)
+
+    finish([each], predict)
     assert seen == pytest.approx([0.8, 0.7, 0.6, 0.5] * 2)
 
 
@@ -128,7 +128,7 @@ def test_seeds_differ_and_reproduce() -> None:
     def text(seed: int) -> tuple[list[int], list[int]]:
         each = row(seed, max_denoising_steps=4, entropy_bound=2.0)
         begun = each.canvas.generated[:6].tolist()
-        denoise([each], predictor(mask_id=None))
+        finish([each], predictor(mask_id=None))
         return begun, each.canvas.generated.tolist()
 
     found = [text(seed) for seed in range(6)]
@@ -142,9 +142,7 @@ def test_noise_is_any_token_alike() -> None:
     for _ in range(2):
         found = torch.bincount(torch.cat([each.canvas.generated for each in rows]), minlength=VOCAB)
         assert len(found) == VOCAB and (found - 500).abs().max() < 120
-        query = ask(rows)
-        flat = predictor(lambda canvas: torch.zeros(canvas.layout.length, VOCAB), None)
-        advance(rows, query, flat(query))
+        models.turn(rows, predictor(lambda canvas: torch.zeros(canvas.layout.length, VOCAB), None))
     assert rows[0].forwards == 2
 
 
@@ -152,8 +150,7 @@ def test_an_end_of_text_settles_what_follows() -> None:
     def ends(canvas: Canvas) -> Tensor:
         return torch.eye(VOCAB)[torch.tensor([7 if i == 4 else 9 for i in range(canvas.layout.length)])] * 50
 
-    each = row()
-    each.end_ids = frozenset({7})
+    each = Row(row().canvas, RULE, RULE.Params(), end_ids=frozenset({7}))
     while not each.finished:
         turn(each, ends)
     assert (each.end, each.completion_tokens, each.text_tokens(), each.forwards) == (2, 3, [9, 9], 2)
@@ -183,16 +180,14 @@ class Careless(DiffusionGemma):
     ("changes", "said"),
     [
         ({}, "must say what the candidates hold"),
-        ({"draft": torch.zeros(1, 18)}, "tokens must be integers"),
-        ({"draft": torch.zeros(1, 3, dtype=torch.int64)}, "draft must be of shape [1, 18], not [1, 3]"),
-        ({"draft": torch.full((1, 18), VOCAB)}, "does not exist"),
-        ({"draft": torch.full((1, 18), -1)}, "does not exist"),
+        ({"draft": torch.zeros(1, 6)}, "tokens must be integers"),
+        ({"draft": torch.zeros(1, 3, dtype=torch.int64)}, "draft must be of shape [1, 6], not [1, 3]"),
+        ({"draft": torch.full((1, 6), VOCAB)}, "does not exist"),
+        ({"draft": torch.full((1, 6), -1)}, "does not exist"),
     ],
 )
 def test_a_draft_that_is_none_is_noticed(changes: dict[str, Any], said: str) -> None:
-    each = row()
-    each.sampler = Careless(**changes)
-    query = ask([each])
-    (outcome,) = advance([each], query, predictor(mask_id=None)(query))
+    each = Row(row().canvas, Careless(**changes), RULE.Params())
+    (outcome,) = models.turn([each], predictor(mask_id=None))
     assert outcome.error is not None and said in str(outcome.error)
     assert each.forwards == 0

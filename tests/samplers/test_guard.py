@@ -1,22 +1,34 @@
 """Samplers that never end, that wait, and that answer beside the point: what the loop itself holds against them."""
 
 import signal
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from samplers.loop.denoising import advance, ask, denoise
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from samplers import AttentionPattern, Canvas, Sampler, SamplerError, SamplerParams, Selection, Step, TokenChoice
+from samplers import (
+    AttentionPattern,
+    Canvas,
+    Sampler,
+    SamplerError,
+    SamplerParams,
+    Selection,
+    Step,
+    StepContext,
+    TokenChoice,
+    TokenChoices,
+)
+from samplers.forward.query import Query
+from samplers.loop.event import StepEvent
 from samplers.loop.guard import MOST_NUMBERS, shown, told, why_not
 from samplers.loop.hooks import MOST_STEPS
 from samplers.loop.row import Row
+from samplers.loop.run import finish
 from samplers.loop.traits import Traits
-from tests.samplers.models import MASK, VOCAB, predictor
+from tests.samplers.models import MASK, VOCAB, events_of, predictor, turn
 
 PREDICT = predictor()
 
@@ -32,10 +44,8 @@ class NeverDone(Sampler):
         return self.steps
 
     def select(self, step: Step) -> Selection:
-        assert step.given is not None
-        opened = (step.confidence > -torch.inf) & ~step.masked & ~step.given
         done = torch.zeros(len(step.params), dtype=torch.bool)
-        return Selection(torch.zeros_like(step.candidate), remask=opened, done=done)
+        return Selection(torch.zeros_like(step.candidate), remask=step.committed, done=done)
 
 
 class NeverCommits(Sampler):
@@ -72,10 +82,10 @@ class Changes(Sampler):
     def select(self, step: Step) -> Selection:
         return Selection(torch.zeros_like(step.candidate))
 
-    def name_tokens(self, state: Any, positions: Tensor) -> Tensor | None:
+    def name_tokens(self, context: StepContext) -> Tensor | None:
         return self.answers.get("named")
 
-    def choice(self, params: SamplerParams, block_step: int) -> TokenChoice | None:
+    def choice(self, context: StepContext) -> TokenChoices | None:
         return self.answers.get("choice")
 
 
@@ -103,13 +113,17 @@ def row(sampler: Sampler, length: int = 6, block: int | None = 3, **options: Any
 
 def forwards(each: Row, most: int) -> int:
     """Forwards until the end, none beyond so many."""
-    predict = predictor(mask_id=None if each.traits.drafts else MASK)
-    while not each.finished and each.forwards < most:
-        query = ask([each])
-        (outcome,) = advance([each], query, predict(query))
-        assert outcome.error is None
+    (events,) = events_of([each], predictor(mask_id=None if each.traits.drafts else MASK), most)
+    assert all(event.error is None for event in events)
     assert each.finished, f"it goes on after {most} forwards"
     return each.forwards
+
+
+def turn_and_query(rows: list[Row]) -> tuple[list[StepEvent], Query]:
+    """A step, and what the model was asked in it."""
+    asked: list[Query] = []
+    events = turn(rows, lambda query: (asked.append(query), PREDICT(query))[1])
+    return events, asked[0]
 
 
 def test_one_that_is_never_done_ends_with_its_bound() -> None:
@@ -122,14 +136,6 @@ def test_one_that_never_commits_ends_with_its_steps() -> None:
 
 def test_one_that_commits_nothing_ends_all_the_same() -> None:
     assert forwards(row(Changes()), 100) == 6
-
-
-def test_a_candidate_of_which_nothing_was_said_is_not_committed() -> None:
-    each = row(Changes())
-    query = ask([each])
-    query = replace(query, row=query.row[1:], position=query.position[1:])
-    (outcome,) = advance([each], query, PREDICT(query))
-    assert "said nothing of a candidate" in str(outcome.error) and each.forwards == 0
 
 
 def test_a_block_in_which_all_is_given_has_a_bound_too() -> None:
@@ -159,35 +165,46 @@ def test_no_steps_to_draft_in_are_refused() -> None:
 def test_waiting_is_refused_unless_the_driver_allows_it() -> None:
     each = row(Waits())
     with pytest.raises(SamplerError, match="sampler waits failed: it waits, which only training may"):
-        denoise([each], PREDICT)
+        finish([each], PREDICT)
     assert each.forwards == 0
     for count in (1, 2, 3):
-        query = ask([each])
-        (outcome,) = advance([each], query, PREDICT(query), may_wait=True)
-        assert outcome.error is None and not outcome.positions and each.forwards == count
+        (event,) = turn([each], PREDICT, may_wait=True)
+        assert event.error is None and not event.positions and each.forwards == count
 
 
 def test_one_that_fails_before_the_forward_is_in_it_and_asked_for_nothing_beside() -> None:
-    rows = [row(Changes(named=[1])), row(Changes(named=torch.ones(3, 2, dtype=torch.int32)))]
-    query = ask(rows)
-    assert len(query.canvases) == 2 and list(query.failed) == [0]
+    rows = [row(Changes(named=[1])), row(Changes(named=torch.ones(1, 3, 2, dtype=torch.int32)))]
+    (bad, good), query = turn_and_query(rows)
+    assert len(query.canvases) == 2
     assert query.wanted.named is not None and query.wanted.named.tolist() == [[-1, -1]] * 3 + [[1, 1]] * 3
-    bad, good = advance(rows, query, PREDICT(query))
-    assert bad.error is query.failed[0] and good.error is None and good.positions
+    assert bad.error is not None and good.error is None and good.positions
     assert rows[0].forwards == 0
 
 
+def choices(temperature: float, top_p: float = 1.0, top_k: int = 0) -> TokenChoices:
+    each = TokenChoices.of([TokenChoice(temperature, top_p, top_k)])
+    return TokenChoices(each.temperature[:, None], each.top_p[:, None], each.top_k[:, None])
+
+
 def test_a_choice_that_is_none_leaves_the_requests_own() -> None:
-    own = TokenChoice(0.5)
-    each = row(Changes(choice=TokenChoice(torch.nan)), choice=own)
-    assert list(ask([each]).failed) == [0] and each.token_choice == own
+    each = row(Changes(choice=choices(torch.nan)), choice=TokenChoice(0.5))
+    (event,), query = turn_and_query([each])
+    assert event.error is not None
+    assert query.wanted.choices is not None and query.wanted.choices.temperature.tolist() == [0.5] * 3
+
+
+def test_a_choice_of_the_samplers_goes_before_the_requests() -> None:
+    each = row(Changes(choice=choices(0.25, 0.5, 3)), choice=TokenChoice(0.5))
+    _, query = turn_and_query([each])
+    found = query.wanted.choices
+    assert found is not None
+    assert [found.temperature.tolist(), found.top_p.tolist(), found.top_k.tolist()] == [[0.25] * 3, [0.5] * 3, [3] * 3]
 
 
 def test_as_many_names_as_a_region_has_positions_are_allowed() -> None:
-    each = row(Changes(named=torch.ones(3, MOST_NUMBERS, dtype=torch.int64)))
-    assert not ask([each]).failed
-    each = row(Changes(named=torch.ones(3, MOST_NUMBERS + 1, dtype=torch.int64)))
-    assert list(ask([each]).failed) == [0]
+    for most, refused in ((MOST_NUMBERS, False), (MOST_NUMBERS + 1, True)):
+        (event,) = turn([row(Changes(named=torch.ones(1, 3, most, dtype=torch.int64)))], PREDICT)
+        assert (event.error is not None) == refused
 
 
 @pytest.mark.parametrize(
@@ -202,16 +219,15 @@ def test_traits_are_read_once() -> None:
     sampler = Changes()
     each = row(sampler)
     sampler.revises, sampler.top = True, 3
-    denoise([each], PREDICT)
-    own = frozenset({"name_tokens", "choice"})
-    assert each.finished and each.traits == Traits(frozenset(), 0, False, False, False, False, own)
+    finish([each], PREDICT)
+    own = Traits(frozenset(), 0, False, False, False, False, False, hooks=(frozenset({"name_tokens", "choice"}),))
+    assert each.finished and each.traits == own
 
 
 def test_what_a_sampler_said_of_one_row_it_cannot_take_back_at_the_next() -> None:
     sampler = Rewrites()
     rows = [row(sampler), row(sampler), row(sampler)]
-    query = ask(rows)
-    assert [outcome.positions for outcome in advance(rows, query, PREDICT(query))] == [[1]] * 3
+    assert [event.positions for event in turn(rows, PREDICT)] == [[1]] * 3
 
 
 def test_only_a_users_interrupt_passes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,5 @@
 """The policy sampler's knobs, on a network whose logits are written down."""
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +8,7 @@ from torch import Tensor
 
 from samplers import Layout, ParameterError, SamplerError, Statistic, Step, get_sampler
 from samplers.learned.policy import Action, Policy, PolicyParams
+from tests.samplers.steps import step_of
 
 
 class Written:
@@ -20,6 +20,7 @@ class Written:
     stop_logit = 0.0
     temperature = 1.0
     floor = 0.0
+    longest = 64
 
     def __init__(self, logits: list[float], action: Action = "bernoulli", takes_speed: bool = False) -> None:
         self.logits = torch.tensor([logits])
@@ -34,24 +35,11 @@ class Written:
 LOGITS = [3.0, 1.0, 0.0, -1.0, -9.0]
 
 
-def step(params: list[PolicyParams], candidate: list[bool] | None = None) -> Step:
+def step(params: list[PolicyParams], candidate: list[bool] | None = None) -> Step[PolicyParams]:
     rows, width = len(params), len(LOGITS)
     mask = torch.tensor([candidate or [True] * width]).expand(rows, -1)
-    zeros = torch.zeros(rows, 1, dtype=torch.int64)
-    return Step(
-        candidate=mask,
-        masked=mask,
-        token=torch.ones(rows, width, dtype=torch.int64),
-        confidence=torch.tensor([[0.5, 0.9, 0.4, 0.3, 0.2]]).expand(rows, -1).masked_fill(~mask, -torch.inf),
-        extra={},
-        params=params,
-        layouts=[Layout(0, width, width)] * rows,
-        seed=torch.arange(rows)[:, None],
-        forward=zeros,
-        block=zeros,
-        block_step=zeros,
-        block_masks=zeros + width,
-    )
+    confidence = torch.tensor([[0.5, 0.9, 0.4, 0.3, 0.2]]).expand(rows, -1)
+    return step_of(Policy(), params, confidence, mask, seed=torch.arange(rows)[:, None])
 
 
 def commits(sampler: Policy, candidate: list[bool] | None = None, rows: int = 1, **params: Any) -> Tensor:
@@ -129,7 +117,7 @@ def test_parameters_that_do_not_fit_the_policy(network: Written | None, params: 
 def test_without_a_network_nothing_is_decided() -> None:
     sampler = get_sampler("policy")
     with pytest.raises(SamplerError, match="no policy is loaded"):
-        sampler.select(replace(step([PolicyParams()])))
+        sampler.select(step([PolicyParams()]))
 
 
 @pytest.mark.parametrize("action", ["bernoulli", "dpls"])

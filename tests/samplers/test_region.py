@@ -17,8 +17,8 @@ from samplers import (
     Step,
     get_sampler,
 )
-from samplers.loop.denoising import advance, ask, denoise
 from samplers.loop.row import Row
+from samplers.loop.run import finish, run
 from tests.samplers.models import MASK, VOCAB, predictor
 
 
@@ -72,25 +72,25 @@ def test_the_text_is_cut_and_ends_when_it_is_there(name: str) -> None:
     """Three tokens are those that 20 begin with; an end-of-text beyond the text does not end it."""
     sampler = get_sampler(name)
 
-    def run(text: int, ends: frozenset[int] = frozenset()) -> Row:
+    def written(text: int, ends: frozenset[int] = frozenset()) -> Row:
         canvas = Canvas.blank([1, 2], text, MASK, pattern=AttentionPattern(causal_block=8))
         row = Row(canvas, sampler, sampler.Params(), end_ids=ends, fill_after_end=False)
-        denoise([row], predictor(causal_logits))
+        finish([row], predictor(causal_logits))
         return row
 
-    long, short = run(20), run(3)
+    long, short = written(20), written(3)
     assert len(long.told) == long.completion_tokens == 20
     assert short.told == long.told[:3] == short.text_tokens()
     assert short.finished and not short.ended
     beyond = frozenset({long.told[3], long.told[4]}) - frozenset(long.told[:3])
     assert beyond
-    assert run(3, beyond).told == run(20, beyond).told[:3] and not run(3, beyond).ended
+    assert written(3, beyond).told == written(20, beyond).told[:3] and not written(3, beyond).ended
 
 
 class Forgetful(Sampler):
     """Masks again, or replaces, positions that are told of and settled, or that it was not asked about."""
 
-    revises = True
+    revises = whole_region = True
     name = "forgetful"
 
     def __init__(self, positions: list[int]) -> None:
@@ -107,29 +107,11 @@ class Forgetful(Sampler):
 def test_what_was_told_cannot_change(positions: list[int]) -> None:
     row = Row(Canvas.blank([1], 6, MASK, 2), rule := Forgetful(positions), rule.Params())
     told: list[int] = []
+    steps = run([row], predictor())
     for _ in range(20):
-        query = ask([row])
-        (outcome,) = advance([row], query, predictor()(query))
+        ((_, event),) = next(steps)
         assert row.told[: len(told)] == told
         told = list(row.told)
-        if outcome.error is not None:
+        if event.error is not None:
             break
-    assert isinstance(outcome.error, SamplerError) and told
-
-
-def test_the_row_itself_refuses_to_change_what_is_settled() -> None:
-    """Whatever a rule or the loop's own checks let through."""
-    row = Row(Canvas.blank([1], 6, MASK, 2), get_sampler("edit"), get_sampler("edit").Params())
-    row.revise(torch.tensor([0, 1]), torch.tensor([4, 5]), torch.tensor([], dtype=torch.int64), done=True)
-    assert row.told == [4, 5]
-    nothing = torch.tensor([], dtype=torch.int64)
-    for positions, remask in (([1], []), ([], [0]), ([2, 4], [])):
-        with pytest.raises(SamplerError, match="only positions 2 to 3"):
-            row.revise(
-                torch.tensor(positions, dtype=torch.int64),
-                torch.tensor(positions, dtype=torch.int64),
-                torch.tensor(remask, dtype=torch.int64),
-                done=False,
-            )
-    row.revise(torch.tensor([2]), torch.tensor([4]), nothing, done=True)
-    assert row.told == [4, 5], "a block with masks in it is not done, whatever the rule says"
+    assert isinstance(event.error, SamplerError) and told

@@ -8,7 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from samplers import UnknownSamplerError, describe, get_sampler, list_samplers, list_unavailable
+from samplers import (
+    UnknownModifierError,
+    UnknownSamplerError,
+    describe,
+    describe_modifier,
+    get_modifier,
+    get_sampler,
+    list_modifiers,
+    list_samplers,
+    list_unavailable,
+)
 from samplers import plugins as plugins_module
 from tests.installed import SAMPLER, Installed, forget
 
@@ -24,9 +34,12 @@ NAMES = [
         "entropy_bound",
         "dream",
         "hierarchy",
+        "local_leap",
         "hierarchy_remask",
         "credit",
         "edit",
+        "saber",
+        "smc",
         "diffusion_gemma",
     ),
     "policy",
@@ -210,3 +223,12 @@ def test_what_is_installed_is_found_by_the_command_line(installed: Installed) ->
     assert "Commit the leftmost candidate." in done.stdout
     warnings = [line for line in done.stderr.splitlines() if "broken 1.0 is skipped: ModuleNotFoundError" in line]
     assert len(warnings) == 1 and "Traceback" not in done.stderr
+
+
+def test_modifiers_are_known_by_name() -> None:
+    assert [modifier.name for modifier in list_modifiers()] == ["guidance", "credit", "spacing"]
+    assert get_modifier("spacing") is get_modifier("spacing")
+    assert describe_modifier("credit").parameters == ["alpha", "gamma", "beta"]
+    with pytest.raises(UnknownModifierError) as caught:
+        get_modifier("nope")
+    assert str(caught.value) == "unknown modifier 'nope'; choose from guidance, credit, spacing"

@@ -2,51 +2,38 @@
 
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
-from torch import Tensor
 
-from samplers import Canvas, Layout, ParameterError, Sampler, Step, get_sampler
+from samplers import Canvas, ParameterError, Sampler, Step, get_sampler
 from samplers.forward.prediction import Prediction
 from samplers.forward.query import Query
 from samplers.forward.statistics import CHOSEN, Statistic
-from samplers.loop.denoising import advance, ask, denoise
 from samplers.loop.row import Row
-from samplers.ranking import best
-from tests.samplers.models import MASK, predictor
+from samplers.loop.run import finish, run
+from samplers.ranking import best, surest
+from tests.samplers.models import MASK, events_of, predictor, turn
+from tests.samplers.steps import step_of
 
 
 def one_step(
     confidence: list[float], candidate: list[bool] | None = None, block_masks: int | None = None, **params: object
 ) -> Step:
     """A first step of one row."""
-    width = len(confidence)
-    mask = torch.tensor([candidate or [True] * width])
-
-    def counter(value: int) -> Tensor:
-        return torch.tensor([[value]])
-
     sampler = get_sampler(str(params.pop("sampler")))
-    return Step(
-        candidate=mask,
-        masked=mask,
-        token=torch.ones(1, width, dtype=torch.int64),
-        confidence=torch.tensor([confidence]).masked_fill(~mask, -torch.inf),
-        extra={},
-        params=[sampler.Params(**params)],
-        layouts=[Layout(0, width, width)],
-        seed=counter(0),
-        forward=counter(0),
-        block=counter(0),
-        block_step=counter(0),
-        block_masks=counter(block_masks or int(mask.sum())),
-    )
+    mask = torch.tensor([candidate or [True] * len(confidence)])
+    own = sampler.Params(**params)
+    return step_of(sampler, [own], torch.tensor([confidence]), mask, block_masks=block_masks)
 
 
 def chosen(step: Step, sampler: str) -> list[int]:
-    positions: list[int] = get_sampler(sampler).select(step).commit[0].nonzero()[:, 0].tolist()
+    """What is committed: the surest candidate where the rule commits none."""
+    commit = get_sampler(sampler).select(step).commit
+    commit = commit if bool(commit.any()) else surest(step.confidence, step.candidate)
+    positions: list[int] = commit[0].nonzero()[:, 0].tolist()
     return positions
 
 
@@ -61,7 +48,7 @@ def test_threshold_cuts(threshold: float, expected: list[int]) -> None:
 def test_below_the_threshold_the_surest_is_committed_all_the_same() -> None:
     sampler = get_sampler("threshold")
     row = Row(Canvas.blank([1], 6, MASK), sampler, sampler.Params(threshold=1.0))
-    denoise([row], predictor())
+    finish([row], predictor())
     assert row.forwards == 6
 
 
@@ -122,7 +109,7 @@ def commits(sampler: Sampler, gen_length: int, block_length: int, steps: int) ->
         left.append(int(row.canvas.masked.sum()))
         return predictor()(query)
 
-    denoise([row], watched)
+    finish([row], watched)
     left.append(0)
     return [a - b for a, b in pairwise(left)]
 
@@ -159,18 +146,8 @@ def test_bad_parameters_are_refused(name: str, params: dict[str, object]) -> Non
 def test_random_order_is_uniform_and_its_own_for_each_seed() -> None:
     """Over many seeds each position comes first equally often."""
     sampler, width, rows = get_sampler("random"), 8, 4000
-    step = Step(
-        candidate=torch.ones(rows, width, dtype=torch.bool),
-        masked=torch.ones(rows, width, dtype=torch.bool),
-        token=torch.ones(rows, width, dtype=torch.int64),
-        confidence=torch.linspace(0, 1, width).expand(rows, width),
-        extra={},
-        params=[sampler.Params()] * rows,
-        layouts=[Layout(0, width, width)] * rows,
-        seed=torch.arange(rows)[:, None],
-        **{name: torch.zeros(rows, 1, dtype=torch.int64) for name in ("forward", "block", "block_step")},
-        block_masks=torch.full((rows, 1), width),
-    )
+    confidence = torch.linspace(0, 1, width).expand(rows, width)
+    step = step_of(sampler, [sampler.Params()] * rows, confidence, seed=torch.arange(rows)[:, None])
     commit = sampler.select(step).commit
     assert commit.sum(dim=1).eq(1).all()
     share = commit.double().mean(dim=0)
@@ -333,9 +310,7 @@ def test_dreams_schedule(masks: int, steps: int, expected: list[int]) -> None:
         Canvas.blank([1], masks, MASK), get_sampler("dream"), get_sampler("dream").Params(steps=steps, alg="entropy")
     )
     left = [masks]
-    while not row.finished:
-        query = ask([row])
-        advance([row], query, predictor()(query))
+    for _ in run([row], predictor()):
         left.append(int(row.canvas.masked.sum()))
     assert [a - b for a, b in pairwise(left)] == expected
 
@@ -349,9 +324,8 @@ def test_dreams_random_shares_are_as_large_as_the_time_says() -> None:
             get_sampler("dream").Params(steps=4, alg="origin", eps=1e-6),
             seed=seed,
         )
-        query = ask([row])
-        (outcome,) = advance([row], query, predictor()(query))
-        sizes.append(len(outcome.positions))
+        (event,) = turn([row], predictor())
+        sizes.append(len(event.positions))
     assert abs(sum(sizes) / len(sizes) - 8) < 0.6
 
 
@@ -380,10 +354,102 @@ def test_dream_draws_positions_in_proportion() -> None:
 def test_edit_commits_at_least_so_many(params: dict[str, float], expected: list[int]) -> None:
     """LLaDA2.1's `num_to_transfer`: the surest, where fewer pass the threshold; never more than there are."""
     step = one_step([0.97, 0.60, 0.20, 0.40, 0.30], sampler="edit", **params)
-    step = replace(
-        step,
-        current=step.token,
-        given=torch.zeros_like(step.candidate),
-        states=[get_sampler("edit").start(step.params[0])],
-    )
     assert chosen(step, "edit") == expected
+
+
+LEAP = {0: 0.95, 3: 0.78, 5: 0.80, 8: 0.60, 9: 0.76}
+
+
+@pytest.mark.parametrize(
+    ("found", "params", "expected"),
+    [
+        (LEAP, {}, [0, 3]),  # 5 is too far, and below 0.9
+        (LEAP, {"radius": 5}, [0, 3, 5]),
+        (LEAP, {"radius": 0}, [0]),
+        (LEAP, {"relaxed_threshold": 0.79}, [0]),
+        (LEAP, {"threshold": 0.8}, [0, 3, 5, 9]),
+        ({0: 0.85, 1: 0.80}, {}, [0]),
+        ({2: 0.80, 3: 0.95, 4: 0.74}, {}, [2, 3]),
+    ],
+)
+def test_local_leap_relaxes_near_anchors(
+    found: dict[int, float], params: dict[str, object], expected: list[int]
+) -> None:
+    there = [position in found for position in range(10)]
+    confidence = [found.get(position, 0.99) for position in range(10)]
+    assert chosen(one_step(confidence, there, sampler="local_leap", **params), "local_leap") == expected
+
+
+NAN = float("nan")
+
+
+def saber_step(**more: Any) -> Step[Any]:
+    """Committed 0: .50 (.90 a step ago) and 1: .75 (.70); candidates 2: .95, 3: .85, 4: .60; stored .9 and .7."""
+    sampler = get_sampler("saber")
+    state = {
+        "committed": torch.tensor([[0.9, 0.7, NAN, NAN, NAN]]),
+        "before": torch.tensor([[0.90, 0.70, 0.60, 0.80, 0.60]]),
+        "sum": torch.tensor([[1.6]], dtype=torch.float64),
+        "count": torch.tensor([[2]]),
+    } | more.pop("state", {})
+    candidate = torch.tensor([[False, False, True, True, True]])
+    return step_of(
+        sampler,
+        [sampler.Params(**({"n": 2} | more))],
+        torch.tensor([[0.50, 0.75, 0.95, 0.85, 0.60]]),
+        candidate,
+        committed=~candidate,
+        state=state,
+    )
+
+
+def test_saber_commits_above_the_mean_and_masks_what_lost_most() -> None:
+    """Mean .8: commit 2 and 3, and mask 0 again, which lost .40."""
+    found = get_sampler("saber").select(saber_step())
+    assert found.commit[0].nonzero()[:, 0].tolist() == [2, 3]
+    assert found.remask is not None and found.remask[0].nonzero()[:, 0].tolist() == [0]
+    assert found.state is not None
+    assert found.state["sum"].item() == pytest.approx(1.6 + 0.95 + 0.85)
+    assert found.state["count"].item() == 4
+    assert found.state["before"][0].tolist() == pytest.approx([0.50, 0.75, 0.95, 0.85, 0.60])
+
+
+@pytest.mark.parametrize(
+    ("n", "commit", "remask"),
+    [(1, [2, 3], [0]), (3, [2, 3, 4], []), (9, [2, 3, 4], [])],
+)
+def test_saber_masks_nothing_once_all_are_committed(n: int, commit: list[int], remask: list[int]) -> None:
+    found = get_sampler("saber").select(saber_step(n=n))
+    assert found.commit[0].nonzero()[:, 0].tolist() == commit
+    assert found.remask is not None and found.remask[0].nonzero()[:, 0].tolist() == remask
+
+
+def test_saber_at_first_commits_its_least_number() -> None:
+    """Nothing is stored: nobody is above a mean of 1; of two commits one may be masked again, but nothing lost any."""
+    sampler = get_sampler("saber")
+    found = sampler.select(step_of(sampler, [sampler.Params()], torch.tensor([[0.3, 0.9, 0.8, 0.2]])))
+    assert found.commit[0].nonzero()[:, 0].tolist() == [1, 2]
+    assert found.remask is not None and not found.remask.any()
+
+
+def test_saber_commits_more_than_it_masks() -> None:
+    """Net progress of at least one a step, in any block."""
+    sampler = get_sampler("saber")
+    for seed in range(6):
+        row = Row(Canvas.blank([seed], 24, MASK, 12), sampler, sampler.Params(n=3))
+        for event in events_of([row], predictor())[0]:
+            assert len(event.positions) > len(event.remasked)
+        assert row.finished
+
+
+def test_saber_counts_each_position_once() -> None:
+    """One that was masked again and is committed anew replaces what was stored of it."""
+    state = {
+        "committed": torch.tensor([[0.9, 0.7, 0.6, NAN, NAN]]),
+        "sum": torch.tensor([[2.2]], dtype=torch.float64),
+        "count": torch.tensor([[3]]),
+    }
+    found = get_sampler("saber").select(saber_step(state=state))
+    assert found.state is not None
+    assert found.state["sum"].item() == pytest.approx(2.2 - 0.6 + 0.95 + 0.85)
+    assert found.state["count"].item() == 4

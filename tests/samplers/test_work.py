@@ -1,14 +1,26 @@
 """What a generation can cost is known before its first forward, and never less than what it comes to."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
-from samplers import AttentionPattern, Canvas, Layout, Sampler, SamplerParams, get_sampler, list_samplers
-from samplers.contract import SamplerError
-from samplers.loop.denoising import denoise
+from samplers import (
+    AttentionPattern,
+    Canvas,
+    Layout,
+    Modifier,
+    Sampler,
+    SamplerError,
+    SamplerParams,
+    View,
+    get_sampler,
+    list_samplers,
+)
 from samplers.loop.row import Row
+from samplers.loop.run import finish
 from samplers.loop.work import work
+from samplers.resources import bound
 from tests.samplers.models import MASK, VOCAB, predictor, random_logits
 
 PARAMS: list[tuple[str, dict[str, Any]]] = [
@@ -29,6 +41,10 @@ PARAMS: list[tuple[str, dict[str, Any]]] = [
     ("credit", {}),
     ("entropy_bound", {}),
     ("edit", {"edit_threshold": 0.0, "max_post_steps": 3}),
+    ("local_leap", {}),
+    ("saber", {"n": 1}),
+    ("smc", {"particles": 3}),
+    ("smc", {"particles": 2, "base": "topk", "base_params": {"steps": 7}}),
     ("diffusion_gemma", {"max_denoising_steps": 5}),
 ]
 SCHEMES = [
@@ -50,8 +66,8 @@ def test_every_sampler_is_here() -> None:
 def test_no_generation_takes_more_forwards_than_it_may(
     name: str, given: dict[str, Any], block_length: int | None
 ) -> None:
-    sampler = get_sampler(name)
-    params = sampler.Params(**given)
+    params = get_sampler(name).Params(**given)
+    sampler = bound(get_sampler(name), params)
     tried = 0
     for pattern in SCHEMES:
         if sampler.incompatibility(pattern) or (
@@ -64,10 +80,10 @@ def test_no_generation_takes_more_forwards_than_it_may(
                 row = Row(canvas, sampler, params)
             except ValueError:
                 continue  # fewer steps than blocks
-            most = sampler.most_forwards(params, canvas.layout)
-            denoise([row], predictor(random_logits))
+            most = sampler.most_forwards(params, canvas.layout) * sampler.slots(params)
+            assert work(row) == most * canvas.layout.length
+            finish([row], predictor(random_logits, None if pattern.noise else MASK))
             assert 1 <= row.forwards <= most
-            assert work(sampler, params, canvas.layout) == most * canvas.layout.length
             tried += 1
     assert tried
 
@@ -84,9 +100,9 @@ def test_no_generation_takes_more_forwards_than_it_may(
 )
 def test_a_schedule_is_known(name: str, given: dict[str, Any], most: int) -> None:
     sampler = get_sampler(name)
-    layout = Canvas.blank([1] * 8, 40, MASK, 8).layout
-    assert sampler.most_forwards(sampler.Params(**given), layout) == most
-    assert work(sampler, sampler.Params(**given), layout) == most * 48
+    row = Row(Canvas.blank([1] * 8, 40, MASK, 8), sampler, sampler.Params(**given))
+    assert sampler.most_forwards(row.params, row.canvas.layout) == most
+    assert work(row) == most * 48
 
 
 class Answers(Sampler):
@@ -103,20 +119,37 @@ class Answers(Sampler):
     def slots(self, params: SamplerParams) -> int:
         return self._answers.get("slots", 1)
 
-    def views(self, params: SamplerParams) -> int:
-        return self._answers.get("views", 1)
-
     def most_forwards(self, params: SamplerParams, layout: Layout) -> int:
         return self._answers.get("forwards", 3)
 
 
+class Views(Modifier):
+    """Shows the model these."""
+
+    name = "views"
+
+    def __init__(self, *views: View) -> None:
+        self._views = views
+
+    def views(self, params: SamplerParams, views: Sequence[View]) -> Sequence[View]:
+        return self._views
+
+
+def row_of(prompt: list[int], sampler: Sampler, *views: View) -> Row:
+    around = [(Views(*views), SamplerParams())] if views else []
+    return Row(Canvas.blank(prompt, 10, MASK), sampler, SamplerParams(), modifiers=around)
+
+
 def test_slots_and_views_count() -> None:
-    layout = Canvas.blank([], 10, MASK).layout
-    assert work(Answers(slots=4, views=2), SamplerParams(), layout) == 4 * 2 * 3 * 10
+    assert work(row_of([], Answers(slots=4), View(), View(-1.0, "masked"))) == 4 * 2 * 3 * 10
+
+
+def test_a_view_with_a_longer_prompt_costs_more() -> None:
+    assert work(row_of([1, 2], Answers(), View(), View(-1.0, (1, 2, 3, 4, 5)))) == 3 * (12 + 15)
 
 
 @pytest.mark.parametrize("answer", [0, -1, 1.5, None, float("nan"), "3"])
-@pytest.mark.parametrize("what", ["slots", "views", "forwards"])
+@pytest.mark.parametrize("what", ["slots", "forwards"])
 def test_what_is_no_number_is_refused(what: str, answer: Any) -> None:
     with pytest.raises(SamplerError, match="must be an integer from 1"):
-        work(Answers(**{what: answer}), SamplerParams(), Canvas.blank([], 10, MASK).layout)
+        work(row_of([], Answers(**{what: answer})))
