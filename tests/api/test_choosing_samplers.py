@@ -150,7 +150,7 @@ def test_a_third_partys_sampler_serves(tiny_model: Path, installed: Installed) -
         assert running.get("/v1/samplers/left_to_right").json()["available"] is True
 
 
-@pytest.mark.parametrize("method", ["start(self, params)", "check(self, params, layout)", "select(self, step)"])
+@pytest.mark.parametrize("method", ["slots(self, params)", "check(self, params, layout)", "select(self, step)"])
 def test_a_third_partys_sampler_that_raises_fails_its_request_alone(
     tiny_model: Path, installed: Installed, method: str
 ) -> None:

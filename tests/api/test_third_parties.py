@@ -44,7 +44,7 @@ FAULTS = {
     "dumps_a_list": PARAMS + DUMPS.format("return [1]"),
     "dumps_an_object": PARAMS + DUMPS.format("return {'k': object()}"),
     "dumps_much": PARAMS + DUMPS.format("return {'k': 'x' * 50_000_000}"),
-    "starts": "    def start(self, params):\n        raise SystemExit(3)\n",
+    "starts": "    def slots(self, params):\n        raise SystemExit(3)\n",
     "waits": "    def select(self, step):\n        return Selection(step.candidate & False, waits=True)\n",
     "refuses": PARAMS + REFUSES,
     "long": PARAMS + VALIDATES.format("raise ValueError('y' * 10_000_000)"),

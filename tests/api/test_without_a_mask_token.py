@@ -9,8 +9,8 @@ import httpx
 import pytest
 
 from samplers import Canvas, get_sampler, list_samplers
-from samplers.loop.denoising import denoise
 from samplers.loop.row import Row
+from samplers.loop.run import finish
 from server.api.model_names import default_sampler
 from server.backends.loading import load_model
 from server.engine import RequestError
@@ -42,7 +42,7 @@ def test_a_completion_is_what_the_loop_alone_writes(gemma: Running, folder: Path
     sampler = get_sampler("diffusion_gemma")
     canvas = Canvas.blank(loaded.text.encode(PROMPT), 20, None, pattern=loaded.backend.info.pattern)
     row = Row(canvas, sampler, sampler.Params(max_denoising_steps=5), seed=7)
-    denoise([row], loaded.backend.predict)
+    finish([row], loaded.backend.predict)
     answer = gemma.complete(seed=7, **LONG)
     assert answer["choices"][0]["text"] == loaded.text.decode(row.text_tokens())
     assert answer["usage"]["completion_tokens"] == 20
