@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from samplers import get_sampler
-from server.api.model_names import ModelNames, check_default_sampler
+from server.api.model_names import ModelNames
+from server.api.sampler_choice import check_default_sampler
 from server.api.text_threads import SHORT_THREADS
 from server.engine import RequestError
 from server.settings import load_settings

@@ -11,7 +11,7 @@ import pytest
 from samplers import Canvas, get_sampler, list_samplers
 from samplers.loop.row import Row
 from samplers.loop.run import finish
-from server.api.model_names import default_sampler
+from server.api.sampler_choice import default_sampler
 from server.backends.loading import load_model
 from server.engine import RequestError
 from server.settings import load_settings

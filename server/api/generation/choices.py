@@ -88,7 +88,8 @@ class Choice:
 
     def _committed(self, event: StepEvent) -> TextDelta:
         self.completion_tokens, self.forwards = event.settled, event.forward
-        passes = [self._pass(event)] if self._trajectory else []
+        # A pass of several canvases commits nothing: what the one that wins did is told at the end.
+        passes = [self._pass(event)] if self._trajectory and _says(event) else []
         text = self._stops.add(self._decode(event))
         return TextDelta(text, self._tell(text), passes)
 
@@ -135,6 +136,11 @@ class Choice:
             draft=event.draft,
             draft_texts=[self._codec.token(token) for token in event.draft],
         )
+
+
+def _says(event: StepEvent) -> bool:
+    """Whether a forward pass changed anything."""
+    return bool(event.positions or event.filled or event.remasked or event.draft)
 
 
 @contextmanager
