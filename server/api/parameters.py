@@ -9,6 +9,7 @@ from pydantic_core import to_json
 
 from samplers import SamplerError, SamplerParams
 from samplers.loop.guard import SHOWN, ContractError, Owner, failure, name_of, shown, told
+from samplers.prompts import prompts_in, with_tokens
 from server.api.errors import shortened
 from server.api.schemas.bodies import request_error, show
 from server.engine import RequestError
@@ -19,9 +20,6 @@ MOST_STATED = 16 * 1024
 """Bytes of its parameters that an answer repeats, once for each choice."""
 MOST_PROMPT = 1024
 """Characters, or token ids, of a parameter that is a prompt which an answer repeats."""
-PROMPT = "x-prompt"
-"""What the schema of a parameter has that is a prompt: a text is encoded as the request's prompts are."""
-
 Encode = Callable[[str, str | list[int]], list[int]]
 """The tokens of a prompt in the field of that name. Raises RequestError."""
 
@@ -67,16 +65,8 @@ def _refusal(owner: Owner, error: ValidationError, where: str, kind: str) -> Req
 
 
 def encoded(schema: Mapping[str, Any], params: SamplerParams, where: str, encode: Encode) -> SamplerParams:
-    """Parameters with tokens in place of prompts (see `PROMPT`). Raises RequestError."""
-    return params.model_copy(
-        update={name: encode(f"{where}.{name}", value) for name, value in _prompts(schema, params)}
-    )
-
-
-def _prompts(schema: Mapping[str, Any], params: SamplerParams) -> list[tuple[str, Any]]:
-    fields = schema.get("properties", {})
-    marked = [(name, getattr(params, name)) for name, field in fields.items() if field.get(PROMPT)]
-    return [(name, value) for name, value in marked if value is not None]
+    """Parameters with token ids in place of prompts. Raises RequestError."""
+    return with_tokens(schema, params, lambda name, prompt: encode(f"{where}.{name}", prompt))
 
 
 def stated(owner: Owner, params: SamplerParams, schema: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -86,7 +76,7 @@ def stated(owner: Owner, params: SamplerParams, schema: Mapping[str, Any] | None
         found: object = params.model_dump(mode="json")
         if not isinstance(found, dict):
             raise TypeError("its parameters are no object")
-        for name, value in _prompts(schema or {}, params):
+        for name, value in prompts_in(schema or {}, params).items():
             found[name] = shortened(value, MOST_PROMPT) if isinstance(value, str) else value[:MOST_PROMPT]
         if len(to_json(found)) > MOST_STATED:
             raise ContractError(f"its parameters are more than {MOST_STATED} bytes")

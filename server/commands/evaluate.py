@@ -147,7 +147,7 @@ def _trials(
         wrong("--task", error)
     from policies.evaluation.measure import FRONTIER, Trial
     from policies.evaluation.sampler_spec import SamplerSpec
-    from samplers import UnknownSamplerError
+    from samplers import UnknownModifierError, UnknownSamplerError
 
     trials: list[Trial] = []
     try:
@@ -158,7 +158,7 @@ def _trials(
                     length = gen_length or task.gen_length
                     trial = Trial(task, spec, block, length, count, seed, fill_after_end, chat)
                     trials += [] if trial in trials else [trial]
-    except (UnknownSamplerError, ValueError) as error:
+    except (UnknownSamplerError, UnknownModifierError, ValueError) as error:
         wrong("--sampler", error)
     return trials
 
@@ -214,7 +214,9 @@ def _measure(
     def refusing(trial: "Trial") -> Iterator[str]:
         """What a trial is called; its errors end the command."""
         block = "full" if trial.block_length is None else f"block {trial.block_length}"
-        what = f"{trial.task.name}, {block}, {sampler_label(trial.sampler.name, trial.sampler.stated())}"
+        spec = trial.sampler
+        label = sampler_label(spec.name, spec.stated(), spec.stated_modifiers())
+        what = f"{trial.task.name}, {block}, {label}"
         try:
             yield what
         except TrialError as error:
