@@ -38,9 +38,10 @@ class Guidance(Modifier[GuidanceParams]):
             return views
         if isinstance(params.negative_prompt, str):
             raise ParameterError("negative_prompt", "negative_prompt must be encoded before it gets here")
-        without = "masked" if params.negative_prompt is None else tuple(params.negative_prompt)
+        given = params.negative_prompt
+        without = View(-params.scale, "masked" if given is None else tuple(given))
         guided = [View(view.weight * (params.scale + 1), view.prompt) for view in views]
-        return [*guided, View(-params.scale, without)]
+        return [*guided, without]
 
     def incompatibility(
         self, sampler: Sampler[Any], pattern: AttentionPattern, before: Sequence[Modifier[Any]]

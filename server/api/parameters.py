@@ -1,11 +1,12 @@
 """Parameters of samplers and modifiers: validated as a request gives them, and repeated in its answer."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
 
 import structlog
 from pydantic import ValidationError
-from pydantic_core import to_json
+from pydantic_core import ErrorDetails, to_json
 
 from samplers import SamplerError, SamplerParams
 from samplers.loop.guard import SHOWN, ContractError, Owner, failure, name_of, shown, told
@@ -53,7 +54,7 @@ def _validated(owner: Owner, params: dict[str, Any]) -> SamplerParams:
 
 
 def _refusal(owner: Owner, error: ValidationError, where: str, kind: str) -> RequestError:
-    details = error.errors(include_url=False, include_context=False)[0]
+    details = _first(owner, error)
     refused = request_error(details, (where,))
     if details["type"] != "extra_forbidden":
         return RequestError(refused.field, shown(refused, 2 * SHOWN), refused.code)
@@ -62,6 +63,18 @@ def _refusal(owner: Owner, error: ValidationError, where: str, kind: str) -> Req
     return RequestError(
         refused.field, f"{kind} {name_of(owner)} has no parameter {name}; it has: {known}", refused.code
     )
+
+
+def _first(owner: Owner, error: ValidationError) -> ErrorDetails:
+    """The first error; of a parameter that may be of several types, of the one that the value is of."""
+    first, *others = error.errors(include_url=False, include_context=False)
+    field = owner.Params.model_fields.get(str(first["loc"][0])) if first["loc"] else None
+    annotation = None if field is None else field.annotation
+    if get_origin(annotation) not in (Union, UnionType) or len(set(get_args(annotation)) - {NoneType}) < 2:
+        return first
+    same = [first, *(each for each in others if each["loc"][0] == first["loc"][0])]
+    found = next((each for each in same if not each["type"].endswith("_type")), first)
+    return {**found, "loc": found["loc"][:1]}
 
 
 def encoded(schema: Mapping[str, Any], params: SamplerParams, where: str, encode: Encode) -> SamplerParams:
