@@ -60,7 +60,9 @@ class SamplerSpec:
         """
         first, *others = re.split(r"\+(?=[A-Za-z])", text)
         name, values = _split(first)
-        return cls.create(name, values, [ModifierSpec.parse(each) for each in others])
+        modifiers = [ModifierSpec.parse(each) for each in others]
+        refuse_twice([each.name for each in modifiers])
+        return cls.create(name, values, modifiers)
 
     @classmethod
     def create(cls, name: str, values: dict[str, Any], modifiers: Sequence[ModifierSpec] = ()) -> "SamplerSpec":
@@ -75,6 +77,13 @@ class SamplerSpec:
     def stated_modifiers(self) -> list[dict[str, Any]]:
         """What is around the sampler, as a request's body has it."""
         return [{"name": each.name, "params": each.stated()} for each in self.modifiers]
+
+
+def refuse_twice(modifiers: Sequence[str]) -> None:
+    """Raise ValueError if a modifier is named twice."""
+    for name in modifiers:
+        if modifiers.count(name) > 1:
+            raise ValueError(f"modifier {name} is there twice: name it once")
 
 
 def _validated(name: str, schema: type[SamplerParams], values: dict[str, Any]) -> SamplerParams:

@@ -38,7 +38,7 @@ class SMCParams(SamplerParams):
         description="draw texts anew after a block where the effective number of them is below this share",
     )
     base: str = Field("threshold", min_length=1, max_length=64, description="sampler that each text is written with")
-    base_params: dict[str, Any] = Field(default_factory=dict, description="that sampler's parameters")
+    base_params: dict[str, Any] = Field({}, description="that sampler's parameters")
 
 
 class SMC(Sampler[SMCParams]):

@@ -164,11 +164,13 @@ def _watch(row: "Row", predict: "Predict", token: Callable[[int], str], pause: f
 
 
 def _modifiers(given: list[str]) -> "list[ModifierSpec]":
-    from policies.evaluation.sampler_spec import ModifierSpec
+    from policies.evaluation.sampler_spec import ModifierSpec, refuse_twice
     from samplers import UnknownModifierError
 
     try:
-        return [ModifierSpec.parse(text) for text in given]
+        found = [ModifierSpec.parse(text) for text in given]
+        refuse_twice([each.name for each in found])
+        return found
     except (UnknownModifierError, ValueError) as error:
         wrong("--modifier", error)
 

@@ -152,6 +152,29 @@ def test_a_third_partys_sampler_serves(tiny_model: Path, installed: Installed) -
         assert running.get("/v1/samplers/left_to_right").json()["available"] is True
 
 
+def test_what_a_sampler_requires_and_the_server_has_not(tiny_model: Path, installed: Installed) -> None:
+    needs = "    requires = {'draft': 'twin'}\n"
+    needs += "    def bind(self, resources, params):\n        return resources.find('twin', params.draft)\n"
+    installed.sampler(
+        SAMPLER.replace("    def select", "    class Params(SamplerParams):\n        draft: str = 'a'\n    def select")
+        + needs
+    )
+    with serving(tiny_model) as running:
+        card = running.get("/v1/samplers/left_to_right").json()
+        assert (card["available"], card["reason"]) == (False, "this server has no twin")
+        error = error_of(running.post("/v1/completions", {"prompt": PROMPT, "sampler": "left_to_right"}), 400)
+        assert (error["param"], error["message"]) == ("sampler", "this server has no twin")
+
+
+def test_a_third_partys_rule_may_be_a_base(tiny_model: Path, installed: Installed) -> None:
+    installed.sampler()
+    with serving(tiny_model) as running:
+        fields = {"sampler": "smc", "sampler_params": {"particles": 2, "base": "left_to_right"}}
+        body = running.complete(**fields)
+        assert body["choices"] == running.complete(sampler="left_to_right")["choices"], "without a temperature"
+        assert body["usage"]["completion_tokens_details"]["forward_passes"] == 32
+
+
 @pytest.mark.parametrize("method", ["slots(self, params)", "check(self, params, layout)", "select(self, step)"])
 def test_a_third_partys_sampler_that_raises_fails_its_request_alone(
     tiny_model: Path, installed: Installed, method: str

@@ -115,6 +115,36 @@ def test_wrong_use_names_the_flag(tiny_model: Path, flag: str, value: str, why: 
     assert why in said
 
 
+def test_modifiers_are_around_the_sampler(tiny_model: Path) -> None:
+    common = ("generate", PROMPT, "--model", tiny_model, "--max-tokens", 12, "--sampler", "topk")
+    plain, guided = right(*common), right(*common, "--modifier", "guidance:scale=1.5")
+    assert " 12 forwards, " in plain.stderr and " 24 forwards, " in guided.stderr
+    assert guided.stdout != plain.stdout
+    negative = ("--modifier", "spacing", "--modifier", "guidance:scale=1.5,negative_prompt=He buys 5 more.")
+    assert right(*common, *negative).stdout not in (plain.stdout, guided.stdout)
+
+
+@pytest.mark.parametrize(
+    ("modifiers", "why"),
+    [
+        (["best"], "unknown modifier 'best'; choose from guidance, credit, spacing"),
+        (["guidance"], "guidance: scale: Field required"),
+        (["guidance:scale=-1"], "guidance: scale: Input should be greater than or equal to 0"),
+        (["guidance:scale"], "is not name:param=value"),
+        (["credit", "credit"], "modifier credit is there twice"),
+    ],
+)
+def test_wrong_modifiers_are_wrong_use(tiny_model: Path, modifiers: list[str], why: str) -> None:
+    flags = [part for each in modifiers for part in ("--modifier", each)]
+    said = refused(2, "generate", PROMPT, "--model", tiny_model, *flags)
+    assert "'--modifier'" in said and why in said
+
+
+def test_what_cannot_be_around_a_sampler(tiny_model: Path) -> None:
+    said = refused(2, "generate", PROMPT, "--model", tiny_model, "--sampler", "credit", "--modifier", "credit")
+    assert "'--modifier'" in said and "so does sampler credit" in said
+
+
 def test_steps_that_do_not_fit_the_blocks_are_wrong_use(tiny_model: Path) -> None:
     options = ("--sampler", "topk", "--sampler-params", '{"steps": 2}', "--block-length", 4, "--max-tokens", 16)
     assert "--sampler-params" in refused(2, "generate", PROMPT, "--model", tiny_model, *options)

@@ -71,6 +71,20 @@ def test_a_request_chooses_its_policy_in_three_ways(policed: Running) -> None:
     assert passes(by_field) < passes(policed.complete(**choose("careful")))
 
 
+def test_a_policy_can_be_the_servers_default(tiny_model: Path, folder: Path) -> None:
+    """It is looked up in each request, since policies come and go; the only one needs no name."""
+    with serving(tiny_model, sampler="policy") as running:
+        body = {"prompt": PROMPT, "max_tokens": 16}
+        assert error_of(running.post("/v1/completions", body), 400)["param"] == "sampler_params.policy"
+        running.policies.load("eager", folder / "eager")
+        assert running.complete(block_length=None)["unmask"]["sampler_params"]["policy"] == "eager"
+        running.policies.load("careful", folder / "careful")
+        error = error_of(running.post("/v1/completions", body), 400)
+        assert error["code"] == "unknown_policy" and "loaded are careful, eager" in error["message"]
+        chosen = running.complete(sampler_params={"policy": "careful"}, max_tokens=24)["unmask"]
+        assert chosen["sampler_params"]["policy"] == "careful" and "runs on 24" in chosen["warnings"][0]
+
+
 def test_the_knobs_of_a_request_reach_the_policy(policed: Running) -> None:
     slow, fast = (passes(policed.complete(**choose("told", speed=speed))) for speed in (0.0, 1.0))
     assert fast < slow
