@@ -57,9 +57,9 @@ def evaluate(
         list[str] | None,
         typer.Option(
             "--sampler",
-            help="Repeatable; name:param=value,param=value, and +modifier:param=value for what is around it. A topk k of "
-            "the generation's length commits everything at once; oracle commits what is right. Without it the published "
-            "table's.",
+            help="Repeatable; name:param=value,param=value, and +modifier:param=value for what is around it. A topk k "
+            "of the generation's length commits everything at once; oracle commits what is right. Without it the "
+            "published table's.",
             metavar="SPEC",
         ),
     ] = None,

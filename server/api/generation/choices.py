@@ -46,6 +46,7 @@ class Choice:
         prompt: which of the request's prompts it continues.
         stops: texts before which it ends.
         logprobs, trajectory: whether to tell tokens and forward passes too.
+        several: whether the generation has several canvases, whose passes commit nothing until one has won.
 
     Attributes:
         completion_tokens, forwards: what the engine has counted so far.
@@ -60,6 +61,7 @@ class Choice:
         stops: Sequence[str] = (),
         logprobs: bool = False,
         trajectory: bool = False,
+        several: bool = False,
     ) -> None:
         self.index = index
         self.prompt = prompt
@@ -72,6 +74,7 @@ class Choice:
         self._stops = StopStrings(stops)
         self._logprobs = logprobs
         self._trajectory = trajectory
+        self._several = several
         self._logs: dict[int, float] = {}  # by position
         self._tokens: list[Token] = []  # whose text has not been told yet
         self._positions = 0  # tokens whose text is known
@@ -88,8 +91,7 @@ class Choice:
 
     def _committed(self, event: StepEvent) -> TextDelta:
         self.completion_tokens, self.forwards = event.settled, event.forward
-        # A pass of several canvases commits nothing: what the one that wins did is told at the end.
-        passes = [self._pass(event)] if self._trajectory and _says(event) else []
+        passes = [self._pass(event)] if self._trajectory and (event.positions or not self._several) else []
         text = self._stops.add(self._decode(event))
         return TextDelta(text, self._tell(text), passes)
 
@@ -136,11 +138,6 @@ class Choice:
             draft=event.draft,
             draft_texts=[self._codec.token(token) for token in event.draft],
         )
-
-
-def _says(event: StepEvent) -> bool:
-    """Whether a forward pass changed anything."""
-    return bool(event.positions or event.filled or event.remasked or event.draft)
 
 
 @contextmanager

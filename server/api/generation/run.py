@@ -114,7 +114,16 @@ async def start(
         kind = Work.SAMPLER
     encoded, used = await serving.threads.run(work, owner, size, kind)
     choices = [
-        Choice(stream, serving.text, i, i // number, body.stop, logprobs, bool(body.return_trajectory))
+        Choice(
+            stream,
+            serving.text,
+            i,
+            i // number,
+            body.stop,
+            logprobs,
+            bool(body.return_trajectory),
+            several=stream.generation is not None and len(stream.generation.row.lanes) > 1,
+        )
         for i, stream in enumerate(streams)
     ]
     return StartedChoices(encoded, choices, used, budget_headers(serving.engine.budget(owner)))
