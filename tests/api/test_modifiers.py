@@ -138,6 +138,8 @@ def test_modifiers_are_listed(server: Running) -> None:
         assert card["available"] and card["parameters"] == modifier.schema()
     assert server.get("/v1/samplers/guidance").json()["kind"] == "modifier"
     assert server.get("/v1/samplers/credit").json()["kind"] == "sampler"
+    route = server.get("/openapi.json").json()["paths"]["/v1/samplers/{sampler}"]["get"]
+    assert [parameter["name"] for parameter in route["parameters"]] == ["sampler", "kind"]
     assert error_of(server.get("/v1/samplers/topk?kind=modifier"), 404)["param"] == "sampler"
     document = server.get("/openapi.json").json()["components"]["schemas"]
     assert document["CompletionBody"]["properties"]["modifiers"] == document["ChatBody"]["properties"]["modifiers"]

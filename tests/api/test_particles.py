@@ -6,6 +6,9 @@ from typing import Any
 
 import pytest
 
+from server.api.sampler_choice import default_sampler
+from server.engine import RequestError
+from server.settings import load_settings
 from tests.api.serving import NAME, PROMPT, Running, error_of, serving, until
 
 SMC: dict[str, Any] = {
@@ -127,6 +130,16 @@ def test_it_can_be_the_servers_default(narrow: Running) -> None:
     body = narrow.complete(temperature=1, block_length=8)
     assert body["unmask"]["sampler"] == "smc" and passes(body) == 32
     assert narrow.complete(sampler="topk")["unmask"]["sampler"] == "topk"
+
+
+@pytest.mark.parametrize(
+    ("params", "field"),
+    [({"base": "nope"}, "sampler_params.base"), ({"base": "diffusion_gemma"}, "sampler_params.base"), ({"k": 1}, "k")],
+)
+def test_a_default_that_cannot_be_is_a_wrong_setting(server: Running, params: dict[str, Any], field: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        default_sampler(load_settings({"sampler": "smc", "sampler_params": params}), server.engine.info)
+    assert caught.value.field.endswith(field)
 
 
 def test_more_canvases_than_a_forward_takes(narrow: Running) -> None:

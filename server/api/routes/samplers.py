@@ -13,6 +13,8 @@ from server.api.schemas.responses import SamplerCard, SamplerList, json_response
 from server.api.serving import Serving
 
 MODIFIER = "modifier"
+KIND = {"name": "kind", "in": "query", "required": False, "schema": {"type": "string", "enum": ["sampler", MODIFIER]}}
+"""A query parameter, for the document; whatever else it says finds nothing."""
 
 
 def add_routes(app: FastAPI, serving: Serving) -> None:
@@ -42,7 +44,13 @@ def add_routes(app: FastAPI, serving: Serving) -> None:
         """List the samplers, and the modifiers around them, with the schema of their parameters."""
         return Response(current()[1], media_type="application/json")
 
-    @app.get("/v1/samplers/{sampler:path}", response_model=SamplerCard, responses=LOOKUP_ERRORS, tags=["catalogue"])
+    @app.get(
+        "/v1/samplers/{sampler:path}",
+        response_model=SamplerCard,
+        responses=LOOKUP_ERRORS,
+        openapi_extra={"parameters": [KIND]},
+        tags=["catalogue"],
+    )
     async def one_sampler(request: Request, sampler: str) -> Response:
         """Look up one sampler or modifier; `?kind=modifier` where a sampler has the same name."""
         kind = request.query_params.get("kind")
