@@ -145,6 +145,6 @@ def _with_policy(given: dict[str, Any], policy: str, where: str) -> dict[str, An
 def _required(sampler: Sampler[Any]) -> tuple[str, ...]:
     """Kinds of the auxiliaries that a sampler requires."""
     try:
-        return told(sampler, lambda: tuple(sampler.requires.values()))
+        return told(sampler, lambda: tuple(map(str, sampler.requires.values())))
     except SamplerError:
         return ()
