@@ -179,6 +179,7 @@ def get_modifier(name: str) -> Modifier[Any]:
     return found
 
 
+@cache
 def describe_modifier(name: str) -> Description:
     """A modifier's description of itself. Raises UnknownModifierError."""
     return Description.of(get_modifier(name))

@@ -1,54 +1,85 @@
 """Auxiliaries that samplers require, by kind and name, and samplers bound to them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from samplers.contract import ParameterError, Sampler, SamplerParams
 from samplers.loop.guard import SHOWN, ContractError, shown, told
 from samplers.registry import UnknownSamplerError, get_sampler
 
-Find = Callable[[str | None], Any]
+
+@dataclass(frozen=True)
+class Kind:
+    """Auxiliaries of one kind.
+
+    Attributes:
+        find: the auxiliary of that name, or the only one; raises ParameterError if there is none.
+        missing: why there is none of this kind at the moment; None if there is one.
+        only: name of the auxiliary that is found without a name; None if there is no such one.
+        warnings: how the training of the auxiliary of that name differs from a generation, given its block length
+            (None: full diffusion) and its longest text.
+    """
+
+    find: Callable[[str | None], Any]
+    missing: Callable[[], str | None] = lambda: None
+    only: Callable[[], str | None] = lambda: None
+    warnings: Callable[[str, int | None, int], Sequence[str]] = lambda name, block_length, gen_length: ()
 
 
 class ResourceTable:
     """One table of everything that a sampler can require.
 
-    A kind is a function that finds one by name (None: the only one) and raises ParameterError, or what it is documented
-    to raise, if there is none. The kind `sampler` is always there: rules that others are built on.
+    The kind `sampler` is always there: rules that others are built on.
     """
 
-    def __init__(self, kinds: Mapping[str, Find] | None = None) -> None:
-        self._kinds: dict[str, Find] = {"sampler": _find_sampler, **(kinds or {})}
-        self._reasons: dict[str, Callable[[], str | None]] = {}
+    def __init__(self) -> None:
+        self._kinds = {"sampler": Kind(_find_sampler)}
 
-    def add(self, kind: str, find: Find, missing: Callable[[], str | None] = lambda: None) -> None:
-        """Add a kind. `missing` says why there is none of it at the moment; None if there is one."""
-        self._kinds[kind] = find
-        self._reasons[kind] = missing
+    def add(self, name: str, kind: Kind) -> None:
+        """Add auxiliaries of one kind."""
+        self._kinds[name] = kind
 
     def find(self, kind: str, name: str | None) -> Any:
         """See `Resources.find`."""
         if kind not in self._kinds:
-            raise ParameterError(kind, self.missing(kind) or "")
-        return self._kinds[kind](name)
+            raise ParameterError("sampler", self.missing(kind) or "")
+        return self._kinds[kind].find(name)
 
     def missing(self, kind: str) -> str | None:
         """See `Resources.missing`."""
-        if kind not in self._kinds:
-            return f"this server has no {kind}"
-        return self._reasons[kind]() if kind in self._reasons else None
+        return self._kinds[kind].missing() if kind in self._kinds else f"this server has no {kind}"
 
     def why_missing(self, sampler: Sampler[Any]) -> str | None:
         """Why a sampler lacks what it requires; None if all of it is there."""
-        reasons = [self.missing(kind) for kind in dict(sampler.requires).values()]
+        reasons = (self.missing(kind) for kind in sampler.requires.values())
         return next((reason for reason in reasons if reason is not None), None)
+
+    def named(self, sampler: Sampler[Any], params: SamplerParams) -> SamplerParams:
+        """Parameters with the names of auxiliaries that were left out, where there is only one."""
+        update = {}
+        for parameter, kind in sampler.requires.items():
+            if getattr(params, parameter) is None and kind in self._kinds:
+                update[parameter] = self._kinds[kind].only()
+        return params.model_copy(update=update) if update else params
+
+    def warnings(
+        self, sampler: Sampler[Any], params: SamplerParams, block_length: int | None, gen_length: int
+    ) -> list[str]:
+        """How the training of a sampler's auxiliaries differs from a generation (see `Kind`)."""
+        return [
+            warning
+            for parameter, kind in sampler.requires.items()
+            if (name := getattr(params, parameter)) is not None and kind in self._kinds
+            for warning in self._kinds[kind].warnings(name, block_length, gen_length)
+        ]
 
 
 def _find_sampler(name: str | None) -> Sampler[Any]:
     try:
         return get_sampler(name or "threshold")
     except UnknownSamplerError as error:
-        raise ParameterError("base", str(error)) from None
+        raise ParameterError("base", str(error), "unknown_sampler") from None
 
 
 DEFAULT = ResourceTable()

@@ -9,10 +9,11 @@ from server.api.middleware.body_limit import BodyLimit
 from server.api.middleware.head import HeadAsGet
 from server.api.middleware.paths import PlainPaths
 from server.api.middleware.request_id import RequestId
-from server.api.model_names import ModelNames, default_sampler
+from server.api.model_names import ModelNames
 from server.api.owner import Owners
 from server.api.routes import chat, completions, models, operations, samplers, tokens
 from server.api.routes import policies as policy_routes
+from server.api.sampler_choice import default_sampler
 from server.api.schemas.openapi import complete_openapi
 from server.api.serving import Serving
 from server.api.text_threads import TextThreads

@@ -73,6 +73,7 @@ class Trial:
             "fill_after_end": self.fill_after_end,
             "chat": self.chat,
             "cache": self.cache,
+            **({"modifiers": modifiers} if (modifiers := self.sampler.stated_modifiers()) else {}),
         }
 
 
@@ -103,6 +104,7 @@ class Measurement(BaseModel):
     seconds: float
     chat: bool = False
     cache: CacheMode = CacheMode.NONE
+    modifiers: list[dict[str, Any]] = Field([], exclude_if=lambda value: value == [])
 
     def settings(self) -> dict[str, Any]:
         """See `Trial.settings`."""
@@ -111,7 +113,7 @@ class Measurement(BaseModel):
 
 _SETTINGS = (
     *("task", "sampler", "params", "block_length", "gen_length", "count", "seed"),
-    *("fill_after_end", "chat", "cache"),
+    *("fill_after_end", "chat", "cache", "modifiers"),
 )
 
 
@@ -167,6 +169,7 @@ def _start(model: ModelUnderTest, trial: Trial, resources: ResourceTable) -> Ite
         model.check_length(trial.task.name, max(map(len, prompts)), trial.gen_length)
     except ValueError as error:
         raise TrialError(str(error)) from None
+    modifiers = [each.bound(model.encode_prompt) for each in trial.sampler.modifiers]
     for i in sorted(range(trial.count), key=lambda i: len(prompts[i])):
         canvas = model.canvas(prompts[i], trial.gen_length, trial.block_length)
         spec, problem = trial.sampler, problems[i]
@@ -184,6 +187,7 @@ def _start(model: ModelUnderTest, trial: Trial, resources: ResourceTable) -> Ite
                 end_ids=model.end_ids,
                 fill_after_end=trial.fill_after_end,
                 cache=trial.cache,
+                modifiers=modifiers,
             ),
         )
 

@@ -51,7 +51,7 @@ def column(row: Measurement) -> str:
 
 def label(row: Measurement) -> str:
     """The sampler and its parameters."""
-    return sampler_label(row.sampler, row.params)
+    return sampler_label(row.sampler, row.params, row.modifiers)
 
 
 def all_at_once(rows: Iterable[Measurement]) -> str:

@@ -1,6 +1,7 @@
 """Store of loaded policies, by name. Any thread may change it while generations run."""
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -147,6 +148,17 @@ class PolicyStore:
     def missing(self) -> str | None:
         """Why there is no policy at the moment; None if one is loaded."""
         return None if self.list() else "no policy is loaded"
+
+    def only(self) -> str | None:
+        """The name of the only policy; None if there are several or none."""
+        with self._lock:
+            return next(iter(self._stored)) if len(self._stored) == 1 else None
+
+    def warnings(self, name: str, block_length: int | None, gen_length: int) -> Sequence[str]:
+        """See `Stored.warnings`. None of a policy that was removed meanwhile: what runs by it goes on."""
+        with self._lock:
+            stored = self._stored.get(name)
+        return [] if stored is None else stored.warnings(self.host, block_length, gen_length)
 
     def _unknown(self, name: str | None) -> UnknownPolicyError:
         names = _few([stored.name for stored in self.list()], ", ") or "none"

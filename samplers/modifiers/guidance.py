@@ -8,9 +8,8 @@ from pydantic import Field
 from samplers.attention_pattern import AttentionPattern
 from samplers.canvas import Layout
 from samplers.contract import Modifier, ParameterError, Sampler, SamplerParams, View
+from samplers.prompts import PROMPT
 
-PROMPT_TEXT = {"x-prompt": True}
-"""Marks a parameter that is a prompt: text of it is encoded as prompts are."""
 Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=1 << 20)]
 
 
@@ -18,7 +17,7 @@ class GuidanceParams(SamplerParams):
     scale: float = Field(ge=0, le=100, description="how far from the unguided logits u: u + (scale + 1) * (guided - u)")
     negative_prompt: str | Tokens | None = Field(
         None,
-        json_schema_extra={**PROMPT_TEXT},
+        json_schema_extra={PROMPT: True},
         description="prompt of the unguided view, text or token ids; null: mask tokens in the prompt's place",
     )
 
@@ -39,10 +38,10 @@ class Guidance(Modifier[GuidanceParams]):
             return views
         if isinstance(params.negative_prompt, str):
             raise ParameterError("negative_prompt", "negative_prompt must be encoded before it gets here")
-        negative = params.negative_prompt
-        other = View(-params.scale, "masked" if negative is None else tuple(negative))
+        given = params.negative_prompt
+        without = View(-params.scale, "masked" if given is None else tuple(given))
         guided = [View(view.weight * (params.scale + 1), view.prompt) for view in views]
-        return [*guided, other]
+        return [*guided, without]
 
     def incompatibility(
         self, sampler: Sampler[Any], pattern: AttentionPattern, before: Sequence[Modifier[Any]]

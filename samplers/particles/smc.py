@@ -75,7 +75,11 @@ class SMC(Sampler[SMCParams]):
 
     def check(self, params: SMCParams, layout: Layout) -> None:
         base = self._base()
-        base.check(_own_params(base, params), layout)
+        try:
+            base.check(_own_params(base, params), layout)
+        except ParameterError as error:
+            field = error.field if error.field.startswith("base_params") else f"base_params.{error.field}"
+            raise ParameterError(field, str(error), error.code) from None
 
     def incompatibility(self, pattern: AttentionPattern) -> str | None:
         return super().incompatibility(pattern) if self.base is None else self.base.incompatibility(pattern)

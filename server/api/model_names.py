@@ -1,85 +1,27 @@
 """Resolution of a request's model name and sampler, from one table built at start-up."""
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
-import structlog
-from pydantic import ValidationError
-from pydantic_core import to_json
-
-from policies.serving.store import PolicyStore, Stored, UnknownPolicyError
+from policies.serving.resources import resources_of
+from policies.serving.store import PolicyStore, UnknownPolicyError
 from samplers import (
     BIDIRECTIONAL,
     AttentionPattern,
+    Modifier,
     Sampler,
     SamplerError,
-    SamplerParams,
-    UnknownSamplerError,
-    get_sampler,
+    is_ours,
+    list_modifiers,
     named_samplers,
 )
-from samplers.learned.policy import Policy, PolicyParams
-from samplers.loop.guard import SHOWN, ContractError, failure, name_of, shown, told, why_not
+from samplers.learned.policy import Policy
+from samplers.loop.guard import incompatibility, told, why_not
 from server.api.errors import NotFoundError
-from server.api.schemas.bodies import request_error, show
+from server.api.parameters import Encode
+from server.api.sampler_choice import SamplerChoice, SamplerRequest, check_modifiers, find_sampler, resolve
+from server.api.schemas.bodies import show
 from server.api.schemas.requests import GenerationBody
-from server.engine import ModelInfo, RequestError
-from server.settings import Settings
-
-log = structlog.get_logger(__name__)
-
-MAX_STATED = 16 * 1024
-"""Bytes of sampler parameters that a response repeats, once for each choice."""
-MAX_NAME = 65
-"""Characters of a sampler's name that are looked at, one more than a valid name has."""
-
-
-class SamplerChoice(NamedTuple):
-    """A sampler with its parameters. The name is the registry's, whatever a plugin's sampler reports later."""
-
-    sampler: Sampler
-    params: SamplerParams
-    name: str
-
-
-@dataclass(frozen=True)
-class SamplerRequest:
-    """Sampler asked for by a request, before any of the sampler's own code has run.
-
-    Attributes:
-        name: name of an existing sampler.
-        where: field that contains `given`.
-        given: the parameters; None selects the default's.
-        policy: policy chosen by the model's name.
-    """
-
-    name: str
-    where: str
-    given: dict[str, Any] | None
-    policy: str | None
-
-
-def default_sampler(settings: Settings, info: ModelInfo) -> SamplerChoice:
-    """Sampler of requests that choose none. Raises RequestError for `sampler` or `sampler_params`."""
-    name = settings.sampler or info.sampler
-    sampler = _sampler(name, "sampler")
-    if reason := why_not(sampler, info.pattern):
-        raise RequestError("sampler", reason)
-    return SamplerChoice(sampler, _default_params(sampler, settings), name)
-
-
-def check_default_sampler(settings: Settings) -> None:
-    """Check the default sampler as far as possible without a model. Raises RequestError like `default_sampler`."""
-    if settings.sampler is not None:
-        _default_params(_sampler(settings.sampler, "sampler"), settings)
-
-
-def _default_params(sampler: Sampler, settings: Settings) -> SamplerParams:
-    try:
-        return validate_params(sampler, settings.sampler_params)
-    except SamplerError as error:
-        raise RequestError("sampler_params", str(error)) from None
-
+from server.engine import RequestError
 
 POLICY = "policy-"
 """Prefix of a policy's name in `model:policy-NAME`."""
@@ -101,13 +43,30 @@ class ModelNames:
         self.name = name
         self.pattern = pattern
         self.policies = policies
-        self._default = default
-        # Computed once: a plugin's answer may take any time, and is needed on the event loop.
+        self.resources = resources_of(policies)
+        self.default = default
+        # Asked once: a third party's answer may take any time, and is needed on the event loop.
         self._reasons = {each: why_not(sampler, pattern) for each, sampler in named_samplers().items()}
+        self._required = {each: _required(sampler) for each, sampler in named_samplers().items()}
+        self._around = {each.name: self._why_not_around(each) for each in list_modifiers()}
 
     def why_not(self, sampler: str) -> str | None:
         """Reason why the sampler cannot run with this model; None if it can."""
         return self._reasons.get(sampler)
+
+    def why_unavailable(self, sampler: str) -> str | None:
+        """The same, or what the sampler requires and there is none of at the moment."""
+        missing = (self.resources.missing(kind) for kind in self._required.get(sampler, ()))
+        return self.why_not(sampler) or next((reason for reason in missing if reason is not None), None)
+
+    def why_not_around(self, modifier: str) -> str | None:
+        """Why a modifier can be around none of our samplers that can denoise the model; None if it can."""
+        return self._around.get(modifier)
+
+    def _why_not_around(self, modifier: Modifier[Any]) -> str | None:
+        fitting = [each for name, each in named_samplers().items() if is_ours(name) and not self._reasons[name]]
+        reasons = [incompatibility(each, self.pattern, [modifier]) for each in fitting]
+        return next(iter(reasons), None) if all(reasons) else None
 
     def names(self) -> list[str]:
         """The model's plain name, and its name with each sampler and loaded policy that can run with this model."""
@@ -123,122 +82,44 @@ class ModelNames:
         if model.startswith(f"{self.name}:"):
             suffix = model.removeprefix(f"{self.name}:")
             if suffix.startswith(POLICY):
-                return Policy.name, self._policy(suffix.removeprefix(POLICY), "model").name
-            _sampler(suffix, "model")
+                return Policy.name, self._policy(suffix.removeprefix(POLICY), "model")
+            find_sampler(suffix, "model")
             return suffix, None
         raise NotFoundError("model", f"model {show(model)} is not served here: use {self.name!r}", "model_not_found")
 
     def choose(self, body: GenerationBody) -> SamplerRequest:
-        """Determine the sampler and parameters that a request asks for. Raises NotFoundError, RequestError.
+        """Which sampler, parameters and modifiers a request asks for. Raises NotFoundError, RequestError.
 
         The sampler is named by the model's suffix, by `sampler` or by `vllm_xargs.sampler`; several must agree.
         Parameters are those of the sampler in effect.
         """
         xargs = body.vllm_xargs
         suffix, policy = self.check_model(body.model)
-        named = {
-            "model": suffix,
-            "sampler": body.sampler,
-            "vllm_xargs.sampler": xargs and xargs.sampler,
-        }
-        params = {
-            "sampler_params": body.sampler_params,
-            "vllm_xargs.sampler_params": xargs and xargs.sampler_params,
-        }
-        _, name = _agreed(named)
-        where, given = _agreed(params)
-        if name is not None:
-            _sampler(name, "sampler" if body.sampler is not None else "vllm_xargs.sampler")
-            given = given or {}
-        return SamplerRequest(name or self._default.name, where, given, policy)
-
-    def sampler_choice(self, sampler_request: SamplerRequest) -> SamplerChoice:
-        """Resolve a request's sampler. Runs the sampler's own validation, which may take any time.
-
-        Raises RequestError, SamplerError.
-        """
-        if sampler_request.given is None:
-            return self._named(self._default, sampler_request.where, sampler_request.policy)
-        sampler = _sampler(sampler_request.name, "sampler")
-        return self._named(
-            SamplerChoice(
-                sampler, validate_params(sampler, sampler_request.given, sampler_request.where), sampler_request.name
-            ),
-            sampler_request.where,
-            sampler_request.policy,
+        _, name = _agreed(
+            {"model": suffix, "sampler": body.sampler, "vllm_xargs.sampler": xargs and xargs.sampler},
         )
+        where, given = _agreed(
+            {"sampler_params": body.sampler_params, "vllm_xargs.sampler_params": xargs and xargs.sampler_params},
+        )
+        around, modifiers = _agreed({"modifiers": body.modifiers, "vllm_xargs.modifiers": xargs and xargs.modifiers})
+        if name is not None:
+            find_sampler(name, "sampler" if body.sampler is not None else "vllm_xargs.sampler")
+            given = given or {}
+        if policy is not None:
+            given = _with_policy(given, policy, where)
+        check_modifiers(modifiers or [], around)
+        return SamplerRequest(name or self.default.name, where, given, modifiers or [], around)
 
-    def _named(self, choice: SamplerChoice, where: str, policy: str | None) -> SamplerChoice:
-        """Fill in the name of the policy, if the sampler has one. Raises RequestError if it is not loaded."""
-        if choice.name != Policy.name:
-            return choice
-        params = choice.params
-        assert isinstance(params, PolicyParams)
-        if policy is not None and params.policy not in (None, policy):
-            message = f"{where}.policy says {show(params.policy)}, but model says {show(policy)}: send one of them"
-            raise RequestError(f"{where}.policy", message, "conflicting_values")
-        stored = self._policy(policy or params.policy, f"{where}.policy")
-        return choice._replace(sampler=stored.sampler, params=params.model_copy(update={"policy": stored.name}))
+    def sampler_choice(self, sampler_request: SamplerRequest, encode: Encode) -> SamplerChoice:
+        """What a request asks for (see `resolve`). Raises RequestError, SamplerError."""
+        return resolve(sampler_request, self.default, self.resources, encode)
 
-    def _policy(self, name: str | None, field: str) -> Stored:
+    def _policy(self, name: str, field: str) -> str:
+        """The name of a policy that is loaded. Raises RequestError."""
         try:
-            return self.policies.get(name)
+            return self.policies.get(name).name
         except UnknownPolicyError as error:
             raise RequestError(field, str(error), "unknown_policy") from None
-
-
-def validate_params(sampler: Sampler, params: dict[str, Any], where: str = "sampler_params") -> SamplerParams:
-    """Validate a sampler's parameters.
-
-    Raises RequestError that names the parameter, or SamplerError if the sampler's own validation fails otherwise.
-    """
-    refused: Exception
-    try:
-        return _validated(sampler, params)
-    except ValidationError as error:
-        try:
-            refused = _refusal(sampler, error, where)
-        except BaseException as second:
-            refused = failure(sampler, second)
-    except BaseException as error:
-        refused = failure(sampler, error)
-    if isinstance(refused, SamplerError):
-        log.error("parameters failed", error=str(refused), sampler=name_of(sampler), exc_info=refused.__cause__)
-    raise refused
-
-
-def _validated(sampler: Sampler, params: dict[str, Any]) -> SamplerParams:
-    # As JSON, the format the parameters arrived in: strict validation then accepts a list for a tuple.
-    found: object = sampler.Params.model_validate_json(to_json(params))
-    if not isinstance(found, SamplerParams):
-        raise TypeError("its parameters are none")
-    return found
-
-
-def _refusal(sampler: Sampler, error: ValidationError, where: str) -> RequestError:
-    details = error.errors(include_url=False, include_context=False)[0]
-    refused = request_error(details, (where,))
-    if details["type"] != "extra_forbidden":
-        return RequestError(refused.field, shown(refused, 2 * SHOWN), refused.code)
-    known = ", ".join(sampler.Params.model_fields) or "none"
-    name = show(details["loc"][0])
-    return RequestError(
-        refused.field, f"sampler {name_of(sampler)} has no parameter {name}; it has: {known}", refused.code
-    )
-
-
-def stated(sampler: Sampler, params: SamplerParams) -> dict[str, Any]:
-    """Parameters as repeated in a response. Raises SamplerError if they cannot be serialised."""
-
-    def dump() -> dict[str, Any]:
-        found: object = params.model_dump(mode="json")
-        if not isinstance(found, dict):
-            raise TypeError("its parameters are no object")
-        if len(to_json(found)) > MAX_STATED:
-            raise ContractError(f"its parameters are more than {MAX_STATED} bytes")
-        return found
-
-    return told(sampler, dump)
 
 
 def _agreed(given: dict[str, Any]) -> tuple[str, Any]:
@@ -252,8 +133,18 @@ def _agreed(given: dict[str, Any]) -> tuple[str, Any]:
     return found[0] if found else (next(iter(given)), None)
 
 
-def _sampler(name: str, field: str) -> Sampler:
+def _with_policy(given: dict[str, Any], policy: str, where: str) -> dict[str, Any]:
+    """Parameters with the policy that the model's name chooses. Raises RequestError if they name another."""
+    if given.get("policy") not in (None, policy):
+        field = f"{where}.policy"
+        message = f"{field} says {show(given['policy'])}, but model says {show(policy)}: send one of them"
+        raise RequestError(field, message, "conflicting_values")
+    return {**given, "policy": policy}
+
+
+def _required(sampler: Sampler[Any]) -> tuple[str, ...]:
+    """Kinds of the auxiliaries that a sampler requires."""
     try:
-        return get_sampler(name[:MAX_NAME])
-    except UnknownSamplerError as error:
-        raise RequestError(field, str(error), "unknown_sampler") from None
+        return told(sampler, lambda: tuple(map(str, sampler.requires.values())))
+    except SamplerError:
+        return ()

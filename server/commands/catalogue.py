@@ -1,6 +1,7 @@
 """`unmask samplers` and `unmask tasks`: the available samplers and tasks."""
 
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,7 +13,9 @@ from policies.tasks import FILE_SPECS, Split, UnknownTaskError, get_task, list_t
 from server.commands.options import MOST_COUNT, results_console, wrong
 
 if TYPE_CHECKING:
-    from samplers import BrokenPlugin, Sampler
+    from samplers import BrokenPlugin, Modifier, Sampler
+
+    Listed = Sampler | Modifier
 
 tasks_app = typer.Typer(help="Problems with checkable answers.", no_args_is_help=True)
 
@@ -26,29 +29,34 @@ def samplers(
     name: Annotated[str | None, typer.Argument(help="Show this one with all of its parameters.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Write a list of JSON objects, for programs.")] = False,
 ) -> None:
-    """List the samplers, or show one with its parameters."""
-    from samplers import UnknownSamplerError, get_sampler, list_samplers, list_unavailable
+    """List the samplers and the modifiers around them, or show one with its parameters."""
+    from samplers import UnknownSamplerError, get_sampler, list_modifiers, list_samplers, list_unavailable
 
     broken = [plugin for plugin in list_unavailable() if name in (None, plugin.name)]
-    try:
-        found = list_samplers() if name is None else [] if broken else [get_sampler(name)]
-    except UnknownSamplerError as error:
-        wrong("NAME", error)
+    modifiers = [modifier for modifier in list_modifiers() if name in (None, modifier.name)]
+    found = [sampler for sampler in list_samplers() if name in (None, sampler.name)]
+    if name is not None and not (broken or modifiers or found):
+        try:
+            get_sampler(name)
+        except UnknownSamplerError as error:
+            wrong("NAME", f"{error}; modifiers are {', '.join(each.name for each in list_modifiers())}")
     if as_json:
-        typer.echo(json.dumps([*map(_entry, found), *map(_broken_entry, broken)], indent=1))
+        entries = [_entry(each, "sampler") for each in found] + list(map(_broken_entry, broken))
+        typer.echo(json.dumps(entries + [_entry(each, "modifier") for each in modifiers], indent=1))
     elif name is None:
-        results_console().print(_overview(found, broken))
+        results_console().print(_overview("sampler", found, broken), _overview("modifier", modifiers))
     else:
-        results_console().print(*map(_details, found), *map(_why_not, broken))
+        details = [_details(each, "sampler") for each in found] + [_details(each, "modifier") for each in modifiers]
+        results_console().print(*details, *map(_why_not, broken))
 
 
-def _entry(sampler: "Sampler") -> dict[str, Any]:
+def _entry(listed: "Listed", kind: str) -> dict[str, Any]:
     return {
-        "id": sampler.name,
-        "kind": "sampler",
+        "id": listed.name,
+        "kind": kind,
         "available": True,
         "reason": None,
-        "parameters": sampler.schema(),
+        "parameters": listed.schema(),
     }
 
 
@@ -57,11 +65,11 @@ def _broken_entry(plugin: "BrokenPlugin") -> dict[str, Any]:
     return {"id": plugin.name, "kind": "sampler", "available": False, "reason": reason, "parameters": {}}
 
 
-def _overview(found: "list[Sampler]", broken: "list[BrokenPlugin]") -> Table:
-    table = Table("sampler", "what it does", "parameters", "paper", title="samplers", show_lines=True)
-    for sampler in found:
-        stated = [f"{name} = {_default(field)}  ({_range(field)})" for name, field in _fields(sampler).items()]
-        table.add_row(sampler.name, Text(sampler.summary()), Text("\n".join(stated)), Text(sampler.paper))
+def _overview(kind: str, found: "Sequence[Listed]", broken: "Sequence[BrokenPlugin]" = ()) -> Table:
+    table = Table(kind, "what it does", "parameters", "paper", title=f"{kind}s", show_lines=True)
+    for each in found:
+        stated = [f"{name} = {_default(field)}  ({_range(field)})" for name, field in _fields(each).items()]
+        table.add_row(each.name, Text(each.summary()), Text("\n".join(stated)), Text(each.paper))
     for plugin in broken:
         table.add_row(Text(plugin.name, style="dim"), _why_not(plugin), "", "")
     return table
@@ -71,20 +79,19 @@ def _why_not(plugin: "BrokenPlugin") -> Text:
     return Text(f"{plugin.name} of {plugin.distribution} could not be loaded: {plugin.reason}")
 
 
-def _details(sampler: "Sampler") -> Group:
+def _details(listed: "Listed", kind: str) -> Group:
     table = Table("parameter", "default", "values", "meaning")
-    for name, field in _fields(sampler).items():
+    for name, field in _fields(listed).items():
         table.add_row(Text(name), Text(_default(field)), Text(_range(field)), Text(field.get("description", "")))
     parameters = table if table.rows else Text("It has no parameters.")
-    return Group(
-        Text(sampler.name, style="bold"), Text(sampler.summary()), Text(sampler.paper, style="dim"), parameters
-    )
+    title = Text.assemble((listed.name, "bold"), "" if kind == "sampler" else f" ({kind})")
+    return Group(title, Text(listed.summary()), Text(listed.paper, style="dim"), parameters)
 
 
-def _fields(sampler: "Sampler") -> dict[str, dict[str, Any]]:
-    """JSON schema of each parameter, without the alternative `null`, which only marks it as optional."""
+def _fields(listed: "Listed") -> dict[str, dict[str, Any]]:
+    """JSON schema of each parameter; `null` as an alternative only says that it may be left out."""
     fields: dict[str, dict[str, Any]] = {}
-    for name, field in sampler.schema().get("properties", {}).items():
+    for name, field in listed.schema().get("properties", {}).items():
         given = [kind for kind in field.get("anyOf", []) if kind.get("type") != "null"]
         fields[name] = {**field, **given[0]} if len(given) == 1 else field
     return fields
@@ -97,7 +104,9 @@ def _default(field: dict[str, Any]) -> str:
 
 
 def _range(field: dict[str, Any]) -> str:
-    """Range of a parameter's values, in words."""
+    """The values that a parameter may have, in words."""
+    if "anyOf" in field:
+        return " or ".join(_range(each) for each in field["anyOf"] if each.get("type") != "null")
     if "enum" in field:
         return ", ".join(map(str, field["enum"]))
     bounds = (("exclusiveMinimum", ">"), ("minimum", ">="), ("exclusiveMaximum", "<"), ("maximum", "<="))

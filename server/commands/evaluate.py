@@ -57,8 +57,9 @@ def evaluate(
         list[str] | None,
         typer.Option(
             "--sampler",
-            help="Repeatable; name:param=value,param=value. A topk k of the generation's length commits everything at "
-            "once; oracle commits what is right. Without it the published table's.",
+            help="Repeatable; name:param=value,param=value, and +modifier:param=value for what is around it. A topk k "
+            "of the generation's length commits everything at once; oracle commits what is right. Without it the "
+            "published table's.",
             metavar="SPEC",
         ),
     ] = None,
@@ -147,7 +148,7 @@ def _trials(
         wrong("--task", error)
     from policies.evaluation.measure import FRONTIER, Trial
     from policies.evaluation.sampler_spec import SamplerSpec
-    from samplers import UnknownSamplerError
+    from samplers import UnknownModifierError, UnknownSamplerError
 
     trials: list[Trial] = []
     try:
@@ -158,7 +159,7 @@ def _trials(
                     length = gen_length or task.gen_length
                     trial = Trial(task, spec, block, length, count, seed, fill_after_end, chat)
                     trials += [] if trial in trials else [trial]
-    except (UnknownSamplerError, ValueError) as error:
+    except (UnknownSamplerError, UnknownModifierError, ValueError) as error:
         wrong("--sampler", error)
     return trials
 
@@ -214,7 +215,9 @@ def _measure(
     def refusing(trial: "Trial") -> Iterator[str]:
         """Name a trial for messages and turn its errors into the end of the command."""
         block = "full" if trial.block_length is None else f"block {trial.block_length}"
-        what = f"{trial.task.name}, {block}, {sampler_label(trial.sampler.name, trial.sampler.stated())}"
+        spec = trial.sampler
+        label = sampler_label(spec.name, spec.stated(), spec.stated_modifiers())
+        what = f"{trial.task.name}, {block}, {label}"
         try:
             yield what
         except TrialError as error:

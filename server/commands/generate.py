@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -30,7 +31,7 @@ from server.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from policies.evaluation.sampler_spec import SamplerSpec
+    from policies.evaluation.sampler_spec import ModifierSpec, SamplerSpec
     from samplers.forward.query import Predict
     from samplers.loop.event import StepEvent
     from samplers.loop.row import Row
@@ -49,6 +50,14 @@ def generate(
     sampler_params: Annotated[
         str, typer.Option("--sampler-params", help="The sampler's parameters.", metavar="JSON")
     ] = "{}",
+    modifier: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--modifier",
+            help="What is around the sampler, such as guidance:scale=1.5 (repeatable, in this order).",
+            metavar="NAME[:PARAM=VALUE,...]",
+        ),
+    ] = None,
     block_length: Annotated[
         str | None,
         typer.Option("--block-length", help="Positions denoised together; full or 0: all. Default: the model's own."),
@@ -75,6 +84,7 @@ def generate(
     """Complete a prompt: the text on standard output, what it took on standard error."""
     block = parse_block_length(block_length) if block_length is not None else None
     spec = None if sampler is None else _spec(sampler, sampler_params)
+    around = _modifiers(modifier or [])
     named = split_policies(policy)
     if top_p == 0:
         wrong("--top-p", "must be above 0")
@@ -103,9 +113,12 @@ def generate(
     try:
         rule = bound(get_sampler(spec.name), spec.params, resources_of(policies))
         mode = CacheMode(cache or info.cache)
-        row = Row(canvas, rule, spec.params, choice, seed, info.end_ids, fill_after_end, mode, info.vocab_size)
+        modifiers = [each.bound(partial(encode_prompt, text, chat=chat)) for each in around]
+        ends, vocab_size = info.end_ids, info.vocab_size
+        row = Row(canvas, rule, spec.params, choice, seed, ends, fill_after_end, mode, vocab_size, modifiers)
     except ParameterError as error:
-        wrong("--sampler" if error.field in ("sampler", "temperature") else "--sampler-params", error)
+        flag = "--sampler" if error.field in ("sampler", "temperature") else "--sampler-params"
+        wrong("--modifier" if error.field.startswith("modifiers") else flag, error)
     except SamplerError as error:
         fail_with_cause(error)
     if watch and sys.stderr.isatty():
@@ -148,6 +161,18 @@ def _watch(row: "Row", predict: "Predict", token: Callable[[int], str], pause: f
             live.refresh()
             time.sleep(pause)
     return seconds
+
+
+def _modifiers(given: list[str]) -> "list[ModifierSpec]":
+    from policies.evaluation.sampler_spec import ModifierSpec, refuse_twice
+    from samplers import UnknownModifierError
+
+    try:
+        found = [ModifierSpec.parse(text) for text in given]
+        refuse_twice([each.name for each in found])
+        return found
+    except (UnknownModifierError, ValueError) as error:
+        wrong("--modifier", error)
 
 
 def _spec(sampler: str, params: str) -> "SamplerSpec":

@@ -36,7 +36,7 @@ def serve(**flags: Any) -> None:
     config: Path | None = flags.pop("config")
     settings = _settings({name: value for name, value in flags.items() if value not in (None, [])}, config)
 
-    from server.api.model_names import check_default_sampler
+    from server.api.sampler_choice import check_default_sampler
     from server.engine import RequestError
     from server.http.connections import TooFewDescriptorsError, check_connections
     from server.http.lifecycle import listen

@@ -13,6 +13,7 @@ from fastapi import FastAPI
 from openai import AsyncOpenAI, OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
+from policies.serving.store import PolicyStore, ServedModel
 from samplers import Prediction
 from samplers.forward.query import Query
 from server.app import create_app, limits_of
@@ -79,6 +80,7 @@ class Running:
     gate: Gate
     text: TextCodec
     app: FastAPI
+    policies: PolicyStore
     http: httpx.Client
     server: DrainingServer
 
@@ -124,7 +126,8 @@ def serving(model: Path, **settings: Any) -> Iterator[Running]:
     metrics = Metrics(chosen.served_name or NAME)
     engine = Engine(gate, metrics, limits_of(chosen))
     bound = listen("127.0.0.1", 0)
-    app = create_app(engine, loaded.text, metrics, chosen)
+    policies = PolicyStore(ServedModel(engine.info.architecture, engine.info.vocab_size))
+    app = create_app(engine, loaded.text, metrics, chosen, policies)
     server = DrainingServer(app, engine, chosen)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, name="server")
     engine.start()
@@ -133,7 +136,7 @@ def serving(model: Path, **settings: Any) -> Iterator[Running]:
     url = f"http://127.0.0.1:{bound.getsockname()[1]}"
     try:
         with httpx.Client(base_url=url, timeout=60, trust_env=False) as http:
-            yield Running(url, engine, gate, loaded.text, app, http, server)
+            yield Running(url, engine, gate, loaded.text, app, policies, http, server)
     finally:
         server.should_exit = server.force_exit = True
         thread.join()

@@ -116,8 +116,9 @@ def test_completions_of_an_unknown_model_are_not_found(server: Running) -> None:
 def test_samplers_are_listed_with_their_schema(server: Running) -> None:
     listed = server.get("/v1/samplers").json()
     assert listed["object"] == "list"
-    assert [card["id"] for card in listed["data"]] == [sampler.name for sampler in list_samplers()]
-    for card, sampler in zip(listed["data"], list_samplers(), strict=True):
+    cards = [card for card in listed["data"] if card["kind"] == "sampler"]
+    assert [card["id"] for card in cards] == [sampler.name for sampler in list_samplers()]
+    for card, sampler in zip(cards, list_samplers(), strict=True):
         assert card == server.get(f"/v1/samplers/{card['id']}").json()
         assert card["object"] == "sampler" and card["available"] is (not sampler.drafts and card["id"] != "policy")
         assert card["description"] == sampler.summary()
@@ -134,7 +135,8 @@ def test_a_plugin_that_cannot_be_loaded_harms_no_other(tiny_model: Path, install
             error = error_of(running.post("/v1/completions", {"prompt": PROMPT} | fields), 400)
             assert (error["param"], error["code"]) == (next(iter(fields)), "unknown_sampler")
             assert "'left_to_right' of third_party 1.0 could not be loaded: ModuleNotFoundError" in error["message"]
-        *ours, broken = running.get("/v1/samplers").json()["data"]
+        cards = running.get("/v1/samplers").json()["data"]
+        *ours, broken = [card for card in cards if card["kind"] == "sampler"]
         assert [card["id"] for card in ours] == [sampler.name for sampler in list_samplers()]
         assert broken == running.get("/v1/samplers/left_to_right").json()
         assert broken["available"] is False and "No module named 'nothing_like_it'" in broken["reason"]
@@ -150,7 +152,30 @@ def test_a_third_partys_sampler_serves(tiny_model: Path, installed: Installed) -
         assert running.get("/v1/samplers/left_to_right").json()["available"] is True
 
 
-@pytest.mark.parametrize("method", ["start(self, params)", "check(self, params, layout)", "select(self, step)"])
+def test_what_a_sampler_requires_and_the_server_has_not(tiny_model: Path, installed: Installed) -> None:
+    needs = "    requires = {'draft': 'twin'}\n"
+    needs += "    def bind(self, resources, params):\n        return resources.find('twin', params.draft)\n"
+    installed.sampler(
+        SAMPLER.replace("    def select", "    class Params(SamplerParams):\n        draft: str = 'a'\n    def select")
+        + needs
+    )
+    with serving(tiny_model) as running:
+        card = running.get("/v1/samplers/left_to_right").json()
+        assert (card["available"], card["reason"]) == (False, "this server has no twin")
+        error = error_of(running.post("/v1/completions", {"prompt": PROMPT, "sampler": "left_to_right"}), 400)
+        assert (error["param"], error["message"]) == ("sampler", "this server has no twin")
+
+
+def test_a_third_partys_rule_may_be_a_base(tiny_model: Path, installed: Installed) -> None:
+    installed.sampler()
+    with serving(tiny_model) as running:
+        fields = {"sampler": "smc", "sampler_params": {"particles": 2, "base": "left_to_right"}}
+        body = running.complete(**fields)
+        assert body["choices"] == running.complete(sampler="left_to_right")["choices"], "without a temperature"
+        assert body["usage"]["completion_tokens_details"]["forward_passes"] == 32
+
+
+@pytest.mark.parametrize("method", ["slots(self, params)", "check(self, params, layout)", "select(self, step)"])
 def test_a_third_partys_sampler_that_raises_fails_its_request_alone(
     tiny_model: Path, installed: Installed, method: str
 ) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from samplers import get_sampler
-from server.api.model_names import ModelNames, check_default_sampler
+from server.api.model_names import ModelNames
+from server.api.sampler_choice import SamplerChoice, SamplerRequest, check_default_sampler, runs_only_ours
 from server.api.text_threads import SHORT_THREADS
 from server.engine import RequestError
 from server.settings import load_settings
@@ -44,7 +45,7 @@ FAULTS = {
     "dumps_a_list": PARAMS + DUMPS.format("return [1]"),
     "dumps_an_object": PARAMS + DUMPS.format("return {'k': object()}"),
     "dumps_much": PARAMS + DUMPS.format("return {'k': 'x' * 50_000_000}"),
-    "starts": "    def start(self, params):\n        raise SystemExit(3)\n",
+    "starts": "    def slots(self, params):\n        raise SystemExit(3)\n",
     "waits": "    def select(self, step):\n        return Selection(step.candidate & False, waits=True)\n",
     "refuses": PARAMS + REFUSES,
     "long": PARAMS + VALIDATES.format("raise ValueError('y' * 10_000_000)"),
@@ -167,6 +168,17 @@ def test_no_list_asks_it_again(hostile: Running, monkeypatch: pytest.MonkeyPatch
     for path in ("samplers", "models", "models/tiny", "models/tiny:moody"):
         assert hostile.get(f"/v1/{path}").status_code == 200
     assert asked == []
+
+
+@pytest.mark.usefixtures("hostile")
+def test_one_that_another_is_built_on_is_not_ours_either() -> None:
+    topk, smc = get_sampler("topk"), get_sampler("smc")
+    default = SamplerChoice(topk, topk.Params(), "topk")
+    built = SamplerChoice(smc, smc.Params.model_validate({"base": "blocks"}), "smc")
+    assert runs_only_ours(SamplerRequest("smc", "sampler_params", {"base": "topk"}), default)
+    assert not runs_only_ours(SamplerRequest("smc", "sampler_params", {"base": "blocks"}), default)
+    assert not runs_only_ours(SamplerRequest("smc", "sampler_params", None), built)
+    assert not runs_only_ours(SamplerRequest("blocks", "sampler_params", None), default)
 
 
 @pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, RuntimeError])

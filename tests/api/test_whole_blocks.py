@@ -56,7 +56,7 @@ def side_by_side(check: Callable[..., None], arguments: Iterable[tuple[Any, ...]
 
 def samplers(running: Running) -> list[str]:
     cards = running.get("/v1/samplers").json()["data"]
-    return [card["id"] for card in cards if card["available"] and card["id"] != "policy"]
+    return [card["id"] for card in cards if card["kind"] == "sampler" and card["available"] and card["id"] != "policy"]
 
 
 def test_a_short_text_is_how_a_long_one_begins(blocks: Running) -> None:

@@ -9,9 +9,9 @@ import httpx
 import pytest
 
 from samplers import Canvas, get_sampler, list_samplers
-from samplers.loop.denoising import denoise
 from samplers.loop.row import Row
-from server.api.model_names import default_sampler
+from samplers.loop.run import finish
+from server.api.sampler_choice import default_sampler
 from server.backends.loading import load_model
 from server.engine import RequestError
 from server.settings import load_settings
@@ -42,7 +42,7 @@ def test_a_completion_is_what_the_loop_alone_writes(gemma: Running, folder: Path
     sampler = get_sampler("diffusion_gemma")
     canvas = Canvas.blank(loaded.text.encode(PROMPT), 20, None, pattern=loaded.backend.info.pattern)
     row = Row(canvas, sampler, sampler.Params(max_denoising_steps=5), seed=7)
-    denoise([row], loaded.backend.predict)
+    finish([row], loaded.backend.predict)
     answer = gemma.complete(seed=7, **LONG)
     assert answer["choices"][0]["text"] == loaded.text.decode(row.text_tokens())
     assert answer["usage"]["completion_tokens"] == 20
@@ -187,7 +187,7 @@ def test_blocks_of_another_length(gemma: Running, length: int | None, used: int)
 
 
 def test_the_catalogue_says_what_goes(gemma: Running) -> None:
-    cards = {card["id"]: card for card in gemma.get("/v1/samplers").json()["data"]}
+    cards = {card["id"]: card for card in gemma.get("/v1/samplers").json()["data"] if card["kind"] == "sampler"}
     assert [name for name, card in cards.items() if card["available"]] == ["diffusion_gemma"]
     assert "no mask token" in cards["topk"]["reason"]
     assert [model["id"] for model in gemma.get("/v1/models").json()["data"]] == [NAME, f"{NAME}:diffusion_gemma"]

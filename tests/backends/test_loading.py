@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from samplers.loop.denoising import ask
 
 from policies.files.atomic import write_together
 from samplers import Canvas, get_sampler
-from samplers.loop.denoising import ask
 from samplers.loop.row import Row
 from server.backends import loading
 from server.backends.loading import ModelError, choose_device, choose_dtype, load_model, load_network

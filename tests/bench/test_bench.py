@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from samplers.loop.denoising import denoise
 
 from samplers import Canvas, get_sampler
-from samplers.loop.denoising import denoise
 from samplers.loop.row import Row
 from server.backends.loading import load_model, load_network
 from server.backends.torch.backend import TorchBackend

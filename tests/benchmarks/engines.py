@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from samplers.loop.denoising import denoise
 
 from policies.tasks import get_task
 from samplers import Canvas, Statistic, get_sampler
-from samplers.loop.denoising import denoise
 from samplers.loop.row import Row
 from server.backends.loading import LoadedModel, load_model
 from server.backends.vllm.backend import VllmBackend

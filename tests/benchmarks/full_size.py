@@ -15,11 +15,11 @@ import time
 from pathlib import Path
 
 import torch
+from samplers.loop.denoising import ask
 
 from samplers import Canvas, get_sampler
 from samplers.forward.query import Query
 from samplers.forward.summary import summarise
-from samplers.loop.denoising import ask
 from samplers.loop.row import Row
 from server.backends.loading import find_model, load_model
 from server.backends.torch.backend import TorchBackend

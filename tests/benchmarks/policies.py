@@ -9,13 +9,13 @@ import statistics
 import time
 
 import torch
+from samplers.loop.denoising import advance, ask
 
 from policies.network.config import PolicyConfig
 from policies.network.policy_network import LoadedPolicy, UnmaskingPolicy
 from policies.tasks import get_task
 from samplers import Canvas, Sampler, get_sampler
 from samplers.learned.policy import Policy
-from samplers.loop.denoising import advance, ask
 from samplers.loop.row import Row
 from server.backends.loading import load_model
 

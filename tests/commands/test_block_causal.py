@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from samplers import CacheMode, Canvas, get_sampler
-from samplers.loop.denoising import denoise
 from samplers.loop.row import Row
+from samplers.loop.run import finish
 from server.backends.loading import load_model
 from tests.commands.application import read_json, refused, right
 from tests.decoders import FAST_DLLM, SDAR, write_decoder
@@ -27,7 +27,7 @@ def test_a_completion_of_the_models_own_blocks(model: Path) -> None:
     canvas = Canvas.blank(loaded.text.encode(PROMPT), 12, info.mask_id, info.block_length, pattern=info.pattern)
     topk = get_sampler("topk")
     row = Row(canvas, topk, topk.Params(), end_ids=info.end_ids)
-    denoise([row], loaded.backend.predict)
+    finish([row], loaded.backend.predict)
     common = ("generate", PROMPT, "--model", model, "--max-tokens", 12, "--sampler", "topk")
     for options in ((), ("--cache", "none"), ("--cache", "prefix"), ("--block-length", "full")):
         result = right(*common, *options)
@@ -55,7 +55,7 @@ def test_a_cache_of_a_model_that_sees_both_ways(tiny_model: Path, tmp_path: Path
     canvas = Canvas.blank(loaded.text.encode(PROMPT), 24, loaded.backend.info.mask_id, 8)
     topk = get_sampler("topk")
     row = Row(canvas, topk, topk.Params(), end_ids=loaded.backend.info.end_ids, cache=CacheMode.DUAL)
-    denoise([row], loaded.backend.predict)
+    finish([row], loaded.backend.predict)
     common = ("generate", PROMPT, "--model", tiny_model, "--max-tokens", 24, "--block-length", 8, "--sampler", "topk")
     assert right(*common, "--cache", "dual").stdout == loaded.text.decode(row.text_tokens()) + "\n"
     assert right(*common).stdout == right(*common, "--cache", "none").stdout != right(*common, "--cache", "dual").stdout

@@ -6,16 +6,16 @@ from pathlib import Path
 import pytest
 
 from policies.tasks import get_task, list_tasks
-from samplers import list_samplers
+from samplers import list_modifiers, list_samplers
 from tests.commands.application import refused, right
 from tests.installed import SAMPLER, Installed
 
 
 def test_every_sampler_is_listed_with_its_paper() -> None:
     shown = right("samplers").stdout
-    for sampler in list_samplers():
-        assert sampler.name in shown
-        assert sampler.paper in shown
+    for listed in (*list_samplers(), *list_modifiers()):
+        assert listed.name in shown
+        assert listed.paper in shown
 
 
 def test_one_sampler_with_its_parameters() -> None:
@@ -26,15 +26,28 @@ def test_one_sampler_with_its_parameters() -> None:
     assert "integer >= 1, <= 1000000" in right("samplers", "topk").stdout
 
 
+def test_a_modifier_with_its_parameters() -> None:
+    shown = right("samplers", "guidance").stdout
+    assert shown.startswith("guidance (modifier)")
+    assert "number >= 0, <= 100" in shown and "string or array" in shown
+    both = json.loads(right("samplers", "credit", "--json").stdout)
+    assert [(entry["id"], entry["kind"]) for entry in both] == [("credit", "sampler"), ("credit", "modifier")]
+    assert "credit (modifier)" in right("samplers", "credit").stdout
+
+
 def test_an_unknown_sampler_is_wrong_use() -> None:
+    assert "modifiers are guidance, credit, spacing" in refused(2, "samplers", "best")
     assert "unknown sampler 'best'; choose from random, sequential, topk" in refused(2, "samplers", "best")
 
 
 def test_samplers_as_json() -> None:
     found = json.loads(right("samplers", "--json").stdout)
-    assert [entry["id"] for entry in found] == [sampler.name for sampler in list_samplers()]
+    ids = {kind: [entry["id"] for entry in found if entry["kind"] == kind] for kind in ("sampler", "modifier")}
+    assert ids["sampler"] == [sampler.name for sampler in list_samplers()]
+    assert ids["modifier"] == [modifier.name for modifier in list_modifiers()]
+    assert len(found) == sum(map(len, ids.values()))
     assert {frozenset(entry) for entry in found} == {frozenset({"id", "kind", "available", "reason", "parameters"})}
-    assert {(entry["kind"], entry["available"], entry["reason"]) for entry in found} == {("sampler", True, None)}
+    assert {(entry["available"], entry["reason"]) for entry in found} == {(True, None)}
     (threshold,) = json.loads(right("samplers", "threshold", "--json").stdout)
     assert threshold["id"] == "threshold" and threshold["parameters"]["properties"]["threshold"]["default"] == 0.9
     assert "unknown sampler 'best'" in refused(2, "samplers", "best", "--json")
@@ -47,7 +60,8 @@ def test_a_plugin_that_cannot_be_loaded_is_listed_with_the_reason(installed: Ins
     assert shown == f"left_to_right of third_party 1.0 could not be loaded: {reason}"
     everything = right("samplers").stdout
     assert "left_to_right" in everything and "threshold" in everything
-    *ours, broken = json.loads(right("samplers", "--json").stdout)
+    found = json.loads(right("samplers", "--json").stdout)
+    *ours, broken = [entry for entry in found if entry["kind"] == "sampler"]
     assert all(entry["available"] for entry in ours)
     assert broken == {
         "id": "left_to_right",

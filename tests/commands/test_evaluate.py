@@ -53,6 +53,30 @@ def test_rows_are_what_programs_read(tiny_model: Path, tmp_path: Path) -> None:
     assert "topk k=8 (all at once)" in result.stdout
 
 
+def test_modifiers_follow_their_sampler(tiny_model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    specs = ("--sampler", "topk:k=8", "--sampler", "topk:k=8+guidance:scale=1.5,negative_prompt=Sort these+spacing")
+    common = ("evaluate", "--model", tiny_model, "--task", "sort", "--count", 2, "--gen-length", 8, "--json", file)
+    shown = right(*common, *specs).stdout
+    plain, around = read_json(file)["rows"]
+    assert "modifiers" not in plain
+    assert around["modifiers"] == [
+        {"name": "guidance", "params": {"scale": 1.5, "negative_prompt": "Sort these"}},
+        {"name": "spacing", "params": {"min_gap_start": 8, "min_gap": 2}},
+    ]
+    assert around["sampler"] == "topk" and "guidance scale=1.5" in " ".join(shown.split())
+    assert plain["forwards"] == 2 and around["forwards"] % 2 == 0 and around["forwards"] > 4
+    right(*common, *specs)
+    assert read_json(file)["rows"] == [plain, around], "both were there already"
+    for spec, why in (
+        ("topk+best", "unknown modifier 'best'"),
+        ("topk+guidance", "guidance: scale: Field required"),
+        ("topk+spacing+spacing", "spacing is there twice"),
+        ("credit+credit", "so does sampler credit"),
+    ):
+        assert why in refused(2, *common, "--sampler", spec)
+
+
 def test_a_trial_that_cannot_be_run_is_found_before_the_first_is(tiny_model: Path, tmp_path: Path) -> None:
     """Problems, lengths, policies and parameters of all of them, not those of one after hours of others."""
     (tmp_path / "own.jsonl").write_text('{"prompt": "Say 1", "answer": "1"}\n')

@@ -10,12 +10,13 @@ import torch
 from tokenizers import processors
 
 from samplers import Canvas, get_sampler
-from samplers.loop.denoising import Outcome, denoise
 from samplers.loop.row import Row
+from samplers.loop.run import finish
 from server.backends.loading import load_model
 from server.commands.generate import steps
 from server.commands.watch import CanvasView, shade
 from tests.commands.application import refused, right, unmask
+from tests.samplers.models import predictor, scripted
 from tests.tiny import tiny_tokenizer, write_tiny_model
 
 PROMPT = "Tom has 3 apples."
@@ -27,7 +28,7 @@ def expected(folder: Path, prompt: str, sampler: str, block_length: int | None, 
     canvas = Canvas.blank(loaded.text.encode(prompt), max_tokens, info.mask_id, block_length)
     chosen = get_sampler(sampler)
     row = Row(canvas, chosen, chosen.Params(), end_ids=info.end_ids)
-    denoise([row], loaded.backend.predict)
+    finish([row], loaded.backend.predict)
     return row
 
 
@@ -114,6 +115,36 @@ def test_wrong_use_names_the_flag(tiny_model: Path, flag: str, value: str, why: 
     assert why in said
 
 
+def test_modifiers_are_around_the_sampler(tiny_model: Path) -> None:
+    common = ("generate", PROMPT, "--model", tiny_model, "--max-tokens", 12, "--sampler", "topk")
+    plain, guided = right(*common), right(*common, "--modifier", "guidance:scale=1.5")
+    assert " 12 forwards, " in plain.stderr and " 24 forwards, " in guided.stderr
+    assert guided.stdout != plain.stdout
+    negative = ("--modifier", "spacing", "--modifier", "guidance:scale=1.5,negative_prompt=He buys 5 more.")
+    assert right(*common, *negative).stdout not in (plain.stdout, guided.stdout)
+
+
+@pytest.mark.parametrize(
+    ("modifiers", "why"),
+    [
+        (["best"], "unknown modifier 'best'; choose from guidance, credit, spacing"),
+        (["guidance"], "guidance: scale: Field required"),
+        (["guidance:scale=-1"], "guidance: scale: Input should be greater than or equal to 0"),
+        (["guidance:scale"], "is not name:param=value"),
+        (["credit", "credit"], "modifier credit is there twice"),
+    ],
+)
+def test_wrong_modifiers_are_wrong_use(tiny_model: Path, modifiers: list[str], why: str) -> None:
+    flags = [part for each in modifiers for part in ("--modifier", each)]
+    said = refused(2, "generate", PROMPT, "--model", tiny_model, *flags)
+    assert "'--modifier'" in said and why in said
+
+
+def test_what_cannot_be_around_a_sampler(tiny_model: Path) -> None:
+    said = refused(2, "generate", PROMPT, "--model", tiny_model, "--sampler", "credit", "--modifier", "credit")
+    assert "'--modifier'" in said and "so does sampler credit" in said
+
+
 def test_steps_that_do_not_fit_the_blocks_are_wrong_use(tiny_model: Path) -> None:
     options = ("--sampler", "topk", "--sampler-params", '{"steps": 2}', "--block-length", 4, "--max-tokens", 16)
     assert "--sampler-params" in refused(2, "generate", PROMPT, "--model", tiny_model, *options)
@@ -173,11 +204,10 @@ def test_the_view_shows_masks_confidence_and_the_newest(tiny_model: Path) -> Non
 
 def test_the_view_ends_the_text_at_its_end() -> None:
     topk = get_sampler("topk")
-    row = Row(Canvas.blank([], 6, 0), topk, topk.Params(), end_ids=frozenset({1}))
+    row = Row(Canvas.blank([], 6, 0), topk, topk.Params(k=3), end_ids=frozenset({1}))
     view = CanvasView(row, {1: "never shown", 7: " seven", 8: "\x1b[2J"}.__getitem__)
-    positions, tokens = [0, 1, 3], [7, 8, 1]
-    filled = row.commit(torch.tensor(positions), torch.tensor(tokens))
-    view.show(Outcome(positions, tokens, [0.5, 0.9, 0.7], filled))
+    event, _ = next(steps(row, predictor(scripted({0: (7, 0.5), 1: (8, 0.9), 3: (1, 0.7)}))))
+    view.show(event)
     assert view.text().plain == " seven\N{REPLACEMENT CHARACTER}[2J ░░ ∎"
 
 

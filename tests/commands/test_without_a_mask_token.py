@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from samplers import AttentionPattern, Canvas, get_sampler
+from samplers.loop.row import Row
+from server.commands.generate import steps
 from server.commands.watch import CanvasView
 from tests.commands.application import refused, right
-from tests.samplers.test_diffusion_gemma import row, turn
+from tests.samplers.models import VOCAB, predictor, random_logits
 from tests.tiny_gemma import write_tiny_gemma
 
 PROMPT = "Tom has 3 apples."
@@ -55,12 +58,15 @@ def test_evaluate(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_draft_is_shown_until_it_is_committed() -> None:
-    each = row(gen_length=8, max_denoising_steps=2, confidence_threshold=0.0)
+    rule = get_sampler("diffusion_gemma")
+    canvas = Canvas.blank([3, 5], 8, None, pattern=AttentionPattern(noise=VOCAB, drafted=6))
+    each = Row(canvas, rule, rule.Params(max_denoising_steps=2, confidence_threshold=0.0))
     view = CanvasView(each, lambda token: f"<{token}>")
     assert view.text().plain.count("<") == 0
-    outcome = turn(each)
-    view.show(outcome)
-    assert view.text().plain.startswith("".join(f"<{token}>" for token in outcome.draft))
+    events = (event for event, _ in steps(each, predictor(random_logits, None)))
+    event = next(events)
+    view.show(event)
+    assert view.text().plain.startswith("".join(f"<{token}>" for token in event.draft))
     assert view.text().plain.count("<") == 6
-    view.show(turn(each))
+    view.show(next(events))
     assert view.text().plain.count("<") == 6, "the second block has no draft yet"

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from samplers.loop.denoising import advance, ask
+
 from samplers.loop.row import Row
 from server.engine import Backend
 

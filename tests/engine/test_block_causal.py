@@ -12,10 +12,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from samplers.loop.denoising import Outcome, advance, ask, denoise
 from torch import nn
 
 from samplers import CacheMode, Canvas, Sampler, TokenChoice, get_sampler
-from samplers.loop.denoising import Outcome, advance, ask, denoise
 from samplers.loop.row import Row
 from server.backends.loading import describe
 from server.backends.torch.backend import TorchBackend

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import structlog
 import torch
+from samplers.loop.denoising import advance
 from torch import Tensor
 
 from samplers import (
@@ -27,7 +28,6 @@ from samplers import (
     registry,
 )
 from samplers.forward.query import Query
-from samplers.loop.denoising import advance
 from server.backends.contract import BackendDeadError
 from server.engine import (
     Backend,

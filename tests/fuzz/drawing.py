@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tests.fuzz.families import POLICY, Family, Subject
+from tests.fuzz.judging import REVISING
 
 LENGTHS = (1, 2, 3, 5, 7, 17, 31, 33, 64)
 BLOCKS = (None, 1, 2, 3, 4, 8, 13, 100)
@@ -29,7 +30,9 @@ LEAST = 1e-6
 """The least that is more than nothing."""
 
 CHOOSES_TOKENS = ("credit",)
-"""Rules that choose tokens themselves, by their papers."""
+"""Rules and modifiers that choose tokens themselves, by their papers."""
+NO_BASE = {*REVISING, "policy", "smc"}
+"""Rules that no other can be built on."""
 
 Fields = dict[str, Any]
 
@@ -70,10 +73,17 @@ def draw_case(subject: Subject, cards: Sequence[Mapping[str, Any]], chance: rand
     if full:
         left = subject.family.context - body["max_tokens"]
         body["prompt"] = chance.choices(subject.plain, k=left - chance.choice((0, 0, 1, 5)))
-    card = chance.choice([card for card in cards if card["available"]])
+    there = [card for card in cards if card["available"] and card["kind"] == "sampler"]
+    card = chance.choice(there)
     if family.drafts or chance.random() < 0.9:
         body["sampler"] = card["id"]
         body["sampler_params"] = draw_parameters(card["parameters"], chance)
+    if body.get("sampler") == "smc":
+        body["sampler_params"] |= draw_base([card["id"] for card in there if card["id"] not in NO_BASE], chance)
+    if chance.random() < 0.2 and (
+        around := [card for card in cards if card["kind"] == "modifier" and card["available"]]
+    ):
+        body["modifiers"] = draw_modifiers(around, chance)
     if body.get("sampler") == "policy":
         body["sampler_params"]["policy"] = POLICY.name
     for name in set(body.get("sampler_params", {})).intersection(TAKE_LONG):
@@ -100,6 +110,7 @@ def draw_case(subject: Subject, cards: Sequence[Mapping[str, Any]], chance: rand
     path = "/v1/chat/completions" if chat else "/v1/completions"
     params = body.get("sampler_params", {})
     may = frozenset(at_odds(body.get("sampler"), params, body.get("temperature", 0)))
+    may |= frozenset(around_at_odds(body))
     # The last whole block of a full context may have no room.
     case = Case(path, body, may_refuse=may | {"max_tokens", "prompt"} if full and family.causal else may)
     return spoiled(case, subject, chance) if chance.random() < 0.05 else case
@@ -116,6 +127,38 @@ def at_odds(sampler: str | None, params: Fields, temperature: float) -> Iterator
         yield "temperature"
     if sampler == "policy":
         yield from ("sampler_params", "sampler_params.cut", "sampler_params.temperature", "sampler_params.speed")
+
+
+def around_at_odds(body: Fields) -> Iterator[str]:
+    """The same of what is around a sampler, or of several canvases: too many tokens for a forward."""
+    names = [each["name"] for each in body.get("modifiers", [])]
+    params = body.get("sampler_params", {})
+    rules = {body.get("sampler"), params.get("base"), *names}
+    if rules.intersection(CHOOSES_TOKENS):
+        yield from ("temperature", "modifiers")
+    if "smc" in rules:
+        yield "sampler_params"
+    if "guidance" in names:
+        yield from ("modifiers", f"modifiers.{names.index('guidance')}.params.negative_prompt")
+
+
+def draw_base(bases: Sequence[str], chance: random.Random) -> Fields:
+    """The rule that several canvases are written with, and their number."""
+    base = chance.choice(bases)
+    return {"particles": chance.choice((1, 2, 3)), "base": base, "base_params": {"k": 2} if base == "topk" else {}}
+
+
+def draw_modifiers(cards: Sequence[Mapping[str, Any]], chance: random.Random) -> list[Fields]:
+    """One or two of them, in any order."""
+    found = []
+    for card in chance.sample(list(cards), chance.choice((1, 1, min(2, len(cards))))):
+        params = {"scale": chance.choice((0, 0.5, 1.5))} if card["id"] == "guidance" else None
+        if params is not None and chance.random() < 0.5:
+            params["negative_prompt"] = chance.choice(WORDS)
+        found.append(
+            {"name": card["id"], "params": draw_parameters(card["parameters"], chance) if params is None else params}
+        )
+    return found
 
 
 def one_in_the_last(body: Fields, family: Family, chance: random.Random) -> int:
@@ -161,6 +204,8 @@ def draw_value(schema: Mapping[str, Any], chance: random.Random) -> Any:
     if "enum" in schema:
         return chance.choice(schema["enum"])
     kind = schema.get("type")
+    if kind in ("string", "object") and "default" in schema:
+        return schema["default"]
     if kind == "boolean":
         return chance.random() < 0.5
     if kind == "integer":

@@ -10,7 +10,7 @@ from tests.fuzz.families import Subject
 
 FILLED = -1
 """Stands on a canvas where padding was settled after an end-of-text."""
-REVISING = {"edit", "hierarchy_remask"}
+REVISING = {"edit", "hierarchy_remask", "saber"}
 """Samplers that may change committed tokens of an open block, so that what is told is not what is committed."""
 
 
@@ -38,7 +38,7 @@ def judge(subject: Subject, body: dict[str, Any], answer: Answer) -> Iterator[Pr
         ending = yield from _judge_choice(subject, body, choice)
         if ending is None:
             return
-        count += len(choice.passes)
+        count += choice.passes[-1]["forward"] if choice.passes else 0
         tokens += len(ending.tokens)
     yield from _judge_usage(body, answer, tokens, count)
 
@@ -47,14 +47,16 @@ def _judge_choice(subject: Subject, body: dict[str, Any], choice: Choice) -> Gen
     ends: Set[int] = set(body.get("stop_token_ids") or []) | (set() if body.get("ignore_eos") else set(subject.ends))
     stops = _stops(body)
     canvas: dict[int, int] = {}
+    before_last, several = 0, body.get("sampler") == "smc"
     for number, each in enumerate(choice.passes, start=1):
-        if number == len(choice.passes) and stops and body.get("sampler") not in REVISING:
+        if number == len(choice.passes) and stops and not several and body.get("sampler") not in REVISING:
             before = subject.decode(prefix(canvas, body["max_tokens"], ends))
             if any(stop in before for stop in stops):
                 yield Problem("a forward after the stop", f"pass {number}: {before!r} has a stop already")
         try:
-            if each["forward"] != number:
+            if each["forward"] <= before_last if several else each["forward"] != number * views_of(body):
                 raise ValueError(f"it says it is pass {each['forward']}")
+            before_last = each["forward"]
             apply(canvas, each)
         except ValueError as error:
             yield Problem("a trajectory that cannot be", f"pass {number}: {error}")
@@ -99,6 +101,12 @@ def _prompts(body: dict[str, Any]) -> int:
     if isinstance(prompt[0], int):
         return len(prompt)
     return sum(len(each) for each in prompt) if all(isinstance(each, list) for each in prompt) else 0
+
+
+def views_of(body: dict[str, Any]) -> int:
+    """Forward passes of a step: guidance takes one more."""
+    around = body.get("modifiers") or []
+    return 1 + sum(each["name"] == "guidance" and each["params"]["scale"] > 0 for each in around)
 
 
 def _stops(body: dict[str, Any]) -> list[str]:

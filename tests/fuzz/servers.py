@@ -27,7 +27,7 @@ def here(subject: Subject) -> Iterator[str]:
     """Its limits are low, so that requests wait for room, and not all rows take part in each forward."""
     with one_thread(), serving(subject.folder, sampler=None, max_batch=6, max_batch_tokens=600) as running:
         if not subject.family.drafts:
-            running.engine.policies.load(POLICY.name, POLICY)
+            running.policies.load(POLICY.name, POLICY)
         yield running.url
 
 

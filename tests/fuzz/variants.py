@@ -127,8 +127,8 @@ def cut(subject: Subject, case: Case) -> Iterator[Variant]:
     params = case.body.get("sampler_params", {})
     if not subject.family.causal or params.get("steps") is not None:
         return
-    if case.body.get("sampler") == "policy":
-        return  # it is told which part of the generation's forwards is used up
+    if case.body.get("sampler") in ("policy", "smc"):
+        return  # one is told which part of the generation's forwards is used up; the other compares whole texts
     length = 3 if case.body["max_tokens"] > 16 else 64
     body = case.body | {"max_tokens": length}
 

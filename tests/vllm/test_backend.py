@@ -5,11 +5,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from prometheus_client import REGISTRY, Counter
+from samplers.loop.denoising import ask, denoise
 
 from samplers import CacheMode, Canvas, TokenChoice, get_sampler, list_samplers
 from samplers.forward.query import Query
 from samplers.forward.statistics import LogitBonus, StatisticsRequest
-from samplers.loop.denoising import ask, denoise
 from samplers.loop.row import Row
 from server.backends.vllm.backend import VllmBackend
 from server.engine import Backend, Engine, GenerationRequest, RequestError

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from samplers.loop.denoising import denoise
 
 from samplers import Canvas, get_sampler
-from samplers.loop.denoising import denoise
 from samplers.loop.row import Row
 from server.backends.loading import ModelError, load_model
 from server.engine import Backend

@@ -5,9 +5,9 @@ import warnings
 from pathlib import Path
 
 import pytest
+from samplers.loop.denoising import denoise
 
 from samplers import Canvas, get_sampler
-from samplers.loop.denoising import denoise
 from samplers.loop.row import Row
 from server.backends.loading import ModelError, load_model
 from server.backends.vllm import backend as vllm_backend

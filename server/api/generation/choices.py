@@ -42,10 +42,11 @@ class Choice:
     """Output of one generation.
 
     Args:
-        index: position in the response.
-        prompt: index of the request's prompt.
-        stops: stop strings.
-        logprobs, trajectory: also report tokens and forward passes.
+        index: place in the answer.
+        prompt: which of the request's prompts it continues.
+        stops: texts before which it ends.
+        logprobs, trajectory: whether to tell tokens and forward passes too.
+        several: whether the generation has several canvases, whose passes commit nothing until one has won.
 
     Attributes:
         completion_tokens, forwards: the engine's counts so far.
@@ -60,6 +61,7 @@ class Choice:
         stops: Sequence[str] = (),
         logprobs: bool = False,
         trajectory: bool = False,
+        several: bool = False,
     ) -> None:
         self.index = index
         self.prompt = prompt
@@ -72,6 +74,7 @@ class Choice:
         self._stops = StopStrings(stops)
         self._logprobs = logprobs
         self._trajectory = trajectory
+        self._several = several
         self._logs: dict[int, float] = {}  # by position
         self._tokens: list[Token] = []  # tokens whose text is not reported yet
         self._positions = 0  # tokens with known text
@@ -88,7 +91,7 @@ class Choice:
 
     def _committed(self, event: StepEvent) -> TextDelta:
         self.completion_tokens, self.forwards = event.settled, event.forward
-        passes = [self._pass(event)] if self._trajectory else []
+        passes = [self._pass(event)] if self._trajectory and (event.positions or not self._several) else []
         text = self._stops.add(self._decode(event))
         return TextDelta(text, self._take_tokens(text), passes)
 

@@ -5,17 +5,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from itertools import chain
+from typing import Generic, TypeVar
 
-from policies.serving.store import UnknownPolicyError
-from samplers import CacheMode, Layout, TokenChoice, is_ours
-from samplers.learned.policy import Policy, PolicyParams
+from samplers import CacheMode, Layout, TokenChoice
+from samplers.loop.guard import told
 from server.api.errors import budget_headers
 from server.api.generation.choices import Choice
 from server.api.generation.stopping import TextStop
-from server.api.model_names import SamplerChoice, SamplerRequest, stated
+from server.api.parameters import stated
+from server.api.sampler_choice import SamplerChoice, SamplerRequest, runs_only_ours
 from server.api.schemas.requests import DEFAULT_MAX_TOKENS, INT64, ChatBody, GenerationBody
-from server.api.schemas.responses import EffectiveSettings, Usage
+from server.api.schemas.responses import EffectiveModifier, EffectiveSettings, Usage
 from server.api.serving import Serving
 from server.api.text_threads import Work
 from server.engine import GenerationRequest, ModelInfo, Owner, RequestError
@@ -70,8 +71,21 @@ class StartedChoices:
 B = TypeVar("B", bound=GenerationBody)
 
 
+@dataclass(frozen=True)
+class Reader(Generic[B]):
+    """How the texts of a route's bodies become tokens. Runs off the event loop, since that can take long.
+
+    Attributes:
+        prompts: all prompts of a body. Raises RequestError.
+        text: one more text, as a prompt of a body is; the field is for errors, which are `prompts`' own.
+    """
+
+    prompts: Callable[[Serving, B], EncodedPrompts]
+    text: Callable[[Serving, B, str, str], list[int]]
+
+
 async def start(
-    serving: Serving, body: B, owner: Owner, size: int, count: int, read: Callable[[B], EncodedPrompts], logprobs: bool
+    serving: Serving, body: B, owner: Owner, size: int, count: int, reader: Reader[B], logprobs: bool
 ) -> StartedChoices:
     """Submit the generations of a body, all or none.
 
@@ -79,7 +93,7 @@ async def start(
         owner: owner of the request.
         size: bytes of the body.
         count: number of prompts in the body.
-        read: encodes the prompts; runs in another thread, as it may take long.
+        reader: makes tokens of the prompts.
 
     Raises RequestError, QueueFullError, KeyLimitError, NotServingError.
     """
@@ -94,13 +108,22 @@ async def start(
         )
     serving.engine.check_room(owner, total)
     streams = [EventStream(serving.engine, every_pass=bool(body.return_trajectory)) for _ in range(total)]
-    work = partial(_submit, serving, body, owner, sampler_request, read, streams)
+    work = partial(_submit, serving, body, owner, sampler_request, reader, streams)
     kind = Work.CHAT if isinstance(body, ChatBody) else Work.TEXT
-    if not is_ours(sampler_request.name):
+    if not runs_only_ours(sampler_request, serving.model_names.default):
         kind = Work.SAMPLER
     encoded, used = await serving.threads.run(work, owner, size, kind)
     choices = [
-        Choice(stream, serving.text, i, i // number, body.stop, logprobs, bool(body.return_trajectory))
+        Choice(
+            stream,
+            serving.text,
+            i,
+            i // number,
+            body.stop,
+            logprobs,
+            bool(body.return_trajectory),
+            several=stream.generation is not None and len(stream.generation.row.lanes) > 1,
+        )
         for i, stream in enumerate(streams)
     ]
     return StartedChoices(encoded, choices, used, budget_headers(serving.engine.budget(owner)))
@@ -111,13 +134,15 @@ def _submit(
     body: B,
     owner: Owner,
     sampler_request: SamplerRequest,
-    read: Callable[[B], EncodedPrompts],
+    reader: Reader[B],
     streams: list[EventStream],
 ) -> tuple[EncodedPrompts, EffectiveSettings]:
-    serving.engine.check_accepting()  # before work that may take long, and that may have been queued for long
-    chosen = serving.model_names.sampler_choice(sampler_request)
-    encoded = read(body)
+    serving.engine.check_accepting()  # before work that can take long, for which this may have waited long
+    further = FurtherPrompts(serving, body, reader)
+    chosen = serving.model_names.sampler_choice(sampler_request, further.encode)
+    encoded = reader.prompts(serving, body)
     requests, used = _requests(serving, body, owner, chosen, encoded)
+    further.check_length(encoded, max(used.max_tokens))
     try:
         submit_to(streams, serving.engine, requests)
     except RequestError as error:
@@ -149,6 +174,7 @@ def _requests(
             sampler=chosen.sampler,
             params=chosen.params,
             name=chosen.name,
+            modifiers=[(each.modifier, each.params) for each in chosen.modifiers],
             suffix=encoded.suffix,
             block_length=block_length,
             choice=choice,
@@ -168,13 +194,14 @@ def _requests(
     used = EffectiveSettings(
         sampler=chosen.name,
         sampler_params=stated(chosen.sampler, chosen.params),
+        modifiers=[EffectiveModifier(name=each.modifier.name, params=each.stated) for each in chosen.modifiers],
         block_length=block_length,
         max_tokens=[request.max_tokens for request in requests],
         fill_after_end=fill_after_end,
         cache=cache.value,
         temperature=choice.temperature,
         seeds=seeds,
-        warnings=_policy_warnings(serving, chosen, block_length, lengths),
+        warnings=_resource_warnings(serving, chosen, block_length, lengths),
     )
     return requests, used
 
@@ -191,19 +218,37 @@ def _context_warnings(info: ModelInfo, layouts: Sequence[Layout]) -> list[str]:
     ]
 
 
-def _policy_warnings(
+def _resource_warnings(
     serving: Serving, chosen: SamplerChoice, block_length: int | None, lengths: list[int]
 ) -> list[str]:
-    if chosen.name != Policy.name:
-        return []
-    assert isinstance(chosen.params, PolicyParams)
-    try:
-        stored = serving.model_names.policies.get(chosen.params.policy)
-    except UnknownPolicyError as error:
-        raise RequestError("sampler_params.policy", str(error), "unknown_policy") from None
-    host = serving.model_names.policies.host
-    found = [warning for length in lengths for warning in stored.warnings(host, block_length, length)]
-    return list(dict.fromkeys(found))
+    resources, sampler, params = serving.model_names.resources, chosen.sampler, chosen.params
+    found = [told(sampler, resources.warnings, sampler, params, block_length, length) for length in lengths]
+    return list(dict.fromkeys(chain.from_iterable(found)))
+
+
+class FurtherPrompts:
+    """Prompts in parameters of modifiers, with the checks of a request's own."""
+
+    def __init__(self, serving: Serving, body: B, reader: Reader[B]) -> None:
+        self._serving = serving
+        self._text = partial(reader.text, serving, body)
+        self._lengths: dict[str, int] = {}
+
+    def encode(self, field: str, prompt: str | list[int]) -> list[int]:
+        """Tokens of the prompt in this field. Raises RequestError."""
+        ids = self._text(field, prompt) if isinstance(prompt, str) else prompt
+        check_ids(field, ids, self._serving.engine.info.vocab_size)
+        check_masks(self._serving, field, ids)
+        self._lengths[field] = len(ids)
+        return ids
+
+    def check_length(self, encoded: EncodedPrompts, max_tokens: int) -> None:
+        """Refuse one that leaves no room for the longest text."""
+        info = self._serving.engine.info
+        for field, length in self._lengths.items():
+            given = length + len(encoded.suffix)
+            if given + max_tokens > info.max_length:
+                raise RequestError(field, too_long(info, given, max_tokens), CONTEXT_LENGTH_EXCEEDED)
 
 
 @contextmanager

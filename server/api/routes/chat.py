@@ -1,14 +1,13 @@
 """`/v1/chat/completions`"""
 
 from collections.abc import Sequence
-from functools import partial
 
 from fastapi import FastAPI, Request, Response
 
 from server.api.generation.answer import Answer, check_stream_options
 from server.api.generation.assembly import escaped
 from server.api.generation.choices import Choice, TextDelta, Token
-from server.api.generation.run import EncodedPrompts, StartedChoices, check_masks, refusing_long, start
+from server.api.generation.run import EncodedPrompts, Reader, StartedChoices, check_masks, refusing_long, start
 from server.api.schemas.bodies import read_body
 from server.api.schemas.openapi import GENERATION_ERRORS, body_of, streamed
 from server.api.schemas.requests import ChatBody, Message
@@ -43,7 +42,7 @@ def add_routes(app: FastAPI, serving: Serving) -> None:
         body = await read_body(serving.threads, owner, request, ChatBody)
         check_stream_options(body)
         size = len(await request.body())
-        started = await start(serving, body, owner, size, 1, partial(encode_prompts, serving), bool(body.logprobs))
+        started = await start(serving, body, owner, size, 1, Reader(encode_prompts, encode_text), bool(body.logprobs))
         return await ChatAnswer(started, body, serving).respond(request)
 
 
@@ -61,19 +60,28 @@ def encode_prompts(serving: Serving, body: ChatBody) -> EncodedPrompts:
     return EncodedPrompts([prompt], [], newer or older, prompt_field="messages", length_field=field)
 
 
+def encode_text(serving: Serving, body: ChatBody, field: str, text: str) -> list[int]:
+    """One more text as tokens: the only message of a chat, a user's. Raises RequestError."""
+    messages = [Message(role="user", content=text)]
+    with refusing_long(serving, field, body.max_completion_tokens or body.max_tokens):
+        around, most = bool(body.add_special_tokens), serving.engine.info.max_length
+        return encode_chat(serving.text, messages, around, most=most, field=field)
+
+
 def encode_chat(
     text: TextCodec,
     messages: Sequence[Message],
     add_special_tokens: bool = False,
     add_generation_prompt: bool = True,
     most: int | None = None,
+    field: str = "messages",
 ) -> list[int]:
     """Token ids of messages. Raises RequestError, and TextTooLongError like `TextCodec.encode_chat`."""
     chat = [message.for_template() for message in messages]
     try:
         return text.encode_chat(chat, add_generation_prompt, add_special_tokens, most)
     except ChatTemplateError as error:
-        raise RequestError("messages", str(error)) from None
+        raise RequestError(field, str(error)) from None
 
 
 class ChatAnswer(Answer):

@@ -2,14 +2,21 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 
 from fastapi import FastAPI, Request, Response
 
 from server.api.generation.answer import Answer, check_stream_options
 from server.api.generation.assembly import escaped
 from server.api.generation.choices import Choice, TextDelta
-from server.api.generation.run import EncodedPrompts, StartedChoices, check_ids, check_masks, refusing_long, start
+from server.api.generation.run import (
+    EncodedPrompts,
+    Reader,
+    StartedChoices,
+    check_ids,
+    check_masks,
+    refusing_long,
+    start,
+)
 from server.api.schemas.bodies import read_body
 from server.api.schemas.openapi import GENERATION_ERRORS, body_of, streamed
 from server.api.schemas.requests import CompletionBody
@@ -37,7 +44,7 @@ def add_routes(app: FastAPI, serving: Serving) -> None:
             )
         wants_logprobs = body.logprobs is not None
         size, count = len(await request.body()), len(body.prompts())
-        started = await start(serving, body, owner, size, count, partial(encode_prompts, serving), wants_logprobs)
+        started = await start(serving, body, owner, size, count, Reader(encode_prompts, encode_text), wants_logprobs)
         return await CompletionAnswer(started, body, serving).respond(request)
 
 
@@ -59,6 +66,12 @@ def encode_prompts(serving: Serving, body: CompletionBody) -> EncodedPrompts:
     check_masks(serving, "suffix", suffix)
     echo = [p if isinstance(p, str) else text.decode(p, skip_special_tokens=False) for p in given if body.echo]
     return EncodedPrompts(prompts, suffix, body.max_tokens, prompt_field="prompt", echo=echo)
+
+
+def encode_text(serving: Serving, body: CompletionBody, field: str, text: str) -> list[int]:
+    """One more text as tokens, like the prompts. Raises RequestError."""
+    with refusing_long(serving, field, body.max_tokens):
+        return serving.text.encode(text, body.add_special_tokens is not False, serving.engine.info.max_length)
 
 
 class CompletionAnswer(Answer):

@@ -78,6 +78,8 @@ def _as_the_temperature(value: Any, given: Given) -> bool:
 
 
 NOTHING: tuple[Any, ...] = ([], {}, "", False)
+GUIDANCE = '[{"name": "guidance", "params": {"scale": ...}}]'
+NEGATIVE_PROMPT = '[{"name": "guidance", "params": {"scale": ..., "negative_prompt": ...}}]'
 
 # OpenAI, vLLM, SGLang, llama.cpp, text-generation-inference, Ollama, text-generation-webui, Hugging Face's `generate`.
 _OUTPUT_FORMAT = _refused(
@@ -100,8 +102,8 @@ _CHOICE_OF_TOKENS = {
     **_refused("typical_p typical tfs tfs_z min_keep", 0, 1),
     **_refused("dynamic_temperature temperature_last watermark watermarking early_stopping use_beam_search", False),
     **_refused("num_beams num_beam_groups best_of", 0, 1),
-    **_refused("guidance_scale", 1, instead="leave it out, guidance is not supported"),
-    **_refused("negative_prompt negative_prompt_ids", *NOTHING, instead="leave it out, guidance is not supported"),
+    **_refused("guidance_scale", 1, instead=f"write modifiers, {GUIDANCE}; guidance_scale is scale + 1"),
+    **_refused("negative_prompt negative_prompt_ids", *NOTHING, instead=f"write modifiers, {NEGATIVE_PROMPT}"),
     **_refused("samplers", *NOTHING, instead="write sampler, one of /v1/samplers"),
     **_renamed("temperature", "temp"),
     **_renamed("seed", "sampling_seed sampler_seed random_seed", -1),
@@ -159,7 +161,7 @@ _DIFFUSION = {
     **_renamed(
         "sampler", "remasking remasking_strategy remask_strategy unmask_strategy decoding_strategy dllm_algorithm"
     ),
-    **_refused("cfg cfg_scale", 0, instead="leave it out, guidance is not supported"),
+    **_refused("cfg cfg_scale", 0, instead=f"write modifiers, {GUIDANCE}"),
     **_refused(
         "diffusion_steps denoising_steps num_steps num_diffusion_steps max_steps nfe",
         instead="write sampler_params.steps, for a sampler that has it",
@@ -323,7 +325,7 @@ def _elsewhere(name: str) -> str:
         return f"write sampler_params.{name}"
     if any(name in cls.model_fields for cls in (CompletionBody, ChatBody)):
         return f"write {name} in the body itself"
-    return "there are only sampler and sampler_params"
+    return "there are only sampler, sampler_params and modifiers"
 
 
 def _plain(name: str) -> str:

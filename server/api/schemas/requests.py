@@ -18,6 +18,7 @@ from pydantic_core import PydanticCustomError
 
 MAX_CHOICES = 16
 MAX_STOPS = 16
+MAX_MODIFIERS = 8
 DEFAULT_MAX_TOKENS = 128
 INT64 = 2**63
 
@@ -62,6 +63,18 @@ class Body(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="allow", allow_inf_nan=False)
 
 
+class ModifierBody(BaseModel):
+    """A modifier around the sampler."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+
+    name: str = Field(description="A modifier of `/v1/samplers`.")
+    params: dict[str, JsonValue] | None = Field(None, description="Its parameters.")
+
+
+Modifiers = Annotated[list[ModifierBody], Field(max_length=MAX_MODIFIERS, fail_fast=True)]
+
+
 class SamplerArguments(BaseModel):
     """A choice of sampler in the place that vLLM's clients have for extra arguments."""
 
@@ -69,6 +82,7 @@ class SamplerArguments(BaseModel):
 
     sampler: str | None = None
     sampler_params: dict[str, JsonValue] | None = None
+    modifiers: Modifiers | None = None
 
 
 class StreamOptions(BaseModel):
@@ -114,7 +128,12 @@ class GenerationBody(Body):
     stream_options: StreamOptions | None = None
     sampler: str | None = Field(None, description="A sampler of `/v1/samplers`. Default: the server's.")
     sampler_params: dict[str, JsonValue] | None = Field(None, description="Parameters of the sampler in force.")
-    vllm_xargs: SamplerArguments | None = Field(None, description="`sampler` and `sampler_params` may be here instead.")
+    modifiers: Modifiers | None = Field(
+        None, description=f"What is around the sampler, in the order in which it applies, at most {MAX_MODIFIERS}."
+    )
+    vllm_xargs: SamplerArguments | None = Field(
+        None, description="`sampler`, `sampler_params` and `modifiers` may be here instead."
+    )
     block_length: Count | None = Field(
         None,
         description="Positions denoised together, blocks go left to right. "

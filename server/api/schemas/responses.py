@@ -49,11 +49,19 @@ class Usage(BaseModel):
         )
 
 
+class EffectiveModifier(BaseModel):
+    """A modifier that was around the sampler."""
+
+    name: str
+    params: dict[str, Any]
+
+
 class EffectiveSettings(BaseModel):
     """How the answer was made, defaults filled in."""
 
     sampler: str
     sampler_params: dict[str, Any]
+    modifiers: list[EffectiveModifier] = Field([], exclude_if=_empty, description="What was around the sampler.")
     block_length: int | None = Field(description="null: full diffusion")
     max_tokens: list[int] = Field(description="By choice: longest text.")
     fill_after_end: bool
@@ -195,15 +203,16 @@ class ModelList(BaseModel):
 
 
 class SamplerCard(BaseModel):
-    """A sampler that requests can use."""
+    """A sampler that requests can use, or a modifier around one."""
 
     id: str
     object: Literal["sampler"] = "sampler"
+    kind: Literal["sampler", "modifier"] = "sampler"
     description: str
     paper: str
     available: bool
     reason: str | None = Field(None, exclude_if=_absent, description="Why it is not available.")
-    parameters: dict[str, Any] = Field(description="JSON schema of `sampler_params`.")
+    parameters: dict[str, Any] = Field(description="JSON schema of `sampler_params`, or of the modifier's `params`.")
 
 
 class SamplerList(BaseModel):

@@ -47,7 +47,7 @@ def policed(tiny_model: Path, folder: Path) -> Iterator[Running]:
     """A server with three policies, and a folder to load more from."""
     with serving(tiny_model, policy_dir=str(folder), admin_key="admin") as running:
         for name in ("eager", "careful", "told"):
-            running.engine.policies.load(name, folder / name)
+            running.policies.load(name, folder / name)
         yield running
 
 
@@ -69,6 +69,20 @@ def test_a_request_chooses_its_policy_in_three_ways(policed: Running) -> None:
         assert body["unmask"]["sampler"] == "policy"
         assert body["unmask"]["sampler_params"]["policy"] == "eager"
     assert passes(by_field) < passes(policed.complete(**choose("careful")))
+
+
+def test_a_policy_can_be_the_servers_default(tiny_model: Path, folder: Path) -> None:
+    """It is looked up in each request, since policies come and go; the only one needs no name."""
+    with serving(tiny_model, sampler="policy") as running:
+        body = {"prompt": PROMPT, "max_tokens": 16}
+        assert error_of(running.post("/v1/completions", body), 400)["param"] == "sampler_params.policy"
+        running.policies.load("eager", folder / "eager")
+        assert running.complete(block_length=None)["unmask"]["sampler_params"]["policy"] == "eager"
+        running.policies.load("careful", folder / "careful")
+        error = error_of(running.post("/v1/completions", body), 400)
+        assert error["code"] == "unknown_policy" and "loaded are careful, eager" in error["message"]
+        chosen = running.complete(sampler_params={"policy": "careful"}, max_tokens=24)["unmask"]
+        assert chosen["sampler_params"]["policy"] == "careful" and "runs on 24" in chosen["warnings"][0]
 
 
 def test_the_knobs_of_a_request_reach_the_policy(policed: Running) -> None:
@@ -143,8 +157,8 @@ def test_what_is_said_of_policies_is_made_once(policed: Running, folder: Path, m
         listed = policed.get("/v1/policies").json()["data"]
         assert listed == [policed.get(f"/v1/policies/{name}").json() for name in ("careful", "eager", "told")]
     assert sorted(made) == ["careful", "eager", "told"]
-    policed.engine.policies.load("eager", folder / "careful")
-    policed.engine.policies.remove("told")
+    policed.policies.load("eager", folder / "careful")
+    policed.policies.remove("told")
     listed = policed.get("/v1/policies").json()["data"]
     assert [each["id"] for each in listed] == ["careful", "eager"] and made[3:] == ["eager"]
 
@@ -241,9 +255,9 @@ def test_what_cannot_be_loaded_is_refused(
 def test_replacing_a_policy_under_load_drops_no_request(policed: Running, folder: Path) -> None:
     """Each answer is one of the two policies', whole; none fails."""
     answers: list[str] = []
-    policed.engine.policies.load("changing", folder / "careful")
+    policed.policies.load("changing", folder / "careful")
     slow = policed.complete(**choose("changing"))["choices"][0]["text"]
-    policed.engine.policies.load("changing", folder / "eager")
+    policed.policies.load("changing", folder / "eager")
     fast = policed.complete(**choose("changing"))["choices"][0]["text"]
 
     def ask() -> None:
@@ -295,17 +309,17 @@ def test_different_policies_share_the_models_forwards(policed: Running) -> None:
 def test_a_folder_that_is_not_there_yet_is_waited_for(
     policed: Running, tmp_path: Path, vocab_size: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    watched = PolicyFolder(policed.engine.policies, tmp_path / "later")
+    watched = PolicyFolder(policed.policies, tmp_path / "later")
     for _ in range(3):
         watched.look()
     assert caplog.text.count("cannot read the folder of policies") == 1
     write(tmp_path / "later" / "fresh", vocab_size)
     watched.look()
-    assert policed.engine.policies.get("fresh").name == "fresh"
+    assert policed.policies.get("fresh").name == "fresh"
 
 
 def test_a_watched_folder_is_followed(policed: Running, tmp_path: Path, vocab_size: int) -> None:
-    policies = policed.engine.policies
+    policies = policed.policies
     watched = PolicyFolder(policies, tmp_path)
     watched.look()
     known = [stored.name for stored in policies.list()]

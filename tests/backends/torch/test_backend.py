@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from samplers.loop.denoising import advance, ask, denoise
 from torch import Tensor
 
 from samplers import CacheMode, Canvas, Statistic, TokenChoice, get_sampler
 from samplers.forward.query import Query
 from samplers.forward.span import ForwardSpan, KVSlot
 from samplers.forward.summary import summarise
-from samplers.loop.denoising import advance, ask, denoise
 from samplers.loop.row import Row
 from server.backends.loading import load_model
 from server.backends.torch import backend as torch_backend

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from samplers.loop.denoising import ask
 
 from samplers import CacheMode, Canvas, TokenChoice, list_samplers
 from samplers.forward.prediction import Prediction
 from samplers.forward.query import Query
-from samplers.loop.denoising import ask
 from samplers.loop.row import Row
 from server.backends.loading import describe, load_network
 from server.backends.torch.backend import TorchBackend

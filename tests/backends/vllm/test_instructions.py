@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from samplers.loop.denoising import ask
 from torch import Tensor
 
 from samplers import Canvas, Statistic, TokenChoice, get_sampler, list_samplers
@@ -11,7 +12,6 @@ from samplers.forward.prediction import Prediction
 from samplers.forward.query import Query
 from samplers.forward.statistics import LogitBonus, StatisticsRequest
 from samplers.forward.summary import summarise
-from samplers.loop.denoising import ask
 from samplers.loop.row import Row
 from server.backends.vllm.instructions import Instruction, answers, read, together
 from tests.samplers.models import MASK, VOCAB

@@ -7,9 +7,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from samplers.loop.denoising import ask
 
 from samplers import Canvas, get_sampler
-from samplers.loop.denoising import ask
 from samplers.loop.row import Row
 from server.backends.loading import describe, load_network
 from server.backends.torch.backend import TorchBackend

@@ -9,11 +9,11 @@ import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
+from samplers.loop.denoising import advance, ask, denoise
 from torch import Tensor
 
 from samplers import CacheMode, Canvas, get_sampler
 from samplers.forward.statistics import NOTHING
-from samplers.loop.denoising import advance, ask, denoise
 from samplers.loop.row import Row
 from server.backends.loading import describe, load_model, load_network
 from server.backends.torch.backend import TorchBackend

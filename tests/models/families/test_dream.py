@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from samplers.loop.denoising import ask, denoise
 from torch import Tensor
 
 from samplers import CacheMode, Canvas, get_sampler
-from samplers.loop.denoising import ask, denoise
 from samplers.loop.row import Row
 from server.backends.loading import LoadedModel, ModelError, describe, load_model
 from server.backends.torch.backend import TorchBackend

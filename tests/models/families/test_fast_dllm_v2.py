@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from samplers.loop.denoising import ask
 
 from samplers import AttentionPattern, Canvas, get_sampler
-from samplers.loop.denoising import ask
 from samplers.loop.row import Row
 from server.backends.loading import describe
 from server.backends.torch.backend import TorchBackend

@@ -10,10 +10,10 @@ import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
+from samplers.loop.denoising import advance, ask, denoise
 from torch import Tensor
 
 from samplers import CacheMode, Canvas, get_sampler
-from samplers.loop.denoising import advance, ask, denoise
 from samplers.loop.row import Row
 from server.backends.loading import ModelError, describe, load_model
 from server.backends.torch.backend import TorchBackend

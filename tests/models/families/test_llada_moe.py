@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from samplers.loop.denoising import denoise
 from torch import Tensor, nn
 
 from samplers import Canvas, get_sampler
-from samplers.loop.denoising import denoise
 from samplers.loop.row import Row
 from server.backends.loading import describe, load_model
 from server.backends.torch.backend import TorchBackend

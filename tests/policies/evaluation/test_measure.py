@@ -119,6 +119,11 @@ def test_specs() -> None:
     assert (spec.name, spec.stated()) == ("threshold", {"threshold": 0.75})
     assert SamplerSpec.parse("topk:steps=4").stated() == {"steps": 4}
     assert [SamplerSpec.parse(text).name for text in FRONTIER].count("threshold") == 7
+    around = SamplerSpec.parse("threshold:threshold=1e+0+guidance:scale=1.5+credit").modifiers
+    assert [(each.name, each.stated()["scale" if each.name == "guidance" else "alpha"]) for each in around] == [
+        ("guidance", 1.5),
+        ("credit", 0.7),
+    ]
     with pytest.raises(UnknownSamplerError, match="choose from random, sequential, topk"):
         SamplerSpec.parse("best")
 

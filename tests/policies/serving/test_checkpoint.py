@@ -10,9 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from policies.serving.checkpoint import CARD, MOST_CARD_BYTES, WEIGHTS, PolicyError, load_policy, save_policy
+from policies.serving.resources import resources_of
 from policies.serving.store import PolicyStore, ServedModel, UnknownPolicyError
-from samplers import get_sampler
+from samplers import ParameterError, get_sampler
 from samplers.learned.policy import PolicyParams
+from samplers.resources import bound
 from tests.policies.tiny import card, network
 
 HOST = ServedModel("LLaDAModelLM", 12)
@@ -89,23 +91,32 @@ def test_what_is_no_policy_is_refused(folder: Path, damage: Callable[[Path], obj
 
 def test_a_store_hands_out_what_it_loaded(folder: Path) -> None:
     store = PolicyStore(HOST)
-    params = PolicyParams(policy="a")
+    resources, policy, topk = resources_of(store), get_sampler("policy"), get_sampler("topk")
+    params, nameless = PolicyParams(policy="a"), PolicyParams()
+    assert resources.why_missing(policy) == "no policy is loaded" and resources.why_missing(topk) is None
+    with pytest.raises(ParameterError, match="no policy 'a' is loaded; loaded are none") as refused:
+        bound(policy, params, resources)
+    assert (refused.value.field, refused.value.code) == ("policy", "unknown_policy")
     for name in (None, "a"):
         with pytest.raises(UnknownPolicyError, match="none"):
             store.get(name)
     first = store.load("a", folder)
     assert store.get(None) is store.get("a") is first
-    assert store.sampler("policy", params) is first.sampler
-    assert store.sampler("topk", get_sampler("topk").Params()) is get_sampler("topk")
+    assert bound(policy, params, resources) is bound(policy, nameless, resources) is first.sampler
+    assert bound(topk, topk.Params(), resources) is topk
+    assert resources.named(policy, nameless) == params and resources.why_missing(policy) is None
+    assert resources.warnings(policy, params, 4, 16) == first.warnings(HOST, 4, 16) != []
     second = store.load("a", folder)
     assert second.sampler is not first.sampler and store.get("a") is second
     store.load("b", folder)
+    assert resources.named(policy, nameless) == nameless, "which of them?"
     assert [stored.name for stored in store.list()] == ["a", "b"]
     with pytest.raises(UnknownPolicyError, match="name a policy: loaded are a, b"):
         store.get(None)
     with pytest.raises(UnknownPolicyError, match="no policy 'c' is loaded; loaded are a, b"):
         store.get("c")
     assert store.remove("a") is second
+    assert resources.warnings(policy, params, 4, 16) == [], "what runs by it goes on"
     with pytest.raises(UnknownPolicyError):
         store.remove("a")
 

@@ -8,6 +8,7 @@ import torch
 from policies.evaluation.measure import Measurement, Trial, evaluate
 from policies.evaluation.sampler_spec import SamplerSpec
 from policies.serving.checkpoint import load_policy
+from policies.serving.resources import resources_of
 from policies.serving.store import ZOO, PolicyStore, ServedModel
 from policies.tasks import get_task
 from server.backends.loading import LoadedModel, load_model
@@ -49,9 +50,7 @@ def test_word_problems_in_full_diffusion_take_less_than_half_a_thresholds_forwar
 
     def measure(spec: str) -> Measurement:
         trial = Trial(task, SamplerSpec.parse(spec), None, task.gen_length, 40, 4321)
-        return evaluate(
-            model_under_test(embedded, False), trial, 40, choose=lambda spec: store.sampler(spec.name, spec.params)
-        )
+        return evaluate(model_under_test(embedded, False), trial, 40, resources=resources_of(store))
 
     threshold, policy = measure("threshold:threshold=0.9"), measure("policy:policy=chain,speed=0.25")
     assert policy.correct >= threshold.correct - 2
