@@ -12,8 +12,8 @@ import torch
 from samplers import CacheMode, Canvas, TokenChoice, list_samplers
 from samplers.forward.prediction import Prediction
 from samplers.forward.query import Query
-from samplers.loop.denoising import ask
 from samplers.loop.row import Row
+from samplers.loop.run import next_query
 from server.backends.loading import describe, load_network
 from server.backends.torch.backend import TorchBackend
 
@@ -40,10 +40,10 @@ def test_nothing_waits_for_the_device(empty: Watched, cache: CacheMode, temperat
     for i, sampler in enumerate(list_samplers()):
         if sampler.name == "policy" or sampler.drafts:  # which needs a network, or another kind of model
             continue
-        choice = TokenChoice() if sampler.greedy else TokenChoice(temperature, 0.9, 5)
+        choice = TokenChoice() if sampler.chooses_tokens else TokenChoice(temperature, 0.9, 5)
         canvas = Canvas.blank([5] * (4 + i % 3), 12 + i % 2, 0, 4)
         rows.append(Row(canvas, sampler, sampler.Params(), choice, seed=i, cache=cache))
-    query = ask(rows)
+    query = next_query(rows)
     said = empty.predict(query)
     assert said.token.device.type == said.confidence.device.type == "meta"
     assert len(said.token) == len(query.row)

@@ -11,8 +11,8 @@ from samplers.forward.prediction import Prediction
 from samplers.forward.query import Query
 from samplers.forward.statistics import LogitBonus, StatisticsRequest
 from samplers.forward.summary import summarise
-from samplers.loop.denoising import ask
 from samplers.loop.row import Row
+from samplers.loop.run import next_query
 from server.backends.vllm.instructions import Instruction, answers, read, together
 from tests.samplers.models import MASK, VOCAB
 
@@ -112,9 +112,9 @@ def test_every_sampler_gets_what_it_asked_for() -> None:
     """One query of all of them, taken apart by canvas and put together again."""
     rows = []
     for i, sampler in enumerate(each for each in list_samplers() if each.name != "policy" and not each.drafts):
-        choice = TokenChoice(0.0 if sampler.greedy else 0.7)
+        choice = TokenChoice(0.0 if sampler.chooses_tokens else 0.7)
         rows.append(Row(Canvas.blank([5, 6 + i % 3], 6 + i % 4, MASK), sampler, sampler.Params(), choice, seed=i))
-    query = ask(rows)
+    query = next_query(rows)
     logits = logits_of(len(query.row), 3)
     parts = [query.one(i) for i in range(len(rows))]
     asked = [Instruction.unpack(Instruction(part.position, part.wanted).pack()) for part in parts]
@@ -125,7 +125,7 @@ def test_every_sampler_gets_what_it_asked_for() -> None:
 
 def test_a_query_of_one_canvas_is_its_own_part() -> None:
     sampler = get_sampler("entropy")
-    query: Query = ask([Row(Canvas.blank([5], 4, MASK), sampler, sampler.Params())])
+    query: Query = next_query([Row(Canvas.blank([5], 4, MASK), sampler, sampler.Params())])
     packed = Instruction(query.position, query.wanted).pack()
     assert set(packed) == {"position", "statistics"}, "what nobody asked for must not travel"
     assert len(packed["position"]) == 4 * 4
