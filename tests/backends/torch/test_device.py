@@ -38,7 +38,7 @@ def empty(tiny_model: Path) -> Watched:
 def test_nothing_waits_for_the_device(empty: Watched, cache: CacheMode, temperature: float) -> None:
     rows = []
     for i, sampler in enumerate(list_samplers()):
-        if sampler.name == "policy" or sampler.drafts:  # which needs a network, or another kind of model
+        if sampler.requires or sampler.drafts:  # which needs something else, or another kind of model
             continue
         choice = TokenChoice() if sampler.chooses_tokens else TokenChoice(temperature, 0.9, 5)
         canvas = Canvas.blank([5] * (4 + i % 3), 12 + i % 2, 0, 4)
