@@ -131,11 +131,11 @@ class Columns:
         return found
 
     @classmethod
-    def of(cls, params: Sequence[BaseModel]) -> "Columns":
+    def of(cls, params: Sequence[BaseModel], device: torch.device | None = None) -> "Columns":
         """Columns of parameters of one class."""
         spec = columns_of(type(params[0]))
         values = [spec.values(each) for each in params]
-        return cls(spec, torch.tensor(values, dtype=torch.float64).view(len(params), len(spec.kinds)))
+        return cls(spec, torch.tensor(values, dtype=torch.float64, device=device).view(len(params), len(spec.kinds)))
 
 
 @dataclass(frozen=True)

@@ -174,7 +174,7 @@ def together(queries: list[Query]) -> Query:
         spans,
         torch.cat(rows),
         torch.cat([each.position for each in queries]),
-        StatisticsRequest.join([each.wanted for each in queries], counts),
+        StatisticsRequest.join([each.wanted for each in queries], counts, queries[0].row.device),
         mixture,
     )
 

@@ -123,7 +123,7 @@ class SMC(Sampler[SMCParams]):
 
         def make() -> tuple[list[SamplerParams], Columns]:
             params = [_own_params(base, each) for each in context.params]
-            return params, Columns.of(params)
+            return params, Columns.of(params, context.columns.values.device)
 
         params, columns = context.columns.keep("base", make)
         return replace(context, params=params, columns=columns)
