@@ -1,12 +1,13 @@
 """The same model on both engines: the same predictions, the same tokens in as many forwards."""
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
 from prometheus_client import REGISTRY, Counter
 
-from samplers import CacheMode, Canvas, TokenChoice, get_sampler, list_samplers
+from samplers import CacheMode, Canvas, TokenChoice, get_modifier, get_sampler, list_samplers
 from samplers.forward.query import Query
 from samplers.forward.statistics import LogitBonus, StatisticsRequest
 from samplers.loop.row import Row
@@ -39,6 +40,26 @@ def tokens_and_forwards(rows: list[Row], backend: Backend) -> list[tuple[list[in
 def test_a_run_is_the_same(vllm_tiny: Backend, torch_tiny: Backend, name: str, temperature: float) -> None:
     expected = tokens_and_forwards([row(name, temperature=temperature)], torch_tiny)
     assert tokens_and_forwards([row(name, temperature=temperature)], vllm_tiny) == expected
+
+
+def guided(i: int, temperature: float = 0.0) -> Row:
+    """One that the model sees twice, the second time without its prompt or with another."""
+    base, guidance = row(NAMES[i], i, temperature), get_modifier("guidance")
+    params = guidance.Params(scale=0.5 + i, negative_prompt=[9, 8, 7] if i else None)
+    return replace(base, canvas=row(NAMES[i], i).canvas, modifiers=[(guidance, params)])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_guidance_is_the_same(vllm_tiny: Backend, torch_tiny: Backend, temperature: float) -> None:
+    """Alone, with others that are guided, and among some that are not; each view is a forward."""
+
+    def some() -> list[Row]:
+        return [row("topk", 7), *(guided(i, temperature) for i in range(3)), row("threshold", 6)]
+
+    expected = tokens_and_forwards(some(), torch_tiny)
+    assert tokens_and_forwards(some(), vllm_tiny) == expected
+    assert tokens_and_forwards(some()[2:3], vllm_tiny) == expected[2:3]
+    assert expected[1][1] == 2 * tokens_and_forwards([row(NAMES[0], 0, temperature)], torch_tiny)[0][1]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])

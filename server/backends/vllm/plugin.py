@@ -26,6 +26,7 @@ def register() -> None:
     from vllm import ModelRegistry
 
     # Importing the module registers what it defines.
+    import server.backends.vllm.config  # noqa: F401
 
     for architecture, place in MODELS.items():
         ModelRegistry.register_model(architecture, place)

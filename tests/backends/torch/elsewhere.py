@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -15,6 +16,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 ASKED, PLACE = "meta", torch.device("meta:0")
 aten = torch.ops.aten
 COPIES = {aten._to_copy.default, aten.copy_.default}
+NUMBERS = {torch.where, Tensor.where, F.scaled_dot_product_attention}
+"""Make tensors of numbers on the device by themselves, which would have no content."""
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
 
 
@@ -69,8 +72,8 @@ class Device(TorchFunctionMode):
             return args[0].inner.tolist()
         if func is Tensor.__setitem__ and type(args[0]) is Elsewhere:
             return _set(*args)
-        if func in (torch.where, Tensor.where):  # numbers become tensors of the device, without content
-            return _where(func, args)
+        if func in NUMBERS:
+            return _unwrapped(func, args, kwargs)
         if func is Tensor.new_tensor and type(args[0]) is Elsewhere:
             return Elsewhere(torch.tensor(*args[1:], **kwargs))
         if func is Tensor.to and type(args[0]) is not Elsewhere and _is_there(args[1:], kwargs):
@@ -91,13 +94,14 @@ def _set(tensor: Elsewhere, index: Any, value: Any) -> None:
     tensor.inner[index] = value
 
 
-def _where(func: Callable[..., Tensor], args: tuple[Any, ...]) -> Tensor:
-    here = [type(each) is Elsewhere for each in args if isinstance(each, Tensor) and each.dim()]
+def _unwrapped(func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    here = [type(each) is Elsewhere for each in (*args, *kwargs.values()) if isinstance(each, Tensor) and each.dim()]
     if not any(here):
-        return func(*args)
+        return func(*args, **kwargs)
     if not all(here):
-        raise DeviceError(f"a choice of tensors on {PLACE} and on the processor")
-    return Elsewhere(func(*(each.inner if type(each) is Elsewhere else each for each in args)))
+        raise DeviceError(f"{func} of tensors on {PLACE} and on the processor")
+    args, kwargs = tree_map(lambda each: each.inner if type(each) is Elsewhere else each, (args, kwargs))
+    return Elsewhere(func(*args, **kwargs))
 
 
 def _is_there(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
