@@ -17,6 +17,7 @@ class Generation:
     Attributes:
         submitted, first_token: when, by the monotonic clock.
         cancelled: it is to end, because nobody waits for it any more.
+        ended: its end was told.
         counted: tokens that count as generated and were told so far.
         work: most tokens that forwards compute for it, known before the first.
         started: when it had its first forward.
@@ -31,6 +32,7 @@ class Generation:
     submitted: float = field(default_factory=time.monotonic)
     first_token: float | None = None
     cancelled: bool = False
+    ended: bool = False
     counted: int = 0
     started: float | None = None
     begun: int | None = None
