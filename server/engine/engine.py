@@ -481,7 +481,12 @@ class Engine:
         if generation.counted and generation.first_token is None:
             generation.first_token = time.monotonic()
             self._metrics.first_token(generation.first_token - generation.submitted)
-        self._metrics.committed(sampler, len(event.positions) - len(event.replaced), generation.counted - before)
+        # Of several canvases it is told at the end what the one that won has committed.
+        later = row.particles is not None and not event.positions
+        committed = None if later else len(event.positions) - len(event.replaced)
+        forwards = max(0, event.forward - generation.forwards)
+        generation.forwards += forwards
+        self._metrics.committed(sampler, committed, generation.counted - before, forwards)
         generation.deliver(event)
         if not last:
             return

@@ -19,6 +19,7 @@ class Generation:
         cancelled: it is to end, because nobody waits for it any more.
         ended: its end was told.
         counted: tokens that count as generated and were told so far.
+        forwards: forward passes that were told so far.
         work: most tokens that forwards compute for it, known before the first.
         started: when it had its first forward.
         begun: its number among those that had one (see `Scheduler`), None until then.
@@ -34,6 +35,7 @@ class Generation:
     cancelled: bool = False
     ended: bool = False
     counted: int = 0
+    forwards: int = 0
     started: float | None = None
     begun: int | None = None
     served: int | None = None

@@ -176,10 +176,16 @@ class Metrics:
         self._model_forwards.labels(self._model).inc()
 
     @recording
-    def committed(self, sampler: str, positions: int, tokens: int) -> None:
-        """A generation took part in a forward, committed `positions`, and `tokens` more are settled text."""
-        self._forwards.labels(self._model, sampler).inc()
-        self._per_step.labels(self._model, sampler).observe(positions)
+    def committed(self, sampler: str, positions: int | None, tokens: int, forwards: int = 1) -> None:
+        """A generation took part in a step, and `tokens` more are settled text.
+
+        Args:
+            positions: how many it committed; None where that is told at its end.
+            forwards: forward passes of its canvases in this step.
+        """
+        self._forwards.labels(self._model, sampler).inc(forwards)
+        if positions is not None:
+            self._per_step.labels(self._model, sampler).observe(positions)
         self._tokens.labels(self._model, sampler).inc(tokens)
 
     @recording

@@ -60,6 +60,8 @@ def test_every_canvas_takes_a_row_of_a_forward_and_counts_as_one(engine: Engine,
     for name in {each.name for each in asked}:
         mine = sum(end.finish().forwards for each, end in zip(asked, listeners, strict=True) if each.name == name)
         assert value(engine, "dllm_forward_passes_total", sampler=name) == mine
+        tokens = sum(each.max_tokens for each in asked if each.name == name)
+        assert value(engine, "dllm_committed_tokens_per_step_sum", sampler=name) == tokens
     for each, listener in zip(asked, listeners, strict=True):
         (alone,) = run(engine, [each])
         assert (alone.text(), alone.finish().forwards) == (listener.text(), listener.finish().forwards)
