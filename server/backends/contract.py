@@ -70,7 +70,7 @@ class Backend(Protocol):
     info: ModelInfo
 
     def predict(self, query: Query) -> Prediction:
-        """One forward pass over the query's canvases; statistics on the CPU for the positions it names."""
+        """One forward pass over the canvases of a query; what it asks of the positions it names, on its own device."""
 
     def close(self) -> None:
         """Give back what it holds."""
