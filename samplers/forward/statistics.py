@@ -79,19 +79,26 @@ class StatisticsRequest:
         return 2 + len(self.statistics) + self.top + (0 if self.named is None else self.named.shape[1])
 
     @classmethod
-    def join(cls, parts: "Sequence[StatisticsRequest]", counts: Sequence[int]) -> "StatisticsRequest":
-        """All rows of several, which have so many each. What only some of them want, the others get as well or not."""
+    def join(
+        cls, parts: "Sequence[StatisticsRequest]", counts: Sequence[int], device: torch.device | None = None
+    ) -> "StatisticsRequest":
+        """All rows of several, which have so many each. What only some of them want, the others get as well or not.
+
+        Args:
+            device: where their tensors are; None is the CPU.
+        """
         if len(parts) == 1:
             return parts[0]
         statistics = frozenset[Statistic]().union(*(part.statistics for part in parts))
         top, named = max(part.top for part in parts), None
         if tokens := [part.named for part in parts if part.named is not None]:
-            named = torch.full((sum(counts), max(each.shape[1] for each in tokens)), -1)
+            named = torch.full((sum(counts), max(each.shape[1] for each in tokens)), -1, device=device)
         only: dict[str, Tensor] = {
-            name: torch.zeros(sum(counts), dtype=torch.bool) for name in (*statistics, *(("top",) if top else ()))
+            name: torch.zeros(sum(counts), dtype=torch.bool, device=device)
+            for name in (*statistics, *(("top",) if top else ()))
         }
         choices: list[TokenChoices] = []
-        uniform = torch.zeros(sum(counts), dtype=torch.float64)
+        uniform = torch.zeros(sum(counts), dtype=torch.float64, device=device)
         bonuses: list[LogitBonus] = []
         first = 0
         for part, count in zip(parts, counts, strict=True):
@@ -99,7 +106,7 @@ class StatisticsRequest:
             for name, rows in only.items():
                 if part.top if name == "top" else name in part.statistics:
                     rows[first:stop] = part.only.get(name, True)
-            choices.append(part.choices or TokenChoices.of([GREEDY] * count))
+            choices.append(part.choices or TokenChoices.of([GREEDY] * count, device))
             if part.uniform is not None:
                 uniform[first:stop] = part.uniform
             if named is not None and part.named is not None:

@@ -219,6 +219,9 @@ class Batch:
         canvas.tokens = self.tokens[row.slot, : layout.length]
         canvas.masked = self.masked[row.slot, : layout.gen_length]
         row.given = self.given[row.slot, : layout.gen_length]
+        for view in row.views:
+            view.canvas.tokens = view.canvas.tokens.to(self.device)
+            view.canvas.masked = canvas.masked
 
     def reset_blocks(self, slots: Tensor) -> None:
         """Forget what rules keep of a block only, in these slots."""

@@ -6,7 +6,7 @@ from samplers.contract import SamplerError
 
 
 class ForwardError(SamplerError):
-    """The forward pass of a generation failed; its sampler is not to blame."""
+    """The forward pass of a generation failed, because of its cause; its sampler is not to blame."""
 
 
 @dataclass(slots=True)

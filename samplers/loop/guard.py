@@ -246,7 +246,7 @@ def column_values(owner: Owner, spec: ColumnSpec, params: SamplerParams) -> list
 def plain(found: object, what: str, like: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
     """A copy of a sampler's tensor: a usual one, of this shape, on the device of another. Raises ContractError."""
     value: Tensor = found  # type: ignore[assignment]
-    usual = type(value) is Tensor and value.layout is torch.strided and not value.is_nested
+    usual = type(value) is type(like) and value.layout is torch.strided and not value.is_nested
     if not usual or value.device != like.device:
         raise ContractError(f"{what} must be a plain dense tensor on {like.device}")
     if shape is not None and value.shape != shape:

@@ -293,8 +293,10 @@ class Row:
         return sum(span.stop - span.start for lane in taking for span in lane.spans())
 
     def release(self) -> None:
-        """Leave the batch: its canvas stays readable."""
+        """Leave the batch, and forget what is cached: the canvas stays readable."""
         for lane in self.lanes:
+            for plan in (lane._plan, *(view.plan for view in lane.views)):
+                plan.memory.content = None
             if lane.batch is not None:
                 lane.batch.release(lane)
                 lane.batch = None

@@ -114,11 +114,12 @@ class Loop:
 
 def _failed(part: Part, prediction: Prediction, first: int) -> dict[int, SamplerError]:
     """Rows of which the forward pass told nothing."""
-    return {
-        i: ForwardError(f"the forward pass failed: {type(prediction.failed[first + i]).__name__}")
-        for i in range(len(part.rows))
-        if first + i in prediction.failed
-    }
+    found: dict[int, SamplerError] = {}
+    for i in range(len(part.rows)):
+        if (cause := prediction.failed.get(first + i)) is not None:
+            found[i] = ForwardError(f"the forward pass failed: {type(cause).__name__}")
+            found[i].__cause__ = cause
+    return found
 
 
 def _of_row(row: Row, events: dict[Row, StepEvent]) -> Turn:

@@ -70,7 +70,7 @@ class Backend(Protocol):
     info: ModelInfo
 
     def predict(self, query: Query) -> Prediction:
-        """Run one forward pass over the query's canvases. Returns statistics, on the CPU, of the positions it names."""
+        """One forward pass over the canvases of a query; what it asks of the positions it names, on its own device."""
 
     def close(self) -> None:
         """Release all resources."""

@@ -5,6 +5,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import groupby
+from operator import itemgetter
 
 import structlog
 
@@ -183,7 +185,7 @@ class Engine:
             self._check_size(row)
             return row, work(row)
         except ParameterError as error:
-            raise RequestError(_field_of(error), str(error)) from None
+            raise RequestError(_field_of(error), str(error), error.code) from None
         except SamplerError as error:
             self._metrics.rejected("sampler_failed")
             self._log_failure(request, error)
@@ -399,7 +401,8 @@ class Engine:
         except Exception as error:
             log.exception("step failed")
             for generation in self._taking.values():
-                self._remove(generation, FinishReason.ERROR, f"the step failed: {type(error).__name__}")
+                if not generation.ended:
+                    self._remove(generation, FinishReason.ERROR, f"the step failed: {type(error).__name__}")
         finally:
             self._watch.end()
 
@@ -431,7 +434,6 @@ class Engine:
         except Exception as error:
             count = query.generations
             if count == 1:
-                log.error("forward pass failed", error=repr(error), exc_info=error)
                 return replace(Prediction.missing(query.wanted, query.answers, query.row.device), failed={0: error})
             middle = count // 2
             first, second = self._forward(query.part(0, middle)), self._forward(query.part(middle, count))
@@ -443,11 +445,13 @@ class Engine:
     def _told(self, turn: Turn) -> None:
         """Deliver what a step did to each generation."""
         spent = time.monotonic() - self._began - self._model_seconds
-        rows = [row for row, _ in turn]
-        for i, (row, event) in enumerate(turn):
-            generation, last = self._taking[id(row)], i + 1 == len(turn) or rows[i + 1] is not row
+        for row, told in groupby(turn, key=itemgetter(0)):
+            generation = self._taking[id(row)]
+            *before, last = (event for _, event in told)
             try:
-                self._deliver(generation, event, last)
+                for event in before:
+                    self._deliver(generation, event, last=False)
+                self._deliver(generation, last, last=True)
             except Exception as error:  # whatever became of this one, the others go on
                 log.exception("generation failed", sampler=generation.request.name)
                 self._remove(generation, FinishReason.ERROR, f"its tokens could not be told: {type(error).__name__}")
@@ -477,7 +481,12 @@ class Engine:
         if generation.counted and generation.first_token is None:
             generation.first_token = time.monotonic()
             self._metrics.first_token(generation.first_token - generation.submitted)
-        self._metrics.committed(sampler, len(event.positions) - len(event.replaced), generation.counted - before)
+        # Of several canvases it is told at the end what the one that won has committed.
+        later = row.particles is not None and not event.positions
+        committed = None if later else len(event.positions) - len(event.replaced)
+        forwards = max(0, event.forward - generation.forwards)
+        generation.forwards += forwards
+        self._metrics.committed(sampler, committed, generation.counted - before, forwards)
         generation.deliver(event)
         if not last:
             return
@@ -488,7 +497,9 @@ class Engine:
 
     def _fail(self, generation: Generation, error: SamplerError) -> None:
         """Retire a generation that cannot go on."""
-        if not isinstance(error, ForwardError):  # which is in the log already
+        if isinstance(error, ForwardError):
+            log.error("forward pass failed", error=repr(error.__cause__), exc_info=error.__cause__)
+        else:
             self._log_failure(generation.request, error)
         self._remove(generation, FinishReason.ERROR, str(error))
 
@@ -502,6 +513,7 @@ class Engine:
             self._finish(generation, reason, message)
 
     def _finish(self, generation: Generation, reason: FinishReason, message: str = "") -> None:
+        generation.ended = True
         tokens, forwards = generation.counted, generation.row.forwards
         self._metrics.finished(
             generation.request.name,

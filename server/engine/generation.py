@@ -17,7 +17,11 @@ class Generation:
     Attributes:
         submitted, first_token: when, by the monotonic clock.
         cancelled: it is to end, because nobody waits for it any more.
+        ended: its end was told.
         counted: tokens that count as generated and were told so far.
+        forwards: forward passes that were told so far.
+        rows: canvases that its forwards compute at most.
+        memories: canvases of which something is kept between forwards: keys and values.
         work: most tokens that forwards compute for it, known before the first.
         started: when it had its first forward.
         begun: its number among those that had one (see `Scheduler`), None until then.
@@ -31,10 +35,18 @@ class Generation:
     submitted: float = field(default_factory=time.monotonic)
     first_token: float | None = None
     cancelled: bool = False
+    ended: bool = False
     counted: int = 0
+    forwards: int = 0
     started: float | None = None
     begun: int | None = None
     served: int | None = None
+    rows: int = field(init=False)
+    memories: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rows = self.row.passes
+        self.memories = self.rows if self.row.keeps else 0
 
     @property
     def deadline(self) -> float:
@@ -45,13 +57,3 @@ class Generation:
     def cost(self) -> int:
         """Tokens that its next forward computes."""
         return self.row.cost
-
-    @property
-    def rows(self) -> int:
-        """Canvases that its forwards compute at most."""
-        return self.row.passes
-
-    @property
-    def memories(self) -> int:
-        """Canvases of which something is kept between forwards: keys and values."""
-        return self.row.passes if self.row.keeps else 0

@@ -19,7 +19,7 @@ EXPRESS = 4
 @dataclass(frozen=True)
 class Limits:
     """Attributes:
-    rows: generations of one forward.
+    rows: canvases of one forward: generations, unless they have several.
     queue: generations that wait.
     tokens: tokens of one forward, over all its rows.
     work: tokens that forwards may have to compute for one request, by what is known before the first; None: any.
@@ -34,7 +34,7 @@ class Limits:
 
     @property
     def memories(self) -> int:
-        """Generations that keep something between forwards; those beyond `rows` are for owners that have none."""
+        """Canvases of which something is kept between forwards; those beyond `rows` are for owners that have none."""
         return self.rows + max(1, self.rows // 8)
 
 
@@ -42,13 +42,14 @@ class Limits:
 class Scheduler:
     """Shares out forwards by the tokens that they compute; admits by priority, then by arrival.
 
-    A forward has at most `limits.rows` generations and computes at most `limits.tokens`. Those owners go first for whom
+    A forward has at most `limits.rows` canvases and computes at most `limits.tokens`. Those owners go first for whom
     the fewest tokens were computed so far, so that all that want more than they get get equally many tokens a second,
     whatever they sent; the same holds among groups, among the owners of a group, and among an owner's generations. What
     is left of a forward goes to whoever fits. A generation that takes no part in a forward stays as it is. Ahead of all
     of this stands the rank, which only some owners' priority is.
 
-    The caller sees to it that no canvas is longer than a forward, and that one thread at a time is in here.
+    The caller sees to it that no generation's canvases are more, or longer, than a forward takes, and that one thread
+    at a time is in here.
 
     Attributes:
         running: what took part in the last forward, and what had a row before where rows are left.
@@ -60,6 +61,7 @@ class Scheduler:
     _numbers: Iterator[int] = field(default_factory=count)
     _inside: int = 0
     _memories: int = 0
+    _held: bool = False
 
     @property
     def waiting(self) -> list[Generation]:
@@ -144,6 +146,7 @@ class Scheduler:
         """
         express = self.limits.tokens // EXPRESS if slow and self._owners() > 1 else self.limits.tokens
         turn = Turn(self.limits.tokens, self.limits.rows, self._may_begin, express)
+        self._held = False
         for rank in sorted(self._ranks):
             share(self._ranks[rank], turn)
         for generation, owner in turn.chosen:
@@ -152,9 +155,12 @@ class Scheduler:
                 owner.waiting.remove(generation)
                 owner.begun.append(generation)
         chosen = sorted((generation for generation, _ in turn.chosen), key=lambda each: each.begun or 0)
-        taken = {id(each) for each in chosen}
-        stay = [each for each in self.running if id(each) not in taken]
-        self.running = chosen + stay[: self.limits.rows - len(chosen)]
+        was, taken = self.running, {id(each) for each in chosen}
+        self.running = [*chosen]
+        for each in [each for each in was if id(each) not in taken]:
+            if each.rows <= turn.rows:
+                turn.rows -= each.rows
+                self.running.append(each)
         return chosen
 
     def _owners(self) -> int:
@@ -162,11 +168,18 @@ class Scheduler:
         return sum(len(g.owners.accounts) for ledger in self._ranks.values() for g in ledger.accounts.values())
 
     def _may_begin(self, generation: Generation, owner: Owned) -> bool:
-        """Whether there is room for what it keeps between forwards; takes it."""
+        """Whether there is room for what it keeps between forwards; takes it.
+
+        Where one needs room for several canvases, none of those after it gets any in this turn, or single ones would
+        take whatever becomes free for ever.
+        """
         more = generation.memories
         if not more:
             return True
+        if self._held:
+            return False
         if self._memories + more > (self.limits.memories if owner.memories == 0 else self.limits.rows):
+            self._held = more > 1
             return False
         owner.memories += more
         self._memories += more

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Concatenate, ParamSpec
+from typing import Any, Concatenate, ParamSpec
 
 import structlog
 from prometheus_client import (
@@ -67,6 +67,7 @@ class Metrics:
         self.failed: set[str] = set()
         self.registry = CollectorRegistry()
         self.model_name = self._model = model_name
+        self._of_sampler: dict[str, tuple[Any, ...]] = {}
 
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"dllm_{name}", text, ["model_name", *labels], registry=self.registry)
@@ -176,11 +177,22 @@ class Metrics:
         self._model_forwards.labels(self._model).inc()
 
     @recording
-    def committed(self, sampler: str, positions: int, tokens: int) -> None:
-        """Count a generation's forward pass: `positions` committed, and `tokens` more that are now settled text."""
-        self._forwards.labels(self._model, sampler).inc()
-        self._per_step.labels(self._model, sampler).observe(positions)
-        self._tokens.labels(self._model, sampler).inc(tokens)
+    def committed(self, sampler: str, positions: int | None, tokens: int, forwards: int = 1) -> None:
+        """A generation took part in a step, and `tokens` more are settled text.
+
+        Args:
+            positions: how many it committed; None where that is told at its end.
+            forwards: forward passes of its canvases in this step.
+        """
+        series = self._of_sampler.get(sampler)
+        if series is None:  # looked up once: a step asks for them as often as there are generations
+            each = (self._forwards, self._per_step, self._tokens)
+            series = self._of_sampler[sampler] = tuple(metric.labels(self._model, sampler) for metric in each)
+        passes, per_step, text = series
+        passes.inc(forwards)
+        if positions is not None:
+            per_step.observe(positions)
+        text.inc(tokens)
 
     @recording
     def first_token(self, seconds: float) -> None:

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from samplers.loop.denoising import ask
 
 from policies.files.atomic import write_together
 from samplers import Canvas, get_sampler
 from samplers.loop.row import Row
+from samplers.loop.run import next_query
 from server.backends import loading
 from server.backends.loading import ModelError, choose_device, choose_dtype, load_model, load_network
 from tests.tiny import tiny_tokenizer, write_tiny_model
@@ -68,7 +68,7 @@ def test_a_folder(folder: Path) -> None:
     assert loaded.text.vocab_size == vocabulary
     sampler = get_sampler("topk")
     row = Row(Canvas.blank(loaded.text.encode("Tom"), 4, 0), sampler, sampler.Params())
-    assert len(loaded.backend.predict(ask([row])).token) == 4
+    assert len(loaded.backend.predict(next_query([row])).token) == 4
 
 
 def test_the_weights_are_those_of_the_file_and_stay_so(folder: Path) -> None:

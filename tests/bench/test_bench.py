@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from samplers.loop.denoising import denoise
 
 from samplers import Canvas, get_sampler
 from samplers.loop.row import Row
+from samplers.loop.run import finish
 from server.backends.loading import load_model, load_network
 from server.backends.torch.backend import TorchBackend
 from server.bench.curves import measure_growth
@@ -39,7 +39,7 @@ def test_the_plain_loop_gives_the_engines_tokens(tiny_model: Path) -> None:
     canvases, forwards = generate(subject.plain, torch.tensor(subject.prompts), 16, 8, 8, info.mask_id)
     topk = get_sampler("topk")
     rows = [Row(Canvas.blank(prompt, 16, info.mask_id, 8), topk, topk.Params(steps=8)) for prompt in subject.prompts]
-    denoise(rows, subject.backend.predict)
+    finish(rows, subject.backend.predict)
     assert canvases.tolist() == [row.canvas.tokens.tolist() for row in rows]
     assert forwards == 8 == rows[0].forwards
 

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from samplers.loop.denoising import denoise
 
 from policies.tasks import get_task
 from samplers import Canvas, Statistic, get_sampler
 from samplers.loop.row import Row
+from samplers.loop.run import finish
 from server.backends.loading import LoadedModel, load_model
 from server.backends.vllm.backend import VllmBackend
 from server.bench.machine import in_words, machine
@@ -68,7 +68,7 @@ def rows(loaded: LoadedModel, count: int, sampler_name: str) -> list[Row]:
 def timed(backend: Backend, work: list[Row]) -> tuple[float, int]:
     """Seconds, and forwards of all canvases."""
     began = time.perf_counter()
-    denoise(work, backend.predict)
+    finish(work, backend.predict)
     return time.perf_counter() - began, sum(row.forwards for row in work)
 
 
@@ -107,7 +107,7 @@ def crossing(loaded: LoadedModel, traffic: Traffic) -> list[dict[str, Any]]:
             return loaded.backend.predict(query)
 
         traffic.sent = traffic.received = 0
-        denoise(work, predict)
+        finish(work, predict)
         forwards = work[0].forwards
         found.append(
             {

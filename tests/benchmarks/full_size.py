@@ -15,12 +15,12 @@ import time
 from pathlib import Path
 
 import torch
-from samplers.loop.denoising import ask
 
 from samplers import Canvas, get_sampler
 from samplers.forward.query import Query
 from samplers.forward.summary import summarise
 from samplers.loop.row import Row
+from samplers.loop.run import next_query
 from server.backends.loading import find_model, load_model
 from server.backends.torch.backend import TorchBackend
 from server.bench.machine import in_words, machine
@@ -60,7 +60,7 @@ def first_step(backend: Backend, count: int) -> Query:
     """Prompts of three quarters of the canvas, and the rest masked."""
     topk = get_sampler("topk")
     canvases = [Canvas.blank([5] * (LENGTH - BLOCK), BLOCK, backend.info.mask_id) for _ in range(count)]
-    return ask([Row(canvas, topk, topk.Params()) for canvas in canvases])
+    return next_query([Row(canvas, topk, topk.Params()) for canvas in canvases])
 
 
 def parts(backend: TorchBackend, count: int, rounds: int) -> str:

@@ -9,7 +9,6 @@ import statistics
 import time
 
 import torch
-from samplers.loop.denoising import advance, ask
 
 from policies.network.config import PolicyConfig
 from policies.network.policy_network import LoadedPolicy, UnmaskingPolicy
@@ -17,6 +16,7 @@ from policies.tasks import get_task
 from samplers import Canvas, Sampler, get_sampler
 from samplers.learned.policy import Policy
 from samplers.loop.row import Row
+from samplers.loop.run import run
 from server.backends.loading import load_model
 
 CONFIG = PolicyConfig(features=("top", "doubt", "top_logs", "entropy"), top=4, region=False, hidden=64, feedforward=128)
@@ -46,8 +46,7 @@ def main() -> None:
                 sampler = samplers[i % len(samplers)]
                 rows.append(Row(canvas, sampler, sampler.Params(), seed=i, end_ids=info.end_ids))
             began = time.perf_counter()
-            query = ask(rows)
-            advance(rows, query, backend.predict(query))
+            next(run(rows, backend.predict))
             seconds[name].append(time.perf_counter() - began)
     base = seconds["threshold"]
     for name, found in seconds.items():

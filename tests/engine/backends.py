@@ -8,7 +8,7 @@ import torch
 
 from samplers.forward.prediction import Prediction
 from samplers.forward.query import Query
-from server.engine import Committed, Engine, Event, Finished, GenerationRequest, ModelInfo
+from server.engine import Engine, Event, Finished, GenerationRequest, ModelInfo, StepEvent
 from tests.samplers.models import MASK, VOCAB, Logits, predictor, random_logits
 
 Tokens = list[int]
@@ -98,7 +98,7 @@ class Listener:
         """Wait for the end, which must be the last event and the only one of its kind."""
         assert self._ended.wait(timeout), "the generation did not end"
         *others, last = self.events
-        assert isinstance(last, Finished) and all(isinstance(event, Committed) for event in others)
+        assert isinstance(last, Finished) and all(isinstance(event, StepEvent) for event in others)
         return last
 
     @property
@@ -106,8 +106,8 @@ class Listener:
         return self._ended.is_set()
 
     @property
-    def commits(self) -> list[Committed]:
-        return [event for event in self.events if isinstance(event, Committed)]
+    def commits(self) -> list[StepEvent]:
+        return [event for event in self.events if isinstance(event, StepEvent)]
 
     def tokens(self, length: int) -> Tokens:
         """The region put together from the events; -1 where nothing was committed."""

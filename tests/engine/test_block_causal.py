@@ -12,10 +12,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samplers.loop.denoising import Outcome, advance, ask, denoise
 from torch import nn
 
 from samplers import CacheMode, Canvas, Sampler, TokenChoice, get_sampler
+from samplers.forward.prediction import Prediction
+from samplers.forward.query import Query
+from samplers.loop import run as loop
 from samplers.loop.row import Row
 from server.backends.loading import describe
 from server.backends.torch.backend import TorchBackend
@@ -194,7 +196,7 @@ def test_a_cache_of_what_is_before_changes_nothing(model: str, data: st.DataObje
     for case, row in zip(batch, together, strict=True):
         for cache in (CacheMode.NONE, CacheMode.PREFIX):
             alone = case.row(cache)
-            denoise([alone], MODELS[model].predict)
+            loop.finish([alone], MODELS[model].predict)
             assert told(alone) == told(row)
 
 
@@ -204,7 +206,7 @@ def test_where_blocks_are_the_models_own_the_cache_of_all_but_the_block_is_exact
     case = data.draw(cases("sdar", SAMPLERS | REVISING))
     rows = [case.row(cache) for cache in (CacheMode.PREFIX, CacheMode.DUAL)]
     for row in rows:
-        denoise([row], MODELS["sdar"].predict)
+        loop.finish([row], MODELS["sdar"].predict)
     assert told(rows[0]) == told(rows[1])
 
 
@@ -222,10 +224,12 @@ def watched(backend: TorchBackend, row: Row) -> list[int]:
     embedding = backend.network.get_submodule("model.embed_tokens")
     hook = embedding.register_forward_hook(lambda _, __, out: computed.append(len(out)))
     said = []
-    while not row.finished:
-        query = ask([row])
-        said += [fed.stop - fed.start for fed in query.spans]
-        advance([row], query, backend.predict(query))
+
+    def predict(query: Query) -> Prediction:
+        said.extend(span.stop - span.start for span in query.spans)
+        return backend.predict(query)
+
+    loop.finish([row], predict)
     hook.remove()
     assert computed == said
     return computed
@@ -263,12 +267,14 @@ def test_what_a_forward_computes(
 def test_small_blocks_are_computed_alone_once_their_first_token_is_there() -> None:
     row = row_of("fast_dllm_v2", 9, 15, CacheMode.DUAL, 4)
     block: list[tuple[int, bool, int]] = []
-    while not row.finished:
-        query = ask([row])
+
+    def predict(query: Query) -> Prediction:
         place = row.canvas.layout.block_place(row.block)
         known = place < 9 or not bool(row.canvas.masked[place - 9])
         block.append((place, known, query.spans[0].stop - query.spans[0].start))
-        advance([row], query, MODELS["fast_dllm_v2"].predict(query))
+        return MODELS["fast_dllm_v2"].predict(query)
+
+    loop.finish([row], predict)
     first = block.index(next(each for each in block if each[0] == 12))
     assert block[0] == (8, True, 16), "everything, since nothing is known"
     assert {fed for _, _, fed in block[1:first]} == {4}
@@ -290,15 +296,17 @@ def test_bit_for_bit_whatever_shares_the_batch(model: str) -> None:
         mine = row_of(model, 10, 14, CacheMode.PREFIX)
         caches = [CacheMode.NONE, CacheMode.PREFIX, CacheMode.DUAL]
         rest = [row_of(model, 4 + 3 * i, 12 + i, caches[i % 3]) for i in range(others)]
-        found, turn = [], 0
-        while not mine.finished:
-            live = [mine, *(row for i, row in enumerate(rest) if not row.finished and (turn >= late or i == 0))]
-            live.sort(key=lambda row: row.canvas.layout.prompt_length)
-            query = ask(live)
-            outcomes: list[Outcome] = advance(live, query, backend.predict(query))
-            outcome = outcomes[live.index(mine)]
-            found.append((outcome.positions, outcome.confidences))
-            turn += 1
+        found: list[tuple[list[int], list[float]]] = []
+
+        def live() -> list[Row]:
+            if mine.finished:
+                return []
+            there = [row for i, row in enumerate(rest) if not row.finished and (len(found) >= late or i == 0)]
+            return sorted([mine, *there], key=lambda row: row.canvas.layout.prompt_length)
+
+        for turn in loop.run(live, backend.predict):
+            (event,) = (event for row, event in turn if row is mine)
+            found.append((event.positions, event.confidences))
         return found
 
     alone = confidences(0)
@@ -310,11 +318,11 @@ def test_bit_for_bit_whatever_shares_the_batch(model: str) -> None:
 def test_one_that_is_cancelled_in_mid_run_leaves_the_others_alone(model: str) -> None:
     expected = [row_of(model, 7 + i, 14, CacheMode.PREFIX) for i in range(3)]
     for row in expected:
-        denoise([row], MODELS[model].predict)
+        loop.finish([row], MODELS[model].predict)
     engine = Engine(TorchBackend(MODELS[model].network, MODELS[model].info), Metrics("test"))
     topk = get_sampler("topk")
     requests = [
-        GenerationRequest(row.canvas.tokens[: 7 + i].tolist(), 14, "topk", topk.Params(), cache=CacheMode.PREFIX)
+        GenerationRequest(row.canvas.tokens[: 7 + i].tolist(), 14, topk, topk.Params(), cache=CacheMode.PREFIX)
         for i, row in enumerate(expected)
     ]
     listeners = [Listener() for _ in requests]

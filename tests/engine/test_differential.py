@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from samplers import AttentionPattern, CacheMode, Canvas, Layout, Statistic, Step, get_sampler
+from samplers.columns import Columns, LayoutColumns
 from samplers.loop.row import Row
 from server.backends.contract import ModelInfo
 from server.backends.loading import describe as describe_model
@@ -164,20 +165,35 @@ def naive_step(
     candidate = torch.zeros(1, layout.gen_length, dtype=torch.bool)
     candidate[0, candidates] = True
     seed, forward, block, block_step, masks = (torch.tensor([[value]]) for value in counters)
+    width = layout.gen_length
     return Step(
         candidate=candidate,
         masked=candidate,
+        committed=candidate & False,
+        position=torch.arange(width)[None],
+        columns=Columns.of([params]),
+        layout=layout_columns(layout),
+        block_start=torch.tensor([[min(candidates)]]),
+        slot=torch.tensor([[0]]),
+        state={},
+        canvas=torch.zeros(1, layout.length, dtype=torch.int64),
+        row=torch.tensor([[0]]),
         token=grid("token", -1).long(),
         confidence=grid("confidence", -torch.inf),
         extra={name: grid(name, torch.nan) for name in Statistic},
         params=[params],
-        layouts=[layout],
         seed=seed,
         forward=forward,
         block=block,
         block_step=block_step,
         block_masks=masks,
     )
+
+
+def layout_columns(layout: Layout) -> LayoutColumns:
+    names = ("length", "prompt_length", "gen_length", "block_length", "blocks", "denoised_length")
+    lengths = {name: torch.tensor([[getattr(layout, name)]]) for name in names}
+    return LayoutColumns(**lengths, noise=torch.tensor([[0]]), strict=torch.tensor([[layout.pattern.strict]]))
 
 
 @pytest.mark.parametrize("number", range(len(MODELS)))

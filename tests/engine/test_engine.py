@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import structlog
 import torch
-from samplers.loop.denoising import advance
 from torch import Tensor
 
 from samplers import (
@@ -23,11 +22,16 @@ from samplers import (
     SamplerParams,
     Selection,
     Step,
+    StepContext,
+    TokenBonus,
     TokenChoice,
     get_sampler,
     registry,
 )
 from samplers.forward.query import Query
+from samplers.loop import run as loop
+from samplers.loop.advancing import advance
+from samplers.ranking import surest
 from server.backends.contract import BackendDeadError
 from server.engine import (
     Backend,
@@ -76,7 +80,8 @@ def request(number: int, sampler: str | None = None, **changes: Any) -> Generati
     fields: dict[str, Any] = {
         "prompt": [number + 1, *[2] * (number % 4)],
         "max_tokens": 6 + number,
-        "sampler": name,
+        "sampler": get_sampler(name),
+        "name": name,
         "block_length": (None, 4, 3)[number % 3],
         "choice": TokenChoice(0.0 if number % 2 else 0.8),
         "seed": number,
@@ -268,8 +273,7 @@ class Raises(Sampler):
     def select(self, step: Step) -> Selection:
         if bool((step.seed == 3).any()):
             raise ZeroDivisionError("by design")
-        topk = get_sampler("topk")
-        return topk.select(replace(step, params=[topk.Params()] * len(step.params)))
+        return Selection(surest(step.confidence, step.candidate))
 
 
 def test_a_raising_sampler_in_one_row_of_eight(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,30 +300,24 @@ class RaisesBefore(Sampler):
     def __init__(self, method: str) -> None:
         self._method = method
 
-    def start(self, params: SamplerParams) -> Any:
-        return next(self.counted)
-
-    counted = iter(range(1000))
-
     def select(self, step: Step) -> Selection:
         return Selection(torch.zeros_like(step.candidate))
 
-    def name_tokens(self, state: Any, positions: Tensor) -> Tensor | None:
-        if self._method == "name_tokens" and state == 3:
-            raise ZeroDivisionError("by design")
-        return None
+    def name_tokens(self, context: StepContext) -> Tensor | None:
+        return self._fail("name_tokens", context)
 
-    def bonus(self, params: SamplerParams, tokens: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-        if self._method == "bonus" and tokens[0] == 4:
+    def bonus(self, context: StepContext) -> TokenBonus | None:
+        return self._fail("bonus", context)
+
+    def _fail(self, method: str, context: StepContext) -> None:
+        if self._method == method and bool((context.seed == 3).any()):
             raise ZeroDivisionError("by design")
-        return None
 
 
 @pytest.mark.parametrize("method", ["name_tokens", "bonus"])
 def test_a_sampler_that_raises_before_the_forward_fails_alone(
     serve: Serve, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    monkeypatch.setattr(RaisesBefore, "counted", iter(range(1000)))
     monkeypatch.setitem(registry._registry(), "raises_before", RaisesBefore(method))
     engine = serve(CheapBackend())
     listeners = run(engine, [request(i, "raises_before", params=SamplerParams()) for i in range(8)])
@@ -372,7 +370,7 @@ def test_a_fault_of_the_loops_own_costs_the_step_and_not_the_engine(
             raise error
         return advance(*arguments)
 
-    monkeypatch.setattr(engine_module, "advance", faulty)
+    monkeypatch.setattr(loop, "advance", faulty)
     engine = serve(CheapBackend())
     for listener in run(engine, [request(i) for i in range(3)]):
         end = listener.finish()
@@ -588,7 +586,7 @@ def test_metrics_add_up_with_what_was_delivered(serve: Serve) -> None:
     assert value(engine, "dllm_prompt_tokens_total") == sum(len(r.prompt) for r in requests)
     assert value(engine, "dllm_model_forwards_total") == len(backend.batches)
     for name in ("topk", "threshold", "random"):
-        mine = [(r, end) for r, end in zip(requests, ends, strict=True) if r.sampler == name]
+        mine = [(r, end) for r, end in zip(requests, ends, strict=True) if r.name == name]
         assert value(engine, "dllm_requests_total", sampler=name, finish_reason="length") == len(mine)
         tokens, forwards = (
             sum(values) for values in zip(*((e.completion_tokens, e.forwards) for _, e in mine), strict=True)

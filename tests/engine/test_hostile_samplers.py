@@ -30,7 +30,8 @@ def strict_logits(canvas: Canvas) -> Tensor:
 
 
 def ask_for(sampler: str, seed: int, **params: object) -> GenerationRequest:
-    return GenerationRequest([seed + 1], TOKENS, sampler, get_sampler(sampler).Params(**params), seed=seed)
+    rule = get_sampler(sampler)
+    return GenerationRequest([seed + 1], TOKENS, rule, rule.Params(**params), sampler, seed=seed)
 
 
 @pytest.fixture(scope="module")

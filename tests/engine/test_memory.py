@@ -49,7 +49,7 @@ engine = Engine(backend, Metrics("x"), limits)
 engine.start()
 topk, done = get_sampler("topk"), threading.Semaphore(0)
 deliver = lambda event: done.release() if isinstance(event, Finished) else None
-requests = [GenerationRequest([5] * 24, 1000, "topk", topk.Params(steps=1)) for _ in range(40)]
+requests = [GenerationRequest([5] * 24, 1000, topk, topk.Params(steps=1)) for _ in range(40)]
 with peak_memory(torch.device("cpu")) as peak:
     engine.submit_all(requests, [deliver] * len(requests))
     for _ in requests:
@@ -133,7 +133,7 @@ def test_the_largest_forward_is_as_large_as_the_limits_allow(
         fed: list[int] = []
 
         def watched(query: Query, each: TorchBackend = each, fed: list[int] = fed) -> Prediction:
-            fed.append(sum(feed.stop - feed.start for feed in query.spans))
+            fed.append(sum(span.stop - span.start for span in query.spans))
             return TorchBackend.predict(each, query)
 
         monkeypatch.setattr(each, "predict", watched)

@@ -2,18 +2,18 @@
 
 from itertools import pairwise
 
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from samplers import CacheMode, Canvas, get_sampler
 from samplers.loop.row import Row
+from samplers.loop.run import run
 from samplers.loop.work import work
 from server.engine.generation import Generation
 from server.engine.quota import Quota
 from server.engine.request import GenerationRequest, Owner
 from server.engine.scheduler import Limits, Scheduler
-from tests.samplers.models import MASK
+from tests.samplers.models import MASK, predictor
 
 TOPK = get_sampler("topk")
 
@@ -24,9 +24,9 @@ def generation(
     if isinstance(owner, str):
         owner = Owner(owner, owner)
     params = TOPK.Params(steps=steps)
-    request = GenerationRequest([], length, "topk", params, priority=priority, owner=owner)
+    request = GenerationRequest([], length, TOPK, params, priority=priority, owner=owner)
     row = Row(Canvas.blank([], length, MASK, 8), TOPK, params, cache=cache)
-    return Generation(request, lambda event: None, row, work(TOPK, params, row.canvas.layout))
+    return Generation(request, lambda event: None, row, work(row))
 
 
 def scheduler(*generations: Generation, quota: Quota | None = None, **limits: int) -> Scheduler:
@@ -101,5 +101,5 @@ def test_everybody_gets_a_turn_and_no_forward_is_too_large(lengths: list[int], t
 def test_a_cached_step_costs_what_it_feeds() -> None:
     cached = generation(64, cache=CacheMode.DUAL)
     assert cached.cost == 64
-    cached.row.commit(torch.tensor([0]), torch.tensor([5]))
+    next(run([cached.row], predictor()))
     assert cached.cost == 8

@@ -40,7 +40,7 @@ class After:
 
 
 def request(stop: object, k: int = 1) -> GenerationRequest:
-    return GenerationRequest([1], len(LETTERS), "topk", TOPK.Params(k=k), stop=stop)  # type: ignore[arg-type]
+    return GenerationRequest([1], len(LETTERS), TOPK, TOPK.Params(k=k), stop=stop)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("k", "forwards"), [(1, 4), (3, 2), (8, 1)])

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from server.engine import Committed, Engine, Finished, FinishReason, GenerationRequest, Limits, QueueFullError
+from server.engine import Engine, Finished, FinishReason, GenerationRequest, Limits, QueueFullError, StepEvent
 from server.engine.stream import MOST_EVENTS, MOST_NUMBERS, EventStream, submit_to
 from server.runtime.metrics import Metrics
 from tests.engine.backends import CheapBackend, Gate
@@ -39,7 +39,7 @@ async def test_all_events_arrive_in_order(engine: Engine, gate: Gate) -> None:
     for i, stream in enumerate(streams):
         events = [event async for event in stream]
         assert isinstance(events[-1], Finished)
-        commits = [event for event in events if isinstance(event, Committed)]
+        commits = [event for event in events if isinstance(event, StepEvent)]
         assert [event.forward for event in commits] == list(range(1, len(commits) + 1))
         assert [token for event in commits for token in event.text_tokens] == tokens_alone(i)
 
@@ -55,9 +55,9 @@ async def test_cancelling_ends_the_stream(engine: Engine, gate: Gate) -> None:
     assert len(events) <= 4
 
 
-def committed(forward: int, **numbers: list[int]) -> Committed:
+def committed(forward: int, **numbers: list[int]) -> StepEvent:
     """A pass that committed one token, as its text."""
-    return Committed(forward, [forward], [7], [0.5], [], forward, [forward], **numbers)
+    return StepEvent(forward, [forward], [7], [0.5], [], forward, [forward], **numbers)
 
 
 @pytest.mark.asyncio
@@ -69,7 +69,7 @@ async def test_what_waits_for_a_slow_consumer_is_merged_and_says_the_same_of_the
     assert len(stream._events) <= MOST_EVENTS + 1
     stream.deliver(Finished(FinishReason.LENGTH, count, count))
     events = [event async for event in stream]
-    commits = [event for event in events if isinstance(event, Committed)]
+    commits = [event for event in events if isinstance(event, StepEvent)]
     for told in ("text_tokens", "positions"):
         assert [each for event in commits for each in getattr(event, told)] == list(range(1, count + 1))
     assert sum(len(event.confidences) for event in commits) == count
@@ -84,10 +84,10 @@ async def test_merging_ends_where_the_consumer_catches_up(engine: Engine) -> Non
     events = aiter(stream)
     for forward in range(1, 10 * MOST_EVENTS):
         stream.deliver(committed(forward))
-        if forward % 3 == 0 and isinstance(event := await anext(events), Committed):
+        if forward % 3 == 0 and isinstance(event := await anext(events), StepEvent):
             told += event.text_tokens
     stream.deliver(Finished(FinishReason.LENGTH, forward, forward))
-    told += [token async for event in events if isinstance(event, Committed) for token in event.text_tokens]
+    told += [token async for event in events if isinstance(event, StepEvent) for token in event.text_tokens]
     assert told == list(range(1, 10 * MOST_EVENTS))
 
 
@@ -98,7 +98,7 @@ async def test_where_each_pass_is_told_a_consumer_that_is_too_slow_ends_the_gene
     (stream,) = open_streams(engine, [request(0, max_tokens=40)])
     for forward in range(1, 1000):
         stream.deliver(committed(forward, draft=[1] * 1000))
-        assert sum(len(event.draft) for event in stream._events if isinstance(event, Committed)) <= MOST_NUMBERS
+        assert sum(len(event.draft) for event in stream._events if isinstance(event, StepEvent)) <= MOST_NUMBERS
     assert stream.generation is not None and stream.generation.cancelled
     gate.open()
     events = [event async for event in stream]

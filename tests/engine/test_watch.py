@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from samplers import Sampler, SamplerParams, Selection, Step, registry
+from samplers import Sampler, SamplerParams, Selection, Step
 from server.engine import Engine, FinishReason, GenerationRequest, NotServingError
 from server.engine import engine as engine_module
 from server.engine import watch as watch_module
@@ -34,11 +34,10 @@ def test_the_engine_is_given_up_for_dead(monkeypatch: pytest.MonkeyPatch) -> Non
     said: list[dict[str, Any]] = []
     monkeypatch.setattr(engine_module.log, "error", lambda event, **fields: said.append({"event": event} | fields))
     monkeypatch.setattr(watch_module, "PATIENCE", 0.05)
-    monkeypatch.setitem(registry._registry(), "blocks", sampler)
     engine = Engine(CheapBackend(), Metrics("test"))
     engine.start()
     listener = Listener()
-    request = GenerationRequest([1], 4, "blocks", SamplerParams())
+    request = GenerationRequest([1], 4, sampler, SamplerParams(), "blocks")
     engine.submit(request, listener)
     assert sampler.entered.wait(30)
     engine.look_after()
@@ -79,14 +78,16 @@ def looks(watch: Watch, clock: list[float], seconds: float, times: int) -> bool:
 def test_time_in_which_nobody_looks_does_not_count(clock: list[float]) -> None:
     watch = Watch(threading.current_thread())
     watch.look()
-    with watch:
-        assert not looks(watch, clock, 10 * PATIENCE, 2), "a process that was stopped has waited for nobody"
-        assert looks(watch, clock, LOOKS, int(PATIENCE / LOOKS) + 1)
+    watch.begin()
+    assert not looks(watch, clock, 10 * PATIENCE, 2), "a process that was stopped has waited for nobody"
+    assert looks(watch, clock, LOOKS, int(PATIENCE / LOOKS) + 1)
+    watch.end()
     assert not watch.look()
 
 
 def test_steps_one_after_the_other_are_not_one_long_one(clock: list[float]) -> None:
     watch = Watch(threading.current_thread())
     for _ in range(5):
-        with watch:
-            assert not looks(watch, clock, LOOKS, int(0.5 * PATIENCE / LOOKS))
+        watch.begin()
+        assert not looks(watch, clock, LOOKS, int(0.5 * PATIENCE / LOOKS))
+        watch.end()

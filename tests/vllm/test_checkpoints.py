@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from samplers.loop.denoising import denoise
 
 from samplers import Canvas, get_sampler
 from samplers.loop.row import Row
+from samplers.loop.run import finish
 from server.backends.loading import ModelError, load_model
 from server.engine import Backend
 from tests.backends.test_loading import edit_json, edit_weights
@@ -47,7 +47,7 @@ def test_the_same_tokens_as_on_our_own_engine(tmp_path: Path, write: Callable[[P
         sampler, info = get_sampler("threshold"), backend.info
         assert info.mask_id is not None
         row = Row(Canvas.blank([5, 6, 7, 8], 24, info.mask_id, pattern=info.pattern), sampler, sampler.Params())
-        denoise([row], backend.predict)
+        finish([row], backend.predict)
         return row.canvas.tokens.tolist(), row.forwards, info.end_ids, info.mask_id
 
     expected = run(load_model(str(tmp_path / "m"), device="cpu", dtype="float32").backend)

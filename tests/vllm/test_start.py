@@ -5,10 +5,10 @@ import warnings
 from pathlib import Path
 
 import pytest
-from samplers.loop.denoising import denoise
 
 from samplers import Canvas, get_sampler
 from samplers.loop.row import Row
+from samplers.loop.run import finish
 from server.backends.loading import ModelError, load_model
 from server.backends.vllm import backend as vllm_backend
 from server.backends.vllm.backend import VllmOptions
@@ -66,7 +66,7 @@ def test_random_weights_need_no_safetensors(tmp_path: Path) -> None:
     try:
         sampler = get_sampler("topk")
         row = Row(Canvas.blank([5, 6], 8, 0), sampler, sampler.Params())
-        denoise([row], backend.predict)
+        finish([row], backend.predict)
         assert row.finished and 0 not in row.canvas.generated.tolist()
     finally:
         backend.close()

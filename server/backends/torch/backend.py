@@ -42,7 +42,7 @@ class TorchBackend:
             found = Prediction.join(parts)
         else:
             found = self._together(query)
-        return found if query.row.device == self.device else found.cpu()
+        return found if query.row.device == found.token.device else found.cpu()
 
     def _together(self, query: Query) -> Prediction:
         batch, back = self.pack(query)

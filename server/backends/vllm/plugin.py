@@ -25,7 +25,8 @@ def register() -> None:
     """Register our models and configuration parser with vLLM. In vLLM's own processes, also set up logging."""
     from vllm import ModelRegistry
 
-    # Importing the module registers the parser.
+    # Importing the module registers what it defines.
+    import server.backends.vllm.config  # noqa: F401
 
     for architecture, place in MODELS.items():
         ModelRegistry.register_model(architecture, place)

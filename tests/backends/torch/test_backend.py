@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from samplers.loop.denoising import advance, ask, denoise
 from torch import Tensor
 
 from samplers import CacheMode, Canvas, Statistic, TokenChoice, get_sampler
@@ -14,6 +13,7 @@ from samplers.forward.query import Query
 from samplers.forward.span import ForwardSpan, KVSlot
 from samplers.forward.summary import summarise
 from samplers.loop.row import Row
+from samplers.loop.run import finish, next_query, run
 from server.backends.loading import load_model
 from server.backends.torch import backend as torch_backend
 from server.backends.torch.backend import TorchBackend
@@ -40,17 +40,17 @@ def rows(count: int, temperature: float = 0.0) -> list[Row]:
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_a_batch_of_one_equals_a_batch_of_eight(backend: TorchBackend, temperature: float) -> None:
     together = rows(8, temperature)
-    denoise(together, backend.predict)
+    finish(together, backend.predict)
     for expected, row in zip(together, rows(8, temperature), strict=True):
-        denoise([row], backend.predict)
+        finish([row], backend.predict)
         assert row.canvas.tokens.equal(expected.canvas.tokens)
         assert row.forwards == expected.forwards
 
 
 def test_a_row_of_another_length_changes_no_prediction(backend: TorchBackend) -> None:
     long, short = rows(2)
-    together = backend.predict(ask([short, long]))
-    alone = backend.predict(ask([short]))
+    together = backend.predict(next_query([short, long]))
+    alone = backend.predict(next_query([short]))
     count = len(alone.token)
     assert together.token[:count].equal(alone.token)
     assert torch.allclose(together.confidence[:count], alone.confidence, atol=1e-6)
@@ -73,7 +73,7 @@ def test_head_and_statistics_are_computed_for_candidates_only(
 
     monkeypatch.setattr(backend.network, "head", watched_head)
     monkeypatch.setattr(torch_backend, "summarise", watched_summary)
-    query = ask(asked)
+    query = next_query(asked)
     candidates = sum(len(row.candidates()) for row in asked)
     assert candidates < sum(row.canvas.layout.length for row in asked)
     backend.predict(query)
@@ -83,7 +83,7 @@ def test_head_and_statistics_are_computed_for_candidates_only(
 
 def test_many_candidates_are_worked_off_in_parts(backend: TorchBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = rows(4, temperature=0.5)
-    query = ask(asked)
+    query = next_query(asked)
     query = replace(query, wanted=replace(query.wanted, statistics=frozenset(Statistic)))
     whole = backend.predict(query)
     monkeypatch.setattr(torch_backend, "LOGIT_ELEMENTS", 7 * backend.info.vocab_size)
@@ -96,7 +96,7 @@ def test_many_candidates_are_worked_off_in_parts(backend: TorchBackend, monkeypa
 
 def test_predictions_are_those_of_the_whole_forward(backend: TorchBackend) -> None:
     asked = rows(3)
-    query = ask(asked)
+    query = next_query(asked)
     found = backend.predict(query)
     logits = torch.cat(
         [
@@ -111,7 +111,7 @@ def test_predictions_are_those_of_the_whole_forward(backend: TorchBackend) -> No
 
 def test_nothing_is_computed_of_padding_and_the_last_block_works_on_candidates_only(backend: TorchBackend) -> None:
     asked = rows(4)
-    query = ask(asked)
+    query = next_query(asked)
     candidates = sum(len(row.candidates()) for row in asked)
     everything = sum(row.canvas.layout.length for row in asked)
     shapes: list[torch.Size] = []
@@ -131,7 +131,7 @@ def test_with_a_cache_only_a_block_or_what_follows_it_is_computed(backend: Torch
     fed: list[int] = []
     first = backend.network.transformer.blocks[0]
     hook = first.ff_out.register_forward_hook(lambda _, __, out: fed.append(len(out)))
-    denoise([row], backend.predict)
+    finish([row], backend.predict)
     hook.remove()
     rest = [24, 16, 8] if mode is CacheMode.PREFIX else [8] * 3
     assert fed == [n for part in rest for n in (27, part, part)]
@@ -140,7 +140,7 @@ def test_with_a_cache_only_a_block_or_what_follows_it_is_computed(backend: Torch
 def test_a_cache_that_knows_everything_is_exact(backend: TorchBackend) -> None:
     """What a forward left, unchanged: any part fed again gives the same prediction."""
     (row,) = rows(1)
-    query, memory = ask([row]), KVSlot()
+    query, memory = next_query([row]), KVSlot()
     start, length = int(query.position[0]), row.canvas.layout.length
     whole = backend.predict(replace(query, spans=[ForwardSpan(0, length, memory)]))
     again = backend.predict(replace(query, spans=[ForwardSpan(start, length - 1, memory)], **_without_last(query)))
@@ -172,12 +172,11 @@ def test_caches_of_generations_that_began_at_different_times(backend: TorchBacke
 
     together = made()
     late = together[::2]
-    for _ in range(3):
-        query = ask(together[1::2])
-        advance(together[1::2], query, backend.predict(query))
-    denoise([*late, *together[1::2]], backend.predict)
+    for _ in zip(range(3), run(together[1::2], backend.predict), strict=False):
+        pass
+    finish([*late, *together[1::2]], backend.predict)
     for expected, row in zip(together, made(), strict=True):
-        denoise([row], backend.predict)
+        finish([row], backend.predict)
         assert row.canvas.tokens.equal(expected.canvas.tokens)
         assert row.forwards == expected.forwards
 
@@ -189,7 +188,7 @@ def test_generations_end_at_the_models_end_of_text(ending_model: Path) -> None:
         sampler = get_sampler(("topk", "threshold")[i % 2])
         canvas = Canvas.blank([5 + i] * 6, 40, 0, 8)
         ended.append(Row(canvas, sampler, sampler.Params(), TokenChoice(1.0), seed=i, end_ids=backend.info.end_ids))
-    denoise(ended, backend.predict)
+    finish(ended, backend.predict)
     assert sum(row.end is not None for row in ended) >= 4
     for row in ended:
         assert 1 not in row.text_tokens()
@@ -208,14 +207,18 @@ def test_batch_invariance_is_bit_for_bit(tiny_model: Path) -> None:
     def confidences(count: int, late: int = 0) -> list[tuple[list[int], list[float]]]:
         modes = [CacheMode.NONE, CacheMode.DUAL, CacheMode.PREFIX]
         running = [replace(row, cache=modes[i % 3]) for i, row in enumerate(rows(count, temperature=0.6))]
-        watched, told = running[1 % count], []
-        turn = 0
-        while not watched.finished:
-            live = [r for i, r in enumerate(running) if not r.finished and (r is watched or i < 2 or turn >= late)]
-            query = ask(live)
-            outcome = advance(live, query, backend.predict(query))[live.index(watched)]
-            told.append((outcome.positions, outcome.confidences))
-            turn += 1
+        watched = running[1 % count]
+        told: list[tuple[list[int], list[float]]] = []
+
+        def live() -> list[Row]:
+            if watched.finished:
+                return []
+            there = enumerate(running)
+            return [r for i, r in there if not r.finished and (r is watched or i < 2 or len(told) >= late)]
+
+        for turn in run(live, backend.predict):
+            (event,) = (event for row, event in turn if row is watched)
+            told.append((event.positions, event.confidences))
         return told
 
     reference = confidences(2)

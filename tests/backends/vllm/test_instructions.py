@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from samplers.loop.denoising import ask
 from torch import Tensor
 
 from samplers import Canvas, Statistic, TokenChoice, get_sampler, list_samplers
@@ -12,7 +11,9 @@ from samplers.forward.prediction import Prediction
 from samplers.forward.query import Query
 from samplers.forward.statistics import LogitBonus, StatisticsRequest
 from samplers.forward.summary import summarise
+from samplers.forward.token_choice import TokenChoices
 from samplers.loop.row import Row
+from samplers.loop.run import next_query
 from server.backends.vllm.instructions import Instruction, answers, read, together
 from tests.samplers.models import MASK, VOCAB
 
@@ -23,9 +24,7 @@ def wanted(
     count: int, statistics: Sequence[Statistic] = (), top: int = 0, named: int = 0, draws: bool = False, bonus: int = 0
 ) -> StatisticsRequest:
     generator = torch.Generator().manual_seed(count + top)
-    choices: list[TokenChoice] | None = None
-    if draws:
-        choices = [DRAWN] * (count - 1) + [TokenChoice(top_k=2)]
+    choices = TokenChoices.of([DRAWN] * (count - 1) + [TokenChoice(top_k=2)]) if draws else None
     return StatisticsRequest(
         statistics=frozenset(statistics),
         only={name: torch.arange(count) % 2 == 0 for name in [*statistics[:1], *(["top"] if top else [])]},
@@ -111,12 +110,12 @@ def test_what_is_said_together_is_what_is_said_alone(order: Sequence[int]) -> No
 def test_every_sampler_gets_what_it_asked_for() -> None:
     """One query of all of them, taken apart by canvas and put together again."""
     rows = []
-    for i, sampler in enumerate(each for each in list_samplers() if each.name != "policy" and not each.drafts):
-        choice = TokenChoice(0.0 if sampler.greedy else 0.7)
+    for i, sampler in enumerate(each for each in list_samplers() if not each.requires and not each.drafts):
+        choice = TokenChoice(0.0 if sampler.chooses_tokens else 0.7)
         rows.append(Row(Canvas.blank([5, 6 + i % 3], 6 + i % 4, MASK), sampler, sampler.Params(), choice, seed=i))
-    query = ask(rows)
+    query = next_query(rows)
     logits = logits_of(len(query.row), 3)
-    parts = [query.one(i) for i in range(len(rows))]
+    parts = [query.part(i, i + 1) for i in range(len(rows))]
     asked = [Instruction.unpack(Instruction(part.position, part.wanted).pack()) for part in parts]
     said = answers(asked, summarise(logits, MASK, together(asked)))
     found = Prediction.join([read(answer, part.wanted) for answer, part in zip(said, parts, strict=True)])
@@ -125,7 +124,7 @@ def test_every_sampler_gets_what_it_asked_for() -> None:
 
 def test_a_query_of_one_canvas_is_its_own_part() -> None:
     sampler = get_sampler("entropy")
-    query: Query = ask([Row(Canvas.blank([5], 4, MASK), sampler, sampler.Params())])
+    query: Query = next_query([Row(Canvas.blank([5], 4, MASK), sampler, sampler.Params())])
     packed = Instruction(query.position, query.wanted).pack()
     assert set(packed) == {"position", "statistics"}, "what nobody asked for must not travel"
     assert len(packed["position"]) == 4 * 4

@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from samplers.loop.denoising import ask
 
 from samplers import Canvas, get_sampler
 from samplers.loop.row import Row
+from samplers.loop.run import next_query
 from server.backends.loading import describe, load_network
 from server.backends.torch.backend import TorchBackend
 from server.models.checkpoint.compiling import SMALLEST, compile_layers, padded_size, shapes_up_to
@@ -49,7 +49,7 @@ def test_compiled_forwards_say_the_same_with_few_shapes(backends: tuple[TorchBac
     counters.clear()
     shapes = set()
     for count, extra in ((1, 0), (1, 9), (3, 0), (3, 2), (3, 3), (7, 1), (7, 2)):
-        query = ask(rows(count, extra))
+        query = next_query(rows(count, extra))
         batch, _ = compiled.pack(query)
         shapes.add((len(batch.tokens), len(batch.wanted)))
         ours, theirs = compiled.predict(query), plain.predict(query)

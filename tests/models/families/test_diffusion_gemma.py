@@ -9,12 +9,14 @@ import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
-from samplers.loop.denoising import advance, ask, denoise
 from torch import Tensor
 
 from samplers import CacheMode, Canvas, get_sampler
+from samplers.forward.prediction import Prediction
+from samplers.forward.query import Query
 from samplers.forward.statistics import NOTHING
 from samplers.loop.row import Row
+from samplers.loop.run import finish, next_query, run
 from server.backends.loading import describe, load_model, load_network
 from server.backends.torch.backend import TorchBackend
 from server.models.checkpoint.compiling import compile_layers
@@ -154,13 +156,10 @@ def test_what_is_kept_changes_no_token(cache: CacheMode) -> None:
     """Finished canvases are computed once, or in every forward: the same tokens, steps and drafts."""
     backend = small()
     kept, whole = row(backend, 3, cache), row(backend, 3, CacheMode.NONE)
-    while not kept.finished:
-        outcomes = []
-        for each in (kept, whole):
-            query = ask([each])
-            outcomes += advance([each], query, backend.predict(query))
-        assert outcomes[0].error is outcomes[1].error is None
-        assert (outcomes[0].tokens, outcomes[0].draft) == (outcomes[1].tokens, outcomes[1].draft)
+    steps = (run([each], backend.predict) for each in (kept, whole))
+    for ((_, first),), ((_, second),) in zip(*steps, strict=True):
+        assert first.error is second.error is None
+        assert (first.tokens, first.draft) == (second.tokens, second.draft)
         assert kept.canvas.tokens.equal(whole.canvas.tokens)
     assert whole.finished
 
@@ -168,12 +167,12 @@ def test_what_is_kept_changes_no_token(cache: CacheMode) -> None:
 def test_alone_and_among_others_of_other_ages() -> None:
     backend = small()
     together = [row(backend, seed, gen_length=6 + 3 * seed) for seed in range(5)]
-    denoise(together[:2], backend.predict)
+    finish(together[:2], backend.predict)
     late = [row(backend, seed, gen_length=6 + 3 * seed) for seed in range(2)]
-    denoise([*together[2:], *late], backend.predict)
+    finish([*together[2:], *late], backend.predict)
     for seed, each in enumerate(together):
         alone = row(backend, seed, gen_length=6 + 3 * seed)
-        denoise([alone], backend.predict)
+        finish([alone], backend.predict)
         assert alone.canvas.tokens.equal(each.canvas.tokens)
         assert alone.forwards == each.forwards
     assert all(a.canvas.tokens.equal(b.canvas.tokens) for a, b in zip(late, together, strict=False))
@@ -184,12 +183,16 @@ def test_bitwise_the_same_whoever_shares_the_batch() -> None:
     backend = small()
     strict = TorchBackend(backend.network, backend.info, batch_invariant=True)
     together, alone = [row(strict, seed) for seed in range(3)], row(strict, 1)
-    for _ in range(6):
-        query, single = ask(together), ask([alone])
-        said, only = strict.predict(query), strict.predict(single)
-        assert said.confidence[query.row == 1].equal(only.confidence)
-        advance(together, query, said)
-        advance([alone], single, only)
+    said: list[Tensor] = []
+
+    def predict(query: Query) -> Prediction:
+        found = strict.predict(query)
+        said.append(found.confidence[query.row == (1 if len(query.canvases) == 3 else 0)])
+        return found
+
+    for _ in zip(range(6), run(together, predict), run([alone], predict), strict=False):
+        assert said[-2].equal(said[-1])
+    assert len(said) == 12
 
 
 def test_what_was_said_before_counts_within_a_canvas_and_not_beyond(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,11 +201,14 @@ def test_what_was_said_before_counts_within_a_canvas_and_not_beyond(monkeypatch:
 
     def confidences(each: Row) -> list[list[float]]:
         found = []
-        for _ in range(5):
-            query = ask([each])
+
+        def predict(query: Query) -> Prediction:
             prediction = backend.predict(query)
             found.append(prediction.top[:, 0].tolist() if prediction.top is not None else [])
-            advance([each], query, prediction)
+            return prediction
+
+        for _ in zip(range(5), run([each], predict), strict=False):
+            pass
         return found
 
     told = confidences(row(backend, 1))
@@ -227,24 +233,23 @@ def test_a_failed_forward_forgets_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     """Trying again after a failure in the middle of the statistics gives what would have been without it."""
     backend = small()
     each, other = row(backend, 2), row(backend, 2)
-    for _ in range(2):
-        for one in (each, other):
-            query = ask([one])
-            advance([one], query, backend.predict(query))
-    query = ask([each])
+    for one in (each, other):
+        for _ in zip(range(2), run([one], backend.predict), strict=False):
+            pass
+    query = next_query([each])
     with monkeypatch.context() as patch:
         patch.setattr(TorchBackend, "say", lambda *_: (_ for _ in ()).throw(MemoryError()))
         with pytest.raises(MemoryError):
             backend.predict(query)
-    assert backend.predict(query).confidence.equal(backend.predict(ask([other])).confidence)
+    assert backend.predict(query).confidence.equal(backend.predict(next_query([other])).confidence)
 
 
 def test_logits_worked_off_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = small()
     whole, parts = row(backend, 4), row(backend, 4)
-    denoise([whole], backend.predict)
+    finish([whole], backend.predict)
     monkeypatch.setattr("server.backends.torch.backend.LOGIT_ELEMENTS", 3 * VOCABULARY)
-    denoise([parts], backend.predict)
+    finish([parts], backend.predict)
     assert parts.canvas.tokens.equal(whole.canvas.tokens)
 
 
@@ -255,8 +260,8 @@ def test_compiled_layers_say_the_same() -> None:
     compile_layers(traced, 128, backend="eager")
     compiled = TorchBackend(traced, plain.info, static_shapes=True)
     ours, theirs = row(plain, 1), row(compiled, 1)
-    denoise([ours], plain.predict)
-    denoise([theirs], compiled.predict)
+    finish([ours], plain.predict)
+    finish([theirs], compiled.predict)
     assert ours.canvas.tokens.equal(theirs.canvas.tokens)
 
 

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from samplers.loop.denoising import ask, denoise
 from torch import Tensor
 
 from samplers import CacheMode, Canvas, get_sampler
+from samplers.forward.prediction import Prediction
+from samplers.forward.query import Query
 from samplers.loop.row import Row
+from samplers.loop.run import finish, next_query, run
 from server.backends.loading import LoadedModel, ModelError, describe, load_model
 from server.backends.torch.backend import TorchBackend
 from server.models.families.dream import Dream, DreamConfig
@@ -92,7 +94,7 @@ def test_a_position_is_decided_by_the_output_before_it(backend: TorchBackend, pr
     sampler = get_sampler("topk")
     # A token apart, or all positions of a canvas of masks would be alike.
     row = Row(Canvas.blank(prompt, 6, 0, suffix=[5], pattern=backend.info.pattern), sampler, sampler.Params())
-    found = backend.predict(ask([row]))
+    found = backend.predict(next_query([row]))
     logits = backend.network(row.canvas.tokens[None])[0]
     deciding = [max(0, place - 1) for place in range(len(prompt), len(prompt) + 6)]
     expected = logits[deciding].softmax(dim=-1)
@@ -115,8 +117,8 @@ def test_cached_generations_are_the_same_alone_and_in_a_batch(backend: TorchBack
     modes = list(CacheMode)
     alone, together = ([made(backend, i, modes[i % 3]) for i in range(9)] for _ in range(2))
     for row in alone:
-        denoise([row], backend.predict)
-    denoise(together, backend.predict)
+        finish([row], backend.predict)
+    finish(together, backend.predict)
     for one, other in zip(alone, together, strict=True):
         assert one.canvas.tokens.equal(other.canvas.tokens) and one.forwards == other.forwards
     assert any(
@@ -128,7 +130,7 @@ def test_cached_generations_are_the_same_alone_and_in_a_batch(backend: TorchBack
 
 
 def finished(row: Row, backend: TorchBackend) -> Row:
-    denoise([row], backend.predict)
+    finish([row], backend.predict)
     return row
 
 
@@ -139,12 +141,13 @@ def test_a_cached_blocks_first_forward_decides_its_first_position(backend: Torch
     canvas = Canvas.blank([7, 8, 9], 12, 0, 4, pattern=backend.info.pattern)
     row = Row(canvas, sampler, sampler.Params(threshold=1e-9), cache=mode)
     decided, fed = [], []
-    while not row.finished:
-        before, query = row.canvas.masked.clone(), ask([row])
-        prediction = backend.predict(query)
-        row.commit(row.candidates(), prediction.token)
-        decided.append((before & ~row.canvas.masked).nonzero()[:, 0].tolist())
+
+    def predict(query: Query) -> Prediction:
         fed.append((query.spans[0].start, query.spans[0].stop))
+        return backend.predict(query)
+
+    for ((_, event),) in run([row], predict):
+        decided.append(event.positions)
     assert decided == [[0], [1, 2, 3], [4], [5, 6, 7], [8], [9, 10, 11]]
     stops = [15, 15, 15] if mode is CacheMode.PREFIX else [7, 11, 15]
     assert fed == [(0, 15), (3, stops[0]), (0, 15), (7, stops[1]), (0, 15), (11, stops[2])]
@@ -160,7 +163,7 @@ def loop_alone(loaded: LoadedModel, prompt: str, seed: int, cache: CacheMode) ->
     info, sampler = loaded.backend.info, get_sampler("dream")
     canvas = Canvas.blank(loaded.text.encode(prompt), 16, info.mask_id, 8, pattern=info.pattern)
     row = Row(canvas, sampler, sampler.Params(), seed=seed, end_ids=info.end_ids, cache=cache)
-    denoise([row], loaded.backend.predict)
+    finish([row], loaded.backend.predict)
     return row.text_tokens()
 
 

@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from samplers.loop.denoising import ask
 
 from samplers import AttentionPattern, Canvas, get_sampler
 from samplers.loop.row import Row
+from samplers.loop.run import next_query
 from server.backends.loading import describe
 from server.backends.torch.backend import TorchBackend
 from server.models.families.fast_dllm_v2 import FastDLLMConfig
@@ -46,7 +46,7 @@ def test_a_position_is_decided_by_the_one_before_it() -> None:
     sampler = get_sampler("topk")
     for prompt, asked in ((list(range(5, 21)), [16]), (list(range(5, 18)), [13, 14, 15])):
         canvas = Canvas.blank(prompt, 10, 0, 8, pattern=network.pattern)
-        query = ask([Row(canvas, sampler, sampler.Params())])
+        query = next_query([Row(canvas, sampler, sampler.Params())])
         assert query.position.tolist() == asked
         logits = in_transformers(network)(canvas.tokens[None], attention_mask=block_mask(len(canvas.tokens), 16)).logits
         expected = logits[0, [p - 1 for p in asked]].softmax(dim=-1).max(dim=-1)

@@ -10,16 +10,19 @@ import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
-from samplers.loop.denoising import advance, ask, denoise
 from torch import Tensor
 
 from samplers import CacheMode, Canvas, get_sampler
+from samplers.forward.prediction import Prediction
+from samplers.forward.query import Query
 from samplers.loop.row import Row
+from samplers.loop.run import finish
 from server.backends.loading import ModelError, describe, load_model
 from server.backends.torch.backend import TorchBackend
 from server.models.checkpoint import weights
 from server.models.families.llada2 import LLaDA2Config, Mixture, Router
 from tests.backends.test_loading import LOAD_AND_MEASURE, WEIGHTS, shard
+from tests.engine import arrivals
 from tests.tiny_moe import ROLE_END, llada2, llada2_config, write_model
 
 
@@ -192,24 +195,19 @@ def test_the_cache_is_exact_alone_together_and_for_late_comers(block_length: int
     backend = TorchBackend(network, describe("LLaDA2MoeModelLM", network))
     expected = rows(CacheMode.NONE, block_length)
     for row in expected:
-        denoise([row], backend.predict)
+        finish([row], backend.predict)
     assert len({tuple(row.canvas.generated[:9].tolist()) for row in expected}) == len(expected), "they all differ"
     assert any(row.end is not None for row in expected)
     for cache in CacheMode:
         alone = rows(cache, block_length)
         for row in alone:
-            denoise([row], backend.predict)
+            finish([row], backend.predict)
         assert results(alone) == results(expected)
         together = rows(cache, block_length)
-        denoise(together, backend.predict)
+        finish(together, backend.predict)
         assert results(together) == results(expected)
-        late, turn = rows(cache, block_length), 0
-        while not all(row.finished for row in late):
-            running = [row for i, row in enumerate(late) if i <= turn and not row.finished]
-            turn += 1
-            if running:
-                query = ask(running)
-                assert all(outcome.error is None for outcome in advance(running, query, backend.predict(query)))
+        late = rows(cache, block_length)
+        arrivals.finish(late, range(len(late)), backend)
         assert results(late) == results(expected)
 
 
@@ -222,10 +220,12 @@ def test_a_finished_block_is_computed_once() -> None:
         canvas = Canvas.blank(list(range(5, 15)), 22, 0, 8, pattern=network.pattern)
         row = Row(canvas, sampler, sampler.Params(k=4), cache=cache)
         fed.append([])
-        while not row.finished:
-            query = ask([row])
+
+        def predict(query: Query) -> Prediction:
             fed[-1].append((query.spans[0].start, query.spans[0].stop))
-            advance([row], query, backend.predict(query))
+            return backend.predict(query)
+
+        finish([row], predict)
     assert fed[0] == [(0, 16), (0, 16), (0, 24), (0, 24), (0, 32), (0, 32)]
     assert fed[1] == [(0, 16), (8, 16), (8, 24), (16, 24), (16, 32), (24, 32)]
 
@@ -241,7 +241,7 @@ def test_a_folder_generates(tmp_path: Path, dtype: str, cache: CacheMode) -> Non
     row = Row(
         Canvas.blank([5, 6, 7], 40, info.mask_id, 16, pattern=info.pattern), sampler, sampler.Params(), cache=cache
     )
-    denoise([row], loaded.backend.predict)
+    finish([row], loaded.backend.predict)
     assert not row.canvas.masked.any() and 0 not in row.canvas.generated
 
 

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from samplers.loop.denoising import denoise
 from torch import Tensor, nn
 
 from samplers import Canvas, get_sampler
 from samplers.loop.row import Row
+from samplers.loop.run import finish
 from server.backends.loading import describe, load_model
 from server.backends.torch.backend import TorchBackend
 from server.models.experts import SoftmaxMixture, highest, mix
@@ -153,7 +153,7 @@ def test_a_folder_generates(tmp_path: Path, dtype: str) -> None:
     assert info.end_ids == {1, loaded.text.token_id(ROLE_END)}
     sampler = get_sampler("topk")
     row = Row(Canvas.blank([5, 6, 7], 12, info.mask_id, 4), sampler, sampler.Params(k=2))
-    denoise([row], loaded.backend.predict)
+    finish([row], loaded.backend.predict)
     assert not row.canvas.masked.any() and 0 not in row.canvas.generated
 
 
@@ -167,9 +167,9 @@ def test_alone_and_in_a_batch_the_same_tokens() -> None:
         return [Row(canvas, sampler, sampler.Params(threshold=0.6)) for canvas in canvases]
 
     together = rows()
-    denoise(together, backend.predict)
+    finish(together, backend.predict)
     for row, expected in zip(rows(), together, strict=True):
-        denoise([row], backend.predict)
+        finish([row], backend.predict)
         assert row.canvas.tokens.equal(expected.canvas.tokens) and row.forwards == expected.forwards
 
 
