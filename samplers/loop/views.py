@@ -53,7 +53,7 @@ def together(queries: Sequence[Query]) -> Query:
         canvases += each.canvases
         spans += each.spans
     position = torch.cat([each.position for each in queries])
-    wanted = StatisticsRequest.join([each.wanted for each in queries], counts)
+    wanted = StatisticsRequest.join([each.wanted for each in queries], counts, queries[0].row.device)
     return Query(canvases, spans, torch.cat(rows), position, wanted, _mixed(queries, counts))
 
 

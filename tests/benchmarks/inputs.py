@@ -25,6 +25,7 @@ from policies.training.fit import fit
 from policies.training.rollout import rollout
 from policies.training.runs import Runs
 from samplers.learned.policy import Policy
+from samplers.resources import Kind, ResourceTable
 from server.commands.options import model_under_test, open_model
 
 ALL: tuple[Feature, ...] = (
@@ -144,12 +145,13 @@ def main() -> None:
         )
         for _ in steps:
             pass
-        sampler = Policy(LoadedPolicy(network))
+        resources = ResourceTable()
+        resources.add("policy", Kind(lambda _, sampler=Policy(LoadedPolicy(network)): sampler))
         cells, fastest = [], 0.0
         for cut in CUTS:
             spec = SamplerSpec.create("policy", {"cut": cut})
             trial = Trial(task, spec, None, task.gen_length, arguments.problems, arguments.seed)
-            row = evaluate(subject, trial, 48, choose=lambda spec, sampler=sampler: sampler)
+            row = evaluate(subject, trial, 48, resources=resources)
             cells.append(f"{100 * row.accuracy:.1f} / {row.tpf:.2f}")
             if 100 * row.accuracy >= arguments.goal:
                 fastest = max(fastest, row.tpf)
