@@ -102,6 +102,7 @@ def beside(sampler: Sampler, twin: bool) -> str | None:
     assert all(event.error is None for events in found for event in events)
     error = mine[-1].error
     assert all(event.error is None for event in mine[:-1])
+    assert error is not None or bad.finished
     assert torch.get_default_dtype() is torch.float32
     return None if error is None else str(error)
 
@@ -292,6 +293,7 @@ def beside_modified(modifier: Modifier) -> str | None:
     assert told(rows) == clean_modified()
     assert all(event.error is None for events in found for event in events)
     error = mine[-1].error
+    assert error is not None or bad.finished
     return None if error is None else str(error)
 
 
