@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 
 from samplers.loop.batch import Batch
-from samplers.loop.masks import first_of_rows, places, some_of_rows
+from samplers.loop.masks import anywhere, first_of_rows, places, runs, some_of_rows
 from samplers.loop.numbers import ENTERING, N
 from samplers.randomness import NOISE, uniform
 
+LOOK = 64
+"""Positions among which the next mask is looked for first."""
 Filled = list[tuple[int, list[int]]]
 """What became padding: slot, and positions of its generation region."""
 
@@ -41,15 +43,13 @@ def _find(batch: Batch, slots: Tensor) -> None:
     """Note the active block, and what follows from it."""
     n = batch.numbers.index_select(0, slots)
     c = n[:, :ENTERING].unbind(1)
-    masked = batch.masked.index_select(0, slots)
-    some, first_masked = first_of_rows(masked)
-    settled = torch.where(some, first_masked, c[N.GEN])
+    settled = _first_mask(batch, slots, c)
     if batch.revising:
         settled = torch.where(c[N.REVISES] > 0, settled.minimum(c[N.CLOSED]), settled)
     block = ((settled + c[N.SHARED]) // c[N.BLOCK_LENGTH]).minimum(c[N.BLOCKS] - 1)
     first = block * c[N.BLOCK_LENGTH] - c[N.SHARED]
     start, stop = first.clamp(min=0), (first + c[N.BLOCK_LENGTH]).minimum(c[N.GEN])
-    candidate = masked & (batch.places >= start[:, None]) & (batch.places < stop[:, None])
+    position, candidate = _masks_between(batch, slots, start, stop)
     entered = block != c[N.ENTERED]
     masks = candidate.sum(dim=1)
     if batch.causal:  # The programs of such models count the whole block, also where it holds the prompt's end.
@@ -58,29 +58,60 @@ def _find(batch: Batch, slots: Tensor) -> None:
     c[N.BLOCK_STEP].masked_fill_(entered, 0)
     n[:, N.BLOCK : N.ENTERED + 1] = torch.stack([block, start, stop, settled, block], dim=1)
     if batch.shifted:
-        c[N.FIRST].copy_(candidate.gather(1, start[:, None])[:, 0])
+        c[N.FIRST].copy_(candidate[:, 0])
     c[N.TOLD].copy_(c[N.TOLD].maximum(settled.minimum(c[N.TEXT]).minimum(c[N.END] + 1)))
     batch.numbers.index_copy_(0, slots, n)
     if batch.keeping_state:
         batch.reset_blocks(slots[entered])
     if batch.drafting:
         fresh = entered & (c[N.NOISE] > 0)
-        _draw_noise(batch, slots[fresh], candidate[fresh])
+        _draw_noise(batch, slots[fresh], position[fresh], candidate[fresh])
 
 
-def _draw_noise(batch: Batch, slots: Tensor, candidate: Tensor) -> None:
+def _first_mask(batch: Batch, slots: Tensor, c: Sequence[Tensor]) -> Tensor:
+    """First masked position of each row, the region's end where there is none; int64 [rows].
+
+    Everything before what is settled, or closed, is known to be committed. The next block is looked at first, and more
+    at a time where that is full, so that a long region costs no more than a short one.
+    """
+    low = c[N.SETTLED]
+    if batch.revising:
+        low = torch.where(c[N.REVISES] > 0, c[N.CLOSED], low)
+    found, width = c[N.GEN], LOOK
+    while True:
+        _, masked = _masks_between(batch, slots, low, (low + width).minimum(c[N.GEN]), width)
+        some, first = first_of_rows(masked)
+        found = torch.where(some & (found == c[N.GEN]), low + first, found)
+        low = low + width
+        if not anywhere((found == c[N.GEN]) & (low < c[N.GEN])):
+            return found
+        width *= 4
+
+
+def _masks_between(
+    batch: Batch, slots: Tensor, start: Tensor, stop: Tensor, width: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Region positions from `start` [rows] on, and which of those before `stop` [rows] are masked; [rows, width]."""
+    width = width or max(1, int((stop - start).max()))
+    position = start[:, None] + torch.arange(width, device=slots.device)
+    position.masked_fill_(position >= stop[:, None], batch.region)
+    place = slots[:, None] * batch.masked.shape[1] + position
+    return position, batch.masked.view(-1).index_select(0, place.view(-1)).view(position.shape)
+
+
+def _draw_noise(batch: Batch, slots: Tensor, position: Tensor, candidate: Tensor) -> None:
     """What the candidates of a new block hold where there is no mask token."""
     n = batch.numbers[slots]
-    row, position = candidate.nonzero(as_tuple=True)
+    row, column = candidate.nonzero(as_tuple=True)
+    position = position[row, column]
     numbers = uniform(n[row, N.SEED], n[row, N.STEPS], position, NOISE)
     batch.tokens[slots[row], n[row, N.PROMPT] + position] = (numbers * n[row, N.NOISE]).long()
 
 
 def _has_candidates(batch: Batch, slots: Tensor) -> Tensor:
     """Rows with a mask in their active block, bool [rows]."""
-    n, place = batch.numbers[slots], batch.places
-    inside = (place >= n[:, N.START, None]) & (place < n[:, N.STOP, None])
-    return some_of_rows(batch.masked[slots] & inside)
+    n = batch.numbers[slots]
+    return some_of_rows(_masks_between(batch, slots, n[:, N.START], n[:, N.STOP])[1])
 
 
 def _has_nothing_to_say(batch: Batch, slots: Tensor) -> Tensor:
@@ -98,9 +129,9 @@ def _has_nothing_to_say(batch: Batch, slots: Tensor) -> Tensor:
 def close(batch: Batch, slots: Tensor) -> Filled:
     """Settle what the active block of these rows, which revise, holds; returns what became padding."""
     n = batch.numbers[slots]
-    place = batch.places[:-1]
-    inside = (place >= n[:, N.CLOSED, None]) & (place < n[:, N.STOP, None])
-    row, position = inside.nonzero(as_tuple=True)
+    start, length = n[:, N.CLOSED], n[:, N.STOP] - n[:, N.CLOSED]
+    position = runs(start, length)
+    row = torch.repeat_interleave(torch.arange(len(slots), device=slots.device), length)
     tokens = batch.tokens[slots[row], n[row, N.PROMPT] + position]
     batch.numbers[slots, N.CLOSED] = n[:, N.STOP]
     return note_ends(batch, slots, row, position, tokens)
@@ -138,9 +169,9 @@ def note_ends(
 def _fill(batch: Batch, slots: Tensor) -> Filled:
     """Settle every mask after these rows' ends as padding."""
     n = batch.numbers[slots]
-    end = n[:, N.END, None]
-    after = batch.masked[slots] & (batch.places >= end)
-    row, position = after.nonzero(as_tuple=True)
+    position, after = _masks_between(batch, slots, n[:, N.END], n[:, N.GEN])
+    row, column = after.nonzero(as_tuple=True)
+    position = position[row, column]
     padding = batch.tokens[slots, n[:, N.PROMPT] + n[:, N.END]]
     batch.tokens[slots[row], n[row, N.PROMPT] + position] = padding[row]
     batch.masked[slots[row], position] = False
