@@ -78,10 +78,6 @@ class Layout:
         """Number of blocks; the last one may be shorter."""
         return -(-(self.gen_length + self.shared) // self.block_length)
 
-    def block_of(self, position: int) -> int:
-        """The block of a position of the generation region."""
-        return (position + self.shared) // self.block_length
-
     def block_place(self, block: int) -> int:
         """First position of a block on the canvas; the prompt may hold it."""
         return self.prompt_length - self.shared + block * self.block_length

@@ -63,6 +63,27 @@ class StateSpec:
 
 
 @dataclass(frozen=True)
+class CanvasReader:
+    """Canvases of some rows, read where somebody looks: copying all of them in each step would cost their length.
+
+    Attributes:
+        tokens: int64 [canvases, longest], of the whole batch.
+        row: int64 [rows, 1], which of them are these rows'.
+    """
+
+    tokens: Tensor = field(repr=False)
+    row: Tensor
+
+    def at(self, place: Tensor) -> Tensor:
+        """Tokens at canvas positions [rows, width], which are on the canvas."""
+        return self.tokens[self.row, place]
+
+    def take(self, rows: Tensor) -> "CanvasReader":
+        """Of some of the rows, int64 [n]."""
+        return CanvasReader(self.tokens, self.row[rows])
+
+
+@dataclass(frozen=True)
 class StepContext(Generic[P]):
     """Rows that share a sampler, as they are before a forward pass.
 
@@ -83,7 +104,7 @@ class StepContext(Generic[P]):
         layout: lengths and traits of each row's canvas.
         params: each row's own parameters; `param` gives numbers as a column.
         state: what the rule keeps (see `Sampler.state`).
-        canvas, row: all canvases of the batch, and which of them these rows' are (see `tokens_at`).
+        canvas: the rows' whole canvases (see `tokens_at`).
     """
 
     candidate: Tensor
@@ -101,8 +122,7 @@ class StepContext(Generic[P]):
     params: Sequence[P]
     columns: Columns = field(repr=False)
     state: State = field(repr=False)
-    canvas: Tensor = field(repr=False)
-    row: Tensor = field(repr=False)
+    canvas: CanvasReader = field(repr=False)
 
     def param(self, name: str, none: float | None = None) -> Tensor:
         """A numeric or boolean parameter of every row, [rows, 1]: float32, int64 or bool; `none` stands for null."""
@@ -124,7 +144,7 @@ class StepContext(Generic[P]):
         """Canvas tokens at region positions [rows, width], which may lie in prompt or suffix; -1 off the canvas."""
         place = position + self.layout.prompt_length
         there = (place >= 0) & (place < self.layout.length)
-        return self.canvas[self.row, place.clamp(0, self.canvas.shape[1] - 1)].masked_fill(~there, -1)
+        return self.canvas.at(place.clamp(min=0).minimum(self.layout.length - 1)).masked_fill(~there, -1)
 
     @property
     def current(self) -> Tensor:

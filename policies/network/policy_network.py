@@ -147,7 +147,7 @@ class LoadedPolicy:
         self.network = network
         self.statistics: frozenset[Statistic] = features.statistics(config.features)
         self.top = config.largest
-        self.region = config.region
+        self.whole_region = config.region
         self.action = config.action
         self.stop_logit = config.stop_logit
         self.takes_speed = config.takes_speed

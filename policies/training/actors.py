@@ -33,7 +33,11 @@ class PolicyActor:
         allow_empty: bool = False,
     ) -> None:
         self._policy = LoadedPolicy(network)
-        self.statistics, self.top, self.region = self._policy.statistics, self._policy.top, self._policy.region
+        self.statistics, self.top, self.whole_region = (
+            self._policy.statistics,
+            self._policy.top,
+            self._policy.whole_region,
+        )
         self._speed = speed
         self._shift = shift
         self._temperature = temperature
@@ -64,7 +68,7 @@ class RuleActor:
         self._sampler = sampler
         self._params = params
         self._block_length = block_length
-        self.statistics, self.top, self.region = sampler.statistics, sampler.top, sampler.whole_region
+        self.statistics, self.top, self.whole_region = sampler.statistics, sampler.top, sampler.whole_region
 
     def choose(self, step: Step, live: Tensor) -> Decision:
         if self._block_length is not None:
@@ -94,7 +98,7 @@ class ExpertMixture:
         self._expert = expert
         self.statistics = frozenset[Statistic]().union(*(each.statistics for each in self._choosers))
         self.top = max(each.top for each in self._choosers)
-        self.region = any(each.region for each in self._choosers)
+        self.whole_region = any(each.whole_region for each in self._choosers)
 
     def choose(self, step: Step, live: Tensor) -> Decision:
         chosen = self._expert[live]
@@ -121,7 +125,7 @@ class Explorer:
 
     statistics = frozenset[Statistic]()
     top = 0
-    region = False
+    whole_region = False
 
     def __init__(
         self,

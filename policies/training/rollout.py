@@ -43,7 +43,7 @@ class Actor(Protocol):
 
     statistics: frozenset[Statistic]
     top: int
-    region: bool
+    whole_region: bool
 
     def choose(self, step: Step, live: Tensor) -> Decision: ...
 
@@ -77,7 +77,7 @@ class _Recorder(Sampler):
         number: int = Field(description="place in the rollout")
 
     def __post_init__(self) -> None:
-        self.statistics, self.top, self.whole_region = self.actor.statistics, self.actor.top, self.actor.region
+        self.statistics, self.top, self.whole_region = self.actor.statistics, self.actor.top, self.actor.whole_region
         if self.config is not None:
             self.statistics |= statistics(self.config.features)
             self.top = max(self.top, self.config.largest)

@@ -23,7 +23,7 @@ class PolicyNetwork(Protocol):
     """What the sampler needs of a loaded policy. `temperature` and `floor` hold where a request gives none.
 
     Attributes:
-        statistics, top, region: what it reads (see `Sampler`).
+        statistics, top, whole_region: what it reads (see `Sampler`).
         action: how its logits become a set of positions.
         stop_logit: dpls only, the logit of drawing no more.
         takes_speed: whether it was trained to be told how fast to go.
@@ -32,7 +32,7 @@ class PolicyNetwork(Protocol):
 
     statistics: frozenset[Statistic]
     top: int
-    region: bool
+    whole_region: bool
     action: Action
     stop_logit: float
     takes_speed: bool
@@ -90,7 +90,7 @@ class Policy(Sampler[PolicyParams]):
     def __init__(self, network: PolicyNetwork | None = None) -> None:
         self.network = network
         if network is not None:
-            self.statistics, self.top, self.whole_region = network.statistics, network.top, network.region
+            self.statistics, self.top, self.whole_region = network.statistics, network.top, network.whole_region
 
     def bind(self, resources: Resources, params: PolicyParams) -> "Policy":
         if self.network is not None:

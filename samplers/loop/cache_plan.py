@@ -55,12 +55,12 @@ class CachePlan:
         """A copy that can be changed apart, content included."""
         return CachePlan(self.mode, KVSlot(deepcopy(self.memory.content)), self.final, self.known)
 
-    def note(self, fed: ForwardSpan, layout: Layout, block: int) -> None:
+    def note(self, span: ForwardSpan, layout: Layout, block: int) -> None:
         """That this feed was computed, `block` being the active one."""
         size = layout.pattern.causal_block
-        if fed.draft is not None:
-            self.final = fed.draft
-        if size is not None and fed.memory is not None:
-            if fed.start <= self.final:
+        if span.draft is not None:
+            self.final = span.draft
+        if size is not None and span.memory is not None:
+            if span.start <= self.final:
                 self.final = (layout.prompt_length + layout.block_start(block)) // size * size
-            self.known = fed.visible or layout.length
+            self.known = span.visible or layout.length

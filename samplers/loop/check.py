@@ -245,8 +245,6 @@ def copied(context: C) -> C:
     changes["columns"] = Columns(context.columns.spec, context.columns.values.clone())
     changes["state"] = {name: value.clone() for name, value in context.state.items()}
     changes["layout"] = replace(context.layout, **{n: v.clone() for n, v in vars(context.layout).items()})
-    changes["canvas"] = context.canvas[context.row[:, 0]]
-    changes["row"] = torch.arange(len(context.row), device=context.row.device)[:, None]
     if isinstance(context, Step):
         changes["extra"] = {name: value.clone() for name, value in context.extra.items()}
     return replace(context, **changes)
@@ -254,7 +252,8 @@ def copied(context: C) -> C:
 
 def take(context: C, rows: Tensor) -> C:
     """A step, or its context, of some of its rows, int64 [n]."""
-    changes: dict[str, Any] = {n: v[rows] for n, v in vars(context).items() if isinstance(v, Tensor) and n != "canvas"}
+    changes: dict[str, Any] = {n: v[rows] for n, v in vars(context).items() if isinstance(v, Tensor)}
+    changes["canvas"] = context.canvas.take(rows)
     changes["params"] = [context.params[i] for i in rows.tolist()]
     changes["columns"] = Columns(context.columns.spec, context.columns.values[rows])
     changes["state"] = {name: value[rows] for name, value in context.state.items()}

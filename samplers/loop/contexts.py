@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from samplers.contract import SamplerError, StepContext
+from samplers.contract import CanvasReader, SamplerError, StepContext
 from samplers.loop import guard
 from samplers.loop.check import copied, one
 from samplers.loop.numbers import N
@@ -36,8 +36,7 @@ def context(
         params=members.params[layer],
         columns=members.columns[layer],
         state=_state(part, members, layer, position),
-        canvas=part.batch.tokens,
-        row=members.row,
+        canvas=CanvasReader(part.batch.tokens, members.row),
         **more,
     )
 

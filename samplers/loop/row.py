@@ -34,7 +34,7 @@ class Row:
     Raises ParameterError if the parameters do not fit, SamplerError if the sampler fails when it is asked about them.
 
     Attributes:
-        canvas: what there is so far.
+        canvas: what there is so far; the row's own, which no other may share.
         sampler, params: the rule that chooses what to commit.
         choice: how a committed position's token is chosen, unless the sampler says so itself.
         seed: the generation's random stream.
@@ -374,14 +374,14 @@ class Row:
 
     def asked_bounds(self) -> tuple[int, int]:
         """Region positions that a sampler which wants more than candidates is told of in the next forward."""
-        layout, fed = self.canvas.layout, self.span()
+        layout, span = self.canvas.layout, self.span()
         first, stop = self._now[N.START], self._now[N.STOP]
         size = layout.pattern.causal_block
         # Of the positions that the active block sees, and that see it.
-        lowest = max(fed.start, 0 if size is None else layout.block_place(self.block) // size * size)
+        lowest = max(span.start, 0 if size is None else layout.block_place(self.block) // size * size)
         if self.traits.whole_region:
             first = max(0, lowest - layout.prompt_length)
-            stop = min(layout.gen_length, fed.stop - layout.prompt_length)
+            stop = min(layout.gen_length, span.stop - layout.prompt_length)
         if layout.pattern.shifted and layout.prompt_length + first == lowest > 0:
             first += 1  # what the output before it says is not computed, or another block's to say
         return first, stop

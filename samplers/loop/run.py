@@ -84,6 +84,8 @@ class Loop:
                 self._batch.admit(row)
         key = [self._batch.version, *map(id, lanes)]
         if key != self._key:
+            if len(set(lanes)) < len(lanes):
+                raise ValueError("a row is given twice for one step")
             self._parts = [Part(self._batch, groups) for groups in split(lanes)]
             self._key = key
         return self._parts

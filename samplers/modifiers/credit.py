@@ -75,8 +75,7 @@ class Credit(Modifier[CreditParams]):
         mine = torch.cat([same, new[..., None]], dim=2)
         credit = credit + mine * (p ** step.param("gamma"))[..., None]
         # (1 + credit) ** alpha is what the bonus multiplies a probability by; tokens without credit keep theirs.
-        raised = named * (1 + credit) ** step.param("alpha")[..., None]
-        raised = raised / (1 + (raised - named).sum(dim=2, keepdim=True))
+        raised = _raised(named, credit, step.param("alpha")[..., None])
         best = raised.masked_fill(known < 0, -1.0).max(dim=2)
         chosen = known.gather(2, best.indices[..., None])[..., 0]
         used = (known >= 0).any(dim=1).any(dim=0)
@@ -85,6 +84,22 @@ class Credit(Modifier[CreditParams]):
             confidence=best.values.where(at, step.confidence),
             state={"token": known[:, :, used], "credit": credit[:, :, used]},
         )
+
+
+def _raised(named: Tensor, credit: Tensor, alpha: Tensor) -> Tensor:
+    """Probabilities [rows, width, m] times (1 + credit) ** alpha, of a distribution that is normalised again."""
+    raised = named * (1 + credit) ** alpha
+    total = 1 + (raised - named).sum(dim=2, keepdim=True)
+    found = raised / total
+    if bool(total.isfinite().all()):
+        return found
+    # A weight that no float32 holds: relative to the largest, whose own is then 1.
+    log = alpha * (1 + credit).log()
+    largest = log.amax(dim=2, keepdim=True).clamp(min=0.0)
+    raised = named * (log - largest).exp()
+    rest = (1 - named.sum(dim=2, keepdim=True)).clamp(min=0.0) * (-largest).exp()
+    safe = raised / (rest + raised.sum(dim=2, keepdim=True)).clamp(min=torch.finfo(raised.dtype).tiny)
+    return torch.where(total.isfinite(), found, safe)
 
 
 class CreditThresholdParams(CreditParams):

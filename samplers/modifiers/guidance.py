@@ -47,7 +47,7 @@ class Guidance(Modifier[GuidanceParams]):
         self, sampler: Sampler[Any], pattern: AttentionPattern, before: Sequence[Modifier[Any]]
     ) -> str | None:
         if pattern.noise is not None:
-            return "modifier guidance needs a mask token in the prompt's place, and this model has none"
+            return "modifier guidance is for models with a mask token, and this one has none"
         return None
 
     def check(self, params: GuidanceParams, layout: Layout) -> None:

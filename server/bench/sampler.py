@@ -16,7 +16,7 @@ from server.bench.results import Figure
 from server.runtime.threads import run_in_own_thread
 
 MASK, VOCABULARY, PROMPT = 0, 32_000, 64
-Rule = tuple[Sampler[Any], SamplerParams]
+RuleAndParams = tuple[Sampler[Any], SamplerParams]
 MIX = ("topk", "threshold", "entropy_bound", "margin", "entropy", "dream", "hierarchy", "random")
 """Rules of which every eighth row has one."""
 SAMPLERS = ("threshold", "topk", "entropy_bound", "mix", "policy:chain")
@@ -41,7 +41,7 @@ def measure_sampler(
                 yield Figure("sampler_step_ms", round(took * 1e3, 4), "milliseconds a step", detail)
 
 
-def _rules(name: str) -> list[Rule]:
+def _rules(name: str) -> list[RuleAndParams]:
     """What rows use in turn, by the name of a sampler, "mix", or "policy:NAME" for one that ships."""
     if name.startswith("policy:"):
         from policies.serving.store import ZOO, PolicyStore, ServedModel
@@ -56,7 +56,9 @@ def _rules(name: str) -> list[Rule]:
 class _Rows:
     """Rows of the next step, new ones in place of those that ended; measures the time in between."""
 
-    def __init__(self, rules: Sequence[Rule], count: int, gen_length: int, block_length: int, steps: int) -> None:
+    def __init__(
+        self, rules: Sequence[RuleAndParams], count: int, gen_length: int, block_length: int, steps: int
+    ) -> None:
         self._rules, self._gen_length, self._block_length, self._steps = rules, gen_length, block_length, steps
         self._made = 0
         self._rows = [self._row(i) for i in range(count)]
@@ -86,7 +88,7 @@ class _Rows:
         return self._rows
 
 
-def _median(rules: Sequence[Rule], count: int, gen_length: int, block_length: int, steps: int) -> float:
+def _median(rules: Sequence[RuleAndParams], count: int, gen_length: int, block_length: int, steps: int) -> float:
     """Seconds a step, without the time that numbers in the model's place take."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -1,5 +1,6 @@
 """The engine: a bounded queue, its own thread, and one forward a turn for whatever is running."""
 
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -250,6 +251,7 @@ class Engine:
             for request, deliver in zip(requests, delivers, strict=True)
         ]
         self._check_work(generations)
+        self._check_rows(generations)
         with self._counting_refusals(), self._change:
             self._queue(generations)
         for request in requests:
@@ -276,6 +278,14 @@ class Engine:
         except KeyLimitError as error:
             self._metrics.rejected(f"key_{error.limit}")
             raise
+
+    def _check_rows(self, generations: list[Generation]) -> None:
+        """Refuse a generation of more canvases at a time than its owner may ever have."""
+        most = self._scheduler.rows_of(generations[0].request.owner)
+        if (rows := max(generation.rows for generation in generations)) > most:
+            self._metrics.rejected("key_rows")
+            message = f"this generation has {rows} canvases at a time: the limit is rows={most} (--key-limit)"
+            raise KeyLimitError("rows", message, math.inf)
 
     def _check_work(self, generations: list[Generation]) -> None:
         """Refuse what would take more than any request may."""

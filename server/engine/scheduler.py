@@ -111,7 +111,7 @@ class Scheduler:
         quota = self.limits.quota
         if quota.queued is None:
             return
-        rows = self._rows(owner)
+        rows = self.rows_of(owner)
         there = sum(len(each.begun) + len(each.waiting) for group in mine for each in group.owners.accounts.values())
         if there + more <= rows + quota.queued:
             return
@@ -123,7 +123,7 @@ class Scheduler:
             math.inf if more > rows + quota.queued else 1.0,
         )
 
-    def _rows(self, owner: Owner) -> int:
+    def rows_of(self, owner: Owner) -> int:
         """How many generations of an owner's group a forward may have."""
         limited = None if owner.ahead else self.limits.quota.rows
         return self.limits.rows if limited is None else min(limited, self.limits.rows)
@@ -134,7 +134,7 @@ class Scheduler:
             owner = generation.request.owner
             ledger = self._ranks.setdefault(_rank(generation), Ledger(Group))
             group = ledger.enter(owner.group)
-            group.rows = self._rows(owner)
+            group.rows = self.rows_of(owner)
             insort(group.owners.enter(owner.name).waiting, generation, key=lambda each: each.request.priority)
             self._inside += 1
 

@@ -30,7 +30,7 @@ class Owned(Account):
 
         Those go first for which fewer tokens were computed. What waits begins level with what has had least.
         """
-        fresh = self.waiting[: max(0, rows - len(self.begun))]
+        fresh = self.waiting[: max(0, rows - sum(each.rows for each in self.begun))]
         if fresh:
             level = min((each.served for each in (*self.begun, *fresh) if each.served is not None), default=0)
             for each in fresh:
@@ -42,7 +42,7 @@ class Group(Account):
     """Owners that share what one owner of another group gets.
 
     Attributes:
-        rows: how many of their generations a forward may have.
+        rows: how many canvases of their generations a forward may have.
     """
 
     def __init__(self, served: int) -> None:
@@ -172,17 +172,20 @@ class GroupHand:
         """Let what comes first take part, at its owner's and the group's expense; False if it does not fit."""
         hand = self._line.pop()
         while hand.left:
-            if not turn.fits(hand.left[-1]):
+            if not self._fits(turn, hand.left[-1]):
                 self._line.push(hand)
                 return False
-            before = self.account.served
-            if turn.take(hand.left.pop(), hand.account, (hand.account, self.account)):
+            before, generation = self.account.served, hand.left.pop()
+            if turn.take(generation, hand.account, (hand.account, self.account)):
                 self.computed += self.account.served - before
-                self._rows -= 1
+                self._rows -= generation.rows
                 break
         if hand.left:
             self._line.push(hand)
         return True
+
+    def _fits(self, turn: Turn, generation: Generation) -> bool:
+        return turn.fits(generation) and generation.rows <= self._rows
 
     def fill(self, turn: Turn) -> None:
         """Let whatever fits take part, at nobody's expense."""
@@ -191,8 +194,8 @@ class GroupHand:
             for generation in hand.left[::-1]:
                 if not turn.rows or not self._rows:
                     return
-                if turn.fits(generation) and turn.take(generation, hand.account, ()):
-                    self._rows -= 1
+                if self._fits(turn, generation) and turn.take(generation, hand.account, ()):
+                    self._rows -= generation.rows
                     hand.left.remove(generation)
             hand.hungry, hand.left = bool(hand.left), []
 

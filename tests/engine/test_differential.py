@@ -14,6 +14,7 @@ from torch import Tensor
 
 from samplers import AttentionPattern, CacheMode, Canvas, Layout, Statistic, Step, get_sampler
 from samplers.columns import Columns, LayoutColumns
+from samplers.contract import CanvasReader
 from samplers.loop.row import Row
 from server.backends.contract import ModelInfo
 from server.backends.loading import describe as describe_model
@@ -176,8 +177,7 @@ def naive_step(
         block_start=torch.tensor([[min(candidates)]]),
         slot=torch.tensor([[0]]),
         state={},
-        canvas=torch.zeros(1, layout.length, dtype=torch.int64),
-        row=torch.tensor([[0]]),
+        canvas=CanvasReader(torch.zeros(1, layout.length, dtype=torch.int64), torch.tensor([[0]])),
         token=grid("token", -1).long(),
         confidence=grid("confidence", -torch.inf),
         extra={name: grid(name, torch.nan) for name in Statistic},

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from samplers import Layout, Modifier, Sampler, SamplerParams, Statistic, Step
 from samplers.columns import Columns, LayoutColumns
+from samplers.contract import CanvasReader
 
 
 def step_of(
@@ -57,8 +58,10 @@ def step_of(
         params=list(params),
         columns=Columns.of(params),
         state={**kept, **(state or {})},
-        canvas=torch.zeros(rows, layout.length, dtype=torch.int64) if current is None else current,
-        row=torch.arange(rows)[:, None],
+        canvas=CanvasReader(
+            torch.zeros(rows, layout.length, dtype=torch.int64) if current is None else current,
+            torch.arange(rows)[:, None],
+        ),
         token=torch.ones(rows, width, dtype=torch.int64) if token is None else token,
         confidence=confidence.masked_fill(~(candidate if committed is None else candidate | committed), -torch.inf),
         extra=dict(extra or {}),

@@ -13,7 +13,7 @@ from samplers.forward.query import Query
 from samplers.forward.statistics import Statistic
 from samplers.loop.event import StepEvent
 from samplers.loop.row import Row
-from samplers.loop.run import finish
+from samplers.loop.run import finish, run
 from tests.samplers import models
 from tests.samplers.models import MASK, VOCAB, Logits, predictor, random_logits
 from tests.samplers.steps import step_of
@@ -87,9 +87,7 @@ def test_it_waits_for_as_many_steady_steps(steps: int) -> None:
         return torch.eye(VOCAB)[torch.arange(canvas.layout.length) % VOCAB] * 50
 
     each = row(gen_length=12, stability_threshold=steps)
-    committed = []
-    while not each.finished:
-        committed.append(len(turn(each, steady).positions))
+    committed = [len(event.positions) for event in models.events_of([each], predictor(steady, None))[0]]
     assert committed == [*[0] * steps, 6] * 2, "each block for itself"
     assert each.canvas.generated.tolist() == [(2 + i) % VOCAB for i in range(12)]
 
@@ -113,12 +111,12 @@ def test_a_block_is_open_as_a_whole_until_it_is_settled_as_a_whole() -> None:
     begun = each.canvas.generated.tolist()
     assert any(begun[:6]) and not any(begun[6:]), "only the first block has noise in it"
     settled, drafts = [], []
-    while not each.finished:
-        before = each.canvas.generated[: each.settled].tolist()
-        outcome = turn(each)
+    before: list[int] = []
+    for ((_, event),) in run([each], predictor(mask_id=None)):
         assert each.canvas.generated[: len(before)].tolist() == before
+        before = each.canvas.generated[: each.settled].tolist()
         settled.append(each.settled)
-        drafts.append(len(outcome.draft))
+        drafts.append(len(event.draft))
     assert settled == [0, 0, 6, 6, 6, 12, 12, 12, 18]
     assert drafts == [6, 6, 0, 6, 6, 0, 6, 6, 0]
     assert each.told == each.canvas.generated[:15].tolist(), "the last block is cut where the text ends"
@@ -151,8 +149,7 @@ def test_an_end_of_text_settles_what_follows() -> None:
         return torch.eye(VOCAB)[torch.tensor([7 if i == 4 else 9 for i in range(canvas.layout.length)])] * 50
 
     each = Row(row().canvas, RULE, RULE.Params(), end_ids=frozenset({7}))
-    while not each.finished:
-        turn(each, ends)
+    finish([each], predictor(ends, None))
     assert (each.end, each.completion_tokens, each.text_tokens(), each.forwards) == (2, 3, [9, 9], 2)
 
 

@@ -20,7 +20,7 @@ TASK = "token_classify"
 INSTRUCTION = "unmask"
 """Where among a pooling request's keyword arguments the packed instruction is."""
 
-Packed = dict[str, Any]
+PackedInstruction = dict[str, Any]
 """Of bytes, strings, numbers, lists and dicts only."""
 
 
@@ -44,10 +44,10 @@ class Instruction:
         """Numbers in the answer for each position, see `Prediction.table`."""
         return self.wanted.columns
 
-    def pack(self) -> Packed:
+    def pack(self) -> PackedInstruction:
         """As plain data; what is absent or empty is left out."""
         wanted = self.wanted
-        packed: Packed = {"position": _pack(self.position, torch.int32)}
+        packed: PackedInstruction = {"position": _pack(self.position, torch.int32)}
         if wanted.statistics:
             packed["statistics"] = sorted(wanted.statistics)
         if wanted.only:
@@ -75,7 +75,7 @@ class Instruction:
         return packed
 
     @classmethod
-    def unpack(cls, packed: Packed) -> "Instruction":
+    def unpack(cls, packed: PackedInstruction) -> "Instruction":
         """The opposite of `pack`."""
         position = _unpack(packed["position"], torch.int32).long()
         choices = named = bonus = None

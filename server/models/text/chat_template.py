@@ -14,8 +14,8 @@ from server.models.text.tokenizer_settings import named_tokens
 
 Message = Mapping[str, Any]
 """`role`, `content` (a text, or a list of text parts) and any other fields the template may read, as plain JSON."""
-Part = dict[str, str]
-Form = Callable[[list[str]], str | list[Part]]
+MessagePart = dict[str, str]
+Form = Callable[[list[str]], str | list[MessagePart]]
 """Function from the texts of a message to its content, in one of the forms that templates read."""
 
 
@@ -28,11 +28,11 @@ def joined(texts: list[str]) -> str:
     return "\n".join(texts)
 
 
-def parts(texts: list[str]) -> list[Part]:
+def parts(texts: list[str]) -> list[MessagePart]:
     return [{"type": "text", "text": text} for text in texts]
 
 
-def one_part(texts: list[str]) -> list[Part]:
+def one_part(texts: list[str]) -> list[MessagePart]:
     return parts([joined(texts)])
 
 
