@@ -1,4 +1,4 @@
-"""What was likely before counts."""
+"""Credit for tokens that were likely in earlier steps."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -38,7 +38,7 @@ class Credit(Modifier[CreditParams]):
     name = "credit"
     paper = "https://arxiv.org/abs/2510.06133"
     chooses_tokens = True
-    # Only tokens that were ever the likeliest have credit: a short list a position instead of a vocabulary.
+    # Only tokens that were once the likeliest have credit: a short list per position instead of a vocabulary.
     state = {
         "token": StateSpec(-1, torch.int64, per="position", shape=(0,)),
         "credit": StateSpec(0.0, per="position", shape=(0,)),
@@ -74,7 +74,7 @@ class Credit(Modifier[CreditParams]):
         named = torch.cat([named, p.where(new, 0.0)[..., None]], dim=2)
         mine = torch.cat([same, new[..., None]], dim=2)
         credit = credit + mine * (p ** step.param("gamma"))[..., None]
-        # (1 + credit) ** alpha is what the bonus multiplies a probability by; tokens without credit keep theirs.
+        # The bonus multiplies a probability by (1 + credit) ** alpha; tokens without credit keep theirs.
         raised = named * (1 + credit) ** step.param("alpha")[..., None]
         raised = raised / (1 + (raised - named).sum(dim=2, keepdim=True))
         best = raised.masked_fill(known < 0, -1.0).max(dim=2)

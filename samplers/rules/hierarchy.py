@@ -1,4 +1,4 @@
-"""Something in every gap."""
+"""One commit in every gap."""
 
 from pydantic import Field
 

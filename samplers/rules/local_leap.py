@@ -1,4 +1,4 @@
-"""Sure neighbours make bolder."""
+"""A lower threshold near confident positions."""
 
 from pydantic import Field
 

@@ -1,4 +1,4 @@
-"""Everything sure enough."""
+"""All candidates above a confidence threshold."""
 
 import torch
 from pydantic import Field
@@ -28,12 +28,12 @@ class Threshold(ScheduledSampler):
     def select(self, step: Step[ScheduledParams]) -> Selection:
         sure = step.candidate & (step.confidence >= step.columns.keep("least", lambda: _least(step)))
         if not (step.columns.any_given("k") or step.columns.any_given("steps")):
-            return Selection(sure)  # the surest goes where nothing does
+            return Selection(sure)  # the loop commits the surest if nothing passes
         return Selection(sure | best(step.confidence, step.candidate, quota_for_best(step)))
 
 
 def _least(step: Step[ScheduledParams]) -> Tensor:
-    """Least confidence that passes, float32 [rows, 1]."""
+    """Lowest confidence that passes, float32 [rows, 1]."""
     threshold = step.param("threshold")
     above = torch.nextafter(threshold, torch.full_like(threshold, torch.inf))
     return torch.where(step.layout.strict, above, threshold)
