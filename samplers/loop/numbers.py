@@ -10,7 +10,7 @@ class N(IntEnum):
     """Columns: first those that steps change, then the constant ones.
 
     STEPS counts forwards of the canvas, one each regardless of its views. START and STOP bound the active block.
-    CLOSED: number of blocks that a revising rule has finished. FIRST: the block's first position is masked. ENTERED:
+    CLOSED: end of the blocks that a revising rule has finished. FIRST: the block's first position is masked. ENTERED:
     the block that counters belong to. MOST: result of `post_steps` or `draft_steps`. CONFINED: candidates are
     restricted to the active block regardless of the rule's window.
     """
