@@ -57,8 +57,7 @@ def bound_memory(backend: TorchBackend, limits: Limits) -> MemoryBound:
 
 
 def _largest_forward(backend: TorchBackend, limits: Limits, longest: int) -> int:
-    """Measured peak bytes of forwards over few long and many short canvases, with prompts as short as the model
-    allows."""
+    """Measured peak bytes of forwards over few long and many short canvases, with as many masks as the model allows."""
     sampler, pattern = get_sampler(backend.info.sampler), backend.info.pattern
     shapes = [
         (max(1, min(limits.rows, limits.tokens // length)), length) for length in (longest, _share(limits, longest))
