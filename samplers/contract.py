@@ -129,8 +129,7 @@ class StepContext(Generic[P]):
         return uniform(self.seed, self.forward, self.position, stream)
 
     def tokens_at(self, position: Tensor) -> Tensor:
-        """Canvas tokens at region positions [rows, width], which may lie in the prompt or suffix; -1 outside the
-        canvas."""
+        """Canvas tokens at region positions [rows, width], which may lie in prompt or suffix; -1 outside the canvas."""
         place = position + self.layout.prompt_length
         there = (place >= 0) & (place < self.layout.length)
         return self.canvas[self.row, place.clamp(0, self.canvas.shape[1] - 1)].masked_fill(~there, -1)
@@ -199,10 +198,10 @@ class Selection:
 
 @dataclass(frozen=True)
 class View:
-    """A canvas as the model sees it in every step. Statistics are computed from the weighted sum of the logits of all
-    views.
+    """A canvas as the model sees it in every step.
 
-    Each view costs its generation one forward pass per step.
+    Statistics are computed from the weighted sum of the logits of all views. Each view costs its generation one forward
+    pass per step.
 
     Attributes:
         weight: factor of the view's logits in the sum.
@@ -358,7 +357,7 @@ class Sampler(_Described, ABC, Generic[P]):
         return 0
 
     def draft_steps(self, params: P) -> int:
-        """Maximum forwards per block, 1 to 10,000; the last one commits everything. Drafting rules only. Called
+        """Maximum forwards per block, 1 to 10,000; drafting rules only. The last one commits everything. Called
         once."""
         raise NotImplementedError
 
@@ -445,15 +444,15 @@ class Modifier(_Described, ABC, Generic[P]):
         return None
 
     def after(self, step: Step[P], selection: Selection) -> Selection:
-        """Change the rule's selection. If it leaves a row nothing to commit, the loop commits the candidate of highest
+        """Change the rule's selection. In a row left without commits, the loop commits the candidate of highest
         confidence."""
         return selection
 
     def incompatibility(
         self, sampler: Sampler[Any], pattern: AttentionPattern, before: Sequence["Modifier[Any]"]
     ) -> str | None:
-        """Reason why the modifier cannot wrap this rule, after the modifiers `before`, for a model with this pattern;
-        None if it can."""
+        """Reason why the modifier cannot wrap this rule, after the modifiers `before`, on such a model; None if it
+        can."""
         return None
 
     def check(self, params: P, layout: Layout) -> None:

@@ -56,14 +56,13 @@ def _ranked(score: Tensor, candidate: Tensor) -> Tensor:
 
 
 def prefix(passes: Tensor, order: Tensor) -> Tensor:
-    """Positions of the leading run of passing entries, bool [rows, width]; `passes` is sorted by `order`, both [rows,
-    width]."""
+    """Positions of the leading run of passes, bool [rows, width]; `passes` is sorted by `order`, both [rows, width]."""
     leading = passes.int().cumprod(dim=1).bool()
     return torch.zeros_like(leading).scatter(1, order, leading)
 
 
 def leading_of_gaps(candidate: Tensor, score: Tensor) -> Tensor:
-    """The candidate of highest score in each run of adjacent candidates, bool [rows, width]. Ties go to the lower
+    """Highest-scoring candidate in each run of adjacent candidates, bool [rows, width]. Ties go to the lower
     position."""
     rows, width = candidate.shape
     before = torch.nn.functional.pad(candidate, (1, 0))[:, :-1]

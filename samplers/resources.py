@@ -87,8 +87,7 @@ DEFAULT = ResourceTable()
 
 
 def bound(sampler: Sampler[Any], params: SamplerParams, resources: ResourceTable | None = None) -> Sampler[Any]:
-    """The sampler with the auxiliaries that it requires. Raises ParameterError if one is missing, SamplerError if the
-    sampler fails."""
+    """The sampler with its auxiliaries. Raises ParameterError if one is missing, SamplerError if the sampler fails."""
 
     def ask() -> Sampler[Any] | ParameterError:
         try:

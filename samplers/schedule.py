@@ -109,8 +109,11 @@ def quota_for_best(step: Step[ScheduledParams]) -> Tensor | int:
 
 
 def passing_or_best(step: Step[ScheduledParams], score: Tensor, bound: Tensor) -> Selection:
-    """Commit by threshold or by quota. Rows with a `threshold` commit all candidates whose score reaches `bound`,
-    [rows, 1], and at least one. Other rows commit the best of their quota."""
+    """Commit by threshold or by quota.
+
+    Rows with a `threshold` commit all candidates whose score reaches `bound`, [rows, 1], and at least one. Other rows
+    commit the best of their quota.
+    """
     if not step.columns.any_given("threshold"):
         return Selection(best(score, step.candidate, quota_for_best(step)))
     # If nothing reaches the bound, commit the best score, which need not be the highest confidence.

@@ -85,8 +85,7 @@ class Prediction:
     def of_table(
         cls, table: Tensor, statistics: Iterable[Statistic], top: int | None, named: int | None
     ) -> "Prediction":
-        """Inverse of `table`, given the statistics and the numbers of largest and named probabilities; None for
-        none."""
+        """Inverse of `table` for these statistics and numbers of largest and named probabilities; None for none."""
         names = sorted(statistics)
         widths = [1, 1, *[1] * len(names), *(width for width in (top, named) if width is not None)]
         token, confidence, *rest = torch.split(table, widths, dim=1)

@@ -82,8 +82,9 @@ class StatisticsRequest:
     def join(
         cls, parts: "Sequence[StatisticsRequest]", counts: Sequence[int], device: torch.device | None = None
     ) -> "StatisticsRequest":
-        """Concatenate several requests. Statistics that only some of them include are undefined in the rows of the
-        others.
+        """Concatenate several requests.
+
+        Statistics that only some of them include are undefined in the rows of the others.
 
         Args:
             counts: number of rows of each request.

@@ -86,7 +86,7 @@ def _first_of_largest(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 
 Value = Callable[[Tensor, Tensor], Tensor]
-"""Function of logits [n, vocab] and sums of their exponentials relative to the largest [n, 1]; returns [n] or [n,
+"""Function of logits [n, vocab] and sums of their exponentials relative to the largest [n, 1]; gives [n] or [n,
 width]."""
 
 
@@ -135,8 +135,7 @@ def _of(rows: Tensor | None, logits: Tensor, total: Tensor, value: Value, width:
 def _choose(
     logits: Tensor, token: Tensor, mask_id: int | None, wanted: StatisticsRequest
 ) -> tuple[Tensor, dict[Statistic, tuple[Tensor, Tensor]]]:
-    """Choose tokens, drawing in rows with a temperature, and compute statistics of rows with a modified
-    distribution."""
+    """Tokens, drawn in rows with a temperature, and statistics of rows with a modified distribution."""
     choices, shaping = wanted.choices, wanted.statistics & CHOSEN
     if choices is None:
         return token, {}
@@ -172,8 +171,7 @@ def _choose(
 
 
 def choosable(scores: Tensor, choices: TokenChoices) -> tuple[Tensor, Tensor]:
-    """The unnormalised distribution that tokens are drawn from: softmax(scores / temperature), filtered by top-k, then
-    top-p.
+    """Unnormalised distribution of tokens: softmax(scores / temperature), filtered by top-k, then top-p.
 
     Args:
         scores: float32 [n, vocab], -inf for banned tokens.

@@ -145,8 +145,7 @@ class Policy(Sampler[PolicyParams]):
 
 
 def nearby(step: Step[PolicyParams], longest: int) -> tuple[Step[PolicyParams], Tensor | None]:
-    """A step over at most `longest` positions per row, the active block among them, and their columns; None: all of
-    them.
+    """A step over at most `longest` positions per row, the active block included, and their columns; None: all of them.
 
     In block decoding of a long region, the policy sees no more positions than in training: half of the rest before the
     block and half after it. A longer block is seen as a whole.
@@ -174,8 +173,8 @@ def nearby(step: Step[PolicyParams], longest: int) -> tuple[Step[PolicyParams], 
 
 
 def _sizes(gen: Tensor, block: Tensor, longest: int) -> tuple[Tensor, int | None]:
-    """Number of positions that each row sees, int64 [rows, 1], and their maximum; None if all rows see their whole
-    region."""
+    """Number of positions that each row sees, int64 [rows, 1], and their maximum; None if all rows see whole
+    regions."""
     own = block.clamp(min=longest).minimum(gen)
     return own, None if bool((own == gen).all()) else int(own.max())
 

@@ -42,8 +42,7 @@ def choose(
     steps: Sequence[Step[Any]],
     may_wait: bool,
 ) -> Chosen | list[Chosen | SamplerError]:
-    """Ask sampler and modifiers for the decision. If that fails for all rows together, ask for each row alone and
-    return a list.
+    """Ask sampler and modifiers for the decision; if that fails, ask for each row alone and return a list.
 
     Args:
         steps: the step as seen by the rule and by each of the modifiers.
@@ -216,8 +215,7 @@ def _draft(selection: Selection, step: Step[Any]) -> Selection:
 
 
 def _revision(selection: Selection, step: Step[Any]) -> Selection:
-    """Check that replacements and remasks are of positions that may change; positions reported as settled are not
-    `committed`."""
+    """Check that replacements and remasks are of `committed` positions, which excludes those reported as settled."""
     nothing = torch.zeros_like(selection.commit)
     changed = selection.replace if selection.replace is not None else nothing
     masked = selection.remask if selection.remask is not None else nothing

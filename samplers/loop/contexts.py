@@ -79,10 +79,10 @@ def keep(
 def answers(
     part: Part, opened: Opened, members: Members, layer: int, hook: Callable[[StepContext[Any]], Any]
 ) -> Iterator[tuple[Tensor, Any]]:
-    """Answers of a hook, with the rows of the part that each applies to. If the joint call fails, each row is asked
-    alone.
+    """Answers of a hook, with the rows of the part that each applies to.
 
-    Answers of None are left out. Errors of rows are recorded in `Opened.failed`.
+    If the joint call fails, each row is asked alone. Answers of None are left out. Errors of rows are recorded in
+    `Opened.failed`.
     """
     seen = context(part, opened, members, layer)
     if not guard.is_ours(type(members.group.layers[layer].owner)):

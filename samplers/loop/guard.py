@@ -45,8 +45,8 @@ class ContractError(SamplerError):
 
 
 def shown(text: object | Callable[[], object], most: int = SHOWN) -> str:
-    """A text, or the result of a function that reads one, shortened to one line. Never raises, even if the text's own
-    code does."""
+    """A text, or the result of a function that reads one, shortened to one line. Errors in the text's own code are
+    caught."""
     try:
         found = str.__getitem__(str(text() if isinstance(text, FunctionType) else text), slice(0, most + 1))
     except BaseException as error:
@@ -225,8 +225,7 @@ def own_params(sampler: Owner, params: SamplerParams) -> SamplerParams:
 
 
 def check_params(sampler: Owner, params: SamplerParams, layout: Layout) -> None:
-    """Run the sampler's own check. Raises ParameterError, with short texts as field and message, or else
-    SamplerError."""
+    """Run the sampler's own check. Raises ParameterError, with short field and message, or else SamplerError."""
 
     def ask() -> ParameterError | None:
         try:
@@ -246,8 +245,7 @@ def column_values(owner: Owner, spec: ColumnSpec, params: SamplerParams) -> list
 
 
 def plain(found: object, what: str, like: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
-    """A copy of a sampler's tensor, checked to be an ordinary one of this shape on the device of `like`. Raises
-    ContractError."""
+    """A copy of a sampler's tensor, checked for plain type, shape and the device of `like`. Raises ContractError."""
     value: Tensor = found  # type: ignore[assignment]
     usual = type(value) is type(like) and value.layout is torch.strided and not value.is_nested
     if not usual or value.device != like.device:

@@ -197,7 +197,7 @@ class Part:
 
     @cached_property
     def judged(self) -> Tensor | None:
-        """Rows whose confidence is that of the distribution their token is drawn from, bool [rows]; None if there are
+        """Rows whose confidence is that of the distribution of their drawn token, bool [rows]; None if there are
         none."""
         if not self.judging or self.choices is None:
             return None
@@ -210,8 +210,8 @@ class Part:
 
     @cached_property
     def statistics(self) -> dict[str, Tensor | None]:
-        """Statistics requested besides token and confidence, with the rows that request them, bool [rows]; None: all
-        rows."""
+        """Statistics requested besides token and confidence, with the rows that request them, bool [rows]; None:
+        all."""
         wishes: dict[str, list[bool]] = {}
         nobody = [False] * len(self.rows)
         for members in self.members:

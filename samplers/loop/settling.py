@@ -29,14 +29,16 @@ def note_part_ends(part: Part, opened: Opened, changes: Changes, done: Tensor | 
 
 
 def settle(part: Part, opened: Opened, left: Tensor, filled: Filled, failed: Collection[int]) -> Tensor:
-    """Count the forward, record settled positions, and enter the next block. Returns the rows' integers, [rows,
-    CHANGING].
+    """Count the forward, record settled positions, and enter the next block.
 
     Adds new padding to `filled`.
 
     Args:
         left: bool [rows, width], remaining masks.
         failed: rows that stop and keep their state.
+
+    Returns:
+        The rows' integers, [rows, CHANGING].
     """
     batch, slots = part.batch, part.slots
     # Ends and closed blocks were noted in the batch.

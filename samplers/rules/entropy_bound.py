@@ -14,7 +14,7 @@ from samplers.ranking import prefix
 class EntropyBound(Sampler[SamplerParams]):
     """Commit the surest candidates for as long as their entropies but the largest sum up to at most a bound.
 
-    That sum bounds how much the tokens can tell about one another. EB-Sampler, arXiv 2505.24857, section 4.
+    That sum bounds the mutual information of the tokens. EB-Sampler, arXiv 2505.24857, section 4.
     """
 
     name = "entropy_bound"

@@ -12,9 +12,9 @@ from samplers.schedule import ScheduledParams, ScheduledSampler, quota_for_best
 class Threshold(ScheduledSampler):
     """Commit every candidate at least as sure as a threshold, and always the surest one.
 
-    Fast-dLLM, arXiv 2505.22618, section 3.3. With `k` or `steps` at least so many a forward are committed: SDAR's
-    `low_confidence_dynamic` (arXiv 2510.06303) and the rule of LLaDA2.0. On these two and Fast-dLLM v2 a candidate must
-    be surer than the threshold, as in their own programs: at 1, one is committed a forward.
+    Fast-dLLM, arXiv 2505.22618, section 3.3. `k` or `steps` set a minimum per forward: SDAR's `low_confidence_dynamic`
+    (arXiv 2510.06303) and the rule of LLaDA2.0. On these two and Fast-dLLM v2 a candidate must be surer than the
+    threshold, as in their own programs: at 1, one is committed per forward.
     """
 
     name = "threshold"

@@ -83,8 +83,7 @@ def encoded(schema: Mapping[str, Any], params: SamplerParams, where: str, encode
 
 
 def stated(owner: Owner, params: SamplerParams, schema: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Parameters as repeated in a response, with long prompts shortened. Raises SamplerError if they cannot be
-    serialised."""
+    """Parameters as repeated in a response, with long prompts shortened. Raises SamplerError if that fails."""
 
     def dump() -> dict[str, Any]:
         found: object = params.model_dump(mode="json")

@@ -39,8 +39,7 @@ class ChosenModifier(NamedTuple):
 
 
 class SamplerChoice(NamedTuple):
-    """Sampler and modifiers of a request. `name` is that of the registry, unaffected by later changes of the
-    sampler."""
+    """Sampler and modifiers of a request. `name` is the registered one, unaffected by later changes of the sampler."""
 
     sampler: Sampler
     params: SamplerParams

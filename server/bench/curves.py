@@ -28,8 +28,7 @@ def measure_growth(
     batches: Sequence[int] = BATCHES,
     vocabularies: Sequence[int] = VOCABULARIES,
 ) -> Iterator[Result]:
-    """Time of a forward with the statistics of one block per row, as one quantity grows and the others stay
-    constant."""
+    """Time of a forward with the statistics of one block per row, as one quantity grows and the others are constant."""
     backend = _model(vocabularies[0])
     yield _growth("growth_canvas_length", lengths, lambda size: _forward(backend, _query([size])), rounds)
     yield _growth("growth_batch", batches, lambda size: _forward(backend, _query([LENGTH] * size)), rounds)

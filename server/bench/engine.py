@@ -1,5 +1,4 @@
-"""Benchmarks of the engine without HTTP: against bare matrix products, against the plain loop, by parts, with many
-samplers."""
+"""Benchmarks of the engine: against bare matrix products, against the plain loop, by parts, with many samplers."""
 
 import threading
 import time
@@ -112,8 +111,7 @@ def measure_engine(subject: BenchModel, rounds: int, concurrent: tuple[int, ...]
 def _against_reference(
     running: TimedEngine, subject: BenchModel, prompts: list[list[int]], rounds: int, ends: bool, detail: dict[str, Any]
 ) -> Result:
-    """Tokens per second, relative to the plain loop; if answers end early, only tokens before the end count for
-    both."""
+    """Tokens per second relative to the plain loop; if answers end early, both count only tokens before the end."""
     requests = running.requests(prompts, "topk", {"steps": subject.steps}, ends)
     tokens = running.run(requests)[1]
 

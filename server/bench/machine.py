@@ -1,5 +1,4 @@
-"""Machine that a figure was measured on: processor, instruction sets and load, without which the figure means
-little."""
+"""Machine that a figure was measured on: a figure means little without processor, instruction sets and load."""
 
 import os
 import platform

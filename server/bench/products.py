@@ -12,8 +12,7 @@ from server.models.families.llada import LLaDAConfig
 def bare_products(
     config: LLaDAConfig, tokens: int, wanted: int, dtype: torch.dtype = torch.float32
 ) -> tuple[Callable[[], None], float]:
-    """All products of one forward, through layers laid out like the model's, and their number of floating-point
-    operations.
+    """All products of one forward, through layers laid out like the model's, and their floating-point operations.
 
     Args:
         tokens: number of tokens in the forward.

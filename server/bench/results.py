@@ -49,8 +49,7 @@ def timed(work: Callable[[], object]) -> Measure:
 
 
 def alternate(first: Measure, second: Measure, rounds: int) -> tuple[list[float], list[float]]:
-    """Run both measurements alternately for `rounds` rounds, each in a thread of its own, after one round of
-    warm-up."""
+    """Values of both measurements, run alternately in threads of their own, after one round of warm-up."""
     run_in_own_thread(first)
     run_in_own_thread(second)
     found = [(run_in_own_thread(first), run_in_own_thread(second)) for _ in range(rounds)]

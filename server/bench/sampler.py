@@ -42,8 +42,7 @@ def measure_sampler(
 
 
 def _rules(name: str) -> list[Rule]:
-    """Rules to assign to rows in turn, from the name of a sampler, "mix", or "policy:NAME" for a policy of this
-    package."""
+    """Rules assigned to rows in turn, from the name of a sampler, "mix", or "policy:NAME" for a bundled policy."""
     if name.startswith("policy:"):
         from policies.serving.store import ZOO, PolicyStore, ServedModel
 

@@ -258,8 +258,7 @@ class Engine:
         return generations
 
     def check_room(self, owner: Owner, count: int) -> None:
-        """Raise QueueFullError, KeyLimitError or NotServingError if `count` generations of the owner cannot be queued
-        now.
+        """Raise QueueFullError, KeyLimitError or NotServingError if the owner cannot queue `count` generations now.
 
         Call this before any work on a request, so that refusals are cheap and do not delay other requests.
         """
@@ -391,8 +390,10 @@ class Engine:
                 self._finish(generation, FinishReason.TIMEOUT, _time_is_up(generation))
 
     def _steps(self) -> None:
-        """Run steps until the engine stops or a step fails. Such a failure is a bug of ours and ends only that step's
-        generations."""
+        """Run steps until the engine stops or a step fails.
+
+        A failed step is a bug of ours and ends only that step's generations.
+        """
         try:
             for turn in run(self._next_rows, self._predict, batch=self._batch):
                 self._watch.end()
@@ -453,7 +454,7 @@ class Engine:
                 for event in before:
                     self._deliver(generation, event, last=False)
                 self._deliver(generation, last, last=True)
-            except Exception as error:  # whatever became of this one, the others go on
+            except Exception as error:  # one failed delivery must not stop the others
                 log.exception("generation failed", sampler=generation.request.name)
                 self._remove(generation, FinishReason.ERROR, f"its tokens could not be told: {type(error).__name__}")
         with self._change:
@@ -527,5 +528,5 @@ class Engine:
         generation.row.release()
         try:
             generation.deliver(Finished(reason, tokens, forwards, message))
-        except Exception:  # whoever listens may be gone, which is nothing to the others
+        except Exception:  # the listener may be gone; the other generations go on
             log.exception("the end of a generation could not be told")

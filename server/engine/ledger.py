@@ -9,7 +9,7 @@ REMEMBERED = 1024
 
 
 class Account:
-    """Computation received by one party. `served`: tokens computed for it, plus amounts added to level it with
+    """Computation received by one party. `served`: tokens computed for it, plus credit added to level it with
     others."""
 
     def __init__(self, served: int) -> None:

@@ -39,8 +39,7 @@ class MemoryBound:
 
 
 def bound_memory(backend: TorchBackend, limits: Limits) -> MemoryBound:
-    """Run the largest forward that the limits allow, and add up. Raises TooLittleMemoryError if the total does not
-    fit."""
+    """Run the largest forward that the limits allow, and add up. Raises TooLittleMemoryError if memory is too small."""
     size: int = getattr(torch, backend.info.dtype).itemsize
     per_token = sum(2 * heads * width for heads, width in backend.network.cache_shapes)
     longest = min(backend.info.max_length, limits.tokens)

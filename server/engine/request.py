@@ -90,8 +90,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class Finished:
-    """End of a generation. `completion_tokens` counts up to and including the first end-of-text or the token that
-    completes a stop."""
+    """End of a generation. `completion_tokens` counts up to and including the first end-of-text or the stop."""
 
     reason: FinishReason
     completion_tokens: int

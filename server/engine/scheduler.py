@@ -36,8 +36,8 @@ class Limits:
 
     @property
     def memories(self) -> int:
-        """Number of canvases that may keep keys and values between forwards; those beyond `rows` are for owners that
-        have none."""
+        """Canvases that may keep keys and values between forwards; those beyond `rows` are for owners that have
+        none."""
         return self.rows + max(1, self.rows // 8)
 
 

@@ -19,8 +19,7 @@ LOGIT_ELEMENTS = 1 << 24
 
 
 class TorchBackend:
-    """Packs the spans of all canvases into one forward; last outputs, head and statistics are computed for candidates
-    only.
+    """Packs all spans into one forward; computes last outputs, head and statistics for candidates only.
 
     Args:
         batch_invariant: compute each canvas on its own, since the rounding of matrix products depends on their size.
