@@ -1,4 +1,4 @@
-"""How a canvas is denoised: pure torch and pydantic, no server, no HTTP, no model."""
+"""Denoising of a canvas in pure torch and pydantic: no server, no HTTP, no model."""
 
 from samplers.attention_pattern import BIDIRECTIONAL, AttentionPattern
 from samplers.canvas import Canvas, Layout

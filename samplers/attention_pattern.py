@@ -1,24 +1,24 @@
-"""How a model reads a canvas."""
+"""Attention patterns of models over a canvas."""
 
 from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
 class AttentionPattern:
-    """How a model reads a canvas.
+    """Attention of a model over a canvas, and the traits of its family that depend on it.
 
     Attributes:
-        causal_block: length of the blocks, counted from the canvas's first position, of which a later one is never
-            seen by an earlier one; within a block all see all. None: everything sees everything.
-        fixed: whether that length is the model's alone. If not, it is always that of the blocks denoised together.
-        shifted: whether the output at a position is about the next position. The first then stands for itself.
-        noise: of a model without a mask token, how many tokens there are: positions that are not settled hold any of
-            them at random, and are all drafted anew each step until the whole block is settled. Such a model reads all
-            before the block causally, token by token. None: positions that are not settled hold the mask token.
-        drafted: length of the blocks of such a model unless somebody says otherwise.
-        judges_drawn: whether a drawn token's confidence is its probability after temperature, top-k and top-p, as in
-            the family's own program. If not, it is that of the model's unmodified distribution.
-        strict: whether the family's own program commits what is surer than a threshold, and not what is just as sure.
+        causal_block: block length of block-causal attention, counted from the start of the canvas: positions see their
+            own block and all earlier ones. None: bidirectional attention.
+        fixed: True if the model fixes that length. Otherwise it follows the blocks denoised together.
+        shifted: True if the output at a position predicts the next position. The first position then predicts itself.
+        noise: number of tokens to draw noise from, for a model without a mask token: unsettled positions hold random
+            tokens, and all are drafted anew each step until the whole block is settled. Such a model reads everything
+            before the block causally, token by token. None: unsettled positions hold the mask token.
+        drafted: default block length of a model without a mask token.
+        judges_drawn: True if the confidence of a drawn token is its probability after temperature, top-k and top-p, as
+            in the family's own program. Otherwise it is the probability in the model's unmodified distribution.
+        strict: True if the family's own program requires a confidence above the threshold, not equal to it.
     """
 
     causal_block: int | None = None
@@ -31,11 +31,11 @@ class AttentionPattern:
 
     @property
     def causal(self) -> bool:
-        """Whether no block sees what comes after it."""
+        """True if no block sees later blocks."""
         return self.causal_block is not None or self.noise is not None
 
     def with_blocks(self, block_length: int | None) -> "AttentionPattern":
-        """As it is for canvases of this block length. Raises ValueError if the model cannot have it."""
+        """The pattern for canvases of this block length. Raises ValueError if the model does not support it."""
         if self.causal_block is None:
             return self
         if not self.fixed:
@@ -45,11 +45,11 @@ class AttentionPattern:
         return self
 
     def region_length(self, prompt_length: int, text_length: int, block_length: int | None) -> int:
-        """Positions to denoise for a text of `text_length` tokens.
+        """Number of positions to denoise for a text of `text_length` tokens.
 
-        The generation programs of models that write block by block denoise whole blocks and cut the text, and what a
-        position becomes depends on all of its block. So the region ends with the block that holds the text's last
-        token; in a model that sees everything the region is the text.
+        Generation programs of block-causal models denoise whole blocks and cut the text, and each position depends on
+        all of its block. The region therefore ends with the block of the text's last token. For bidirectional models
+        the region is the text.
         """
         if self.noise is not None:
             size = block_length or self.drafted or text_length

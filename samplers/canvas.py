@@ -1,4 +1,4 @@
-"""The canvas: prompt, generation region and what is still masked."""
+"""The canvas: prompt, generation region and masks."""
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -11,17 +11,17 @@ from samplers.attention_pattern import BIDIRECTIONAL, AttentionPattern
 
 @dataclass(frozen=True)
 class Layout:
-    """Where things are on a canvas; fixed for a generation.
+    """Lengths and positions of a canvas; fixed for a generation.
 
     Attributes:
-        prompt_length: given tokens before the generation region.
-        gen_length: positions of the generation region.
-        suffix_length: given tokens after it (infilling).
-        block_length: positions denoised together, blocks go left to right; `gen_length` is full diffusion. Blocks are
-            counted from the generation region's start, but from the canvas's where the pattern is block-causal: the
-            first then holds the end of the prompt.
-        pattern: how the model reads it.
-        cut: positions at the region's end that are denoised with their block and are no part of the text.
+        prompt_length: number of given tokens before the generation region.
+        gen_length: number of positions of the generation region.
+        suffix_length: number of given tokens after it (infilling).
+        block_length: number of positions denoised together. Blocks go left to right; `gen_length` is full diffusion.
+            Blocks are counted from the start of the generation region, in block-causal models from the start of the
+            canvas: the first block then holds the end of the prompt.
+        pattern: attention pattern of the model.
+        cut: number of positions at the region's end that are denoised with their block but do not belong to the text.
     """
 
     prompt_length: int
@@ -45,32 +45,32 @@ class Layout:
 
     @cached_property
     def twin(self) -> "Layout":
-        """An equal one for samplers to see, made once: nothing that they do to it changes this one."""
+        """An equal layout to hand to samplers, made once: changes to it do not affect this one."""
         return replace(self, pattern=replace(self.pattern))
 
     @property
     def length(self) -> int:
-        """Positions of the whole canvas."""
+        """Number of positions of the whole canvas."""
         return self.prompt_length + self.gen_length + self.suffix_length
 
     @property
     def denoised_length(self) -> int:
-        """Positions of all blocks, where they are whole; what a schedule of one position a step takes for steps."""
+        """Number of positions of all blocks, counted as whole: the steps of a schedule of one position per step."""
         return self.gen_length if self.pattern.causal_block is None else self.blocks * self.block_length
 
     @property
     def text_length(self) -> int:
-        """Longest text of the generation region, in tokens."""
+        """Maximum length of the text, in tokens."""
         return self.gen_length - self.cut
 
     @property
     def missing(self) -> int:
-        """Positions that the last block lacks of a whole one, because the context ended."""
+        """Number of positions by which the last block falls short of a whole one because the context ended."""
         return self.pattern.region_length(self.prompt_length, self.text_length, self.block_length) - self.gen_length
 
     @property
     def shared(self) -> int:
-        """Positions of the first block that belong to the prompt."""
+        """Number of positions of the first block that belong to the prompt."""
         return 0 if self.pattern.causal_block is None else self.prompt_length % self.block_length
 
     @property
@@ -79,7 +79,7 @@ class Layout:
         return -(-(self.gen_length + self.shared) // self.block_length)
 
     def block_place(self, block: int) -> int:
-        """First position of a block on the canvas; the prompt may hold it."""
+        """First position of a block on the canvas; may lie in the prompt."""
         return self.prompt_length - self.shared + block * self.block_length
 
     def block_start(self, block: int) -> int:
@@ -87,23 +87,23 @@ class Layout:
         return max(0, block * self.block_length - self.shared)
 
     def block_stop(self, block: int) -> int:
-        """One past its last position."""
+        """End (exclusive) of a block, relative to the generation region."""
         return min(self.gen_length, (block + 1) * self.block_length - self.shared)
 
     def block_size(self, block: int) -> int:
-        """Positions of one block."""
+        """Number of positions of a block."""
         return self.block_stop(block) - self.block_start(block)
 
 
 @dataclass(eq=False)
 class Canvas:
-    """Tokens of one generation and what is still masked.
+    """Tokens of one generation and the mask of unsettled positions.
 
     Attributes:
-        layout: where things are.
-        tokens: int64 [length]; masked positions hold the model's mask token, or a draft if it has none.
-        masked: bool [gen_length], what is not settled, relative to the generation region. A mask token in the prompt is
-            just a token.
+        layout: lengths and positions.
+        tokens: int64 [length]; masked positions hold the model's mask token, or a draft for models without one.
+        masked: bool [gen_length], unsettled positions, relative to the generation region. A mask token in the prompt
+            counts as an ordinary token.
     """
 
     layout: Layout
@@ -121,13 +121,14 @@ class Canvas:
         pattern: AttentionPattern = BIDIRECTIONAL,
         max_length: int | None = None,
     ) -> "Canvas":
-        """A canvas whose whole generation region is masked.
+        """A canvas with a fully masked generation region.
 
         Args:
-            text_length: longest text; the region may be longer (see `AttentionPattern.region_length`).
-            mask_id: None for a model without a mask token: what its blocks begin with is drawn when their turn comes.
+            text_length: maximum length of the text; the region may be longer (see `AttentionPattern.region_length`).
+            mask_id: None for a model without a mask token: the initial content of its blocks is drawn as they become
+                active.
             block_length: None is full diffusion; with a causal model, that model's blocks.
-            max_length: longest canvas; where whole blocks do not fit, the last one ends here.
+            max_length: maximum length of the canvas; a last block that does not fit ends there.
         """
         suffix = suffix or []
         given = len(prompt) + len(suffix)
@@ -153,5 +154,5 @@ class Canvas:
 
     @property
     def settled(self) -> int:
-        """Length of the committed prefix of the generation region: what can no longer change."""
+        """Length of the committed prefix of the generation region, which can no longer change."""
         return int(self.masked.int().argmax()) if bool(self.masked.any()) else self.layout.gen_length

@@ -1,4 +1,4 @@
-"""Parameters and lengths of rows as columns, [rows, 1]: written when a row is admitted, not in every step."""
+"""Parameters and lengths of rows as columns, [rows, 1], written when a row is admitted instead of in every step."""
 
 import math
 import types
@@ -12,23 +12,23 @@ from pydantic import BaseModel
 from torch import Tensor
 
 Kind = Literal["float", "int", "bool"] | tuple[str, ...]
-"""What a parameter's values are; a tuple lists the values of one-of-several."""
+"""Type of a parameter's values; a tuple lists the values of an enumeration."""
 
 
 @dataclass(frozen=True)
 class ColumnSpec:
-    """The parameters of a class that fit columns, in order."""
+    """The parameters of a class that can be stored as columns, in order."""
 
     kinds: dict[str, Kind]
 
     def values(self, params: BaseModel) -> list[float]:
-        """One number a column; NaN for null."""
+        """One number per column; NaN for null."""
         return [_number(getattr(params, name), kind) for name, kind in self.kinds.items()]
 
 
 @lru_cache(maxsize=1024)
 def columns_of(params: type[BaseModel]) -> ColumnSpec:
-    """The columns of a parameter class; other parameters are only in `StepContext.params`."""
+    """The columns of a parameter class. Other parameters are available only in `StepContext.params`."""
     found = {name: _kind(each.annotation) for name, each in params.model_fields.items()}
     return ColumnSpec({name: kind for name, kind in found.items() if kind is not None})
 
@@ -58,7 +58,7 @@ def _number(value: Any, kind: Kind) -> float:
 
 @dataclass(frozen=True, eq=False)
 class Columns:
-    """Parameters of some rows. A value is converted once and kept as long as these rows stay together.
+    """Parameters of some rows. A value is converted once and cached as long as these rows stay together.
 
     Attributes:
         values: float64 [rows, parameters], NaN for null.
@@ -90,13 +90,13 @@ class Columns:
         return found
 
     def keep(self, key: str, make: Callable[[], Any]) -> Any:
-        """Something made of these rows' parameters, made once."""
+        """Cache a value derived from these rows' parameters."""
         if (own := ("kept", key)) not in self._kept:
             self._kept[own] = make()
         return self._kept[own]
 
     def exact(self, name: str) -> Tensor:
-        """A numeric parameter of every row in float64, [rows, 1]; NaN for null."""
+        """A numeric parameter of every row in full precision, float64 [rows, 1]; NaN for null."""
         return self._column(name)[0]
 
     def given(self, name: str) -> Tensor:
@@ -107,13 +107,13 @@ class Columns:
         return found
 
     def all_given(self, name: str) -> bool:
-        """Whether no row's parameter is null."""
+        """True if no row's parameter is null."""
         if (key := (name, "all")) not in self._kept:
             self._kept[key] = bool(self.given(name).all())
         return bool(self._kept[key])
 
     def any_given(self, name: str) -> bool:
-        """Whether some row's parameter is not null; False where the parameter does not exist."""
+        """True if some row's parameter is not null; False if the parameter does not exist."""
         if name not in self.spec.kinds:
             return False
         if (key := (name, "any")) not in self._kept:
@@ -131,11 +131,11 @@ class Columns:
         return found
 
     def any_has(self, name: str, value: str) -> bool:
-        """Whether some row's one-of-several parameter has this value."""
+        """True if some row's enumerated parameter has this value."""
         return bool(self.keep(f"any {name} {value}", lambda: bool(self.option(name, value).any())))
 
     def all_have(self, name: str, value: str) -> bool:
-        """Whether every row's one-of-several parameter has this value."""
+        """True if every row's enumerated parameter has this value."""
         return bool(self.keep(f"all {name} {value}", lambda: bool(self.option(name, value).all())))
 
     @classmethod
@@ -148,14 +148,16 @@ class Columns:
 
 @dataclass(frozen=True)
 class LayoutColumns:
-    """Canvas lengths of some rows, int64 [rows, 1], and traits of how the model reads them, bool [rows, 1].
+    """Canvas lengths of some rows, int64 [rows, 1], and traits of their models, bool [rows, 1].
 
     Attributes:
-        length, prompt_length, gen_length: positions of the whole canvas, before and in the generation region.
-        block_length, blocks: positions of a block, and their number.
-        denoised_length: positions of all blocks, where they are whole: steps of a schedule of one position a step.
-        noise: tokens of a vocabulary without a mask token; 0 where there is one.
-        strict: the family's own program commits what is surer than a threshold, and not what is just as sure.
+        length, prompt_length, gen_length: number of positions of the whole canvas, of the prompt, and of the generation
+            region.
+        block_length, blocks: positions per block, and number of blocks.
+        denoised_length: number of positions of all blocks, counted as whole: the steps of a schedule of one position
+            per step.
+        noise: vocabulary size of a model without a mask token; 0 if there is a mask token.
+        strict: the family's own program requires a confidence above the threshold, not equal to it.
     """
 
     length: Tensor

@@ -1,4 +1,9 @@
-"""All that who writes an unmasking rule must read: what a rule sees of a step, and what it answers."""
+"""The sampler contract: everything needed to write an unmasking rule.
+
+A rule subclasses `Sampler`, declares its parameters in `Params`, and implements `select(step) -> Selection`. The loop
+makes one `Step` per forward pass for all rows that share the rule, and carries out the `Selection`. A row is one canvas
+of one generation. A `Modifier` wraps any rule.
+"""
 
 import inspect
 from abc import ABC, abstractmethod
@@ -19,7 +24,7 @@ from samplers.forward.token_choice import TokenChoices
 from samplers.randomness import POSITIONS, uniform
 
 State = Mapping[str, Tensor]
-"""Named tensors, one entry per row: [rows, 1, ...] or [rows, width, ...], as their `StateSpec` says."""
+"""Named tensors with one entry per row: [rows, 1, ...] or [rows, width, ...], as declared in their `StateSpec`."""
 
 
 class SamplerParams(BaseModel):
@@ -32,7 +37,7 @@ P = TypeVar("P", bound=SamplerParams, default=Any)
 
 
 class ParameterError(ValueError):
-    """Parameters that do not fit the generation. `field` is the parameter's name, `code` the kind of error."""
+    """Parameters that do not fit the generation. `field` is the name of the parameter, `code` the kind of error."""
 
     def __init__(self, field: str, message: str, code: str = "invalid_value") -> None:
         super().__init__(message)
@@ -41,18 +46,19 @@ class ParameterError(ValueError):
 
 
 class SamplerError(RuntimeError):
-    """A sampler or its input broke the contract; the generation it happened to cannot go on."""
+    """A breach of the contract by a sampler or its input. Ends the generation that it occurred in."""
 
 
 @dataclass(frozen=True)
 class StateSpec:
-    """One named tensor that a rule keeps between the steps of a generation.
+    """A named tensor that a rule keeps between the steps of a generation.
 
     Attributes:
         fill: value before the first step.
-        per: one entry a row, [rows, 1, ...], or one a position of the generation region, [rows, width, ...].
-        lives: until the active block changes, or until the generation ends.
-        shape: further dimensions. The last one may grow from step to step; new entries are filled with `fill`.
+        per: "row" for one entry per row, [rows, 1, ...]; "position" for one per position of the generation region,
+            [rows, width, ...].
+        lives: lifetime: until the active block changes, or until the generation ends.
+        shape: further dimensions. The last one may grow from step to step; new entries are set to `fill`.
     """
 
     fill: float = 0.0
@@ -64,46 +70,48 @@ class StateSpec:
 
 @dataclass(frozen=True)
 class CanvasReader:
-    """Canvases of some rows, read where somebody looks: copying all of them in each step would cost their length.
+    """Whole canvases of some rows, read on demand: a copy in each step would cost their full length.
 
     Attributes:
-        tokens: int64 [canvases, longest], of the whole batch.
-        row: int64 [rows, 1], which of them are these rows'.
+        tokens: int64 [canvases, longest canvas] of the whole batch.
+        row: int64 [rows, 1], indices of these rows' canvases.
     """
 
     tokens: Tensor = field(repr=False)
     row: Tensor
 
     def at(self, place: Tensor) -> Tensor:
-        """Tokens at canvas positions [rows, width], which are on the canvas."""
+        """Tokens at positions [rows, width] of the canvas, which must be on it."""
         return self.tokens[self.row, place]
 
     def take(self, rows: Tensor) -> "CanvasReader":
-        """Of some of the rows, int64 [n]."""
+        """Canvases of some of the rows, int64 [n]."""
         return CanvasReader(self.tokens, self.row[rows])
 
 
 @dataclass(frozen=True)
 class StepContext(Generic[P]):
-    """Rows that share a sampler, as they are before a forward pass.
+    """Rows that share a sampler, in their state before a forward pass.
 
-    Tensors are [rows, width] over the open window, or [rows, 1] for one number a row. Column j of a row stands for the
-    position `position[row, j]` of its generation region; columns past the end of a row's window are no candidates.
+    Tensors are [rows, width] over the open window, or [rows, 1] for one value per row. Column j of a row is position
+    `position[row, j]` of its generation region. Columns past the end of a row's window are not candidates.
 
     Attributes:
-        candidate: masked positions of the active block; nothing else may be committed.
-        masked: masked positions of the window, in any block.
-        committed: positions of the active block that a revising rule may change: generated, not settled yet, and (in a
-            step) told of by the forward.
-        position: int64, relative to the generation region.
-        seed, forward: the row's random stream, and steps that it took before this one: forwards, but for further views.
-        block, block_start, block_step: the active block, its first position, and forwards already spent on it.
-        block_masks: how many masks a schedule shares out over the block: those it had when it became active, or all of
-            it in block-causal models.
-        slot: which of the generation's canvases this is (see `Sampler.slots`).
+        candidate: bool, masked positions of the active block (or of the rule's `Window`). Only these may be committed.
+        masked: bool, masked positions of the window, in any block.
+        committed: bool, positions of the active block that a revising rule may change: generated, not yet settled, and
+            (in a step) covered by the forward pass.
+        position: int64, relative to the start of the generation region.
+        seed: int64, random stream of the row.
+        forward: int64, number of steps that the row took before this one. Further views do not count here.
+        block, block_start, block_step: index of the active block, its first position, and number of forwards already
+            spent on it.
+        block_masks: number of masks that a schedule spreads over the block: those it had when it became active; all of
+            its positions in block-causal models.
+        slot: index of the canvas within its generation (see `Sampler.slots`).
         layout: lengths and traits of each row's canvas.
-        params: each row's own parameters; `param` gives numbers as a column.
-        state: what the rule keeps (see `Sampler.state`).
+        params: parameters of each row. `param` returns numeric ones as a column.
+        state: the rule's own state (see `Sampler.state`).
         canvas: the rows' whole canvases (see `tokens_at`).
     """
 
@@ -125,15 +133,15 @@ class StepContext(Generic[P]):
     canvas: CanvasReader = field(repr=False)
 
     def param(self, name: str, none: float | None = None) -> Tensor:
-        """A numeric or boolean parameter of every row, [rows, 1]: float32, int64 or bool; `none` stands for null."""
+        """A numeric or boolean parameter of every row, [rows, 1]: float32, int64 or bool. `none` replaces null."""
         return self.columns.param(name, none)
 
     def given(self, name: str) -> Tensor:
-        """Rows whose parameter is not null, bool [rows, 1]."""
+        """Mask of rows whose parameter is not null, bool [rows, 1]."""
         return self.columns.given(name)
 
     def option(self, name: str, value: str) -> Tensor:
-        """Rows whose one-of-several parameter has this value, bool [rows, 1]."""
+        """Mask of rows whose enumerated parameter has this value, bool [rows, 1]."""
         return self.columns.option(name, value)
 
     def uniform(self, stream: int = POSITIONS) -> Tensor:
@@ -141,29 +149,33 @@ class StepContext(Generic[P]):
         return uniform(self.seed, self.forward, self.position, stream)
 
     def tokens_at(self, position: Tensor) -> Tensor:
-        """Canvas tokens at region positions [rows, width], which may lie in prompt or suffix; -1 off the canvas."""
+        """Canvas tokens at region positions [rows, width], which may lie in prompt or suffix; -1 outside the canvas."""
         place = position + self.layout.prompt_length
         there = (place >= 0) & (place < self.layout.length)
         return self.canvas.at(place.clamp(min=0).minimum(self.layout.length - 1)).masked_fill(~there, -1)
 
     @property
     def current(self) -> Tensor:
-        """Tokens on the canvas now, int64 [rows, width]."""
+        """Tokens now on the canvas, int64 [rows, width]."""
         return self.tokens_at(self.position)
 
 
 @dataclass(frozen=True)
 class Step(StepContext[P]):
-    """One denoising step: the context, and what the forward pass says.
+    """One denoising step: the context and the results of the forward pass.
+
+    A position is covered if the forward pass computed statistics of it: by default all candidates (see
+    `Sampler.whole_region` and `Sampler.revises`).
 
     Attributes:
-        token: what would be committed; at a committed position what the model would put there now; -1 where nothing
-            was asked.
-        confidence: probability of that token, float32; -inf where nothing was asked (see `Sampler.whole_region`).
-        extra: further statistics that the rule asked for; undefined where nothing was asked.
-        top: float32 [rows, width, n], the largest probabilities, if the rule asked for any.
-        named: float32 [rows, width, m], probabilities of the tokens that the rule named.
-        probability: of the token in the model's unmodified distribution, where the confidence is another.
+        token: int64, token to commit at a candidate; at a committed position, the token that the model would choose
+            now; -1 where not covered.
+        confidence: float32, probability of that token; -inf where not covered.
+        extra: further statistics that the rule declared, float32; undefined where not covered.
+        top: float32 [rows, width, n], the n largest probabilities, if the rule declared `top`.
+        named: float32 [rows, width, m], probabilities of the tokens from `Sampler.name_tokens`.
+        probability: probability of the token in the model's unmodified distribution, if `confidence` is a different
+            one.
     """
 
     token: Tensor
@@ -176,21 +188,21 @@ class Step(StepContext[P]):
 
 @dataclass(frozen=True)
 class Selection:
-    """The decision of a step; tensors are [rows, width] as in `Step`.
+    """The decision of a step. Tensors are [rows, width] as in `Step`.
 
-    A row that commits nothing gets its surest candidate, unless the rule says that it `waits`: then the forward is
-    spent and the row stays as it is. Only training environments, which bound the forwards, run such a rule;
-    elsewhere its generation fails.
+    If a row commits nothing, the loop commits its candidate of highest confidence. With `waits`, it does not: the
+    forward is spent and the row stays as it is. Only training environments, which bound the number of forwards, allow
+    `waits`; elsewhere it fails the generation.
 
     Attributes:
         commit: bool, a subset of the candidates.
-        remask: bool, committed positions that are masked again; for rules that revise.
-        replace: bool, committed positions that take another token; likewise.
-        token, confidence: what to commit and how sure that is, where it is not the step's: tokens of the vocabulary
-            but not the mask token, and probabilities.
-        done: bool [rows], blocks that are finished; None: those without a mask; for rules that revise.
-        draft: int64, what uncommitted candidates hold from now on; for rules that draft.
-        state: new values of any of the rule's state tensors; those left out stay.
+        remask: bool, committed positions to mask again; revising rules only.
+        replace: bool, committed positions that take another token; revising rules only.
+        token, confidence: tokens to commit and their probabilities, if they differ from those of the step. Tokens must
+            be in the vocabulary and not the mask token.
+        done: bool [rows], rows whose active block is finished; None: rows without a mask in it. Revising rules only.
+        draft: int64, new content of uncommitted candidates; drafting rules only.
+        state: new values of the rule's state tensors; omitted ones keep their values.
     """
 
     commit: Tensor
@@ -206,13 +218,15 @@ class Selection:
 
 @dataclass(frozen=True)
 class View:
-    """A canvas as the model shall see it in every step; its logits count `weight` in the sum that statistics are of.
+    """A canvas as the model sees it in every step.
 
-    Each view is a forward pass of its generation.
+    Statistics are computed from the weighted sum of the logits of all views. Each view costs its generation one forward
+    pass per step.
 
     Attributes:
-        prompt: None: the canvas itself; "masked": with mask tokens in place of all that was given; token ids: with
-            these in the prompt's place.
+        weight: factor of the view's logits in the sum.
+        prompt: None: the canvas itself; "masked": mask tokens in place of all given tokens; token ids: a replacement of
+            the prompt.
     """
 
     weight: float = 1.0
@@ -221,7 +235,7 @@ class View:
 
 @dataclass(frozen=True)
 class Window:
-    """Masks of region positions `start` to before `stop`, int64 [rows, 1] each, are candidates."""
+    """Range of region positions whose masks are candidates: `start` to `stop` (exclusive), int64 [rows, 1] each."""
 
     start: Tensor
     stop: Tensor
@@ -229,9 +243,9 @@ class Window:
 
 @dataclass(frozen=True)
 class TokenBonus:
-    """Additions to logits, [rows, width, n] each: int64 tokens (-1 for none), and float32 values.
+    """Additions to logits, [rows, width, n] each: int64 tokens (-1: unused) and float32 values.
 
-    A value may be minus infinity, which bans a token, but neither NaN nor infinity.
+    Minus infinity bans a token. NaN and plus infinity are errors.
     """
 
     token: Tensor
@@ -243,9 +257,9 @@ class Slots(Generic[P]):
     """The canvases of one generation at a barrier.
 
     Attributes:
-        params: the rule's parameters.
-        state: the rule's per-row state, [slots, 1, ...].
-        uniform: the generation's own random number in [0, 1) for this barrier.
+        params: parameters of the rule.
+        state: per-row state of the rule, [slots, 1, ...].
+        uniform: random number in [0, 1) from the generation's own stream, for this barrier.
         finished: bool [slots], canvases that need no further forward.
     """
 
@@ -257,11 +271,11 @@ class Slots(Generic[P]):
 
 @dataclass(frozen=True)
 class Resampling:
-    """What becomes of the canvases of one generation at a barrier.
+    """The canvases of one generation after a barrier.
 
     Attributes:
-        ancestors: the canvas that each one goes on from, int64 [slots].
-        state: new values of the rule's per-row state, [slots, 1, ...], after that.
+        ancestors: index of the canvas that each one continues, int64 [slots].
+        state: new values of the rule's per-row state, [slots, 1, ...], applied after the copy.
     """
 
     ancestors: Tensor
@@ -269,17 +283,17 @@ class Resampling:
 
 
 class Resources(Protocol):
-    """Auxiliaries by kind and name: policies, samplers, twins, reward models, heads."""
+    """Table of auxiliaries by kind and name: policies, samplers, twins, reward models, heads."""
 
     def find(self, kind: str, name: str | None) -> Any:
-        """The resource; with no name, the only one of its kind. Raises ParameterError without it."""
+        """Look up a resource; without a name, the only one of its kind. Raises ParameterError if there is none."""
 
     def missing(self, kind: str) -> str | None:
-        """Why there is none of this kind; None if there is one."""
+        """Reason for the absence of resources of this kind; None if there are some."""
 
 
 class _Described:
-    """What rules and modifiers say of themselves."""
+    """Declarations common to rules and modifiers."""
 
     name: ClassVar[str]
     paper: ClassVar[str] = ""
@@ -291,7 +305,7 @@ class _Described:
 
     @classmethod
     def summary(cls) -> str:
-        """First sentence of the docstring."""
+        """First paragraph of the docstring."""
         return " ".join(inspect.cleandoc(cls.__doc__ or "").split("\n\n")[0].split())
 
     @classmethod
@@ -301,27 +315,27 @@ class _Described:
 
 
 class Sampler(_Described, ABC, Generic[P]):
-    """An unmasking rule: a pure choice over batched tensors. Where it commits no candidate of a row, the loop commits
-    the surest.
+    """An unmasking rule: a pure choice over batched tensors.
 
-    Whatever a sampler raises, or answers that this contract does not allow, ends the generation that it was asked for,
-    and no other (see `samplers.loop.guard`). It runs in the thread that serves everybody: what takes it long takes all
-    long. Its attributes are read once, when a generation begins; answers repeat at most 16 KiB of its parameters.
+    If it commits no candidate of a row, the loop commits the one of highest confidence. An exception, or an answer
+    outside the contract, ends the generation concerned and no other (see `samplers.loop.guard`). Samplers run in the
+    thread that serves all requests: a slow one slows them all. Attributes are read once, when a generation begins.
+    Responses repeat at most 16 KiB of a sampler's parameters.
 
     Attributes:
-        statistics: numbers that it wants beside token and confidence.
-        top: how many of the largest probabilities it wants, at most 1024.
-        state: what it keeps between steps, by name.
-        requires: parameter -> kind of the auxiliary that it names (see `bind`).
-        whole_region: wants statistics of every position of the generation region, not of candidates only; its window
-            is the region then.
-        sees_region: its window is the generation region, though statistics are of candidates only.
-        revises: may change what is committed in the active block, and is told of every position of the block.
-        chooses_tokens: chooses tokens itself, so that a temperature has no meaning.
-        drafts: for models without a mask token: writes a new draft of its candidates each step, and commits when it is
-            content with one. Such models need one that does, others one that does not.
-        counts_commits: keeps account of what it commits, so that no modifier may drop some of it.
-        barrier: when the canvases of one generation wait for each other: after every step or every block.
+        statistics: statistics per position to compute besides token and confidence.
+        top: number of largest probabilities to compute, at most 1024.
+        state: tensors to keep between steps, by name.
+        requires: kind of the auxiliary that each of these parameters names (see `bind`).
+        whole_region: compute statistics at every position of the generation region instead of candidates only; the
+            window is then the region.
+        sees_region: make the window the generation region, with statistics of candidates only.
+        revises: may change committed positions of the active block; statistics cover every position of the block.
+        chooses_tokens: the rule chooses tokens itself, so a temperature has no effect.
+        drafts: for models without a mask token: writes a new draft of the candidates each step and commits once a draft
+            is good enough. Such models require a drafting rule; all others refuse one.
+        counts_commits: the rule keeps account of its commits, so modifiers must not drop any of them.
+        barrier: point at which the canvases of one generation wait for each other: after every step or every block.
     """
 
     whole_region: bool = False
@@ -334,40 +348,41 @@ class Sampler(_Described, ABC, Generic[P]):
 
     @abstractmethod
     def select(self, step: Step[P]) -> Selection:
-        """Which candidates to commit. Must not change its input."""
+        """Choose the candidates to commit. Must not modify its input."""
 
     def name_tokens(self, context: StepContext[P]) -> Tensor | None:
-        """Tokens whose probabilities it wants, int64 [rows, width, m], -1 for none; m is at most 1024.
+        """Tokens whose probabilities to compute, int64 [rows, width, m], -1: unused; m is at most 1024.
 
-        `context.current[..., None]` are those on the canvas now.
+        `context.current[..., None]` names the tokens now on the canvas.
         """
         return None
 
     def bonus(self, context: StepContext[P]) -> TokenBonus | None:
-        """Additions to logits, at most 1024 for each position."""
+        """Additions to logits, at most 1024 per position."""
         return None
 
     def choice(self, context: StepContext[P]) -> TokenChoices | None:
-        """How tokens are chosen in this step, [rows, 1] each, where the rule says so and not the request."""
+        """Token choice of this step, [rows, 1] each, if the rule overrides that of the request."""
         return None
 
     def window(self, context: StepContext[P]) -> Window | None:
-        """Where candidates are, if not in the first block with a mask. The loop keeps the first mask inside.
+        """Range of candidates, if not the first block with a mask. The loop extends it to contain the first mask.
 
-        Block-causal models and caches allow nothing beyond the active block.
+        Block-causal models and caches restrict candidates to the active block.
         """
         return None
 
     def post_steps(self, params: P) -> int:
-        """For one that revises: most forwards of a block beyond two a position, up to 10,000. Asked once."""
+        """Maximum forwards per block beyond two per position, up to 10,000; revising rules only. Called once."""
         return 0
 
     def draft_steps(self, params: P) -> int:
-        """For one that drafts: most forwards of a block, 1 to 10,000; the last one commits all. Asked once."""
+        """Maximum forwards per block, 1 to 10,000; drafting rules only. The last one commits everything. Called
+        once."""
         raise NotImplementedError
 
     def most_forwards(self, params: P, layout: Layout) -> int:
-        """Most forwards of one canvas, known before the first: one a position, if nothing else."""
+        """Maximum forwards of one canvas, known before the first. The default for plain rules is one per position."""
         if self.drafts:
             return layout.blocks * self.draft_steps(params)
         if self.revises:
@@ -375,24 +390,24 @@ class Sampler(_Described, ABC, Generic[P]):
         return layout.gen_length
 
     def slots(self, params: P) -> int:
-        """Canvases that a generation is denoised on at a time."""
+        """Number of canvases that a generation is denoised on at the same time."""
         return 1
 
     @classmethod
     def has_slots(cls) -> bool:
-        """Whether it may denoise on several canvases."""
+        """True if the rule may denoise on several canvases."""
         return cls.slots is not Sampler.slots
 
     def resample(self, slots: Slots[P]) -> Resampling | None:
-        """The canvases that go on after a barrier; None: each from its own."""
+        """Canvases to continue with after a barrier; None: every canvas continues itself."""
         return None
 
     def winner(self, slots: Slots[P]) -> int:
-        """The canvas whose text is the generation's, once all have ended."""
+        """Index of the canvas whose text becomes the generation's, once all have ended."""
         return 0
 
     def incompatibility(self, pattern: AttentionPattern) -> str | None:
-        """Why it cannot denoise what is read by this pattern; None if it can."""
+        """Reason why the rule cannot denoise for a model with this attention pattern; None if it can."""
         if self.drafts == (pattern.noise is not None):
             return None
         if self.drafts:
@@ -400,7 +415,7 @@ class Sampler(_Described, ABC, Generic[P]):
         return f"sampler {self.name} commits masked positions, and this model has no mask token"
 
     def bind(self, resources: Resources, params: P) -> "Sampler[Any]":
-        """The sampler to run, with the auxiliaries that it `requires`. Raises ParameterError."""
+        """The sampler to run, with the auxiliaries that it `requires`. Raises ParameterError if one is missing."""
         return self
 
     def check(self, params: P, layout: Layout) -> None:
@@ -410,9 +425,10 @@ class Sampler(_Described, ABC, Generic[P]):
 
 @dataclass(frozen=True)
 class Adjustment:
-    """What a modifier makes of a step before the rule sees it: fields as in `Step`, None for no change.
+    """Changes that a modifier makes to a step before the rule sees it: fields as in `Step`, None for no change.
 
-    `state`: new values of the modifier's own state.
+    Attributes:
+        state: new values of the modifier's own state.
     """
 
     token: Tensor | None = None
@@ -424,14 +440,15 @@ class Adjustment:
 class Modifier(_Described, ABC, Generic[P]):
     """A change around any rule: `"modifiers": [{"name": "guidance", "params": {"scale": 1.5}}]` in a request.
 
-    Several are composed in the order given: each adjusts what the one before left, and filters what the rule and those
-    before chose. Attributes are those of `Sampler`; steps carry the modifier's own parameters and state.
+    Modifiers apply in the order given: each adjusts the step that the previous one left, and filters the selection that
+    the rule and the previous ones made. Attributes are those of `Sampler`. Steps carry the modifier's own parameters
+    and state.
     """
 
     chooses_tokens: bool = False
 
     def views(self, params: P, views: Sequence[View]) -> Sequence[View]:
-        """The views of every step, given those without this modifier."""
+        """The views of every step, given the views without this modifier."""
         return views
 
     def name_tokens(self, context: StepContext[P]) -> Tensor | None:
@@ -443,17 +460,19 @@ class Modifier(_Described, ABC, Generic[P]):
         return None
 
     def adjust(self, step: Step[P]) -> Adjustment | None:
-        """Change what the rule sees of a step. Must not change its input."""
+        """Change the step before the rule sees it. Must not modify its input."""
         return None
 
     def after(self, step: Step[P], selection: Selection) -> Selection:
-        """Change what the rule chose. Where nothing is left to commit, the loop commits the surest candidate."""
+        """Change the rule's selection. In a row left without commits, the loop commits the candidate of highest
+        confidence."""
         return selection
 
     def incompatibility(
         self, sampler: Sampler[Any], pattern: AttentionPattern, before: Sequence["Modifier[Any]"]
     ) -> str | None:
-        """Why it cannot be around this rule on such a model, after these modifiers; None if it can."""
+        """Reason why the modifier cannot wrap this rule, after the modifiers `before`, on such a model; None if it
+        can."""
         return None
 
     def check(self, params: P, layout: Layout) -> None:

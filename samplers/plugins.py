@@ -1,4 +1,4 @@
-"""Classes that other distributions add through entry points. One that cannot be used is skipped, and the rest work."""
+"""Classes that other distributions add through entry points. A broken one is skipped; the rest still work."""
 
 import logging
 import re
@@ -15,13 +15,13 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 SLOW = 10.0
-"""Seconds of loading after which a warning says what is being loaded."""
+"""Seconds of loading after which a warning names the entry point being loaded."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
 @dataclass(frozen=True)
 class BrokenPlugin:
-    """An entry point that could not be used, the distribution it is from, and why, in one line."""
+    """An entry point that could not be used, its distribution, and a one-line reason."""
 
     name: str
     distribution: str
@@ -30,23 +30,23 @@ class BrokenPlugin:
 
 @dataclass(frozen=True)
 class Plugins(Generic[T]):
-    """What the entry points of a group gave, by name, and those that gave nothing."""
+    """Objects loaded from the entry points of a group, by name, and the entry points that failed."""
 
     found: dict[str, T]
     broken: dict[str, BrokenPlugin]
 
 
 def load_plugins(group: str, base: type[T], taken: Collection[str], check: Callable[[T], object]) -> Plugins[T]:
-    """Make one object of each class that the group's entry points name, and log a warning for each that is skipped.
+    """Make one object of each class named by the group's entry points. Log a warning for each one skipped.
 
     Args:
-        base: what each must be a subclass of; its `name` is that of its entry point.
-        taken: names that are in use already.
-        check: raises if an object is no good.
+        base: required base class; the `name` of each class must be that of its entry point.
+        taken: names already in use.
+        check: called with each object; raises if it cannot be used.
     """
     plugins = Plugins[T]({}, {})
     for entry in _entries(group):
-        # Nothing can end what hangs; who waits for a start or presses Ctrl-C is told what it is.
+        # A hanging import cannot be ended; the warning tells the user who waits or presses Ctrl-C what hangs.
         slow = threading.Timer(
             SLOW, log.warning, ("%s %r of %s takes long to load", group, entry.name, _distribution(entry))
         )
@@ -54,7 +54,7 @@ def load_plugins(group: str, base: type[T], taken: Collection[str], check: Calla
         slow.start()
         try:
             plugins.found[entry.name] = _made(entry, base, {*taken, *plugins.found}, check)
-        except BaseException as error:  # a module that exits, or a native one that panics, ends nothing but itself
+        except BaseException as error:  # a module that exits, or a native one that panics, must not end the process
             if is_interrupt(error):
                 raise
             broken = BrokenPlugin(entry.name, _distribution(entry), _one_line(error))
@@ -71,7 +71,7 @@ def load_plugins(group: str, base: type[T], taken: Collection[str], check: Calla
 def _entries(group: str) -> EntryPoints | tuple[()]:
     try:
         return entry_points(group=group)
-    except Exception as error:  # one distribution's unreadable metadata fails the search for all
+    except Exception as error:  # unreadable metadata of one distribution fails the search for all
         log.warning("no %s are loaded, because entry points cannot be read: %s", group, _one_line(error))
         return ()
 

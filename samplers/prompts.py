@@ -1,4 +1,4 @@
-"""Parameters that are prompts: a text in one is encoded as the prompts of the request are."""
+"""Prompts as parameters: their texts are encoded like the prompts of the request."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -6,11 +6,11 @@ from typing import Any
 from samplers.contract import SamplerParams
 
 PROMPT = "x-prompt"
-"""Extra of a parameter's JSON schema that marks it."""
+"""Extra key in the JSON schema that marks a parameter as a prompt."""
 
 
 def prompts_in(schema: Mapping[str, Any], params: SamplerParams) -> dict[str, Any]:
-    """Parameters that are prompts and have a value: a text or token ids, by name."""
+    """Values of the parameters that are prompts, by name: a text or token ids; nulls are left out."""
     marked = [name for name, field in schema.get("properties", {}).items() if field.get(PROMPT)]
     return {name: value for name in marked if (value := getattr(params, name)) is not None}
 
@@ -18,10 +18,10 @@ def prompts_in(schema: Mapping[str, Any], params: SamplerParams) -> dict[str, An
 def with_tokens(
     schema: Mapping[str, Any], params: SamplerParams, encode: Callable[[str, Any], list[int]]
 ) -> SamplerParams:
-    """Parameters with token ids in place of prompts.
+    """The parameters with prompts replaced by token ids.
 
     Args:
-        encode: gets a parameter's name and its value, and returns token ids.
+        encode: maps a parameter's name and value to token ids.
     """
     found = prompts_in(schema, params)
     return params.model_copy(update={name: encode(name, value) for name, value in found.items()}) if found else params

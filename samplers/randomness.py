@@ -1,7 +1,7 @@
-"""Random numbers that depend on nothing but a generation's own seed, step and position.
+"""Random numbers that depend only on a generation's seed, the step and the position.
 
-A counter-based stream (SplitMix64, Steele et al., OOPSLA 2014): no state to keep, the same on every device, and a
-generation's numbers cannot change with who shares its batch.
+A counter-based stream (SplitMix64, Steele et al., OOPSLA 2014): it keeps no state, is the same on every device, and
+does not depend on the other rows of the batch.
 """
 
 from typing import Any
@@ -16,8 +16,8 @@ _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 _U_GOLDEN, _U_MIX_1, _U_MIX_2 = (np.uint64(each % 2**64) for each in (_GOLDEN, _MIX_1, _MIX_2))
 _BITS = {bits: np.uint64(bits) for bits in (11, 27, 30, 31)}
 TOKENS, POSITIONS, FIRST, LATER, NOISE, BARRIER, SLOTS = 1, 2, 3, 4, 5, 6, 7
-"""Streams: numbers that choose tokens, that choose positions, that order positions (the first, and those after it), and
-that a block without a mask token begins with; that canvases are drawn with anew; and seeds of further canvases."""
+"""Random streams: token choice; position choice; the first draw of a position order and the later ones; initial content
+of blocks without a mask token; resampling at barriers; seeds of further canvases."""
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
@@ -33,8 +33,8 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def uniform(seed: Tensor, step: Tensor, position: Tensor, stream: int) -> Tensor:
-    """Numbers in [0, 1), float64, for broadcastable int64 seeds, steps and positions."""
-    # The seed is mixed before the stream is added, or one seed's second stream would be the next seed's first.
+    """Uniform random numbers in [0, 1), float64, for broadcastable int64 seeds, steps and positions."""
+    # The seed is mixed before the stream is added; otherwise one seed's second stream would be the next seed's first.
     if position.device.type == "cpu" and position.dim():
         return torch.from_numpy(_numpy_uniform(seed.numpy(), step.numpy(), position.numpy(), stream))
     x = _mix(_mix(_mix(_mix(seed) + stream) ^ step) ^ position)
@@ -42,7 +42,7 @@ def uniform(seed: Tensor, step: Tensor, position: Tensor, stream: int) -> Tensor
 
 
 def _numpy_uniform(seed: Any, step: Any, position: Any, stream: int) -> Any:
-    """The same on the CPU, with a tenth of the operations' cost: numpy shifts logically, and in place."""
+    """`uniform` on the CPU at a tenth of the cost: numpy shifts logically and works in place."""
     with np.errstate(over="ignore"):
         x = _numpy_mix(_numpy_mix(seed.view(np.uint64).copy()) + np.uint64(stream))
         x = _numpy_mix(_numpy_mix(x ^ step.view(np.uint64)) ^ position.view(np.uint64))
@@ -60,7 +60,7 @@ def _numpy_mix(x: Any) -> Any:
 
 
 def slot_seed(seed: int, slot: int) -> int:
-    """Seed of one of a generation's canvases; the first has the generation's own."""
+    """Seed of one of a generation's canvases; the first uses the generation's own."""
     if slot == 0:
         return seed
     mixed = _mix(_mix(torch.tensor(seed, dtype=torch.int64)) + SLOTS + slot)

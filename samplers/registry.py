@@ -1,4 +1,4 @@
-"""Name -> sampler: ours, and third parties' through the entry point group `unmask.samplers`."""
+"""Samplers by name: our own, and those of third parties from the entry point group `unmask.samplers`."""
 
 import inspect
 import json
@@ -56,18 +56,18 @@ _MODIFIERS: tuple[type[Modifier[Any]], ...] = (Guidance, Credit, Spacing)
 
 
 _ELSEWHERE = ("oracle",)
-"""Names that are not samplers' here, but mean something where samplers are named: evaluation's own."""
+"""Names reserved by evaluation for its own samplers."""
 _POLICY_SUFFIX = "policy-"
-"""`model:policy-NAME` chooses a policy, so no sampler's name begins like that."""
+"""Reserved prefix of sampler names: `model:policy-NAME` selects a policy."""
 
 
 MOST_TEXT = 100_000
-"""Characters of a sampler's description, its parameters' schema included."""
+"""Maximum characters of a sampler's description, including the schema of its parameters."""
 
 
 @dataclass(frozen=True)
 class Description:
-    """What a sampler says of itself, asked once: its first sentence, where it is from, and its parameters' schema."""
+    """A sampler's description, read once: its first sentence, its source, and the schema of its parameters."""
 
     summary: str
     paper: str
@@ -75,12 +75,12 @@ class Description:
 
     @classmethod
     def of(cls, sampler: Sampler[Any] | Modifier[Any]) -> "Description":
-        """Raises whatever the sampler does, and if what it says cannot be shown."""
+        """Read a description. Raises any error of the sampler, and an error if the description cannot be shown."""
         told: list[object] = [sampler.summary(), sampler.paper, sampler.schema()]
         said = json.dumps(told, allow_nan=False, ensure_ascii=False)
         if len(said) > MOST_TEXT:
             raise ValueError(f"its description has more than {MOST_TEXT} characters")
-        said.encode()  # raises for halves of characters, which no answer could hold
+        said.encode()  # raises for lone surrogates, which a response cannot contain
         summary, paper, schema = json.loads(said)
         for name, text in (("summary", summary), ("paper", paper)):
             if not isinstance(text, str):
@@ -91,13 +91,13 @@ class Description:
 
     @property
     def parameters(self) -> list[str]:
-        """The parameters' names."""
+        """Names of the parameters."""
         found = self.schema.get("properties")
         return list(found) if isinstance(found, dict) else []
 
 
 class UnknownSamplerError(KeyError):
-    """No sampler of that name; the message lists those there are, and says why a plugin's is not among them."""
+    """Unknown name of a sampler. The message lists the available samplers and names plugins that failed to load."""
 
     def __str__(self) -> str:
         return str(self.args[0])
@@ -115,8 +115,8 @@ def _plugins() -> Plugins[Sampler[Any]]:
 
 
 def _check(sampler: Sampler[Any]) -> None:
-    """Raise if what is asked of a sampler before it runs cannot be answered, or not in a form that can be shown."""
-    # Read again in every request: what computes them could fail, or say something else, later.
+    """Raise if the attributes of a sampler that are read before it runs are missing or cannot be shown."""
+    # Every request reads these again; a computed attribute could fail or change later.
     plain = type(inspect.getattr_static(sampler, "name")) is str
     if not plain or not isinstance(inspect.getattr_static(sampler, "Params"), type):
         raise TypeError("name or Params is no plain attribute")
@@ -144,7 +144,7 @@ def _descriptions() -> dict[str, Description]:
 
 
 def describe(name: str) -> Description:
-    """What the sampler of that name says of itself; one of a third party was asked when it was loaded.
+    """Description of the sampler of that name; third-party samplers were asked when they were loaded.
 
     Raises UnknownSamplerError.
     """
@@ -155,7 +155,7 @@ def describe(name: str) -> Description:
 
 
 class UnknownModifierError(KeyError):
-    """No modifier of that name; the message lists those there are."""
+    """Unknown name of a modifier. The message lists the available ones."""
 
     def __str__(self) -> str:
         return str(self.args[0])
@@ -181,17 +181,17 @@ def get_modifier(name: str) -> Modifier[Any]:
 
 @cache
 def describe_modifier(name: str) -> Description:
-    """A modifier's description of itself. Raises UnknownModifierError."""
+    """Description of the modifier of that name. Raises UnknownModifierError."""
     return Description.of(get_modifier(name))
 
 
 def is_ours(name: str) -> bool:
-    """Whether this is one of our own samplers, and no third party's."""
+    """True for built-in samplers, False for those of third parties."""
     return any(name == sampler.name for sampler in _OURS)
 
 
 def named_samplers() -> dict[str, Sampler[Any]]:
-    """All samplers by the names that they are known by, whatever one says later that it is called."""
+    """All samplers by their registered names, which later changes of a sampler's `name` do not affect."""
     return dict(_registry())
 
 
@@ -201,7 +201,7 @@ def list_samplers() -> list[Sampler[Any]]:
 
 
 def list_unavailable() -> list[BrokenPlugin]:
-    """Samplers of other distributions that could not be loaded."""
+    """Samplers of other distributions that failed to load."""
     return list(_plugins().broken.values())
 
 

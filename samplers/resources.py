@@ -1,4 +1,4 @@
-"""Auxiliaries that samplers require, by kind and name, and samplers bound to them."""
+"""Auxiliaries that samplers require, by kind and name, and their binding to samplers."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,11 +14,11 @@ class Kind:
     """Auxiliaries of one kind.
 
     Attributes:
-        find: the auxiliary of that name, or the only one; raises ParameterError if there is none.
-        missing: why there is none of this kind at the moment; None if there is one.
-        only: name of the auxiliary that is found without a name; None if there is no such one.
-        warnings: how the training of the auxiliary of that name differs from a generation, given its block length
-            (None: full diffusion) and its longest text.
+        find: look up an auxiliary by name, or the only one if the name is None. Raises ParameterError if there is none.
+        missing: reason why there is currently none of this kind; None if there is one.
+        only: name of the auxiliary that is found without a name; None if there is not exactly one.
+        warnings: differences between the training of the named auxiliary and a generation, given its block length
+            (None: full diffusion) and the maximum length of its text.
     """
 
     find: Callable[[str | None], Any]
@@ -28,9 +28,9 @@ class Kind:
 
 
 class ResourceTable:
-    """One table of everything that a sampler can require.
+    """Table of all auxiliaries that samplers can require.
 
-    The kind `sampler` is always there: rules that others are built on.
+    The kind `sampler` is always present: base rules of other samplers.
     """
 
     def __init__(self) -> None:
@@ -51,12 +51,12 @@ class ResourceTable:
         return self._kinds[kind].missing() if kind in self._kinds else f"this server has no {kind}"
 
     def why_missing(self, sampler: Sampler[Any]) -> str | None:
-        """Why a sampler lacks what it requires; None if all of it is there."""
+        """Reason why a requirement of the sampler is not met; None if all are."""
         reasons = (self.missing(kind) for kind in sampler.requires.values())
         return next((reason for reason in reasons if reason is not None), None)
 
     def named(self, sampler: Sampler[Any], params: SamplerParams) -> SamplerParams:
-        """Parameters with the names of auxiliaries that were left out, where there is only one."""
+        """The parameters, with omitted names of auxiliaries filled in if there is only one of the kind."""
         update = {}
         for parameter, kind in sampler.requires.items():
             if getattr(params, parameter) is None and kind in self._kinds:
@@ -66,7 +66,7 @@ class ResourceTable:
     def warnings(
         self, sampler: Sampler[Any], params: SamplerParams, block_length: int | None, gen_length: int
     ) -> list[str]:
-        """How the training of a sampler's auxiliaries differs from a generation (see `Kind`)."""
+        """Differences between the training of a sampler's auxiliaries and a generation (see `Kind`)."""
         return [
             warning
             for parameter, kind in sampler.requires.items()
@@ -83,11 +83,11 @@ def _find_sampler(name: str | None) -> Sampler[Any]:
 
 
 DEFAULT = ResourceTable()
-"""Without a server: rules only."""
+"""Table for use without a server: contains rules only."""
 
 
 def bound(sampler: Sampler[Any], params: SamplerParams, resources: ResourceTable | None = None) -> Sampler[Any]:
-    """The sampler with the auxiliaries that it requires. Raises ParameterError, and SamplerError if it fails."""
+    """The sampler with its auxiliaries. Raises ParameterError if one is missing, SamplerError if the sampler fails."""
 
     def ask() -> Sampler[Any] | ParameterError:
         try:

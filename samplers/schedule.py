@@ -1,4 +1,4 @@
-"""How many candidates to commit a step: a fixed number, or a number of steps to spread the masks over."""
+"""Schedules: a fixed number of candidates per step, or a number of steps to spread the masks over."""
 
 from typing import ClassVar
 
@@ -52,12 +52,12 @@ class ScheduledSampler(Sampler[ScheduledParams]):
     def most_forwards(self, params: ScheduledParams, layout: Layout) -> int:
         most = super().most_forwards(params, layout)
         if isinstance(params, NumberOrThresholdParams) and params.threshold is not None:
-            return most  # one a forward is all that a threshold promises
+            return most  # a threshold guarantees only one commit per forward
         return min(most, scheduled_forwards(params, layout))
 
 
 def check_steps(params: SamplerParams, layout: Layout) -> None:
-    """Refuse fewer steps than blocks: every block needs a forward."""
+    """Raise ParameterError if there are fewer steps than blocks: every block needs a forward."""
     steps = getattr(params, "steps", None)
     if steps is not None and steps < layout.blocks:
         raise ParameterError(
@@ -67,8 +67,8 @@ def check_steps(params: SamplerParams, layout: Layout) -> None:
 
 
 def scheduled_forwards(params: SamplerParams, layout: Layout) -> int:
-    """Most forwards where each commits what the schedule says, or more."""
-    # Where outputs are about the next position, a block's first forward may decide that position only.
+    """Maximum forwards of a rule that commits at least the scheduled number in each."""
+    # If outputs predict the next position, a block's first forward may decide only the block's first position.
     opening = layout.blocks if layout.pattern.shifted else 0
     steps, k = getattr(params, "steps", None), getattr(params, "k", None)
     if steps is not None:
@@ -77,26 +77,26 @@ def scheduled_forwards(params: SamplerParams, layout: Layout) -> int:
 
 
 def block_share(steps: Tensor, blocks: Tensor, block: Tensor) -> Tensor:
-    """A block's share of the steps of the whole generation, int64 [rows, 1]."""
+    """Share of a block in the steps of the whole generation, int64 [rows, 1]."""
     return steps // blocks + (block < steps % blocks)
 
 
 def quota(step: Step[ScheduledParams]) -> Tensor:
-    """Candidates to commit in this step, int64 [rows, 1].
+    """Number of candidates to commit in this step, int64 [rows, 1].
 
-    With S of the `steps` for a block of m masks, step s commits m // S, and one more while s < m % S.
+    With S of the `steps` for a block of m masks, step s commits m // S, plus one while s < m % S.
     """
     k = step.param("k", none=1) if "k" in step.columns.spec.kinds else torch.ones_like(step.block)
     if not step.columns.any_given("steps"):
         return k
-    # A schedule is of one step a block at least (`check_steps`); 1 stands for rows that have none.
+    # A schedule has at least one step per block (`check_steps`); 1 stands in for rows without a schedule.
     share = block_share(step.param("steps", none=0), step.layout.blocks, step.block).clamp(min=1)
     count = step.block_masks // share + (step.block_step < step.block_masks % share)
     return torch.where(step.given("steps"), count, k)
 
 
 def quota_for_best(step: Step[ScheduledParams]) -> Tensor | int:
-    """The quota, as one number where it is the same for all rows in all steps: `best` is quicker then."""
+    """The quota; a plain number if it is the same for all rows and steps, since `best` is then faster."""
     if step.columns.any_given("steps"):
         return quota(step)
 
@@ -109,11 +109,14 @@ def quota_for_best(step: Step[ScheduledParams]) -> Tensor | int:
 
 
 def passing_or_best(step: Step[ScheduledParams], score: Tensor, bound: Tensor) -> Selection:
-    """Rows with a `threshold` commit every candidate whose score reaches the bound, [rows, 1], and one at least; the
-    others their quota's best."""
+    """Commit by threshold or by quota.
+
+    Rows with a `threshold` commit all candidates whose score reaches `bound`, [rows, 1], and at least one. Other rows
+    commit the best of their quota.
+    """
     if not step.columns.any_given("threshold"):
         return Selection(best(score, step.candidate, quota_for_best(step)))
-    # Where the bound lets nothing through, the best score goes, not the largest confidence.
+    # If nothing reaches the bound, commit the best score, which need not be the highest confidence.
     counted = ~step.given("threshold")
     count = torch.where(counted, quota(step), 1)
     return Selection(best(score, step.candidate, count) | (step.candidate & (score >= bound) & ~counted))

@@ -1,4 +1,4 @@
-"""Accuracy against tokens per forward: held-out problems, a sampler, a model handed over as callables."""
+"""Accuracy and tokens per forward of a sampler on held-out problems, for a model given as callables."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -30,14 +30,14 @@ FRONTIER = (
 
 
 class TrialError(ValueError):
-    """A trial that cannot be run: too few problems, or one that does not fit the model."""
+    """A trial that cannot run: too few problems, or a problem that does not fit the model."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One measurement: `count` held-out problems of a task under a sampler. No `block_length` is full diffusion.
+    """One measurement: `count` held-out problems of a task under a sampler. `block_length` None is full diffusion.
 
-    `chat` only says that the model encodes prompts as chat messages.
+    `chat` records that the model encodes prompts as chat messages.
 
     Raises ParameterError if the sampler's parameters do not fit the generation.
     """
@@ -56,12 +56,12 @@ class Trial:
         if self.sampler.name == Oracle.name:
             return
         sampler = get_sampler(self.sampler.name)
-        if not DEFAULT.why_missing(sampler):  # else it is checked with what it requires, before its first forward
+        if not DEFAULT.why_missing(sampler):  # otherwise checked with its auxiliaries, before the first forward
             layout = Layout(0, self.gen_length, min(self.block_length or self.gen_length, self.gen_length))
             bound(sampler, self.sampler.params).check(self.sampler.params, layout)
 
     def settings(self) -> dict[str, Any]:
-        """What tells one measurement of a model from another, as its row has it."""
+        """Settings that distinguish measurements of a model from each other, as written to result rows."""
         return {
             "task": self.task.name,
             "sampler": self.sampler.name,
@@ -78,11 +78,11 @@ class Trial:
 
 
 Whole = Annotated[int, Field(ge=-(2**63), lt=2**63)]
-"""Rows come from files too, and a number of thousands of digits is nothing that anybody counted."""
+"""Integer with a bound: rows are also read from files, where a number of thousands of digits is not a valid count."""
 
 
 class Measurement(BaseModel):
-    """What a trial measured. Accuracy in 0..1 with Wilson 95 % bounds; `tpf` is sum of tokens / sum of forwards."""
+    """Result of a trial. Accuracy in 0..1 with Wilson 95 % bounds; `tpf` is sum of tokens / sum of forwards."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -124,11 +124,11 @@ def evaluate(
     solved: Callable[[], None] = lambda: None,
     resources: ResourceTable = DEFAULT,
 ) -> Measurement:
-    """Run a trial with at most `batch` canvases in a forward.
+    """Run a trial with at most `batch` canvases per forward.
 
     Args:
-        solved: called after each problem, right or wrong.
-        resources: what samplers require, such as policies.
+        solved: called after each problem, whether the answer is right or wrong.
+        resources: auxiliaries of samplers, such as policies.
 
     Raises TrialError, SamplerError if a generation cannot go on, ParameterError if a resource is missing.
     """
@@ -159,7 +159,7 @@ def check_trial(model: ModelUnderTest, trial: Trial, resources: ResourceTable = 
 
 
 def _start(model: ModelUnderTest, trial: Trial, resources: ResourceTable) -> Iterator[tuple[Problem, Row]]:
-    """The trial's generations, the shortest prompt first: canvases of one length share a forward without padding."""
+    """Rows of the trial, the shortest prompt first: canvases of equal length share a forward without padding."""
     try:
         problems = trial.task.problems(trial.count, trial.seed, "heldout")
     except ValueError as error:
@@ -193,7 +193,7 @@ def _start(model: ModelUnderTest, trial: Trial, resources: ResourceTable) -> Ite
 
 
 def _finish(rows: Iterator[tuple[Problem, Row]], predict: Predict, batch: int) -> Iterator[tuple[Problem, Row]]:
-    """Run generations to their end, as many in each forward as `batch` allows, and yield each when it is finished."""
+    """Run generations to their end, at most `batch` per forward, and yield each when it is finished."""
     running: list[tuple[Problem, Row]] = []
 
     def taking() -> list[Row]:

@@ -1,4 +1,4 @@
-"""A sampler with its parameters in one word, as a command line wants it: `threshold:threshold=0.9`.
+"""A sampler with its parameters in one word, for command lines: `threshold:threshold=0.9`.
 
 Modifiers follow it: `threshold:threshold=0.9+guidance:scale=1.5`.
 """
@@ -45,7 +45,7 @@ class ModifierSpec:
 
 @dataclass(frozen=True)
 class SamplerSpec:
-    """A sampler's name, its validated parameters and what is around it. `oracle` is one that only evaluation knows."""
+    """A sampler's name, validated parameters and modifiers. `oracle` exists only in evaluation."""
 
     name: str
     params: SamplerParams
@@ -71,11 +71,11 @@ class SamplerSpec:
         return cls(name, _validated(name, schema, values), tuple(modifiers))
 
     def stated(self) -> dict[str, Any]:
-        """Parameters that have a value, defaults included."""
+        """Parameters that are not null, defaults included."""
         return self.params.model_dump(mode="json", exclude_none=True)
 
     def stated_modifiers(self) -> list[dict[str, Any]]:
-        """What is around the sampler, as a request's body has it."""
+        """The modifiers in the format of a request's body."""
         return [{"name": each.name, "params": each.stated()} for each in self.modifiers]
 
 
@@ -108,7 +108,7 @@ def _split(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def sampler_label(name: str, stated: dict[str, Any], modifiers: Sequence[dict[str, Any]] = ()) -> str:
-    """A sampler and its parameters for people: `topk k=4`, `threshold 0.9 + guidance scale=1.5`."""
+    """A sampler and its parameters as a label: `topk k=4`, `threshold 0.9 + guidance scale=1.5`."""
     parts = [f"{value}" if param == name else f"{param}={value}" for param, value in stated.items()]
     own = " ".join([name, *parts])
     return " + ".join([own, *(sampler_label(each["name"], each["params"]) for each in modifiers)])

@@ -1,4 +1,4 @@
-"""Who decides in a rollout: a policy, a rule, either of them row by row, or an explorer."""
+"""Actors that decide in a rollout: a policy, a rule, a mixture of both by row, or an explorer."""
 
 import random
 from dataclasses import replace
@@ -14,14 +14,14 @@ from samplers.learned.policy import bernoulli_draw, commit_at_least_one, dpls_dr
 
 
 class PolicyActor:
-    """Draws from a policy at temperature 1, as training does.
+    """Draws from a policy, at temperature 1 by default as in training.
 
     Args:
-        network: in the middle of its training or not.
-        speed: [rollout rows] in 0..1, for a policy that takes it.
-        shift: [rollout rows], subtracted from the logits: the higher, the more careful.
+        network: policy network, trained or in training.
+        speed: [rollout rows] in 0..1, for policies that take it.
+        shift: [rollout rows], subtracted from the logits: higher values commit less.
         temperature: [rollout rows].
-        allow_empty: an empty draw stays empty.
+        allow_empty: keep empty draws empty.
     """
 
     def __init__(
@@ -57,11 +57,11 @@ class PolicyActor:
 
 
 class RuleActor:
-    """A sampler with its parameters, all rows alike.
+    """A sampler with the same parameters in all rows.
 
     Args:
-        block_length: work in blocks of its own inside the rollout's, as expert steering does: Fast-dLLM runs in short
-            blocks show a policy of full diffusion the way (arXiv 2512.09106, appendix F).
+        block_length: length of the rule's own blocks inside the rollout's, as in expert steering: Fast-dLLM in short
+            blocks guides a policy of full diffusion (arXiv 2512.09106, appendix F).
     """
 
     def __init__(self, sampler: Sampler, params: SamplerParams, block_length: int | None = None) -> None:
@@ -81,16 +81,16 @@ class RuleActor:
 
 
 def _first_block(candidate: Tensor, block_length: int) -> Tensor:
-    """Positions of the block of the first candidate, bool like it."""
+    """Positions in the block of the first candidate, bool in the shape of `candidate`."""
     position = torch.arange(candidate.shape[1], device=candidate.device)
     return position // block_length == candidate.int().argmax(dim=1, keepdim=True) // block_length
 
 
 class ExpertMixture:
-    """Rows marked as expert's follow a rule, the others a policy.
+    """Expert rows follow a rule, the others a policy.
 
     Args:
-        expert: int64 [rollout rows]: -1 for the policy, or which of the rules.
+        expert: int64 [rollout rows]: -1 for the policy, otherwise index of the rule.
     """
 
     def __init__(self, policy: Actor, rules: list[RuleActor], expert: Tensor) -> None:
@@ -116,11 +116,11 @@ class ExpertMixture:
 
 
 class Explorer:
-    """Careful by threshold, but for one step (or a share of the rows at every step) in which it also commits others.
+    """Commits by a high threshold, and commits further candidates in one bold step (or in some rows at every step).
 
-    Which others: a random band of confidences, a random share, or all above a low threshold. The bands matter: they try
-    what is sure to a quarter apart from all else. Of several `blocks`, each taken for two steps, any may have the bold
-    one.
+    The further candidates are a random part of a random confidence band, a random share, or all above a low threshold.
+    The bands matter: they explore each confidence range separately from the others. With several `blocks`, two steps
+    each, the bold step may be in any of them.
     """
 
     statistics = frozenset[Statistic]()

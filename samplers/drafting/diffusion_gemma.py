@@ -1,4 +1,4 @@
-"""Draft everything, keep what is surest, and let go of the rest."""
+"""Draft all tokens, keep the most confident, and renew the rest."""
 
 import torch
 from pydantic import Field
@@ -40,8 +40,8 @@ class DiffusionGemma(Sampler[DiffusionGemmaParams]):
     chooses_tokens = True
     drafts = True
     state = {
-        "likeliest": StateSpec(-1, torch.int64, per="position"),  # tokens of the step before
-        "same": StateSpec(0, torch.int64),  # steps before the last that had the same
+        "likeliest": StateSpec(-1, torch.int64, per="position"),  # tokens of the previous step
+        "same": StateSpec(0, torch.int64),  # number of consecutive steps with the same tokens
     }
     Params = DiffusionGemmaParams
 
@@ -56,7 +56,7 @@ class DiffusionGemma(Sampler[DiffusionGemmaParams]):
     def select(self, step: Step[DiffusionGemmaParams]) -> Selection:
         entropy = step.extra[Statistic.CHOSEN_ENTROPY]
         order = entropy.masked_fill(~step.candidate, torch.inf).argsort(dim=1, stable=True)
-        # What is no candidate comes last, and counts for nothing.
+        # Non-candidates sort last and count as 0.
         ordered = entropy.masked_fill(~step.candidate, 0.0).gather(1, order)
         kept = prefix(ordered.cumsum(dim=1) - ordered <= step.param("entropy_bound"), order)
         likeliest = step.extra[Statistic.LIKELIEST].nan_to_num(-1.0).long()
@@ -74,5 +74,5 @@ class DiffusionGemma(Sampler[DiffusionGemmaParams]):
         )
 
     def noise(self, step: Step[DiffusionGemmaParams]) -> Tensor:
-        """Any tokens, from each row's own stream, int64 [rows, width]."""
+        """Random tokens from each row's own stream, int64 [rows, width]."""
         return (step.uniform() * step.layout.noise).long()

@@ -1,4 +1,4 @@
-"""What one forward pass says about each candidate position."""
+"""Results of a forward pass at the requested positions."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,16 +11,16 @@ from samplers.forward.statistics import Statistic, StatisticsRequest
 
 @dataclass(frozen=True)
 class Prediction:
-    """Statistics of one forward pass at all positions that were asked for, flattened over the batch's rows.
+    """Statistics of one forward pass at all requested positions, flattened over the rows of the batch.
 
     Attributes:
-        token: int64 [n], what would be committed; never the mask token.
-        confidence: float32 [n], probability of that token under the model's unmodified distribution.
-        extra: further statistics that were asked for, float32 [n] each.
-        top: the largest probabilities, descending, float32 [n, as many as were asked for]; None where none were.
-        named: probabilities of the tokens that were named, float32 [n, as many]; None where none were.
-        failed: generations of the query whose own forward failed, by their place in it, and why. What is said of them
-            is undefined.
+        token: int64 [n], token to commit; never the mask token.
+        confidence: float32 [n], probability of that token in the model's unmodified distribution.
+        extra: further requested statistics, float32 [n] each.
+        top: float32 [n, k], the k largest probabilities, descending; None if not requested.
+        named: float32 [n, m], probabilities of the m named tokens; None if there are none.
+        failed: generations whose own forward failed, by their index in the query, with the error. Their statistics are
+            undefined.
     """
 
     token: Tensor
@@ -32,7 +32,7 @@ class Prediction:
 
     @classmethod
     def missing(cls, wanted: StatisticsRequest, rows: int, device: torch.device) -> "Prediction":
-        """Zeros in place of what a forward that failed was asked."""
+        """Zeros in place of the results of a failed forward."""
         zeros = torch.zeros(rows, device=device)
         return cls(
             zeros.long(),
@@ -44,7 +44,7 @@ class Prediction:
 
     @classmethod
     def join(cls, parts: "Sequence[Prediction]") -> "Prediction":
-        """All rows of several."""
+        """Concatenate several predictions."""
         top = [part.top for part in parts if part.top is not None]
         named = [part.named for part in parts if part.named is not None]
         return cls(
@@ -56,7 +56,7 @@ class Prediction:
         )
 
     def part(self, start: int, stop: int) -> "Prediction":
-        """Of rows `start` to `stop`."""
+        """Rows `start` to `stop` (exclusive)."""
         return Prediction(
             self.token[start:stop],
             self.confidence[start:stop],
@@ -66,9 +66,9 @@ class Prediction:
         )
 
     def table(self, wanted: StatisticsRequest | None = None) -> Tensor:
-        """All of it, or what is wanted of it, side by side: float32 [n, columns].
+        """All results, or the requested ones, side by side: float32 [n, columns].
 
-        Token ids fit float32 exactly up to a vocabulary of 2 ** 24.
+        Token ids are exact in float32 up to a vocabulary of 2 ** 24.
         """
         names: Iterable[Statistic] = self.extra
         top, named = self.top, self.named
@@ -85,7 +85,7 @@ class Prediction:
     def of_table(
         cls, table: Tensor, statistics: Iterable[Statistic], top: int | None, named: int | None
     ) -> "Prediction":
-        """The opposite of `table`: of these statistics, and so many of the largest and of the named; None for none."""
+        """Inverse of `table` for these statistics and numbers of largest and named probabilities; None for none."""
         names = sorted(statistics)
         widths = [1, 1, *[1] * len(names), *(width for width in (top, named) if width is not None)]
         token, confidence, *rest = torch.split(table, widths, dim=1)
@@ -94,7 +94,7 @@ class Prediction:
         return cls(token[:, 0].long(), confidence[:, 0], extra, largest, rest.pop(0) if rest else None)
 
     def cpu(self) -> "Prediction":
-        """On the CPU, in one copy."""
+        """The prediction on the CPU, moved in one copy."""
         if self.token.device.type == "cpu":
             return self
         top, named = (None if values is None else values.shape[1] for values in (self.top, self.named))

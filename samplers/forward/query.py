@@ -1,4 +1,4 @@
-"""The question that a step puts to the model."""
+"""The query that a step sends to the model."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ from samplers.forward.statistics import NOTHING, StatisticsRequest
 
 @dataclass(frozen=True)
 class Mixture:
-    """How the logits of several views of a generation become one.
+    """Weights that combine the logits of a generation's views into one answer.
 
     Attributes:
-        answer: int64 [n], the row of the answer that each asked position counts for; ascending within a view.
+        answer: int64 [n], row of the answer that each requested position contributes to; ascending within a view.
         weight: float32 [n].
-        count: rows of the answer.
-        views: number of views of each generation, whose canvases stand side by side in the query.
+        count: number of rows of the answer.
+        views: number of views of each generation; their canvases are adjacent in the query.
     """
 
     answer: Tensor
@@ -29,7 +29,7 @@ class Mixture:
     views: Sequence[int]
 
     def parts(self, most: int) -> Iterator["MixturePart"]:
-        """Its answers in order, in parts of at most so many asked positions, but whole answers."""
+        """Parts of the mixture with whole answers in order, of at most `most` requested positions each if possible."""
         order = self.answer.argsort(stable=True)
         answer, weight = self.answer[order], self.weight[order]
         start = 0
@@ -46,11 +46,11 @@ class Mixture:
 
 @dataclass(frozen=True)
 class MixturePart:
-    """Some answers, `first` to before `last`, of a mixture.
+    """Answers `first` to `last` (exclusive) of a mixture.
 
     Attributes:
-        asked: int64 [n], the asked positions that make them.
-        answer: int64 [n], the answer that each counts for, from 0.
+        asked: int64 [n], indices of the requested positions that contribute.
+        answer: int64 [n], answer that each contributes to, counted from 0.
         weight: float32 [n].
     """
 
@@ -69,14 +69,14 @@ class MixturePart:
 
 @dataclass(frozen=True)
 class Query:
-    """What a step needs to know: positions of canvases, and what of them.
+    """The canvases of a forward pass, and the positions and statistics requested of them.
 
     Attributes:
-        canvases: what the model sees, one row of the forward each.
-        spans: what it computes of each.
-        row, position: int64 [n], the positions asked for: index into `canvases`, ascending, and place on that canvas.
-        wanted: what to say of each position, or of each row of the answer where views are mixed.
-        mixture: how views become answers; None: every canvas is a generation's only view.
+        canvases: inputs of the model, one row of the forward each.
+        spans: positions to compute of each canvas.
+        row, position: int64 [n], requested positions: index into `canvases`, ascending, and position on that canvas.
+        wanted: statistics of each position, or of each row of the answer if views are mixed.
+        mixture: combination of views into answers; None: every generation has a single view.
     """
 
     canvases: list[Canvas]
@@ -88,16 +88,16 @@ class Query:
 
     @property
     def generations(self) -> int:
-        """Canvases of generations, however many views each has."""
+        """Number of generations; each may have several canvases."""
         return len(self.canvases) if self.mixture is None else len(self.mixture.views)
 
     @property
     def answers(self) -> int:
-        """Rows of the answer."""
+        """Number of rows of the answer."""
         return len(self.position) if self.mixture is None else self.mixture.count
 
     def part(self, start: int, stop: int) -> "Query":
-        """What is asked of generations `start` to before `stop`."""
+        """Query of generations `start` to `stop` (exclusive)."""
         first, last = start, stop
         if self.mixture is not None:
             first, last = sum(self.mixture.views[:start]), sum(self.mixture.views[:stop])

@@ -1,20 +1,20 @@
-"""What a forward computes of a canvas, and where its keys and values are kept."""
+"""Positions that a forward computes of a canvas, and the place of its keys and values."""
 
 from dataclasses import dataclass
 from enum import StrEnum
 
 
 class CacheMode(StrEnum):
-    """What a generation keeps of its last full forward, one at the start of every block.
+    """Keys and values kept from a generation's last full forward, one at the start of every block.
 
     `none`: every forward is a full one, exact. The others approximate: the keys and values of some positions are those
-    of the block's first forward (Fast-dLLM, arXiv 2505.22618, section 3.2). `prefix`: of all before the block. `dual`:
-    of all but the block.
+    of the block's first forward (Fast-dLLM, arXiv 2505.22618, section 3.2). `prefix`: of all positions before the
+    block. `dual`: of all positions outside the block.
 
-    A block-causal model never sees what comes later, so that `prefix` is exact: finished blocks are computed once.
-    `dual` is the same where its blocks are those denoised together; where they are longer, it keeps the rest of the
-    model's block too (Fast-dLLM v2, arXiv 2509.26328, section 3.3), which approximates. In a model whose outputs are
-    about the next position, a block's forwards are wide ones until its first position is committed.
+    In block-causal models, positions never see later blocks, so `prefix` is exact: finished blocks are computed once.
+    `dual` is the same if the model's blocks are those denoised together; if they are longer, it also keeps the rest of
+    the model's block (Fast-dLLM v2, arXiv 2509.26328, section 3.3), which approximates. In models whose outputs predict
+    the next position, forwards of a block are wide until its first position is committed.
     """
 
     NONE = "none"
@@ -24,23 +24,23 @@ class CacheMode(StrEnum):
 
 @dataclass(eq=False)
 class KVSlot:
-    """A place for what a backend keeps of one canvas; it goes when the generation goes."""
+    """Place for the keys and values of one canvas, held by a backend; freed with its generation."""
 
     content: object | None = None
 
 
 @dataclass(frozen=True)
 class ForwardSpan:
-    """What a forward computes of one canvas: positions `start` to `stop`.
+    """Positions `start` to `stop` (exclusive) of one canvas, to be computed by a forward.
 
-    A forward over all that is visible leaves its keys and values in `memory`, if there is one; any other reads them,
-    and puts those of what it spans in their place.
+    A forward over all visible positions stores its keys and values in `memory`, if given. Any other forward reads them
+    and overwrites those of its span.
 
     Attributes:
         visible: length of the part of the canvas that attention reads; None is all of it.
         causal_block: as in `AttentionPattern`.
-        draft: position at which the block begins that a model without a mask token drafts. What is fed before it is
-            settled, and read causally.
+        draft: start of the block that a model without a mask token drafts. Positions before it are settled and read
+            causally.
     """
 
     start: int

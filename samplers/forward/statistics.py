@@ -1,4 +1,4 @@
-"""What a forward is asked about each position."""
+"""Statistics that can be requested of a forward at each position."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,11 +11,11 @@ from samplers.forward.token_choice import GREEDY, TokenChoices
 
 
 class Statistic(StrEnum):
-    """A number per candidate that a sampler can ask for. Token and confidence are always computed.
+    """A number per candidate that a sampler can request. Token and confidence are always computed.
 
-    Entropy is in nats; margin is the difference of the two largest probabilities. Those of `chosen_` are of the
-    distribution that the token is chosen from, after temperature, top-k and top-p, as is `chosen_confidence`. The
-    likeliest token is a number too, for those who draw tokens and still want to know.
+    Entropy is in nats. Margin is the difference of the two largest probabilities. `chosen_` statistics,
+    `chosen_confidence` among them, refer to the distribution that the token is chosen from, after temperature, top-k
+    and top-p. The likeliest token is a statistic too, for samplers that draw tokens.
     """
 
     ENTROPY = "entropy"
@@ -39,11 +39,11 @@ class LogitBonus:
 
     @classmethod
     def join(cls, parts: "Sequence[LogitBonus]") -> "LogitBonus":
-        """All of several, whose rows are already counted from the same one."""
+        """Concatenate several, whose rows already share one origin."""
         return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in ("index", "token", "value")))
 
     def part(self, start: int, stop: int) -> "LogitBonus":
-        """Of rows of logits from `start` to `stop`, counted from there."""
+        """Additions to rows `start` to `stop` (exclusive) of logits, counted from `start`."""
         mine = (self.index >= start) & (self.index < stop)
         return LogitBonus(self.index[mine] - start, self.token[mine], self.value[mine])
 
@@ -53,16 +53,16 @@ class LogitBonus:
 
 @dataclass(frozen=True)
 class StatisticsRequest:
-    """What to say of each of n rows of logits beside token and confidence, and how to choose the token.
+    """Statistics of n rows of logits besides token and confidence, and the choice of the token.
 
     Attributes:
-        statistics: further numbers.
-        only: bool [n] for a statistic (or "top") that not all rows want; what it is for the others is undefined.
+        statistics: further statistics.
+        only: bool [n] for a statistic (or "top") that only some rows request; it is undefined in the others.
         choices: one per row; None chooses greedily everywhere.
-        uniform: float [n] in [0, 1), a number for each row, needed where a choice has a temperature.
-        top: how many of the largest probabilities to give; a vocabulary of fewer tokens is filled up with zeros.
-        named: int64 [n, m], tokens whose probabilities are wanted; those of -1 are 0.
-        bonus: what to add to the logits before anything else.
+        uniform: float [n] in [0, 1), a random number per row; required if a choice has a temperature.
+        top: number of largest probabilities; padded with zeros if the vocabulary is smaller.
+        named: int64 [n, m], tokens whose probabilities to compute; 0 for those of -1.
+        bonus: additions to the logits, applied first.
     """
 
     statistics: frozenset[Statistic] = frozenset()
@@ -75,17 +75,20 @@ class StatisticsRequest:
 
     @property
     def columns(self) -> int:
-        """Columns of the table that a prediction of this makes."""
+        """Number of columns in the table of the prediction."""
         return 2 + len(self.statistics) + self.top + (0 if self.named is None else self.named.shape[1])
 
     @classmethod
     def join(
         cls, parts: "Sequence[StatisticsRequest]", counts: Sequence[int], device: torch.device | None = None
     ) -> "StatisticsRequest":
-        """All rows of several, which have so many each. What only some of them want, the others get as well or not.
+        """Concatenate several requests.
+
+        Statistics that only some of them include are undefined in the rows of the others.
 
         Args:
-            device: where their tensors are; None is the CPU.
+            counts: number of rows of each request.
+            device: device of the tensors; None is the CPU.
         """
         if len(parts) == 1:
             return parts[0]
@@ -125,7 +128,7 @@ class StatisticsRequest:
         )
 
     def part(self, start: int, stop: int) -> "StatisticsRequest":
-        """Of rows `start` to `stop`."""
+        """Rows `start` to `stop` (exclusive)."""
         return replace(
             self,
             only={name: rows[start:stop] for name, rows in self.only.items()},
@@ -136,7 +139,7 @@ class StatisticsRequest:
         )
 
     def to(self, device: torch.device) -> "StatisticsRequest":
-        """With its tensors there, but for those that are looked into, which would mean to wait for the device."""
+        """Move tensors to the device, except those whose values are inspected: that would wait for the device."""
         return replace(
             self,
             uniform=None if self.uniform is None else self.uniform.to(device, non_blocking=True),

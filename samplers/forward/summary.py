@@ -1,4 +1,4 @@
-"""From logits to what a forward pass says about each position: one pass over each row for all that was asked."""
+"""From logits to statistics: one pass over each row for everything requested."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,16 +11,16 @@ from samplers.forward.statistics import CHOSEN, NOTHING, Statistic, StatisticsRe
 from samplers.forward.token_choice import TokenChoices
 
 PART = 1 << 20
-"""Logits worked on at a time: what is written in one pass is still in the cache in the next."""
+"""Number of logits processed at a time: results of one pass are still in the cache during the next."""
 
 
 def summarise(logits: Tensor, mask_id: int | None, wanted: StatisticsRequest = NOTHING) -> Prediction:
-    """Token, confidence and what else is wanted of each row of logits.
+    """Compute token, confidence and the requested statistics of each row of logits.
 
     Args:
-        logits: [n, vocab] of any float type; computed on in float32.
-        mask_id: the token that is never chosen, if there is one. Its probability still counts in the confidences of
-            the others.
+        logits: [n, vocab] of any float type; converted to float32.
+        mask_id: token that is never chosen, if there is one. Its probability still counts in the confidences of the
+            others.
     """
     size = max(1, PART // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
     starts = range(0, max(1, len(logits)), max(1, size))
@@ -62,7 +62,7 @@ def _part(logits: Tensor, mask_id: int | None, wanted: StatisticsRequest) -> Pre
 
 
 def _likeliest(logits: Tensor, mask_id: int | None) -> Tensor:
-    """Index of the largest logit of each row that is not the mask's, the lowest index among equals."""
+    """Index of the largest logit of each row except the mask token's, the lowest in case of ties."""
     if mask_id is None:
         return _first_of_largest(logits)[1]
     vocabulary = logits.shape[-1]
@@ -75,9 +75,9 @@ def _likeliest(logits: Tensor, mask_id: int | None) -> Tensor:
 
 
 def _first_of_largest(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest of each row, and the first place that it has."""
+    """The largest value of each row and its first index."""
     if scores.device.type == "cpu":
-        largest, place = scores.max(dim=-1)  # the first of equals on the CPU; elsewhere this is not promised
+        largest, place = scores.max(dim=-1)  # first in case of ties on the CPU; not guaranteed elsewhere
         return largest, place
     index = torch.arange(scores.shape[-1], device=scores.device)
     largest = scores.amax(dim=-1, keepdim=True)
@@ -86,11 +86,12 @@ def _first_of_largest(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 
 Value = Callable[[Tensor, Tensor], Tensor]
-"""Logits [n, vocab] and sums of their exponentials relative to the largest [n, 1] to numbers [n] or [n, width]."""
+"""Function of logits [n, vocab] and sums of their exponentials relative to the largest [n, 1]; gives [n] or [n,
+width]."""
 
 
 def _entropy(logits: Tensor, total: Tensor) -> Tensor:
-    below = (logits - logits.amax(dim=-1, keepdim=True)).clamp_(min=-100.0)  # exp(-100) is nothing beside 1
+    below = (logits - logits.amax(dim=-1, keepdim=True)).clamp_(min=-100.0)  # exp(-100) is negligible beside 1
     mean: Tensor = torch.linalg.vecdot(below.exp(), below) / total[:, 0]
     return total[:, 0].log() - mean
 
@@ -101,7 +102,7 @@ def _margin(logits: Tensor, total: Tensor) -> Tensor:
 
 
 def _top(logits: Tensor, total: Tensor, count: int) -> Tensor:
-    """The largest probabilities; a vocabulary of fewer tokens is filled up with zeros."""
+    """The largest probabilities, padded with zeros if the vocabulary is smaller."""
     found = logits.topk(min(count, logits.shape[-1]), dim=-1).values
     found = (found - found[:, :1]).exp() / total
     return torch.nn.functional.pad(found, (0, count - found.shape[-1]))
@@ -111,18 +112,18 @@ _VALUES: dict[Statistic, tuple[Statistic, Value]] = {
     Statistic.ENTROPY: (Statistic.CHOSEN_ENTROPY, _entropy),
     Statistic.MARGIN: (Statistic.CHOSEN_MARGIN, _margin),
 }
-"""Each with its like of what tokens are chosen from, which is the same where that is not shaped."""
+"""Each statistic with its counterpart for the distribution that tokens are chosen from; equal if that is unmodified."""
 
 
 def _rows(wanted: StatisticsRequest, *names: str) -> Tensor | None:
-    """The rows that want one of these, None for all."""
+    """Indices of the rows that request one of these; None for all."""
     wishes = [wanted.only.get(name) for name in names if name == "top" or name in wanted.statistics]
     some = [wish for wish in wishes if wish is not None]
     return torch.stack(some).any(dim=0) if len(some) == len(wishes) else None
 
 
 def _of(rows: Tensor | None, logits: Tensor, total: Tensor, value: Value, width: int = 0) -> Tensor:
-    """A value of these rows, NaN of the others."""
+    """A statistic at these rows, NaN elsewhere."""
     if rows is None:
         return value(logits, total)
     index = rows.nonzero()[:, 0].to(logits.device, non_blocking=True)
@@ -134,11 +135,11 @@ def _of(rows: Tensor | None, logits: Tensor, total: Tensor, value: Value, width:
 def _choose(
     logits: Tensor, token: Tensor, mask_id: int | None, wanted: StatisticsRequest
 ) -> tuple[Tensor, dict[Statistic, tuple[Tensor, Tensor]]]:
-    """Tokens, those of rows with a temperature drawn, and statistics of rows whose distribution is shaped."""
+    """Tokens, drawn in rows with a temperature, and statistics of rows with a modified distribution."""
     choices, shaping = wanted.choices, wanted.statistics & CHOSEN
     if choices is None:
         return token, {}
-    # Without one of `CHOSEN`, a greedy row's shape does not matter.
+    # Unless a statistic of `CHOSEN` is requested, filters do not matter in greedy rows.
     shaped = choices.temperature > 0
     if shaping:
         shaped = shaped | ~choices.plain
@@ -170,15 +171,15 @@ def _choose(
 
 
 def choosable(scores: Tensor, choices: TokenChoices) -> tuple[Tensor, Tensor]:
-    """What tokens are drawn from: softmax(scores / temperature), filtered by top-k, then top-p, not normalised.
+    """Unnormalised distribution of tokens: softmax(scores / temperature), filtered by top-k, then top-p.
 
     Args:
-        scores: float32 [n, vocab], -inf where a token is banned.
+        scores: float32 [n, vocab], -inf for banned tokens.
         choices: one per row; a temperature of 0 counts as 1.
 
     Returns:
-        float64 [n, vocab], and which token each is of: the likeliest first where there are filters, which need that;
-        in the tokens' own order where there are none, since sorting takes longer than all else.
+        float64 [n, vocab], and the token of each entry: likeliest first if there are filters, which need the order;
+            otherwise by token id, since sorting takes longer than all the rest.
     """
     filtered = choices.filtered
     if bool(filtered.any()) and not bool(filtered.all()):
@@ -186,7 +187,7 @@ def choosable(scores: Tensor, choices: TokenChoices) -> tuple[Tensor, Tensor]:
         p, order = choosable(scores, none)
         index = filtered.nonzero()[:, 0]
         rows = index.to(scores.device, non_blocking=True)
-        order = order.clone()  # it was one row for all
+        order = order.clone()  # one row expanded to all
         p[rows], order[rows] = choosable(scores[rows], choices[index])
         return p, order
 
@@ -208,15 +209,15 @@ def choosable(scores: Tensor, choices: TokenChoices) -> tuple[Tensor, Tensor]:
 
 
 def draw_tokens(p: Tensor, order: Tensor, uniform: Tensor) -> Tensor:
-    """Draw one token per row of what is `choosable`.
+    """Draw one token per row from the result of `choosable`.
 
     Args:
-        uniform: float [n] in [0, 1), the row's own random number: one draw costs one number whatever the vocabulary.
+        uniform: float [n] in [0, 1), random number of the row: one draw costs one number regardless of the vocabulary.
     """
     reach = p.cumsum(dim=-1)
     target = uniform.to(reach)[:, None] * reach[:, -1:]
     chosen = (reach <= target).sum(dim=-1, keepdim=True)
-    # A target that rounds up to the whole mass would point past the last possible token.
+    # A target rounded up to the total mass would point past the last possible token.
     place = torch.arange(p.shape[-1], device=p.device)
     chosen = chosen.minimum(place.where(p > 0, 0).amax(dim=-1, keepdim=True))
     return order.gather(1, chosen)[:, 0]

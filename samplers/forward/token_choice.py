@@ -1,4 +1,4 @@
-"""How tokens are chosen."""
+"""Token choice: greedy, or sampled at a temperature."""
 
 from dataclasses import dataclass
 
@@ -8,12 +8,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TokenChoice:
-    """How a candidate's token is chosen from its distribution: greedily, or drawn at a temperature after filtering.
+    """Choice of a candidate's token from its distribution: greedy, or drawn at a temperature after filtering.
 
     Attributes:
         temperature: 0 takes the likeliest token.
         top_p: draw from the smallest set of tokens whose probabilities reach this sum.
-        top_k: draw from this many likeliest tokens; 0 does not limit.
+        top_k: draw from this number of likeliest tokens; 0 does not limit.
     """
 
     temperature: float = 0.0
@@ -26,7 +26,7 @@ GREEDY = TokenChoice()
 
 @dataclass(frozen=True)
 class TokenChoices:
-    """Choices of several rows of logits, or of several generations: float64 temperature and top_p, int64 top_k."""
+    """Token choices of several rows or generations: float64 temperature and top_p, int64 top_k, [n] each."""
 
     temperature: Tensor
     top_p: Tensor
@@ -34,7 +34,7 @@ class TokenChoices:
 
     @classmethod
     def of(cls, choices: list[TokenChoice], device: torch.device | None = None) -> "TokenChoices":
-        """One entry a choice, [n]."""
+        """Stack choices into tensors [n]."""
         return cls(
             torch.tensor([each.temperature for each in choices], dtype=torch.float64, device=device),
             torch.tensor([each.top_p for each in choices], dtype=torch.float64, device=device),
@@ -49,17 +49,17 @@ class TokenChoices:
 
     @classmethod
     def cat(cls, parts: list["TokenChoices"]) -> "TokenChoices":
-        """One after the other."""
+        """Concatenate several."""
         return cls(*(torch.cat([getattr(each, name) for each in parts]) for name in ("temperature", "top_p", "top_k")))
 
     @property
     def filtered(self) -> Tensor:
-        """Entries that do not draw from all tokens, bool."""
+        """Mask of entries with a top-k or top-p filter, bool."""
         return (self.top_k > 0) | (self.top_p < 1)
 
     @property
     def plain(self) -> Tensor:
-        """Entries that leave the distribution as it is, bool: greedy, unfiltered."""
+        """Mask of entries that leave the distribution unmodified, bool: greedy and unfiltered."""
         return (self.temperature == 0) & ~self.filtered
 
     def to(self, device: torch.device) -> "TokenChoices":

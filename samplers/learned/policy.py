@@ -1,4 +1,4 @@
-"""A trained network decides."""
+"""Decisions of a trained network."""
 
 import math
 from dataclasses import replace
@@ -16,18 +16,18 @@ from samplers.ranking import surest
 
 Action = Literal["bernoulli", "dpls"]
 STOP = -1
-"""In an order of draws: no more."""
+"""End marker in an order of draws."""
 
 
 class PolicyNetwork(Protocol):
-    """What the sampler needs of a loaded policy. `temperature` and `floor` hold where a request gives none.
+    """Interface of a loaded policy. `temperature` and `floor` are defaults for requests that set none.
 
     Attributes:
-        statistics, top, whole_region: what it reads (see `Sampler`).
-        action: how its logits become a set of positions.
-        stop_logit: dpls only, the logit of drawing no more.
-        takes_speed: whether it was trained to be told how fast to go.
-        longest: most positions that it saw in training.
+        statistics, top, whole_region: inputs of the network (see `Sampler`).
+        action: method of turning logits into a set of positions.
+        stop_logit: logit of ending the draws; dpls only.
+        takes_speed: True if the network was trained with a speed as input.
+        longest: maximum number of positions seen in training.
     """
 
     statistics: frozenset[Statistic]
@@ -41,7 +41,7 @@ class PolicyNetwork(Protocol):
     longest: int
 
     def score(self, step: Step[Any], speed: Tensor | None) -> Tensor:
-        """Logits, float32 [rows, width]; `speed` is [rows, 1] in 0..1 for a network that takes it."""
+        """Logits, float32 [rows, width]. `speed` is [rows, 1] in 0..1 for networks that take it."""
 
 
 class PolicyParams(SamplerParams):
@@ -134,7 +134,7 @@ class Policy(Sampler[PolicyParams]):
         return Selection((found > 0) & whole.candidate)
 
     def _bits(self, step: Step[PolicyParams], logits: Tensor, temperature: Tensor) -> Tensor:
-        """Independent decisions: drawn, or cut where a probability is large enough."""
+        """Independent decisions: drawn at a temperature, otherwise cut at a probability."""
         fixed = (temperature == 0) | step.given("cut")
         beta, cut = step.param("beta"), step.param("cut", none=0.5)
         certain = step.candidate & ((torch.sigmoid(logits) * beta).clamp(max=1.0) >= cut)
@@ -145,10 +145,10 @@ class Policy(Sampler[PolicyParams]):
 
 
 def nearby(step: Step[PolicyParams], longest: int) -> tuple[Step[PolicyParams], Tensor | None]:
-    """A step over at most so many positions a row, the active block among them, and their columns; None: all of them.
+    """A step over at most `longest` positions per row, the active block included, and their columns; None: all of them.
 
-    In block decoding of a long region a policy sees no more positions than in its training: half of what is beside the
-    block before it, and half after it. A block that is longer is seen as a whole.
+    In block decoding of a long region, the policy sees no more positions than in training: half of the rest before the
+    block and half after it. A longer block is seen as a whole.
     """
     gen, block = step.layout.gen_length, step.layout.block_length
     own, size = step.columns.keep("nearby", lambda: _sizes(gen, block, longest))
@@ -167,20 +167,21 @@ def nearby(step: Step[PolicyParams], longest: int) -> tuple[Step[PolicyParams], 
     names = ("masked", "committed", "token", "confidence", "top", "named", "probability")
     changes: dict[str, Any] = {name: near(getattr(step, name)) for name in names}
     changes["extra"] = {name: near(values) for name, values in step.extra.items()}
-    there = offset < own  # rows differ in how many positions they see
+    there = offset < own  # the number of visible positions differs between rows
     position = step.position.gather(1, columns).where(there, gen)
     return replace(step, **changes, position=position, candidate=there & near(step.candidate)), columns
 
 
 def _sizes(gen: Tensor, block: Tensor, longest: int) -> tuple[Tensor, int | None]:
-    """Positions that each row sees, int64 [rows, 1], and the most of them; None where all see their whole region."""
+    """Number of positions that each row sees, int64 [rows, 1], and their maximum; None if all rows see whole
+    regions."""
     own = block.clamp(min=longest).minimum(gen)
     return own, None if bool((own == gen).all()) else int(own.max())
 
 
 def step_gumbel(step: Step[Any]) -> Tensor:
-    """Gumbel noise from each row's own stream, [rows, 2, width + 1]: one for the first draw, one for all others."""
-    # Numbered by what they are for, STOP as -1: the width is that of the batch, and must not matter.
+    """Gumbel noise from each row's own stream, [rows, 2, width + 1]: for the first draw, and for all later ones."""
+    # Numbered by position, STOP as -1, so that the noise does not depend on the width of the batch.
     place = torch.nn.functional.pad(step.position, (0, 1), value=STOP)
     numbers = torch.stack([uniform(step.seed, step.forward, place, stream) for stream in (FIRST, LATER)], dim=1)
     return (-(-numbers.clamp(min=2.0**-53).log()).log()).float()
@@ -189,7 +190,7 @@ def step_gumbel(step: Step[Any]) -> Tensor:
 def bernoulli_draw(
     logits: Tensor, candidates: Tensor, uniform: Tensor, temperature: Tensor | float = 1.0, scale: Tensor | float = 1.0
 ) -> Tensor:
-    """Independent bits: each candidate with probability min(1, scale * sigmoid(logit / temperature)).
+    """Independent draws: each candidate with probability min(1, scale * sigmoid(logit / temperature)).
 
     Args:
         logits: [..., width].
@@ -201,7 +202,7 @@ def bernoulli_draw(
 
 
 def commit_at_least_one(action: Tensor, logits: Tensor, candidates: Tensor) -> Tensor:
-    """The action, or the candidate of largest logit where it is empty (paper, algorithm 1); row by row."""
+    """The action; in rows where it is empty, the candidate of largest logit (paper, algorithm 1)."""
     empty = ~action.any(dim=-1, keepdim=True)
     width = action.shape[-1]
     found = surest(logits.reshape(-1, width), candidates.reshape(-1, width)).view(action.shape)
@@ -209,14 +210,14 @@ def commit_at_least_one(action: Tensor, logits: Tensor, candidates: Tensor) -> T
 
 
 def dpls_draw(logits: Tensor, candidates: Tensor, gumbel: Tensor, stop_logit: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Dynamic Plackett-Luce: draw positions one after the other until STOP is drawn (paper, appendix E).
+    """Dynamic Plackett-Luce: draw positions one by one until STOP is drawn (paper, appendix E).
 
-    The first draw knows no STOP, so the action is never empty where there is a candidate. Drawing without replacement
-    is sorting by logit + Gumbel noise.
+    The first draw excludes STOP, so the action is not empty if there is a candidate. Drawing without replacement is
+    sorting by logit + Gumbel noise.
 
     Args:
         logits, candidates: [..., width].
-        gumbel: [..., 2, width + 1]; the first row for the first draw, the second for those after it, STOP last.
+        gumbel: [..., 2, width + 1]; the first row for the first draw, the second for later ones, STOP last.
 
     Returns:
         order int64 [..., width], the positions as drawn and then STOP (-1), and the action, bool [..., width].

@@ -21,14 +21,14 @@ from samplers.loop.part import Part
 def advance(
     part: Part, opened: Opened, prediction: Prediction, may_wait: bool, broken: Mapping[int, SamplerError]
 ) -> list[StepEvent]:
-    """Let each rule select among its rows' candidates, and commit. One event a row, in order.
+    """Let each rule select among its rows' candidates, and commit. One event per row, in order.
 
-    A row whose prediction is not finite, or whose sampler fails or breaks the contract, gets an error as its event
-    and goes no further; the others are not affected.
+    A row gets an error as its event and stops if its prediction is not finite, or if its sampler fails or breaks the
+    contract. The other rows are not affected.
 
     Args:
-        may_wait: whether a rule may commit nothing (`Selection.waits`), for drivers that bound the forwards.
-        broken: rows of which the forward pass told nothing, and why.
+        may_wait: True if a rule may commit nothing (`Selection.waits`), for drivers that bound the number of forwards.
+        broken: rows whose forward pass failed, with the error.
     """
     errors: Errors = {**opened.failed, **broken}
     for i in _not_finite(opened, prediction):
@@ -42,7 +42,7 @@ def advance(
 def blame_bonus(
     part: Part, wanted: StatisticsRequest, opened: Opened, prediction: Prediction
 ) -> dict[int, SamplerError]:
-    """Rows whose output is not finite with a bonus of their sampler's."""
+    """Errors of rows whose output is not finite because of their sampler's bonus."""
     if wanted.bonus is None:
         return {}
     touched = set(opened.row[wanted.bonus.index].tolist())
@@ -57,5 +57,5 @@ def _not_finite(opened: Opened, prediction: Prediction) -> list[int]:
     """Rows with a confidence that is not finite."""
     confidence: Tensor = prediction.confidence
     if math.isfinite(confidence.sum().item()):
-        return []  # as good as sure, and in one pass: no sum of probabilities is finite with one that is not
+        return []  # a single pass: a finite sum rules out any value that is not finite
     return sorted(set(opened.row[~confidence.isfinite()].tolist()))

@@ -1,4 +1,4 @@
-"""What the next forward is asked: the open windows of a part, and what its rules want to know of them."""
+"""The query of the next forward: the open windows of a part, and the statistics that its rules request."""
 
 from functools import partial
 
@@ -20,8 +20,7 @@ from samplers.randomness import TOKENS, uniform
 def ask(part: Part) -> tuple[Query, Opened]:
     """The query of the next step of a part's rows, none of them finished.
 
-    A row whose sampler fails when it is asked is in the forward all the same; `Opened.failed` says why it goes no
-    further.
+    A row whose sampler fails here still takes part in the forward; `Opened.failed` holds its error.
     """
     opened = open_windows(part)
     _place_windows(part, opened)
@@ -38,7 +37,7 @@ def ask(part: Part) -> tuple[Query, Opened]:
 
 
 def _place_windows(part: Part, opened: Opened) -> None:
-    """Let rules say where their candidates are."""
+    """Let rules place their windows of candidates."""
     for members in part.members:
         if "window" not in members.traits.hooks[0]:
             continue
@@ -76,7 +75,7 @@ def _request(part: Part, opened: Opened) -> StatisticsRequest:
 
 
 def _choices(part: Part, opened: Opened) -> TokenChoices | None:
-    """How each row's tokens are chosen in this step, [rows]; None where all take the likeliest, of everything."""
+    """Token choice of each row in this step, [rows]; None if all rows are greedy and unfiltered."""
     choices = part.choices
     for members in part.members:
         if "choice" not in members.traits.hooks[0]:
@@ -93,7 +92,7 @@ def _choices(part: Part, opened: Opened) -> TokenChoices | None:
 
 
 def _named(part: Part, opened: Opened) -> Tensor | None:
-    """The tokens that rules and modifiers name at each asked position, int64 [n, m], -1 for none."""
+    """Tokens that rules and modifiers name at each requested position, int64 [n, m], -1: unused."""
     found: list[tuple[Tensor, int, Tensor]] = []
     for members in part.members:
         first = 0
@@ -115,7 +114,7 @@ def _named(part: Part, opened: Opened) -> Tensor | None:
 
 
 def _bonus(part: Part, opened: Opened) -> LogitBonus | None:
-    """What rules and modifiers add to logits, by asked position."""
+    """Additions to logits by rules and modifiers, by requested position."""
     parts: list[LogitBonus] = []
     number: Tensor | None = None
     for members in part.members:

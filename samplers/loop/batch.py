@@ -1,4 +1,4 @@
-"""The tensors of the rows of a batch. They stay from step to step; rows move in and out of slots."""
+"""Tensors of the rows of a batch. They persist between steps; rows move in and out of slots."""
 
 from collections.abc import Hashable
 from heapq import heappop, heappush
@@ -19,7 +19,7 @@ NO_TOKEN = -1
 
 
 class Layer:
-    """What a rule, or a modifier around it, has of the rows that it is asked about: parameters and state, by slot."""
+    """Parameters and state, by slot, of a rule or of a modifier around it."""
 
     def __init__(self, owner: "Sampler[Any] | Modifier[Any]", specs: dict[str, StateSpec], spec: ColumnSpec) -> None:
         self.owner = owner
@@ -29,7 +29,7 @@ class Layer:
         self.state: dict[str, Tensor] = {}
 
     def resize(self, slots: int, region: int, device: torch.device) -> None:
-        """Room for so many slots and positions; what is there stays."""
+        """Make room for this number of slots and positions; existing content stays."""
         self.params = _grown(self.params.to(device), (slots, len(self.spec.kinds)), 0)
         for name, spec in self.specs.items():
             old = self.state.get(name)
@@ -41,21 +41,21 @@ class Layer:
                 self.state[name] = _grown(old, shape, spec.fill)
 
     def reset(self, slots: Tensor | list[int], block_only: bool) -> None:
-        """State as it is before the first step of a generation, or of a block."""
+        """Reset state to its value before the first step of a generation, or of a block."""
         for name, spec in self.specs.items():
             if spec.lives == "block" or not block_only:
                 kept = self.state[name]
                 kept[slots] = torch.full((), spec.fill, dtype=spec.dtype, device=kept.device)
 
     def widen(self, name: str, last: int) -> None:
-        """Let the last dimension of a state be at least this."""
+        """Extend the last dimension of a state to at least this length."""
         old = self.state[name]
         if self.specs[name].shape and old.shape[-1] < last:
             self.state[name] = _grown(old, (*old.shape[:-1], last), self.specs[name].fill)
 
 
 class Group:
-    """Rows that are asked together: of one sampler with the same modifiers around it."""
+    """Rows with the same sampler and modifiers, which are evaluated together."""
 
     def __init__(self, layers: list[Layer]) -> None:
         self.layers = layers
@@ -65,12 +65,14 @@ class Group:
 class Batch:
     """Slots for rows: tokens [slots, canvas], masks [slots, region + 1], and a table of integers (see `N`).
 
-    The last column of what is about positions stands for no position at all: nothing is masked there.
-    A row's canvas is a view of its slot. Tensors are as long as the longest row needs and grow when one comes.
+    The last column of per-position tensors stands for no position and is never masked.
+
+    A row's canvas is a view of its slot. Tensors are as long as the longest row needs and grow when a longer one is
+    admitted.
 
     Attributes:
-        causal, shifted, drafting, revising, keeping_state: whether there may be rows whose models or rules are like
-            that: what no row needs is not done. Never false again until all rows have gone.
+        causal, shifted, drafting, revising, keeping_state: True if some rows may have such models or rules; work that
+            no row needs is skipped. Reset to False only when all rows have left.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
@@ -92,11 +94,11 @@ class Batch:
 
     @property
     def region(self) -> int:
-        """Longest generation region there is room for."""
+        """Longest generation region that fits."""
         return self.masked.shape[1] - 1
 
     def admit(self, row: "Row") -> None:
-        """Move a row here, from the batch where it is."""
+        """Move a row here from its current batch."""
         before, old = row.batch, row.slot
         if before is self:
             return
@@ -144,7 +146,7 @@ class Batch:
             layer.state[name][slot][tuple(slice(0, size) for size in value.shape)] = value
 
     def release(self, row: "Row") -> None:
-        """Let a row go, with a canvas of its own."""
+        """Let a row leave, with a canvas of its own."""
         canvas = row.canvas
         canvas.tokens, canvas.masked = canvas.tokens.clone(), canvas.masked.clone()
         row.given = row.given.clone()
@@ -199,11 +201,11 @@ class Batch:
         self.places = torch.arange(region + 1, device=self.device)
         if region > old:
             for group in self.groups.values():
-                for layer in group.layers:  # the column of no position moves to the end
+                for layer in group.layers:  # the column for no position moves to the end
                     for name, spec in layer.specs.items():
                         if spec.per == "position":
                             layer.state[name][:, old] = spec.fill
-        self._free += range(len(self.rows), slots)  # larger than all there are, so that it stays a heap
+        self._free += range(len(self.rows), slots)  # larger than all entries, so it stays a heap
         self.rows += [None] * (slots - len(self.rows))
         for group in self.groups.values():
             for layer in group.layers:
@@ -224,14 +226,14 @@ class Batch:
             view.canvas.masked = canvas.masked
 
     def reset_blocks(self, slots: Tensor) -> None:
-        """Forget what rules keep of a block only, in these slots."""
+        """Reset per-block state of rules in these slots."""
         for group in self.groups.values():
             for layer in group.layers:
                 layer.reset(slots, block_only=True)
 
 
 def _fill_row(row: Tensor, values: Tensor, rest: float = 0) -> None:
-    """Write values to the beginning of a row, and something else to the rest of it."""
+    """Write values to the beginning of a row, and `rest` to the remainder."""
     size = len(values)
     row[:size].copy_(values)
     if size < len(row):

@@ -1,4 +1,4 @@
-"""Which positions of a canvas a forward computes anew, and which it knows from an earlier one."""
+"""Planning of forwards: positions to compute and positions to read from the cache."""
 
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -9,12 +9,12 @@ from samplers.forward.span import CacheMode, ForwardSpan, KVSlot
 
 @dataclass(eq=False)
 class CachePlan:
-    """What is known of one canvas from its forwards so far.
+    """Cached parts of one canvas.
 
     Attributes:
-        mode: what is kept.
-        final: positions from the canvas's start whose keys and values can no longer change; causal models only.
-        known: positions from its start of which there are any in memory.
+        mode: cache mode of the generation.
+        final: length of the prefix whose keys and values can no longer change; causal models only.
+        known: length of the prefix with any keys and values in memory.
     """
 
     mode: CacheMode = CacheMode.NONE
@@ -23,17 +23,18 @@ class CachePlan:
     known: int = 0
 
     def span(self, layout: Layout, block: int, block_step: int, opens: bool, first_open: bool) -> ForwardSpan:
-        """What the next forward of a generation spans.
+        """Span of the next forward of a generation.
 
         Args:
-            block, block_step: the active block, and forwards spent on it.
-            opens: whether this forward is about the block's first position only, which the one before it decides.
-            first_open: whether that position is still masked, and is decided by the one before it.
+            block, block_step: index of the active block, and number of forwards spent on it.
+            opens: True if this forward decides only the block's first position, from the output at the position before
+                it.
+            first_open: True if that position is still masked and is decided by the output at the position before it.
         """
         start = layout.prompt_length + layout.block_start(block)
         stop = layout.prompt_length + layout.block_stop(block)
         if layout.pattern.noise is not None:
-            # Always with a memory: it also holds what the model said of the draft before.
+            # A memory is always needed: it also holds the model's output for the previous draft.
             first = 0 if self.mode is CacheMode.NONE else self.final
             return ForwardSpan(first, stop, self.memory, stop, draft=start)
         if layout.pattern.causal_block is None:
@@ -52,11 +53,11 @@ class CachePlan:
         return ForwardSpan(self.final, visible, self.memory, visible, size)
 
     def forked(self) -> "CachePlan":
-        """A copy that can be changed apart, content included."""
+        """An independent copy, content included."""
         return CachePlan(self.mode, KVSlot(deepcopy(self.memory.content)), self.final, self.known)
 
     def note(self, span: ForwardSpan, layout: Layout, block: int) -> None:
-        """That this feed was computed, `block` being the active one."""
+        """Record that this span was computed while `block` was active."""
         size = layout.pattern.causal_block
         if span.draft is not None:
             self.final = span.draft

@@ -1,4 +1,4 @@
-"""What samplers and modifiers answer in a step, held against the contract."""
+"""Validation of the answers of samplers and modifiers in a step."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -16,7 +16,7 @@ from samplers.loop.traits import Traits
 _BOOLS = ("commit", "replace", "remask")
 _TOKENS = ("token", "draft")
 _ROUNDING = 1e-4
-"""By how much a probability that was computed may be above 1."""
+"""Tolerance by which a computed probability may exceed 1."""
 
 States = list[Mapping[str, Tensor]]
 """New state of a rule and of each of its modifiers."""
@@ -24,9 +24,9 @@ States = list[Mapping[str, Tensor]]
 
 @dataclass(frozen=True)
 class Chosen:
-    """The decision for some rows: a checked selection, with the step as the rule saw it, and new states.
+    """The decision for some rows: a validated selection, the step as the rule saw it, and new states.
 
-    `adjusted`: whether modifiers changed tokens or confidences of the step.
+    `adjusted`: True if modifiers changed tokens or confidences of the step.
     """
 
     selection: Selection
@@ -42,10 +42,11 @@ def choose(
     steps: Sequence[Step[Any]],
     may_wait: bool,
 ) -> Chosen | list[Chosen | SamplerError]:
-    """What to do; where all rows together fail, a list of what each row's own question came to.
+    """Ask sampler and modifiers for the decision; if that fails, ask for each row alone and return a list.
 
     Args:
-        steps: the step as the rule, and as each of the modifiers sees it.
+        steps: the step as seen by the rule and by each of the modifiers.
+        may_wait: True if a rule may commit nothing.
     """
     try:
         return _choose(sampler, modifiers, traits, steps, may_wait)
@@ -82,7 +83,7 @@ def _choose(
                 adjusted = adjusted or found.token is not None or found.confidence is not None
     selection = told(sampler, _selected, sampler, dict(traits.state[0]), step)
     states[0] = selection.state or {}
-    if not all(is_ours(type(modifier)) for modifier in modifiers):  # or they would be blamed for it
+    if not all(is_ours(type(modifier)) for modifier in modifiers):  # otherwise the modifiers would be blamed
         told(sampler, _within_contract, traits, step, selection, may_wait)
     for i, (modifier, own) in enumerate(zip(modifiers, around, strict=True), 1):
         if "after" in traits.hooks[i]:
@@ -187,7 +188,7 @@ def _state(state: object, specs: dict[str, StateSpec], step: Step[Any]) -> dict[
 
 
 def _within_contract(traits: Traits, step: Step[Any], selection: Selection, may_wait: bool) -> Selection:
-    """A selection that does what such a rule may do. Raises ContractError."""
+    """Check a selection against the permissions of its rule. Raises ContractError."""
     if anywhere(selection.commit > step.candidate):
         raise ContractError("a position that is no candidate was selected")
     if selection.waits and not may_wait:
@@ -204,7 +205,7 @@ def _within_contract(traits: Traits, step: Step[Any], selection: Selection, may_
 
 
 def _draft(selection: Selection, step: Step[Any]) -> Selection:
-    """A draft of the candidates is there, and of tokens that there are."""
+    """Check the draft: one for all candidates, with tokens of the vocabulary."""
     draft = selection.draft
     if draft is None:
         raise ContractError("a sampler that drafts must say what the candidates hold")
@@ -214,7 +215,7 @@ def _draft(selection: Selection, step: Step[Any]) -> Selection:
 
 
 def _revision(selection: Selection, step: Step[Any]) -> Selection:
-    """Replacements and new masks stay within what may change: what was told as settled is not `committed` any more."""
+    """Check that replacements and remasks are of `committed` positions, which excludes those reported as settled."""
     nothing = torch.zeros_like(selection.commit)
     changed = selection.replace if selection.replace is not None else nothing
     masked = selection.remask if selection.remask is not None else nothing
@@ -227,9 +228,9 @@ def _revision(selection: Selection, step: Step[Any]) -> Selection:
 
 
 def check_told(token: Tensor, confidence: Tensor, vocabulary: Tensor, mask_id: Tensor) -> Tensor:
-    """Entries that cannot be committed: tokens outside the vocabulary, mask tokens, confidences that are none.
+    """Mask of entries that cannot be committed, [n]: tokens outside the vocabulary, mask tokens, invalid confidences.
 
-    All are [n]; a vocabulary below 0 is not known, nor is a mask token below 0.
+    All arguments are [n]. A negative vocabulary or mask token is unknown and not checked.
     """
     there = (token >= 0) & ((vocabulary < 0) | (token < vocabulary)) & ((mask_id < 0) | (token != mask_id))
     return ~(there & (confidence >= 0) & (confidence <= 1 + _ROUNDING))
@@ -239,7 +240,7 @@ C = Any
 
 
 def copied(context: C) -> C:
-    """A step, or its context, that is the sampler's own: what it changes of it is nothing to the loop."""
+    """A copy of a step or context for the sampler: its changes do not affect the loop."""
     changes: dict[str, Any] = {n: v.clone() for n, v in vars(context).items() if isinstance(v, Tensor)}
     changes["params"] = list(context.params)
     changes["columns"] = Columns(context.columns.spec, context.columns.values.clone())
@@ -251,7 +252,7 @@ def copied(context: C) -> C:
 
 
 def take(context: C, rows: Tensor) -> C:
-    """A step, or its context, of some of its rows, int64 [n]."""
+    """Some rows, int64 [n], of a step or context."""
     changes: dict[str, Any] = {n: v[rows] for n, v in vars(context).items() if isinstance(v, Tensor)}
     changes["canvas"] = context.canvas.take(rows)
     changes["params"] = [context.params[i] for i in rows.tolist()]
@@ -264,5 +265,5 @@ def take(context: C, rows: Tensor) -> C:
 
 
 def one(context: C, i: int) -> C:
-    """A step, or its context, of a single one of its rows."""
+    """A single row of a step or context."""
     return take(context, torch.tensor([i], device=context.candidate.device))

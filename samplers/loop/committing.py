@@ -1,4 +1,4 @@
-"""A decision carried out on the canvases of all rows of a part at once."""
+"""Execution of a decision on the canvases of all rows of a part."""
 
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ from samplers.loop.telling import Changes, cut, tell
 
 
 def commit(part: Part, opened: Opened, decision: Decision, errors: Errors) -> list[StepEvent]:
-    """Write what was decided, find out where each row is now, and tell it. One event a row, in order."""
+    """Write a decision, update the position of each row, and report it. One event per row, in order."""
     if not part.plain:
         _take_last_chance(opened, decision)
     changes = _changes(opened, part, decision, errors)
@@ -36,7 +36,7 @@ def commit(part: Part, opened: Opened, decision: Decision, errors: Errors) -> li
 
 
 def _take_last_chance(opened: Opened, decision: Decision) -> None:
-    """Commit all where a block that is revised or drafted has had all forwards that it gets."""
+    """Commit everything in revised or drafted blocks that have used up their forwards."""
     n = opened.numbers
     revises, drafts = n[:, N.REVISES] > 0, n[:, N.DRAFTS] > 0
     bound = torch.where(revises, 2 * (n[:, N.STOP] - n[:, N.START]), 0) + n[:, N.MOST]
@@ -49,7 +49,7 @@ def _take_last_chance(opened: Opened, decision: Decision) -> None:
 
 
 def _changes(opened: Opened, part: Part, decision: Decision, errors: Errors) -> Changes:
-    """What is written, but for rows that go no further."""
+    """Changes to write, except for rows that stop."""
     commit, replaced, remask = decision.commit, decision.replace, decision.remask
     if errors:
         commit, replaced, remask = commit.clone(), _cloned(replaced), _cloned(remask)
@@ -73,7 +73,7 @@ def _cloned(value: Tensor | None) -> Tensor | None:
 
 
 def _write(part: Part, opened: Opened, changes: Changes) -> Tensor:
-    """Put the changes on the canvases; returns what is masked then, bool [rows, width]."""
+    """Write the changes to the canvases. Returns the remaining masks, bool [rows, width]."""
     batch = part.batch
     tokens, masked = batch.tokens.view(-1), batch.masked.view(-1)
     tokens.index_copy_(0, part.flat_tokens.index_select(0, changes.row) + changes.position, changes.token)
@@ -91,7 +91,7 @@ def _write(part: Part, opened: Opened, changes: Changes) -> Tensor:
 
 @dataclass
 class _Limits:
-    """Tokens that a row may commit: those below `vocabulary` [n] (-1: all), but not `mask` [n] (-1: none)."""
+    """Tokens that a row may commit: below `vocabulary` [n] (-1: any), except `mask` [n] (-1: none)."""
 
     vocabulary: Tensor
     mask: Tensor
@@ -103,7 +103,7 @@ class _Limits:
 
 
 def _find_wrong(part: Part, opened: Opened, decision: Decision, changes: Changes, errors: Errors) -> bool:
-    """Note rows whose rule would commit a token that cannot be, or says a confidence that is none; whether any does."""
+    """Record errors of rows whose rule would commit an invalid token or confidence. True if there are any."""
     assert decision.own is not None
     n, limits = opened.numbers, _Limits.of(opened.numbers, changes.row)
     bad = check_told(changes.token, changes.confidence, limits.vocabulary, limits.mask) & decision.own[changes.row]
@@ -122,7 +122,7 @@ def _find_wrong(part: Part, opened: Opened, decision: Decision, changes: Changes
 
 
 def _fault(part: Part, i: int, tokens: Tensor) -> str:
-    """What is wrong with tokens of a row, or else with their confidences."""
+    """Description of the fault in a row's tokens, or else in its confidences."""
     vocabulary, mask_id = part.rows[i].vocabulary, part.rows[i].mask_id
     if bool((tokens < 0).any()) or (vocabulary is not None and bool((tokens >= vocabulary).any())):
         return "a token that does not exist was selected"
@@ -132,7 +132,7 @@ def _fault(part: Part, i: int, tokens: Tensor) -> str:
 
 
 def _write_drafts(part: Part, opened: Opened, decision: Decision, changes: Changes, errors: Errors) -> list[list[int]]:
-    """Put drafts where candidates stay candidates; returns what would be committed there by now, by row."""
+    """Write drafts to positions that stay candidates. Returns the tokens that would be committed there now, by row."""
     assert decision.draft is not None
     still = opened.candidate & ~changes.commit & (opened.numbers[:, N.DRAFTS, None] > 0)
     if errors:

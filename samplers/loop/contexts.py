@@ -1,4 +1,4 @@
-"""What a rule or a modifier sees of its rows, and what it keeps of them."""
+"""Contexts for rules and modifiers, and their state."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,7 +17,7 @@ from samplers.loop.part import Members, Part
 def context(
     part: Part, opened: Opened, members: Members, layer: int, kind: Callable[..., Any] = StepContext, **more: Any
 ) -> Any:
-    """What a rule (layer 0) or a modifier sees of its rows; `kind` is the class of it, `more` its further fields."""
+    """Context of a rule (layer 0) or a modifier: an object of class `kind`, with `more` as further fields."""
     c = opened.columns(part, members)
     position = opened.piece("position", opened.position, part, members)
     return kind(
@@ -42,7 +42,7 @@ def context(
 
 
 def _state(part: Part, members: Members, layer: int, position: Tensor) -> dict[str, Tensor]:
-    """What a rule or modifier keeps of these rows, in their windows."""
+    """State of a rule or modifier for these rows, in their windows."""
     own, found = members.group.layers[layer], {}
     for name, spec in own.specs.items():
         kept = own.state[name]
@@ -58,7 +58,7 @@ def _state(part: Part, members: Members, layer: int, position: Tensor) -> dict[s
 def keep(
     part: Part, opened: Opened, members: Members, layer: int, index: Tensor | None, states: dict[str, Tensor]
 ) -> None:
-    """Write new state of some rows of the part, or of all members."""
+    """Write new state of some rows of the part (`index`), or of all members."""
     own = members.group.layers[layer]
     at = slice(members.start, members.stop) if index is None else index
     slots, position = part.slots[at], opened.position[at]
@@ -71,16 +71,17 @@ def keep(
             kept[slots] = value
             continue
         kept[slots[:, None], position] = value
-        if not part.zero_based:  # what was written where no position is
+        if not part.zero_based:  # clear the column that stands for no position
             kept[slots, -1] = spec.fill
 
 
 def answers(
     part: Part, opened: Opened, members: Members, layer: int, hook: Callable[[StepContext[Any]], Any]
 ) -> Iterator[tuple[Tensor, Any]]:
-    """A hook's answers with the rows of the part that each is for; where all together fail, each row alone.
+    """Answers of a hook, with the rows of the part that each applies to.
 
-    Answers of None are left out. Why a row failed is noted in `Opened.failed`.
+    If the joint call fails, each row is asked alone. Answers of None are left out. Errors of rows are recorded in
+    `Opened.failed`.
     """
     seen = context(part, opened, members, layer)
     if not guard.is_ours(type(members.group.layers[layer].owner)):
@@ -101,7 +102,7 @@ def answers(
 
 
 def _alone(seen: Any, i: int, members: Members, layer: int, hook: Callable[[StepContext[Any]], Any]) -> Any:
-    """A hook's answer about a single row, or its error."""
+    """Answer of a hook for a single row, or its error."""
     ours = guard.is_ours(type(members.group.layers[layer].owner))
     try:
         return hook(one(seen, i) if ours else copied(one(seen, i)))

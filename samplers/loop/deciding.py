@@ -1,4 +1,4 @@
-"""What to do in each row: every group's rule and modifiers are asked, and what they answer becomes one decision."""
+"""Decisions: ask the rule and modifiers of every group, and merge their answers."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,18 +18,18 @@ from samplers.loop.part import Members, Part
 from samplers.ranking import first_of_largest, surest
 
 Errors = dict[int, SamplerError]
-"""Rows of a part that go no further, and why."""
+"""Rows of a part that stop, with their errors."""
 
 
 @dataclass
 class Decision:
-    """What to do in each row of a part, or of a group, [rows, width].
+    """The decision for the rows of a part or a group, [rows, width].
 
     Attributes:
-        own: rows whose rule or modifiers say token or confidence themselves, bool [rows]; None: none do.
-        replace, remask, done: where a part has rows that revise.
-        draft: where it has rows that draft.
-        whole: whether every row commits something that shall.
+        own: rows whose rule or modifiers set token or confidence themselves, bool [rows]; None: no rows.
+        replace, remask, done: present if the part has revising rows.
+        draft: present if it has drafting rows.
+        whole: True if every row that must commit does.
     """
 
     commit: Tensor
@@ -44,8 +44,8 @@ class Decision:
 
 
 def decide(part: Part, opened: Opened, grid: Grid, may_wait: bool, errors: Errors) -> Decision:
-    """Ask every group, and put together what they say."""
-    if part.any_wide:  # only there may a candidate be none of what was asked
+    """Ask every group and merge the answers."""
+    if part.any_wide:  # only then can a candidate lie outside the requested positions
         silent = opened.candidate & (grid.confidence == -torch.inf)
         for i in rows_of(silent) if anywhere(silent) else ():
             fault = ContractError("the forward pass said nothing of a candidate")
@@ -57,7 +57,7 @@ def decide(part: Part, opened: Opened, grid: Grid, may_wait: bool, errors: Error
 
 
 def _commit_something(part: Part, opened: Opened, grid: Grid, each: list[Decision], found: Decision) -> None:
-    """Let rows whose rule commits nothing commit their surest candidate."""
+    """Commit the candidate of highest confidence in rows whose rule commits nothing."""
     if all(one.whole for one in each):
         return
     idle = ~some_of_rows(found.commit)
@@ -71,14 +71,14 @@ def _commit_something(part: Part, opened: Opened, grid: Grid, each: list[Decisio
         best = surest(grid.confidence.index_select(0, at), opened.candidate.index_select(0, at))
         found.commit = found.commit.index_copy(0, at, best)
         return
-    # Where candidates are all that was asked, the confidence of anything else is minus infinity.
+    # If only candidates were requested, the confidence elsewhere is minus infinity.
     place = at * part.width + first_of_largest(grid.confidence)[:, 0].index_select(0, at)
     there = opened.candidate.view(-1).index_select(0, place)
     found.commit = found.commit.reshape(-1).index_copy(0, place, there).view(found.commit.shape)
 
 
 def _joined(each: list[Decision], grid: Grid) -> Decision:
-    """The decisions of all groups."""
+    """The merged decisions of all groups."""
 
     def join(name: str, empty: Callable[[Decision], Tensor]) -> Tensor | None:
         found = [getattr(one, name) for one in each]
@@ -102,7 +102,7 @@ def _joined(each: list[Decision], grid: Grid) -> Decision:
 
 
 def _steps(part: Part, opened: Opened, grid: Grid, members: Members) -> list[Step[Any]]:
-    """The step as the rule of one group, and as each modifier around it sees it."""
+    """The step of one group, as seen by its rule and by each modifier."""
     told: dict[str, Any] = {
         "token": opened.piece("token", grid.token, part, members),
         "confidence": opened.piece("confidence", grid.confidence, part, members),
@@ -118,7 +118,7 @@ def _steps(part: Part, opened: Opened, grid: Grid, members: Members) -> list[Ste
 
 
 def _of_group(part: Part, opened: Opened, grid: Grid, members: Members, may_wait: bool, errors: Errors) -> Decision:
-    """The decision for a group's rows; where all together fail, each row alone."""
+    """Decision for the rows of a group. If the joint call fails, each row is asked alone."""
     steps = _steps(part, opened, grid, members)
     rows = list(range(len(members.rows)))
     if errors:
@@ -157,7 +157,7 @@ def _keep(part: Part, opened: Opened, members: Members, index: Tensor | None, ch
 
 
 def _nothing(part: Part, grid: Grid, members: Members) -> Decision:
-    """A decision to leave a group's rows as they are."""
+    """A decision that leaves a group's rows unchanged."""
     a, b = members.start, members.stop
     model = grid.confidence if grid.probability is None else grid.probability
     out = Decision(torch.zeros_like(part.nowhere[a:b]), grid.token[a:b], model[a:b], whole=True)
@@ -182,18 +182,18 @@ def _put(out: Decision, at: Tensor, value: Decision) -> None:
 
 
 def _with_surest(commit: Tensor, confidence: Tensor, candidate: Tensor) -> Tensor:
-    """What is committed, with the surest candidate where a row commits none."""
+    """Commits, with the candidate of highest confidence added in rows that have none."""
     some = some_of_rows(commit)[:, None]
     return commit | (surest(confidence, candidate) & ~some)
 
 
 def _decision_of(chosen: Chosen, members: Members) -> Decision:
-    """A checked selection as a decision."""
+    """Convert a validated selection to a decision."""
     selection, step, traits = chosen.selection, chosen.step, members.traits
     commit = selection.commit
     whole = selection.waits or traits.drafts
     if not whole and (traits.revises or len(members.group.layers) > 1):
-        # What a modifier lets the rule see is known here only, as is whether a revised block is done.
+        # Only here are the candidates left by modifiers, and the end of a revised block, known.
         commit, whole = _with_surest(commit, step.confidence, step.candidate), True
     own = selection.token is not None or selection.confidence is not None or chosen.adjusted
     model = step.confidence if step.probability is None or chosen.adjusted else step.probability

@@ -26,7 +26,7 @@ class Grid:
 
     @classmethod
     def of(cls, part: Part, opened: Opened, prediction: Prediction) -> "Grid":
-        """What the forward says of these windows."""
+        """Spread a prediction over the windows of a part."""
         shape = opened.asked.shape
         token = _spread(prediction.token, opened.flat, shape, -1)
         confidence = _spread(prediction.confidence, opened.flat, shape, -torch.inf)
@@ -38,11 +38,11 @@ class Grid:
         return cls(token, confidence, probability, part, opened, prediction)
 
     def extra(self, members: Members) -> dict[Statistic, Tensor]:
-        """The statistics that a group asked for, at its rows."""
+        """Statistics requested by a group, at its rows."""
         return {name: self._of(members, self._prediction.extra[name]) for name in members.traits.statistics}
 
     def top(self, members: Members) -> Tensor | None:
-        """The largest probabilities at a group's rows, if it asked for any."""
+        """The largest probabilities at a group's rows, if requested."""
         if self._prediction.top is None or not members.traits.top:
             return None
         return self._of(members, self._prediction.top[:, : members.traits.top])
@@ -55,13 +55,13 @@ class Grid:
         return self._of(members, self._prediction.named[:, bounds[0] : bounds[1]], 0.0)
 
     def _of(self, members: Members, values: Tensor, empty: float = torch.nan) -> Tensor:
-        """Values of the asked positions at a group's rows, [rows, width, ...]."""
+        """Values of the requested positions at a group's rows, [rows, width, ...]."""
         start, stop, flat = self._group(members)
         shape = (len(members.rows), self._part.width)
         return _spread(values if flat is self._opened.flat else values[start:stop], flat, shape, empty)
 
     def _group(self, members: Members) -> tuple[int, int, Tensor]:
-        """First and last of the asked positions of a group, and their places in its windows."""
+        """Range (start, stop) of a group's requested positions, and their indices in its windows."""
         flat = self._opened.flat
         if len(self._part.sizes) == 1:
             return 0, 0, flat
@@ -75,7 +75,7 @@ class Grid:
 
 
 def _spread(values: Tensor, flat: Tensor, shape: tuple[int, ...], empty: float) -> Tensor:
-    """A grid, [rows, width, ...], with the values at their places, and something else where nothing was asked."""
+    """A grid, [rows, width, ...], with the values at their positions and `empty` elsewhere."""
     rows, width = shape
     more = values.shape[1:]
     out = torch.full((rows * width, *more), empty, dtype=values.dtype, device=values.device)

@@ -1,8 +1,8 @@
-"""What stands between the loop and a sampler: whatever one does when it is asked, only its own generation fails.
+"""Isolation of samplers: a fault of a sampler ends only its own generation.
 
-A sampler may be anybody's. What it is given is its own copy, what it answers is held against the contract and copied,
-and all that it raises becomes a SamplerError whose message is short and plain. This guards against faults. It is no
-sandbox: a sampler is code in this process, which it can block, exit or fill.
+Samplers may come from third parties. They get copies of all inputs; their answers are validated and copied; their
+exceptions become a SamplerError with a short plain message. This guards against faults and is not a sandbox: a sampler
+runs in this process, and can block it, exit it or exhaust its memory.
 """
 
 import signal
@@ -29,11 +29,11 @@ from samplers.contract import (
 )
 
 SHOWN = 300
-"""Characters of a sampler's own texts that a message repeats."""
+"""Maximum characters of a sampler's own texts in a message."""
 FRAMES = 20
-"""Innermost frames of a failure that a log shows."""
+"""Number of innermost frames of a failure in the log."""
 MOST_NUMBERS = 1024
-"""Largest probabilities, named tokens, or additions to logits that a sampler may have a position."""
+"""Maximum number per position of largest probabilities, named tokens, or additions to logits."""
 
 T = TypeVar("T")
 Owner = Sampler[Any] | Modifier[Any]
@@ -41,11 +41,12 @@ INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.u
 
 
 class ContractError(SamplerError):
-    """An answer that no sampler may give. The message says so without the sampler's name."""
+    """An answer outside the sampler contract. The message does not include the sampler's name."""
 
 
 def shown(text: object | Callable[[], object], most: int = SHOWN) -> str:
-    """As much of a text, or of what reads one, as fits into a line, whatever its own code does when it is asked."""
+    """A text, or the result of a function that reads one, shortened to one line. Errors in the text's own code are
+    caught."""
     try:
         found = str.__getitem__(str(text() if isinstance(text, FunctionType) else text), slice(0, most + 1))
     except BaseException as error:
@@ -57,7 +58,7 @@ def shown(text: object | Callable[[], object], most: int = SHOWN) -> str:
 
 
 def is_interrupt(error: BaseException) -> bool:
-    """Whether it is a user's Ctrl-C, which reaches the main thread only, and that where nothing else handles it."""
+    """True for a user's Ctrl-C: a KeyboardInterrupt in the main thread that nothing else handles."""
     return (
         type(error) is KeyboardInterrupt
         and threading.current_thread() is threading.main_thread()
@@ -66,21 +67,21 @@ def is_interrupt(error: BaseException) -> bool:
 
 
 def suspect(sampler: Sampler[Any], modifiers: Sequence[Modifier[Any]]) -> Owner:
-    """Whom to blame for what sampler and modifiers made together: the first that is not ours."""
+    """The sampler or modifier to blame for their joint result: the first third-party one."""
     owners: list[Owner] = [sampler, *modifiers]
     return next((each for each in owners if not is_ours(type(each))), sampler)
 
 
 def name_of(sampler: Owner) -> str:
-    """Its name, for a message."""
+    """Name of a sampler for messages."""
     return shown(lambda: sampler.name, 100)
 
 
 def failure(sampler: Owner, error: BaseException) -> SamplerError:
-    """The error of a generation whose sampler raised this, for whoever has just caught it.
+    """The error of a generation whose sampler raised `error`; call it in the `except` clause.
 
-    Its cause tells a log where in the sampler that was. A sampler that exits, or whose native code panics, fails its
-    own generation too. Raises what a user's Ctrl-C raises.
+    Its cause carries the traceback inside the sampler, for the log. Also covers samplers that exit or whose native code
+    panics. Reraises a user's Ctrl-C.
     """
     if is_interrupt(error):
         raise error
@@ -89,7 +90,7 @@ def failure(sampler: Owner, error: BaseException) -> SamplerError:
         return SamplerError(f"{name} failed: {shown(error)}")
     said = f"{shown(lambda: type(error).__name__, 80)}: {shown(error)}"
     found = SamplerError(f"{name} failed: {said}")
-    # Not the error itself: a log would show its message, its notes and its causes, whatever they are.
+    # Replaces the error itself, whose message, notes and causes would all appear in the log.
     found.__cause__ = SamplerError(said).with_traceback(_innermost(sys.exc_info()[2]))
     return found
 
@@ -103,11 +104,11 @@ def _innermost(found: TracebackType | None) -> TracebackType | None:
 
 
 def told(sampler: Owner, hook: Callable[..., T], *arguments: Any) -> T:
-    """What something of a sampler's, or a modifier's, answers.
+    """Answer of a hook of a sampler or modifier.
 
-    Raises SamplerError for whatever it raises or leaves changed.
+    Raises SamplerError if the hook raises, or leaves settings of torch changed.
 
-    Our own rules are known to change no settings; a contract suite holds them to it.
+    Our own rules skip the check of settings; a contract suite tests them for it.
     """
     if is_ours(type(sampler)):
         try:
@@ -124,13 +125,13 @@ def told(sampler: Owner, hook: Callable[..., T], *arguments: Any) -> T:
     except BaseException as error:
         found = failure(sampler, error)
     _restore(before)
-    raise found  # not in there, where the error itself would stay with it
+    raise found  # raised outside the `except` clause, which would attach the original error
 
 
 class _Settings(NamedTuple):
-    """What a sampler could change for everybody: how tensors are made, and how everything is computed.
+    """Global settings that a sampler could change: defaults of new tensors, and modes of computation.
 
-    `functions` and `dispatches` are modes that were entered, and not left, which see every operation.
+    `functions` and `dispatches` are modes on torch's stacks, which intercept every operation.
     """
 
     functions: int
@@ -174,14 +175,14 @@ def _restore(before: _Settings) -> None:
 
 @lru_cache(maxsize=1024)
 def is_ours(kind: type) -> bool:
-    """Whether a class is one of this package's."""
+    """True if a class is from this package."""
     return kind.__module__.split(".")[0] == "samplers"
 
 
 def incompatibility(
     sampler: Sampler[Any], pattern: AttentionPattern, modifiers: Sequence[Modifier[Any]] = ()
 ) -> str | None:
-    """Why it cannot denoise what is read by this pattern, or with these modifiers around it; None if it can.
+    """Reason why the sampler cannot run with this pattern or these modifiers; None if it can.
 
     Raises SamplerError.
     """
@@ -204,7 +205,7 @@ def incompatibility(
 
 
 def why_not(sampler: Sampler[Any], pattern: AttentionPattern) -> str | None:
-    """`incompatibility` for lists of samplers: one that fails when it is asked cannot denoise anything either."""
+    """`incompatibility` for lists of samplers: a failure counts as a reason too."""
     try:
         return incompatibility(sampler, pattern)
     except SamplerError as error:
@@ -212,7 +213,7 @@ def why_not(sampler: Sampler[Any], pattern: AttentionPattern) -> str | None:
 
 
 def own_params(sampler: Owner, params: SamplerParams) -> SamplerParams:
-    """A copy for one generation: what its sampler does to it is nothing to others. Raises SamplerError."""
+    """A copy of the parameters for one generation, isolated from changes by its sampler. Raises SamplerError."""
 
     def copy() -> SamplerParams:
         found: object = params.model_copy(deep=True)
@@ -224,7 +225,7 @@ def own_params(sampler: Owner, params: SamplerParams) -> SamplerParams:
 
 
 def check_params(sampler: Owner, params: SamplerParams, layout: Layout) -> None:
-    """Raise ParameterError, with a field and a message that are short texts, if a sampler does; else SamplerError."""
+    """Run the sampler's own check. Raises ParameterError, with short field and message, or else SamplerError."""
 
     def ask() -> ParameterError | None:
         try:
@@ -244,7 +245,7 @@ def column_values(owner: Owner, spec: ColumnSpec, params: SamplerParams) -> list
 
 
 def plain(found: object, what: str, like: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
-    """A copy of a sampler's tensor: a usual one, of this shape, on the device of another. Raises ContractError."""
+    """A copy of a sampler's tensor, checked for plain type, shape and the device of `like`. Raises ContractError."""
     value: Tensor = found  # type: ignore[assignment]
     usual = type(value) is type(like) and value.layout is torch.strided and not value.is_nested
     if not usual or value.device != like.device:

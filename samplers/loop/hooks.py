@@ -1,4 +1,4 @@
-"""What samplers and modifiers answer, outside of `select`, held against the contract."""
+"""Validation of the answers of samplers and modifiers outside of `select`."""
 
 import math
 import operator
@@ -26,22 +26,22 @@ from samplers.loop.guard import INTEGERS, MOST_NUMBERS, ContractError, Owner, pl
 from samplers.loop.traits import Traits
 
 MOST_CANVASES = 1024
-"""Canvases of one generation."""
+"""Maximum number of canvases of one generation."""
 MOST_VIEWS = 8
-"""Canvases that the model may see of one in a step."""
+"""Maximum number of views of a canvas in a step."""
 MOST_TOKENS = 1 << 20
-"""Tokens of a view's prompt."""
+"""Maximum number of tokens in a view's prompt."""
 MOST_STEPS = 10_000
-"""Most forwards that a sampler may ask for a block beyond those that its positions give it."""
+"""Maximum value of `Sampler.post_steps` and `Sampler.draft_steps`."""
 
 
 def views(
     modifiers: Sequence[tuple[Modifier[Any], SamplerParams]], layout: Layout, vocabulary: int | None
 ) -> list[View]:
-    """Canvases that the model sees in every step, that of the generation itself first.
+    """Views of every step, that of the generation itself first.
 
     Args:
-        vocabulary: number of the model's tokens, if it is known.
+        vocabulary: number of the model's tokens, if known.
 
     Raises SamplerError, and ParameterError if a modifier's own parameters are to blame.
     """
@@ -76,7 +76,7 @@ def _checked_views(found: Sequence[View], layout: Layout, vocabulary: int | None
 
 
 def _check_prompt(prompt: object, layout: Layout, vocabulary: int | None) -> None:
-    """Raise ContractError if a view's prompt is none, ParameterError if it does not fit this model."""
+    """Raise ContractError if a view's prompt is invalid, ParameterError if it does not fit this model."""
     if prompt is None:
         return
     if prompt == "masked":
@@ -97,14 +97,14 @@ def _check_prompt(prompt: object, layout: Layout, vocabulary: int | None) -> Non
 
 
 def most_steps(sampler: Sampler[Any], traits: Traits, params: SamplerParams) -> int:
-    """Most forwards of a drafted block, or of a revised one beyond two a position. Raises SamplerError."""
+    """Maximum forwards of a drafted block, or of a revised one beyond two per position. Raises SamplerError."""
     if traits.drafts:
         return count(sampler, "draft_steps", 1, MOST_STEPS, params)
     return count(sampler, "post_steps", 0, MOST_STEPS, params) if traits.revises else 0
 
 
 def count(sampler: Sampler[Any], name: str, least: int, most: int, *arguments: Any) -> int:
-    """A number that a sampler says when its method of that name is asked. Raises SamplerError."""
+    """Integer answer of the sampler's method `name`, checked against its bounds. Raises SamplerError."""
 
     def ask() -> int:
         found: object = getattr(sampler, name)(*arguments)
@@ -120,7 +120,7 @@ def count(sampler: Sampler[Any], name: str, least: int, most: int, *arguments: A
 
 
 def choice(sampler: Sampler[Any], context: StepContext[Any]) -> TokenChoices | None:
-    """How a sampler has tokens chosen, if it says so; [rows]. Raises SamplerError."""
+    """Token choice set by a sampler, [rows]; None if it sets none. Raises SamplerError."""
 
     def ask() -> TokenChoices | None:
         found: object = sampler.choice(context)
@@ -150,10 +150,10 @@ def _is_number(value: object) -> bool:
 
 
 def names(owner: Owner, context: StepContext[Any], vocabulary: int | None) -> Tensor | None:
-    """The tokens that a sampler names, int64 [rows, width, m] with -1 for none. Raises SamplerError.
+    """Tokens named by a sampler, int64 [rows, width, m], -1: unused. Raises SamplerError.
 
     Args:
-        vocabulary: number of the model's tokens, if it is known.
+        vocabulary: number of the model's tokens, if known.
     """
 
     def ask() -> Tensor | None:
@@ -174,7 +174,7 @@ def names(owner: Owner, context: StepContext[Any], vocabulary: int | None) -> Te
 
 
 def bonus(owner: Owner, context: StepContext[Any], vocabulary: int | None) -> TokenBonus | None:
-    """What a sampler adds to logits, [rows, width, n]. Raises SamplerError."""
+    """Additions to logits by a sampler, [rows, width, n]. Raises SamplerError."""
 
     def ask() -> TokenBonus | None:
         found: object = owner.bonus(context)
@@ -205,7 +205,7 @@ def bonus(owner: Owner, context: StepContext[Any], vocabulary: int | None) -> To
 
 
 def window(sampler: Sampler[Any], context: StepContext[Any]) -> Window | None:
-    """Where a sampler wants its candidates, [rows, 1] each. Raises SamplerError."""
+    """Window of candidates set by a sampler, [rows, 1] each. Raises SamplerError."""
 
     def ask() -> Window | None:
         found: object = sampler.window(context)
@@ -226,7 +226,7 @@ def window(sampler: Sampler[Any], context: StepContext[Any]) -> Window | None:
 
 
 def resample(sampler: Sampler[Any], slots: Slots[Any]) -> Resampling | None:
-    """The canvases that go on after a barrier. Raises SamplerError."""
+    """Canvases to continue with after a barrier. Raises SamplerError."""
     count = len(slots.finished)
 
     def ask() -> Resampling | None:
@@ -251,11 +251,11 @@ def resample(sampler: Sampler[Any], slots: Slots[Any]) -> Resampling | None:
 
 
 def winner(sampler: Sampler[Any], slots: Slots[Any], count_: int) -> int:
-    """The canvas that is the generation's. Raises SamplerError."""
+    """Index of the canvas whose text becomes the generation's. Raises SamplerError."""
     return count(sampler, "winner", 0, count_ - 1, slots)
 
 
 def _within(values: Tensor, least: int, stop: int | None) -> bool:
-    """Whether integers lie from `least` to before `stop`."""
+    """True if integers lie from `least` to `stop` (exclusive)."""
     smallest, largest = values.aminmax()
     return bool(smallest >= least) and (stop is None or bool(largest < stop))

@@ -1,18 +1,18 @@
-"""The integers of a row, one column each of a batch's table."""
+"""Integers of a row, one column each in the table of a batch."""
 
 from enum import IntEnum
 
 NEVER = 1 << 40
-"""A position that no canvas has: where no end-of-text was committed yet."""
+"""Position beyond every canvas: stands for an end-of-text not yet committed."""
 
 
 class N(IntEnum):
-    """Columns: first what steps change, then what never changes.
+    """Columns: first those that steps change, then the constant ones.
 
-    STEPS counts forwards of the canvas, one each whatever number of views it has. START and STOP bound the active
-    block; CLOSED is what a revising rule has finished; FIRST: the block's first position is masked; ENTERED: the block
-    that counters belong to. MOST is what `post_steps` or `draft_steps` said; CONFINED: candidates are of the active
-    block whatever window a rule asks for.
+    STEPS counts forwards of the canvas, one each regardless of its views. START and STOP bound the active block.
+    CLOSED: end of the blocks that a revising rule has finished. FIRST: the block's first position is masked. ENTERED:
+    the block that counters belong to. MOST: result of `post_steps` or `draft_steps`. CONFINED: candidates are
+    restricted to the active block regardless of the rule's window.
     """
 
     STEPS = 0
@@ -56,9 +56,9 @@ class N(IntEnum):
 
 
 CONTEXT = 5
-"""Columns of which a rule is told, and that steps change."""
+"""Number of leading columns that rules can see; steps change them."""
 CHANGING = 12
-"""Columns that steps change."""
+"""Number of leading columns that steps change."""
 ENTERING = 20
-"""Columns that decide which block is the active one."""
+"""Number of leading columns that determine the active block."""
 COUNT = len(N)

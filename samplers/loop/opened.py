@@ -1,4 +1,4 @@
-"""The open windows of a part: where they are, and what the next forward is to tell of."""
+"""Open windows of a part, and the positions that the next forward covers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,20 +15,21 @@ from samplers.loop.part import Members, Part
 
 @dataclass
 class Opened:
-    """The windows of a part before a forward; tensors [rows, width], or [rows, 1].
+    """Windows of a part before a forward; tensors [rows, width], or [rows, 1].
 
     Attributes:
-        numbers: the rows' integers, [rows, columns].
-        position: region positions; past a window's end the one that stands for no position.
+        numbers: integers of the rows, [rows, columns].
+        position: region positions; past a window's end, the one that stands for no position.
         masked, candidate, committed: see `StepContext`.
-        block: positions of the active block.
-        opens: rows whose forward decides the block's first position only; None where there are none.
-        asked: positions that the forward is to tell of.
-        flat: where those are in a flattened window, int64 [n].
+        block: mask of positions in the active block.
+        opens: rows whose forward decides only the block's first position; None if there are none.
+        asked: mask of positions that the forward covers.
+        flat: indices of those positions in the flattened windows, int64 [n].
         row: their rows, int64 [n].
-        failed: rows whose sampler failed when it was asked, and why.
-        named: by group and layer, the columns of the tokens that were named.
-        judged: rows whose confidence is that of what the token was drawn from, bool [rows]; None where there are none.
+        failed: rows whose sampler failed, with the error.
+        named: columns of the named tokens, by group and layer.
+        judged: rows whose confidence is that of the distribution their token was drawn from, bool [rows]; None if there
+            are none.
     """
 
     numbers: Tensor
@@ -49,7 +50,7 @@ class Opened:
     _columns: list[Sequence[Tensor]] = field(default_factory=list)
 
     def piece(self, name: str, values: Tensor, part: Part, members: Members) -> Tensor:
-        """What of a tensor, [rows, ...], is about a group's rows."""
+        """Rows of a group in a tensor [rows, ...], cached by name."""
         if len(part.sizes) == 1:
             return values
         found = self._pieces.get(name)
@@ -58,19 +59,19 @@ class Opened:
         return found[1][members.number]
 
     def columns(self, part: Part, members: Members) -> Sequence[Tensor]:
-        """The integers of a group's rows that rules are told of, one [rows, 1] for each of the first of `N`."""
+        """Integers of a group's rows that rules can see, one [rows, 1] for each of the first columns of `N`."""
         if not self._columns:
             columns = self.numbers[:, :CONTEXT].t().unsqueeze(2)
             self._columns = [each.unbind(0) for each in columns.split_with_sizes(part.sizes, dim=1)]
         return self._columns[members.number]
 
     def asked_positions(self) -> Tensor:
-        """Region positions that the forward is to tell of, int64 [n]."""
+        """Region positions that the forward covers, int64 [n]."""
         return self.position.view(-1).index_select(0, self.flat)
 
 
 def open_windows(part: Part) -> Opened:
-    """Gather the windows of a part's rows as they are now."""
+    """Gather the current windows of a part's rows."""
     batch, slots = part.batch, part.slots
     n = batch.numbers.index_select(0, slots)
     block = part.everywhere
@@ -98,7 +99,7 @@ def _at(flags: Tensor, part: Part, position: Tensor) -> Tensor:
 
 
 def settle_asked(part: Part, opened: Opened) -> None:
-    """Find out what the forward is to tell of, once it is known where the candidates are."""
+    """Determine the positions that the forward covers, once the candidates are known."""
     if part.shifted:
         opens = [row.opens_block() for row in part.rows]
         if any(opens):

@@ -1,4 +1,4 @@
-"""Rows that take a step together: their windows side by side, rows of one group neighbours."""
+"""Rows that take a step together: windows side by side, rows of one group adjacent."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ Groups = Sequence[list[Row]]
 
 
 def split(rows: Sequence[Row]) -> list[Groups]:
-    """Rows by the width of what they look at, within factors of four, and then by group."""
+    """Rows grouped by window width, within factors of four, and then by sampler and modifiers."""
     parts: dict[tuple[bool, int], dict[Any, list[Row]]] = {}
     for row in rows:
         parts.setdefault(row.part_key, {}).setdefault(row.key, []).append(row)
@@ -34,7 +34,7 @@ def split(rows: Sequence[Row]) -> list[Groups]:
 
 @dataclass
 class Members:
-    """The rows of a group in a part: `start` to before `stop`, the group being the part's `number`-th."""
+    """Rows `start` to `stop` (exclusive) of a part, which form its group `number`."""
 
     number: int
     start: int
@@ -52,7 +52,7 @@ class Members:
 
     @classmethod
     def of(cls, batch: Batch, rows: list[Row], number: int, start: int, slots: Tensor, static: Tensor) -> "Members":
-        """Those of these rows; `slots` [rows] and `static` [rows, columns] are theirs."""
+        """Members for these rows; `slots` [rows] and `static` [rows, columns] are those of the rows."""
         group = batch.groups[rows[0].key]
         params: list[list[SamplerParams]] = [[row.params for row in rows]]
         params += [[row.modifiers[i][1] for row in rows] for i in range(len(group.layers) - 1)]
@@ -81,18 +81,18 @@ class Members:
 
     @property
     def modifiers(self) -> list[Modifier[Any]]:
-        """Those around the rule, in order."""
+        """Modifiers around the rule, in order."""
         return [modifier for modifier, _ in self.rows[0].modifiers]
 
     def asking(self, hook: str) -> Iterator[tuple[int, Any]]:
-        """The layers that have this method of their own: the rule (0) and modifiers, by number."""
+        """Layers that override this method: the rule (0) and modifiers, by number."""
         for layer, hooks in enumerate(self.traits.hooks):
             if hook in hooks:
                 yield layer, self.group.layers[layer].owner
 
 
 def _layout(static: Tensor) -> LayoutColumns:
-    """Lengths of canvases, of rows' integers [rows, columns]."""
+    """Canvas lengths from the rows' integers [rows, columns]."""
     length, prompt, gen, block_length, blocks, denoised, noise, strict = (
         static[:, each, None]
         for each in (N.LENGTH, N.PROMPT, N.GEN, N.BLOCK_LENGTH, N.BLOCKS, N.DENOISED, N.NOISE, N.STRICT)
@@ -101,9 +101,9 @@ def _layout(static: Tensor) -> LayoutColumns:
 
 
 class Part:
-    """Rows of a batch that take a step together, for as long as the same rows do.
+    """Rows of a batch that take a step together, for as long as the set of rows stays the same.
 
-    Whatever does not change from step to step is gathered once: slots, lengths, parameters, choices.
+    Values that do not change between steps are gathered once: slots, lengths, parameters, choices.
     """
 
     def __init__(self, batch: Batch, groups: Groups) -> None:
@@ -126,7 +126,7 @@ class Part:
         self._bounds: tuple[list[tuple[int, int]], Tensor, Tensor] | None = None
 
     def _read_traits(self, traits: list[Traits]) -> None:
-        """What some of the rows need, so that the others' steps do without it."""
+        """Collect features that some rows need; steps of parts without them skip the work."""
         least, most = self._least, self._most
         self.region = self.rows[0].part_key[0]
         self.width = most[N.WINDOW]
@@ -142,7 +142,7 @@ class Part:
         self.reviewed = self.revising or not all(each.ours for each in traits)
 
     def _gather(self) -> None:
-        """Where on the batch's tensors the windows are."""
+        """Compute the indices of the windows in the batch's tensors."""
         device, shape = self.batch.device, (len(self.rows), self.width)
         self.text, self.gen = self.static[:, N.TEXT], self.static[:, N.GEN]
         self.prompt = self.static[:, N.PROMPT]
@@ -156,7 +156,7 @@ class Part:
 
     @property
     def plain(self) -> bool:
-        """Whether candidates are committed for good, and nothing else happens."""
+        """True if steps only commit candidates for good."""
         return not (self.revising or self.drafting)
 
     @cached_property
@@ -166,18 +166,18 @@ class Part:
 
     @cached_property
     def wide_rows(self) -> Tensor:
-        """Rows that are told of more than candidates, bool [rows, 1]."""
+        """Rows with statistics of more than candidates, bool [rows, 1]."""
         wide = [row.traits.whole_region or row.traits.revises for row in self.rows]
         return torch.tensor(wide, device=self.batch.device)[:, None]
 
     @cached_property
     def bounds(self) -> Tensor:
-        """First rows of the groups, and the end of the last one, int64 [groups + 1]."""
+        """First row of each group, and the end of the last, int64 [groups + 1]."""
         return torch.tensor([0, *(members.stop for members in self.members)], device=self.batch.device)
 
     @cached_property
     def canvases(self) -> list[Canvas]:
-        """The rows' own."""
+        """Canvases of the rows."""
         return [row.canvas for row in self.rows]
 
     @cached_property
@@ -185,31 +185,33 @@ class Part:
         return [row.spans() for row in self.rows]
 
     def spans(self) -> list[list[ForwardSpan]]:
-        """What the next forward computes of each row's canvas, and of its further views."""
+        """Spans of the next forward for each row's canvas and its further views."""
         return self._same_spans if self.spans_stay else [row.spans() for row in self.rows]
 
     @cached_property
     def choices(self) -> TokenChoices | None:
-        """How each row's tokens are chosen; None where all take the likeliest, of everything."""
+        """Token choice of each row; None if all are greedy and unfiltered."""
         if self._least[N.GREEDY]:
             return None
         return TokenChoices.of([row.choice for row in self.rows], self.batch.device)
 
     @cached_property
     def judged(self) -> Tensor | None:
-        """Rows whose confidence is that of what the token was drawn from, bool [rows]; None: none are."""
+        """Rows whose confidence is that of the distribution of their drawn token, bool [rows]; None if there are
+        none."""
         if not self.judging or self.choices is None:
             return None
         return self.judged_with(self.choices)
 
     def judged_with(self, choices: TokenChoices) -> Tensor | None:
-        """Those rows, if tokens are chosen like this."""
+        """The same for the given token choices."""
         found = (self.static[:, N.JUDGES] > 0) & (choices.temperature > 0)
         return found if anywhere(found) else None
 
     @cached_property
     def statistics(self) -> dict[str, Tensor | None]:
-        """What is wanted beside token and confidence, and the rows that want it, bool [rows]; None: all of them."""
+        """Statistics requested besides token and confidence, with the rows that request them, bool [rows]; None:
+        all."""
         wishes: dict[str, list[bool]] = {}
         nobody = [False] * len(self.rows)
         for members in self.members:
@@ -225,7 +227,7 @@ class Part:
         return {name: None if all(wish) else torch.tensor(wish, device=device) for name, wish in wishes.items()}
 
     def asked_bounds(self) -> tuple[Tensor, Tensor]:
-        """Region positions that rows which ask for more than candidates are told of, [rows, 1] each."""
+        """Region positions covered for rows that request more than candidates: start and stop, [rows, 1] each."""
         bounds = [row.asked_bounds() if row.traits.whole_region or row.traits.revises else (0, 0) for row in self.rows]
         if self._bounds is None or self._bounds[0] != bounds:
             columns = torch.tensor(bounds, device=self.batch.device)

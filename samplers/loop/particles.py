@@ -1,4 +1,4 @@
-"""Generations with several canvases: they wait for each other at barriers, are drawn anew, and one of them wins."""
+"""Generations with several canvases: barriers, resampling, and the choice of a winner."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,22 +18,22 @@ if TYPE_CHECKING:
 
 
 def lanes_of(rows: "Sequence[Row]") -> "list[Row]":
-    """The canvases of these generations that take part in the next forward."""
+    """Canvases of these generations that take part in the next forward."""
     return [lane for row in rows for lane in ([row] if row.particles is None else row.particles.active)]
 
 
 @dataclass(eq=False)
 class Particles:
-    """The canvases of a generation, the row itself among them.
+    """Canvases of a generation, the row itself among them.
 
-    What they commit is told when all have ended, since until then any of them may win. Forward passes of all of them
-    count.
+    Their commits are reported when all have ended, since any of them may win until then. The forward passes of all
+    canvases count.
 
     Attributes:
-        lanes: one row for each canvas.
-        forwards: forward passes of all of them.
-        events: of each canvas, what led to what is on it now.
-        won: the canvas that is the generation's, once all have ended.
+        lanes: one row per canvas.
+        forwards: number of forward passes of all canvases.
+        events: per canvas, the events that led to its current content.
+        won: index of the canvas that becomes the generation's, once all have ended.
     """
 
     lanes: "list[Row]"
@@ -47,13 +47,13 @@ class Particles:
 
     @property
     def active(self) -> "list[Row]":
-        """Canvases that take part in the next forward: those that wait at no barrier."""
+        """Canvases that take part in the next forward: those not waiting at a barrier."""
         ahead = min((lane.block for lane in self.lanes if not lane.lane_finished), default=0)
         per_step = self.lanes[0].traits.barrier == "step"
         return [lane for lane in self.lanes if not lane.lane_finished and (per_step or lane.block == ahead)]
 
     def after(self, events: "dict[Row, StepEvent]") -> list[StepEvent]:
-        """What to tell of the generation after a step of some of its canvases."""
+        """Events of the generation after a step of some of its canvases."""
         taking = [i for i, lane in enumerate(self.lanes) if lane in events]
         for i in taking:
             if (error := events[self.lanes[i]].error) is not None:
@@ -71,7 +71,7 @@ class Particles:
         return [StepEvent(self.forwards)]
 
     def _barrier(self, taking: list[int]) -> None:
-        """Draw canvases anew where all have come to the end of a step, or of a block."""
+        """Resample canvases once all have reached the end of a step or block."""
         rule = self.lanes[0].sampler
         if self.lanes[0].traits.barrier == "block":
             passed = [
@@ -102,7 +102,7 @@ class Particles:
         )
 
     def _take_over(self, found: Resampling) -> None:
-        """Let canvases go on from others'. Random streams stay each canvas's own."""
+        """Continue canvases from their ancestors. Each keeps its own random stream."""
         lanes = self.lanes
         batch = lanes[0].batch
         assert batch is not None
@@ -131,7 +131,7 @@ class Particles:
                 lane.take_plans(plans[i])
 
     def _end(self) -> list[StepEvent]:
-        """Let one canvas be the generation's, and tell all that it did."""
+        """Make the winning canvas the generation's, and report all of its events."""
         row = self.lanes[0]
         winner = hooks.winner(row.sampler, self._slots(), len(self.lanes))
         self.won = winner
@@ -152,5 +152,5 @@ class Particles:
 
 
 def copies_of(canvas: Canvas, count: int) -> list[Canvas]:
-    """Canvases with the same content, in their own tensors."""
+    """Copies of a canvas, each with its own tensors."""
     return [Canvas(canvas.layout, canvas.tokens.clone(), canvas.masked.clone()) for _ in range(count)]

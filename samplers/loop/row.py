@@ -1,4 +1,4 @@
-"""One generation on its way from all masks to text."""
+"""One generation from all masks to text."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,33 +24,33 @@ from samplers.loop.window import enter
 from samplers.randomness import slot_seed
 
 NARROW = 3
-"""Windows up to 4 ** 3 positions wide stand side by side whatever their width."""
+"""Windows of up to 4 ** 3 positions share a part regardless of their width."""
 
 
 @dataclass(eq=False)
 class Row:
-    """One generation on its way from all masks to text. Its tensors are in a slot of a `Batch`.
+    """One generation from all masks to text. Its tensors are in a slot of a `Batch`.
 
-    Raises ParameterError if the parameters do not fit, SamplerError if the sampler fails when it is asked about them.
+    Raises ParameterError if the parameters do not fit, SamplerError if the sampler fails in its checks.
 
     Attributes:
-        canvas: what there is so far; the row's own, which no other may share.
-        sampler, params: the rule that chooses what to commit.
-        choice: how a committed position's token is chosen, unless the sampler says so itself.
-        seed: the generation's random stream.
+        canvas: current content.
+        sampler, params: the rule and its parameters.
+        choice: token choice at committed positions, unless the sampler sets its own.
+        seed: random stream of the generation.
         end_ids: tokens that end the text. Empty: the whole region is denoised.
-        fill_after_end: committing an end-of-text settles every masked position after it at once, as padding. Off,
-            those positions are denoised like any other until everything before the end is settled.
-        cache: what is kept from a block's first forward for those after it.
-        vocabulary: number of the model's tokens, if it is known: what a sampler may name and commit.
-        modifiers: what is around the rule, with parameters, in the order in which they apply.
-        slot_number: which of the generation's canvases this is (see `Sampler.slots`).
-        told: the settled tokens that count as generated: those of the text, up to and including the first end-of-text.
-            Only ever appended to: candidates are masked, so not settled, and rules may revise only what is not settled.
-        traits: the sampler's attributes, and its modifiers', as they were to begin with.
-        given: bool [gen_length], positions that were not masked to begin with.
+        fill_after_end: True: committing an end-of-text settles every masked position after it at once, as padding.
+            False: those positions are denoised normally until everything before the end is settled.
+        cache: cache mode of the generation's blocks.
+        vocabulary: number of the model's tokens, if known: limits the tokens that a sampler may name and commit.
+        modifiers: modifiers around the rule with their parameters, in order of application.
+        slot_number: index of this canvas among those of the generation (see `Sampler.slots`).
+        told: settled tokens that count as generated: those of the text up to and including the first end-of-text.
+            Append-only: candidates are masked and thus not settled, and rules may revise only unsettled positions.
+        traits: attributes of the sampler and its modifiers, as read when the generation began.
+        given: bool [gen_length], positions that were not masked initially.
         views: further canvases of every forward; `weight` is that of the canvas itself.
-        batch, slot: where the tensors are.
+        batch, slot: location of the tensors.
     """
 
     canvas: Canvas
@@ -111,7 +111,7 @@ class Row:
         self._most_steps = hooks.most_steps(sampler, self.traits, params)
         self._plan = CachePlan(self.cache)
         self._text_length = layout.text_length
-        # Without a cache every forward computes the whole canvas.
+        # Without a cache, every forward computes the whole canvas.
         self._spans_stay = not (self.keeps or layout.pattern.causal) and type(self).span is Row.span
         self.given = ~self.canvas.masked
         _ = self.part_key
@@ -127,7 +127,7 @@ class Row:
             self._make_particles()
 
     def _make_particles(self) -> None:
-        """Further canvases, if the rule denoises on several."""
+        """Create further canvases if the rule denoises on several."""
         count = hooks.count(self.sampler, "slots", 1, hooks.MOST_CANVASES, self.params)
         if count > 1:
             others = [
@@ -149,7 +149,7 @@ class Row:
             self.particles = Particles([self, *others])
 
     def _make_views(self) -> None:
-        """The canvases of every forward."""
+        """Create the further views of every forward."""
         first, *others = hooks.views(self.modifiers, self.canvas.layout, self.vocabulary)
         self.weight = first.weight
         self.view_count = 1 + len(others)
@@ -157,7 +157,7 @@ class Row:
 
     @cached_property
     def part_key(self) -> tuple[bool, int]:
-        """Rows with the same one take steps together: their windows' widths are within a factor of four."""
+        """Key of rows that take steps together: their window widths are within a factor of four."""
         traits = self.traits
         region = traits.whole_region or traits.sees_region or "window" in traits.hooks[0]
         self.window_width = self.canvas.layout.gen_length
@@ -167,16 +167,16 @@ class Row:
 
     @property
     def suspect(self) -> guard.Owner:
-        """Whom to blame for what the rule and its modifiers made together."""
+        """The rule or modifier to blame for their joint result."""
         return guard.suspect(self.sampler, [modifier for modifier, _ in self.modifiers])
 
     @property
     def all_params(self) -> list[SamplerParams]:
-        """Parameters of the rule, and of the modifiers in their order."""
+        """Parameters of the rule, then of the modifiers in order."""
         return [self.params, *(params for _, params in self.modifiers)]
 
     def first_numbers(self) -> Tensor:
-        """The row's integers before it has entered a block, int64 [columns]."""
+        """Integers of the row before it has entered a block, int64 [columns]."""
         layout, pattern = self.canvas.layout, self.canvas.layout.pattern
         n = [0] * COUNT
         n[N.SEED], n[N.SLOT] = slot_seed(self.seed, self.slot_number), self.slot_number
@@ -198,12 +198,12 @@ class Row:
         return torch.tensor(n, dtype=torch.int64)
 
     def read(self) -> None:
-        """Take note of the row's integers after they were changed in its batch."""
+        """Read the row's integers after they changed in its batch."""
         assert self.batch is not None
         self._now = self.batch.numbers[self.slot, :CHANGING].tolist()
 
     def show(self, now: list[int], told: list[int]) -> list[int]:
-        """Note the row's changing integers, and what became settled text; returns that, end-of-text not included."""
+        """Record the row's changing integers and newly settled text. Returns that text without the end-of-text."""
         self._now = now
         if not told:
             return []
@@ -214,26 +214,26 @@ class Row:
 
     @property
     def forwards(self) -> int:
-        """Forward passes that this generation took part in, every view counted."""
+        """Number of forward passes of this generation, every view counted."""
         if self.particles is not None:
             return self.particles.forwards
         return self._now[N.STEPS] * self.view_count
 
     @property
     def block(self) -> int:
-        """The active block."""
+        """Index of the active block."""
         return self._now[N.BLOCK]
 
     @property
     def block_step(self) -> int:
-        """Forwards spent on the active block."""
+        """Number of forwards spent on the active block."""
         return self._now[N.BLOCK_STEP]
 
     @property
     def block_masks(self) -> int:
-        """Masks that a schedule shares out over the active block: those it had when it became active.
+        """Number of masks that a schedule spreads over the active block: those it had when it became active.
 
-        The programs of block-causal models count the whole block, also where it holds the prompt's end.
+        Block-causal models count the whole block, even where it holds the prompt's end, as their own programs do.
         """
         return self._now[N.BLOCK_MASKS]
 
@@ -245,35 +245,35 @@ class Row:
 
     @property
     def settled(self) -> int:
-        """Length of the committed prefix of the generation region: what can no longer change."""
+        """Length of the committed prefix of the generation region, which can no longer change."""
         return self._now[N.SETTLED]
 
     @property
     def end(self) -> int | None:
-        """Position of the first committed end-of-text in the generation region."""
+        """Position of the first committed end-of-text in the generation region; None if there is none."""
         end = self._now[N.END]
         return None if end == NEVER else end
 
     @property
     def ended(self) -> bool:
-        """Whether the text ends with a settled end-of-text."""
+        """True if the text ends with a settled end-of-text."""
         return self._now[N.TOLD] > self._now[N.END]
 
     @property
     def finished(self) -> bool:
-        """Everything up to the end of the text, or up to and including an end-of-text, is settled."""
+        """True if everything is settled up to the end of the text, or up to and including an end-of-text."""
         if self.particles is not None:
             return self.particles.won is not None
         return self.lane_finished
 
     @property
     def lane_finished(self) -> bool:
-        """Whether this canvas needs no further forward."""
+        """True if this canvas needs no further forward."""
         return self.ended or self._now[N.SETTLED] >= self._text_length
 
     @property
     def lanes(self) -> "list[Row]":
-        """The canvases of the generation, this one among them."""
+        """Canvases of the generation, this one among them."""
         return [self] if self.particles is None else self.particles.lanes
 
     @property
@@ -283,17 +283,17 @@ class Row:
 
     @property
     def passes(self) -> int:
-        """Canvases that its forwards compute at most, every view of every canvas."""
+        """Maximum number of canvases in one of its forwards: every view of every canvas."""
         return len(self.lanes) * self.view_count
 
     @property
     def cost(self) -> int:
-        """Tokens that its next forward computes."""
+        """Number of tokens that its next forward computes."""
         taking = [self] if self.particles is None else self.particles.active
         return sum(span.stop - span.start for lane in taking for span in lane.spans())
 
     def release(self) -> None:
-        """Leave the batch, and forget what is cached: the canvas stays readable."""
+        """Leave the batch and drop cached keys and values. The canvas stays readable."""
         for lane in self.lanes:
             for plan in (lane._plan, *(view.plan for view in lane.views)):
                 plan.memory.content = None
@@ -302,18 +302,18 @@ class Row:
                 lane.batch = None
 
     def forked(self) -> list[CachePlan]:
-        """Copies of what is cached of the canvas and of its views."""
+        """Copies of the cache plans of the canvas and of its views."""
         return [plan.forked() for plan in (self._plan, *(view.plan for view in self.views))]
 
     def take_plans(self, plans: list[CachePlan]) -> None:
-        """Go on with these caches, in the order of `forked`."""
+        """Continue with these cache plans, in the order of `forked`."""
         self._plan = plans[0]
         for view, plan in zip(self.views, plans[1:], strict=True):
             view.plan = plan
 
     @property
     def completion_tokens(self) -> int:
-        """Settled tokens up to and including the first end-of-text: what counts as generated."""
+        """Number of settled tokens up to and including the first end-of-text."""
         return len(self.told)
 
     def text_tokens(self) -> list[int]:
@@ -322,21 +322,21 @@ class Row:
 
     @property
     def mask_id(self) -> int | None:
-        """The token that stands for a mask; None where there is none."""
+        """Id of the mask token; None if the model has none."""
         return self._mask_id if self.canvas.layout.pattern.noise is None else None
 
     @property
     def plan(self) -> CachePlan:
-        """What is cached of the canvas."""
+        """Cache plan of the canvas."""
         return self._plan
 
     @property
     def keeps(self) -> bool:
-        """Whether something is kept of the canvas between forwards: keys and values."""
+        """True if keys and values of the canvas are kept between forwards."""
         return self.cache is not CacheMode.NONE or self.canvas.layout.pattern.noise is not None
 
     def first_open(self) -> bool:
-        """Whether the block's first position is masked, and is decided by the output at the position before it."""
+        """True if the block's first position is masked and is decided by the output at the position before it."""
         layout, start = self.canvas.layout, self._now[N.START]
         if not layout.pattern.shifted or not self._now[N.FIRST]:
             return False
@@ -344,10 +344,10 @@ class Row:
         return place > 0 and place >= layout.prompt_length + start
 
     def opens_block(self) -> bool:
-        """Whether the next forward decides the block's first position only.
+        """True if the next forward decides only the block's first position.
 
-        Where outputs are about the next position, that one is decided by the position before it, which forwards that
-        feed no more than the block do not compute (Fast-dLLM for Dream, and v2).
+        If outputs predict the next position, the first one is decided by the position before it, which forwards over
+        the block alone do not compute (Fast-dLLM for Dream, and v2).
         """
         if self.block_step or not self.first_open():
             return False
@@ -357,14 +357,14 @@ class Row:
         return self.canvas.layout.block_place(self.block) % size == 0
 
     def span(self) -> ForwardSpan:
-        """What the next forward computes of this canvas."""
+        """Span of the next forward of this canvas."""
         return self._span_of(self._plan, self.canvas.layout)
 
     def _span_of(self, plan: CachePlan, layout: Layout) -> ForwardSpan:
         return plan.span(layout, self.block, self.block_step, self.opens_block(), self.first_open())
 
     def spans(self) -> list[ForwardSpan]:
-        """What the next forward computes of the canvas and of each further view."""
+        """Spans of the next forward of the canvas and of each further view."""
         if self._same_spans is not None:
             return self._same_spans
         found = [self.span(), *(self._span_of(view.plan, view.canvas.layout) for view in self.views)]
@@ -373,17 +373,17 @@ class Row:
         return found
 
     def asked_bounds(self) -> tuple[int, int]:
-        """Region positions that a sampler which wants more than candidates is told of in the next forward."""
+        """Range of region positions covered by the next forward for a sampler that requests more than candidates."""
         layout, span = self.canvas.layout, self.span()
         first, stop = self._now[N.START], self._now[N.STOP]
         size = layout.pattern.causal_block
-        # Of the positions that the active block sees, and that see it.
+        # Only positions that the active block sees and that see it.
         lowest = max(span.start, 0 if size is None else layout.block_place(self.block) // size * size)
         if self.traits.whole_region:
             first = max(0, lowest - layout.prompt_length)
             stop = min(layout.gen_length, span.stop - layout.prompt_length)
         if layout.pattern.shifted and layout.prompt_length + first == lowest > 0:
-            first += 1  # what the output before it says is not computed, or another block's to say
+            first += 1  # the output before it is not computed, or belongs to another block
         return first, stop
 
     def candidates(self) -> Tensor:
@@ -393,7 +393,7 @@ class Row:
         return found[:1] if self.opens_block() else found
 
     def note_forward(self, spans: Sequence[ForwardSpan], block: int) -> None:
-        """That these spans were computed while `block` was the active one."""
+        """Record that these spans were computed while `block` was active."""
         for plan, layout, span in zip(
             (self._plan, *(view.plan for view in self.views)),
             (self.canvas.layout, *(view.canvas.layout for view in self.views)),

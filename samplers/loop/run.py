@@ -1,6 +1,6 @@
-"""The one denoising loop: rows + predictions -> the next canvases, until all have ended.
+"""The denoising loop: from rows and predictions to the next canvases, until all rows have ended.
 
-Pure: it knows no model and no queue. The engine, evaluation, training and tests all drive it with a `predict`.
+Independent of model and queue: the engine, evaluation, training and tests all drive it with a `predict`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,23 +20,24 @@ from samplers.loop.row import Row
 from samplers.loop.views import together
 
 Turn = list[tuple[Row, StepEvent]]
-"""What a step did to each row that took part in it."""
+"""Rows that took part in a step, each with its event."""
 Rows = Sequence[Row] | Callable[[], Sequence[Row]]
 
 
 def run(
     rows: Rows, predict: Predict, *, batch: Batch | None = None, may_wait: bool = False, at_once: int | None = None
 ) -> Iterator[Turn]:
-    """Denoise generations, one forward pass for all of them a step; yields each step.
+    """Denoise generations, one forward pass per step for all of them. Yields each step.
 
-    A generation that cannot go on has an error in its event and takes part no more; the others are not affected. What
-    `predict` raises ends the loop.
+    A generation that cannot go on gets an error in its event and leaves; the others are not affected. Exceptions of
+    `predict` end the loop.
 
     Args:
-        rows: generations to run to their end, or a callable that names those of the next step, none to end.
-        batch: where their tensors are to be; rows are moved there and stay until they are released.
-        may_wait: whether a sampler may commit nothing (`Selection.waits`), for drivers that bound the forwards.
-        at_once: most rows of a forward, where `rows` is a sequence; as one ends, the next begins.
+        rows: generations to run to their end, or a callable that returns those of the next step, none to end.
+        batch: batch to move the rows to; they stay there until they are released.
+        may_wait: True if a sampler may commit nothing (`Selection.waits`), for drivers that bound the number of
+            forwards.
+        at_once: maximum rows per forward if `rows` is a sequence; as one ends, the next begins.
     """
     loop = Loop(batch or Batch(), may_wait)
     if callable(rows):
@@ -70,7 +71,7 @@ def next_query(rows: Sequence[Row]) -> Query:
 
 
 class Loop:
-    """Steps of rows in a batch. As long as the same rows take part, nothing is put together anew."""
+    """Steps of rows in a batch. Parts are rebuilt only when the set of rows changes."""
 
     def __init__(self, batch: Batch, may_wait: bool) -> None:
         self._batch = batch
@@ -92,7 +93,7 @@ class Loop:
 
     @torch.inference_mode()
     def step(self, rows: Sequence[Row], predict: Predict) -> Turn:
-        """One forward pass of these rows, none of them finished. What fails here but samplers is raised."""
+        """Run one forward pass of these rows, none of them finished. Raises all errors except those of samplers."""
         lanes = lanes_of(rows)
         parts = self._parts_of(lanes)
         asked = [ask(part) for part in parts]
@@ -115,7 +116,7 @@ class Loop:
 
 
 def _failed(part: Part, prediction: Prediction, first: int) -> dict[int, SamplerError]:
-    """Rows of which the forward pass told nothing."""
+    """Errors of rows whose forward pass failed."""
     found: dict[int, SamplerError] = {}
     for i in range(len(part.rows)):
         if (cause := prediction.failed.get(first + i)) is not None:

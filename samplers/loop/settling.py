@@ -1,4 +1,4 @@
-"""Where rows are after a step: ends of text, settled prefixes, counters, and the next block."""
+"""Progress of rows after a step: ends of text, settled prefixes, counters, and the next block."""
 
 from collections.abc import Collection
 
@@ -14,7 +14,7 @@ from samplers.loop.window import Filled, close, enter, note_ends
 
 
 def note_part_ends(part: Part, opened: Opened, changes: Changes, done: Tensor | None, left: Tensor) -> Filled:
-    """Note end-of-text tokens that were committed for good; returns what became padding."""
+    """Record end-of-text tokens that were committed for good. Returns the positions that became padding."""
     batch, slots, token = part.batch, part.slots, changes.token
     if not part.revising:
         return note_ends(batch, slots, changes.row, changes.position, token, part.ends)
@@ -29,13 +29,16 @@ def note_part_ends(part: Part, opened: Opened, changes: Changes, done: Tensor | 
 
 
 def settle(part: Part, opened: Opened, left: Tensor, filled: Filled, failed: Collection[int]) -> Tensor:
-    """Count the forward, note what is settled, and enter the next block; returns the rows' integers, [rows, CHANGING].
+    """Count the forward, record settled positions, and enter the next block.
 
-    Adds to `filled` what became padding.
+    Adds new padding to `filled`.
 
     Args:
-        left: bool [rows, width], what is still masked.
-        failed: rows that go no further, and stay as they were.
+        left: bool [rows, width], remaining masks.
+        failed: rows that stop and keep their state.
+
+    Returns:
+        The rows' integers, [rows, CHANGING].
     """
     batch, slots = part.batch, part.slots
     # Ends and closed blocks were noted in the batch.
@@ -46,7 +49,7 @@ def settle(part: Part, opened: Opened, left: Tensor, filled: Filled, failed: Col
         first = first + c[N.START]
     c[N.STEPS].add_(1)
     c[N.BLOCK_STEP].add_(1)
-    # A block without a mask is settled to its end: whoever comes to the region's end needs no further block.
+    # A block without a mask is settled to its end; at the region's end, there is no further block to enter.
     settled = torch.where(some, first, c[N.STOP])
     moved = ~some
     if part.revising:

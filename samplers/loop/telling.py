@@ -1,4 +1,4 @@
-"""One trip to Python: what a step did to each row, and where it is now."""
+"""Events from tensors: a single transfer to Python of the changes and progress of each row."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,14 +16,14 @@ from samplers.loop.window import Filled
 
 @dataclass
 class Changes:
-    """What a step writes to the canvases of a part.
+    """Changes of a step to the canvases of a part.
 
     Attributes:
         commit, replaced, remask: bool [rows, width].
-        row, position, token, confidence: of all that is committed or replaced, [n]; row is an index into the part's
-            rows, position one of the region.
-        filled: what became padding.
-        drafts: what would be committed by now at open positions, by row; None where no row drafts.
+        row, position, token, confidence: commits and replacements, [n]; `row` indexes the part's rows, `position` is
+            relative to the region.
+        filled: positions that became padding.
+        drafts: tokens that would be committed now at open positions, by row; None if no row drafts.
     """
 
     commit: Tensor
@@ -40,7 +40,7 @@ class Changes:
 def tell(
     part: Part, opened: Opened, changes: Changes, numbers: Tensor, errors: Mapping[int, SamplerError]
 ) -> list[StepEvent]:
-    """One event a row, in order. `numbers` are the rows' integers after the step, [rows, CHANGING]."""
+    """One event per row, in order. `numbers` are the rows' integers after the step, [rows, CHANGING]."""
     told = _newly_told(part, numbers[:, N.TOLD], opened.numbers[:, N.TOLD])
     counts = counts_of(changes.row, len(part.rows))
     positions, tokens, confidences = changes.position.tolist(), changes.token.tolist(), changes.confidence.tolist()
@@ -62,7 +62,7 @@ def tell(
 
 
 def _add_rest(part: Part, opened: Opened, changes: Changes, events: list[StepEvent]) -> None:
-    """Say what happens in few steps, or in those of few rules."""
+    """Add fields to the events that only some steps or rules need."""
     if changes.filled:
         at = {row.slot: i for i, row in enumerate(part.rows)}
         for slot, places in changes.filled:
@@ -89,12 +89,12 @@ def _newly_told(part: Part, now: Tensor, before: Tensor) -> Sequence[list[int]]:
 
 
 def _by_row(which: Tensor, opened: Opened) -> list[list[int]]:
-    """Region positions of what is True."""
+    """Region positions of True entries, by row."""
     return cut(opened.position[which].tolist(), which.sum(dim=1).tolist())
 
 
 def cut(values: list[int], counts: list[int]) -> list[list[int]]:
-    """A list in pieces of these lengths."""
+    """A list cut into pieces of these lengths."""
     found, first = [], 0
     for count in counts:
         found.append(values[first : first + count])

@@ -1,4 +1,4 @@
-"""A sampler's attributes, read once when a generation begins, and held against the contract."""
+"""Attributes of samplers, read once when a generation begins, and validated."""
 
 import math
 from collections.abc import Sequence
@@ -17,12 +17,12 @@ HOOKS = ("choice", "name_tokens", "bonus", "window", "adjust", "after")
 
 @dataclass(frozen=True)
 class Traits:
-    """Attributes of a sampler and the modifiers around it (see `Sampler`), as they were when a generation began.
+    """Attributes of a sampler and the modifiers around it (see `Sampler`), as read when a generation began.
 
     Attributes:
-        state: what each of them keeps, the sampler first.
-        hooks: of each of them, those methods for single steps that are its own; the others need not be asked.
-        ours: whether all of them are from this package.
+        state: state specs of each of them, the sampler first.
+        hooks: per-step methods that each of them overrides; others are not called.
+        ours: True if all of them are from this package.
     """
 
     statistics: frozenset[Statistic]
@@ -39,7 +39,7 @@ class Traits:
 
     @classmethod
     def of(cls, sampler: Sampler[Any], modifiers: Sequence[Modifier[Any]] = ()) -> "Traits":
-        """Read them once. Raises SamplerError if they are none."""
+        """Read them once. Raises SamplerError if they are invalid."""
         found = told(sampler, cls._read, sampler)
         for modifier in modifiers:
             found = told(modifier, found._with, modifier)
@@ -76,7 +76,7 @@ class Traits:
         )
 
     def any_has(self, hook: str) -> bool:
-        """Whether the sampler or a modifier has this method of its own."""
+        """True if the sampler or a modifier overrides this method."""
         return any(hook in own for own in self.hooks)
 
 
@@ -133,5 +133,5 @@ def _own_hooks(owner: Owner, base: type) -> frozenset[str]:
 
 @lru_cache(maxsize=256)
 def _alike(traits: Traits) -> Traits:
-    """One object for all that are equal: rows are put together by it in every step."""
+    """One shared object for equal traits: rows are grouped by it in every step."""
     return traits

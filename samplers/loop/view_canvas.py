@@ -1,4 +1,4 @@
-"""The further canvases as which the model sees a generation."""
+"""Further views of a generation."""
 
 from dataclasses import dataclass, replace
 
@@ -13,7 +13,7 @@ from samplers.loop.cache_plan import CachePlan
 
 @dataclass(eq=False)
 class ViewCanvas:
-    """A further canvas as which the model sees a generation, and what is cached of it."""
+    """A further view of a generation, with its cache plan."""
 
     canvas: Canvas
     weight: float

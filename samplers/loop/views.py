@@ -1,4 +1,4 @@
-"""Queries of rows that the model sees as several canvases, and of several parts together."""
+"""Queries of rows with several views, and of several parts together."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ from samplers.loop.part import Part
 
 
 def with_views(part: Part, opened: Opened, wanted: StatisticsRequest) -> Query:
-    """The query of rows of which some are seen as several canvases."""
+    """Query of a part in which some rows have several views."""
     device, position = part.batch.device, opened.asked_positions()
     counts = opened.asked.sum(dim=1).tolist()
     canvases: list[Canvas] = []
@@ -23,7 +23,7 @@ def with_views(part: Part, opened: Opened, wanted: StatisticsRequest) -> Query:
     first = 0
     for each, count, own in zip(part.rows, counts, opened.spans, strict=True):
         layout = each.canvas.layout
-        for view in each.views:  # what was committed since the last step
+        for view in each.views:  # copy commits since the last step
             seen = view.canvas
             seen.tokens[seen.layout.prompt_length :][: layout.gen_length] = each.canvas.generated
         at = position[first : first + count]
@@ -41,7 +41,7 @@ def with_views(part: Part, opened: Opened, wanted: StatisticsRequest) -> Query:
 
 
 def together(queries: Sequence[Query]) -> Query:
-    """One query of several parts, one after the other."""
+    """Query of several parts, concatenated."""
     if len(queries) == 1:
         return queries[0]
     counts = [len(each.position) if each.mixture is None else each.mixture.count for each in queries]
@@ -58,7 +58,7 @@ def together(queries: Sequence[Query]) -> Query:
 
 
 def _mixed(queries: Sequence[Query], counts: Sequence[int]) -> Mixture | None:
-    """The mixture of several queries; None where none of them has one."""
+    """Mixture of several queries; None if none of them has one."""
     if all(each.mixture is None for each in queries):
         return None
     answers, weights = [], []

@@ -1,4 +1,4 @@
-"""Where rows are: their active block, what is settled before it, and when it is time for the next."""
+"""Progress of rows: active block, settled prefix, and entry into the next block."""
 
 from collections.abc import Sequence
 from functools import reduce
@@ -14,17 +14,17 @@ from samplers.randomness import NOISE, uniform
 LOOK = 64
 """Positions among which the next mask is looked for first."""
 Filled = list[tuple[int, list[int]]]
-"""What became padding: slot, and positions of its generation region."""
+"""Positions that became padding: slot, and positions of its generation region."""
 
 
 def enter(batch: Batch, slots: Tensor) -> Filled:
-    """Make the first block with a mask the active one of these rows, which have none left in theirs.
+    """Make the first block with a mask active in these rows, which have no masks left in their current one.
 
-    A row that revises stays in its block until that is closed. A block of which a forward would say nothing is closed
-    here: where a block's first position is decided by the position before it, it is not told again, and a block may
-    hold no other. So no row that is not finished is ever asked about nothing.
+    A revising row stays in its block until the block is closed. A block about which a forward would predict nothing is
+    closed here: if a block's first position is decided by the position before it, it is not predicted again, and it may
+    be the block's only position. So an unfinished row always has a position to request.
 
-    Returns what became padding after an end-of-text.
+    Returns the positions that became padding after an end-of-text.
     """
     filled: Filled = []
     while len(slots):
@@ -40,7 +40,7 @@ def enter(batch: Batch, slots: Tensor) -> Filled:
 
 
 def _find(batch: Batch, slots: Tensor) -> None:
-    """Note the active block, and what follows from it."""
+    """Record the active block and the values derived from it."""
     n = batch.numbers.index_select(0, slots)
     c = n[:, :ENTERING].unbind(1)
     settled = _first_mask(batch, slots, c)
@@ -52,7 +52,7 @@ def _find(batch: Batch, slots: Tensor) -> None:
     position, candidate = _masks_between(batch, slots, start, stop)
     entered = block != c[N.ENTERED]
     masks = candidate.sum(dim=1)
-    if batch.causal:  # The programs of such models count the whole block, also where it holds the prompt's end.
+    if batch.causal:  # Programs of such models count the whole block, even where it holds the prompt's end.
         masks = torch.where(c[N.CAUSAL] > 0, c[N.BLOCK_LENGTH], masks)
     torch.where(entered, masks, c[N.BLOCK_MASKS], out=c[N.BLOCK_MASKS])
     c[N.BLOCK_STEP].masked_fill_(entered, 0)
@@ -69,10 +69,10 @@ def _find(batch: Batch, slots: Tensor) -> None:
 
 
 def _first_mask(batch: Batch, slots: Tensor, c: Sequence[Tensor]) -> Tensor:
-    """First masked position of each row, the region's end where there is none; int64 [rows].
+    """First masked position of each row, or the region's end without one; int64 [rows].
 
-    Everything before what is settled, or closed, is known to be committed. The next block is looked at first, and more
-    at a time where that is full, so that a long region costs no more than a short one.
+    The search begins at the settled (for revising rules: closed) prefix, since all before it is committed, and widens
+    only as long as it finds nothing: its cost does not depend on the region's length.
     """
     low = c[N.SETTLED]
     if batch.revising:
@@ -91,7 +91,7 @@ def _first_mask(batch: Batch, slots: Tensor, c: Sequence[Tensor]) -> Tensor:
 def _masks_between(
     batch: Batch, slots: Tensor, start: Tensor, stop: Tensor, width: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Region positions from `start` [rows] on, and which of those before `stop` [rows] are masked; [rows, width]."""
+    """Region positions from `start` [rows], and masks of those before `stop` [rows]; both [rows, width]."""
     width = width or max(1, int((stop - start).max()))
     position = start[:, None] + torch.arange(width, device=slots.device)
     position.masked_fill_(position >= stop[:, None], batch.region)
@@ -100,7 +100,7 @@ def _masks_between(
 
 
 def _draw_noise(batch: Batch, slots: Tensor, position: Tensor, candidate: Tensor) -> None:
-    """What the candidates of a new block hold where there is no mask token."""
+    """Fill the candidates of a new block with random tokens, for models without a mask token."""
     n = batch.numbers[slots]
     row, column = candidate.nonzero(as_tuple=True)
     position = position[row, column]
@@ -115,7 +115,7 @@ def _has_candidates(batch: Batch, slots: Tensor) -> Tensor:
 
 
 def _has_nothing_to_say(batch: Batch, slots: Tensor) -> Tensor:
-    """Rows without candidates whose next forward would be about no position at all, bool [rows]."""
+    """Rows without candidates whose next forward would cover no position, bool [rows]."""
     flags = []
     for slot in slots.tolist():
         row = batch.rows[slot]
@@ -127,7 +127,7 @@ def _has_nothing_to_say(batch: Batch, slots: Tensor) -> Tensor:
 
 
 def close(batch: Batch, slots: Tensor) -> Filled:
-    """Settle what the active block of these rows, which revise, holds; returns what became padding."""
+    """Settle the active block of these revising rows. Returns the positions that became padding."""
     n = batch.numbers[slots]
     start, length = n[:, N.CLOSED], n[:, N.STOP] - n[:, N.CLOSED]
     position = runs(start, length)
@@ -140,13 +140,13 @@ def close(batch: Batch, slots: Tensor) -> Filled:
 def note_ends(
     batch: Batch, slots: Tensor, row: Tensor, position: Tensor, tokens: Tensor, ends: Sequence[int] | None = None
 ) -> Filled:
-    """Note committed end-of-text tokens, and settle masks after them as padding where that is wanted.
+    """Record committed end-of-text tokens, and settle masks after them as padding if requested.
 
     Args:
-        row, position, tokens: int64 [n], what was committed: index into `slots`, region position, token.
-        ends: end-of-text tokens where they are the same in all of these slots.
+        row, position, tokens: int64 [n], commits: index into `slots`, region position, token.
+        ends: end-of-text tokens, if they are the same in all of these slots.
 
-    Returns what became padding.
+    Returns the positions that became padding.
     """
     if not batch.ends.shape[1] or not len(tokens) or (ends is not None and not len(ends)):
         return []

@@ -1,4 +1,4 @@
-"""What was likely before counts."""
+"""Credit for tokens that were likely in earlier steps."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -38,7 +38,7 @@ class Credit(Modifier[CreditParams]):
     name = "credit"
     paper = "https://arxiv.org/abs/2510.06133"
     chooses_tokens = True
-    # Only tokens that were ever the likeliest have credit: a short list a position instead of a vocabulary.
+    # Only tokens that were once the likeliest have credit: a short list per position instead of a vocabulary.
     state = {
         "token": StateSpec(-1, torch.int64, per="position", shape=(0,)),
         "credit": StateSpec(0.0, per="position", shape=(0,)),
@@ -74,7 +74,7 @@ class Credit(Modifier[CreditParams]):
         named = torch.cat([named, p.where(new, 0.0)[..., None]], dim=2)
         mine = torch.cat([same, new[..., None]], dim=2)
         credit = credit + mine * (p ** step.param("gamma"))[..., None]
-        # (1 + credit) ** alpha is what the bonus multiplies a probability by; tokens without credit keep theirs.
+        # The bonus multiplies a probability by (1 + credit) ** alpha; tokens without credit keep theirs.
         raised = _raised(named, credit, step.param("alpha")[..., None])
         best = raised.masked_fill(known < 0, -1.0).max(dim=2)
         chosen = known.gather(2, best.indices[..., None])[..., 0]
@@ -87,13 +87,13 @@ class Credit(Modifier[CreditParams]):
 
 
 def _raised(named: Tensor, credit: Tensor, alpha: Tensor) -> Tensor:
-    """Probabilities [rows, width, m] times (1 + credit) ** alpha, of a distribution that is normalised again."""
+    """Probabilities [rows, width, m] scaled by (1 + credit) ** alpha, in the distribution normalised again."""
     raised = named * (1 + credit) ** alpha
     total = 1 + (raised - named).sum(dim=2, keepdim=True)
     found = raised / total
     if bool(total.isfinite().all()):
         return found
-    # A weight that no float32 holds: relative to the largest, whose own is then 1.
+    # Weights beyond the range of float32 are taken relative to the largest.
     log = alpha * (1 + credit).log()
     largest = log.amax(dim=2, keepdim=True).clamp(min=0.0)
     raised = named * (log - largest).exp()

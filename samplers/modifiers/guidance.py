@@ -1,4 +1,4 @@
-"""Away from what the model would say without the prompt."""
+"""Classifier-free guidance."""
 
 from collections.abc import Sequence
 from typing import Annotated, Any

@@ -1,4 +1,4 @@
-"""Nothing beside what is committed in the same step."""
+"""Minimum distance between commits of one step."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -43,7 +43,7 @@ class Spacing(Modifier[SpacingParams]):
         confidence = step.confidence if selection.confidence is None else selection.confidence
         score = confidence.masked_fill(~selection.commit, -torch.inf)
         open_, kept = selection.commit.clone(), torch.zeros_like(selection.commit)
-        # One round for each that is kept: the surest of those that are left shuts out its neighbours.
+        # Each round keeps the surest of the remaining positions and drops its neighbours.
         while bool(open_.any()):
             first = score.masked_fill(~open_, -torch.inf).max(dim=1, keepdim=True).indices
             some = open_.any(dim=1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Several texts at once, of which the likelier ones go on."""
+"""Sequential Monte Carlo over several texts: the likelier ones continue."""
 
 from dataclasses import replace
 from typing import Any
@@ -26,7 +26,7 @@ from samplers.contract import (
 from samplers.ranking import surest
 
 WEIGHT, TOTAL = "smc_weight", "smc_total"
-"""Log-likelihood of what a canvas committed: since canvases were last drawn anew, and in all."""
+"""Log-likelihood of a canvas's commits: since the last resampling, and in total."""
 
 
 class SMCParams(SamplerParams):
@@ -145,7 +145,7 @@ def _own_params(base: Sampler[Any], params: SMCParams) -> SamplerParams:
 
 
 def systematic(weight: Tensor, uniform: float) -> Tensor:
-    """Indices drawn with these probabilities, as evenly as they allow: int64 [n], for weights [n] that sum to 1.
+    """Systematic resampling: int64 [n] indices for weights [n] that sum to 1, as evenly spread as they allow.
 
     Args:
         uniform: one number in [0, 1) for all draws.

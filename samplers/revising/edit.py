@@ -1,4 +1,4 @@
-"""Commit boldly, and change one's mind."""
+"""Commits by threshold, with later edits."""
 
 import torch
 from pydantic import Field
@@ -30,7 +30,7 @@ class Edit(Sampler[EditParams]):
     name = "edit"
     paper = "https://arxiv.org/abs/2602.08676"
     revises = True
-    state = {"post_steps": StateSpec(0, torch.int64)}  # forwards on the block since it has had no mask
+    state = {"post_steps": StateSpec(0, torch.int64)}  # forwards on the block since its last mask was committed
     Params = EditParams
 
     def post_steps(self, params: EditParams) -> int:

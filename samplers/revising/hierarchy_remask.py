@@ -1,4 +1,4 @@
-"""Something in every gap, and a way back."""
+"""One commit in every gap, with remasking."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""An adaptive pace, and a way back."""
+"""An adaptive threshold with remasking."""
 
 import torch
 from pydantic import Field
@@ -19,10 +19,10 @@ class Saber(Sampler[SamplerParams]):
     revises = True
     counts_commits = True
     state = {
-        # Confidence of every position ever committed, and everywhere one step ago; NaN: none.
+        # Confidence at commit of every position, and confidence one step ago; NaN: none.
         "committed": StateSpec(torch.nan, per="position", lives="generation"),
         "before": StateSpec(torch.nan, per="position", lives="generation"),
-        # Sum and number of those commits: a window does not show all of the region.
+        # Sum and number of those commits, kept because a window does not cover the whole region.
         "sum": StateSpec(0.0, torch.float64, lives="generation"),
         "count": StateSpec(0, torch.int64, lives="generation"),
     }
@@ -40,7 +40,7 @@ class Saber(Sampler[SamplerParams]):
         k = commit.sum(dim=1, keepdim=True)
         left = (step.candidate & ~commit).any(dim=1, keepdim=True)
         many = torch.minimum(torch.maximum(n // 2, -(-k // 8)), k - 1) * left
-        # Positions committed now count too: one that was masked again and was surer before may go once more.
+        # Positions committed now count too: a remasked one that was surer before may be masked once more.
         known = step.committed | commit
         drop = (before - step.confidence).nan_to_num(-torch.inf, posinf=-torch.inf)
         lost = best(drop, known & (drop > -torch.inf), many)

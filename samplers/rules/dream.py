@@ -1,4 +1,4 @@
-"""Dream's four rules, on its schedule of times."""
+"""Dream's four rules on its time schedule."""
 
 from typing import Literal
 
@@ -51,7 +51,7 @@ class Dream(ScheduledSampler):
                 score = torch.where(step.option("alg", name), step.extra[statistic], score)
         warmth = columns.exact("alg_temp").float().double()
         if columns.keep("warm", lambda: bool((warmth > 0).any())):
-            # Adding such noise and taking the best is to draw from the softmax without replacement.
+            # Taking the best after adding Gumbel noise draws from the softmax without replacement.
             noise = -(-self.numbers(step).clamp(min=2.0**-53).log()).log()
             score = score.double()
             score = torch.where(warmth > 0, score / warmth.clamp(min=1e-9) + noise, score)
@@ -62,7 +62,7 @@ class Dream(ScheduledSampler):
         return Selection(torch.where(step.option("alg", "origin"), drawn, chosen))
 
     def count(self, step: Step[DreamParams], share: Tensor) -> Tensor:
-        """Candidates that a share is, one at least, int64 [rows, 1]."""
+        """Number of candidates for a share, at least one, int64 [rows, 1]."""
         return (step.candidate.sum(dim=1, keepdim=True) * share).long().clamp(min=1)
 
     def surest(self, score: Tensor, candidate: Tensor, count: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ class Dream(ScheduledSampler):
 
 
 def shares(step: Step[DreamParams]) -> Tensor:
-    """The share of its candidates that each row commits, float32 [rows, 1]."""
+    """Share of the candidates that each row commits, float32 [rows, 1]."""
     least, more, eps = step.columns.keep("times", lambda: _times(step))
     steps = least + (step.block < more)
     after = torch.cat([step.block_step, step.block_step + 1], dim=1)
@@ -84,12 +84,12 @@ def shares(step: Step[DreamParams]) -> Tensor:
 
 
 def _times(step: Step[DreamParams]) -> tuple[Tensor, Tensor, Tensor]:
-    """Steps of every block, number of the first blocks that have one more, and the time at the end; [rows, 1] each."""
+    """Steps per block, number of leading blocks with one step more, and final time; [rows, 1] each."""
     steps = torch.where(step.given("steps"), step.param("steps", none=1), step.layout.denoised_length)
     return steps // step.layout.blocks, steps % step.layout.blocks, step.columns.exact("eps").float()
 
 
 def _time(s: Tensor, steps: Tensor, eps: Tensor) -> Tensor:
-    """Entry s of float32 linspace(1, eps, steps + 1), as torch rounds it: from the nearer end."""
+    """Entry s of float32 linspace(1, eps, steps + 1), rounded as torch does: from the nearer end."""
     size = (eps - 1) / steps
     return torch.where(s < (steps + 1) // 2, 1 + size * s, eps - size * (steps - s))

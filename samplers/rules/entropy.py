@@ -1,4 +1,4 @@
-"""The least uncertain first."""
+"""Lowest entropy first."""
 
 from pydantic import Field
 
@@ -26,5 +26,5 @@ class Entropy(ScheduledSampler):
         )
 
     def select(self, step: Step[ScheduledParams]) -> Selection:
-        # A null bound lets nothing pass.
+        # Nothing passes a null bound.
         return passing_or_best(step, -step.extra[Statistic.ENTROPY], -step.param("threshold", none=-float("inf")))

@@ -1,4 +1,4 @@
-"""As much as can depend on one another only so far."""
+"""Commits up to a bound on their mutual dependence."""
 
 from typing import Literal
 
@@ -14,7 +14,7 @@ from samplers.ranking import prefix
 class EntropyBound(Sampler[SamplerParams]):
     """Commit the surest candidates for as long as their entropies but the largest sum up to at most a bound.
 
-    That sum bounds how much the tokens can tell about one another. EB-Sampler, arXiv 2505.24857, section 4.
+    That sum bounds the mutual information of the tokens. EB-Sampler, arXiv 2505.24857, section 4.
     """
 
     name = "entropy_bound"
@@ -31,7 +31,7 @@ class EntropyBound(Sampler[SamplerParams]):
         proxy: Literal["entropy", "confidence", "margin"] = Field("entropy", description="what surest means")
 
     def select(self, step: Step[SamplerParams]) -> Selection:
-        # What is no candidate comes last; its entropy must not make infinity of what is before it.
+        # Non-candidates sort last; their infinite entropy must not enter the sums before them.
         entropy = step.extra[Statistic.ENTROPY].masked_fill(~step.candidate, torch.inf)
         if step.columns.all_have("proxy", "entropy"):
             entropies, order = entropy.sort(dim=1, stable=True)
@@ -41,11 +41,11 @@ class EntropyBound(Sampler[SamplerParams]):
         entropies = entropies.clamp_(max=1e6).double()
         largest = entropies.cummax(dim=1).values.masked_fill(step.param("count_largest"), 0.0)
         passes = entropies.cumsum(dim=1) - largest <= step.param("gamma")
-        passes[:, 0] = True  # one goes, whatever its own entropy
+        passes[:, 0] = True  # always commit one, whatever its entropy
         return Selection(step.candidate & prefix(passes, order))
 
     def _error(self, step: Step[SamplerParams], entropy: Tensor) -> Tensor:
-        """How unsure each candidate is, by the measure that its row names."""
+        """Uncertainty of each candidate by the measure that its row selects."""
         error = torch.where(step.option("proxy", "confidence"), -step.confidence, entropy)
         error = torch.where(step.option("proxy", "margin"), -step.extra[Statistic.MARGIN], error)
         return error.masked_fill(~step.candidate, torch.inf)

@@ -1,4 +1,4 @@
-"""Everything sure enough for how many are committed together."""
+"""Confidence bound that depends on the number of commits."""
 
 import torch
 from pydantic import Field
@@ -25,5 +25,5 @@ class Factor(Sampler[SamplerParams]):
         )
         rank = torch.arange(1, ranked.shape[1] + 1, device=ranked.device)
         passes = ranked >= 1 - step.param("factor") / (rank + 1)
-        passes[:, :1] = True  # the surest needs no reason
+        passes[:, :1] = True  # the surest always passes
         return Selection(step.candidate & prefix(passes, order))

@@ -1,4 +1,4 @@
-"""Something in every gap."""
+"""One commit in every gap."""
 
 from pydantic import Field
 
@@ -9,7 +9,7 @@ from samplers.ranking import leading_of_gaps
 class Hierarchy(Sampler[SamplerParams]):
     """Commit the surest candidate of every gap if it is sure enough, all that are very sure, and always the surest.
 
-    A gap is a run of candidates side by side: what is committed splits it, so that far ends fill up at once.
+    A gap is a run of adjacent candidates. Each commit splits its gap, so that distant parts fill up at the same time.
     dInfer, arXiv 2510.08666, hierarchical decoding.
     """
 

@@ -1,4 +1,4 @@
-"""Sure neighbours make bolder."""
+"""A lower threshold near confident positions."""
 
 from pydantic import Field
 
@@ -9,7 +9,7 @@ from samplers.ranking import distance_to
 class LocalLeap(Sampler[SamplerParams]):
     """Commit candidates above a threshold, and neighbours of those above a lower one; always the surest candidate.
 
-    LocalLeap, arXiv 2510.07081: candidates above the threshold are anchors that relax what is near them.
+    LocalLeap, arXiv 2510.07081: candidates above the threshold are anchors that lower the threshold near them.
     """
 
     name = "local_leap"

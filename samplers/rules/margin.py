@@ -1,4 +1,4 @@
-"""The clearest decisions first."""
+"""Largest margin first."""
 
 from pydantic import Field
 

@@ -1,4 +1,4 @@
-"""From left to right."""
+"""Left to right."""
 
 from samplers.contract import Selection, Step
 from samplers.ranking import best

@@ -1,4 +1,4 @@
-"""The surest first, a fixed number per forward."""
+"""Highest confidence first, a fixed number per forward."""
 
 from samplers.contract import Selection, Step
 from samplers.ranking import best

@@ -45,7 +45,7 @@ class ModelNames:
         self.policies = policies
         self.resources = resources_of(policies)
         self.default = default
-        # Asked once: a third party's answer may take any time, and is needed on the event loop.
+        # Asked once: a third party's answer may take long, and the event loop needs it.
         self._reasons = {each: why_not(sampler, pattern) for each, sampler in named_samplers().items()}
         self._required = {each: _required(sampler) for each, sampler in named_samplers().items()}
         self._around = {each.name: self._why_not_around(each) for each in list_modifiers()}
@@ -55,12 +55,12 @@ class ModelNames:
         return self._reasons.get(sampler)
 
     def why_unavailable(self, sampler: str) -> str | None:
-        """The same, or what the sampler requires and there is none of at the moment."""
+        """The same, or the reason why a requirement of the sampler is currently missing."""
         missing = (self.resources.missing(kind) for kind in self._required.get(sampler, ()))
         return self.why_not(sampler) or next((reason for reason in missing if reason is not None), None)
 
     def why_not_around(self, modifier: str) -> str | None:
-        """Why a modifier can be around none of our samplers that can denoise the model; None if it can."""
+        """Reason why the modifier fits no built-in sampler that runs with this model; None if it fits one."""
         return self._around.get(modifier)
 
     def _why_not_around(self, modifier: Modifier[Any]) -> str | None:
@@ -88,7 +88,7 @@ class ModelNames:
         raise NotFoundError("model", f"model {show(model)} is not served here: use {self.name!r}", "model_not_found")
 
     def choose(self, body: GenerationBody) -> SamplerRequest:
-        """Which sampler, parameters and modifiers a request asks for. Raises NotFoundError, RequestError.
+        """Sampler, parameters and modifiers that a request selects. Raises NotFoundError, RequestError.
 
         The sampler is named by the model's suffix, by `sampler` or by `vllm_xargs.sampler`; several must agree.
         Parameters are those of the sampler in effect.
@@ -111,11 +111,11 @@ class ModelNames:
         return SamplerRequest(name or self.default.name, where, given, modifiers or [], around)
 
     def sampler_choice(self, sampler_request: SamplerRequest, encode: Encode) -> SamplerChoice:
-        """What a request asks for (see `resolve`). Raises RequestError, SamplerError."""
+        """Resolved sampler and modifiers of a request (see `resolve`). Raises RequestError, SamplerError."""
         return resolve(sampler_request, self.default, self.resources, encode)
 
     def _policy(self, name: str, field: str) -> str:
-        """The name of a policy that is loaded. Raises RequestError."""
+        """Name of a loaded policy, checked. Raises RequestError."""
         try:
             return self.policies.get(name).name
         except UnknownPolicyError as error:
@@ -134,7 +134,7 @@ def _agreed(given: dict[str, Any]) -> tuple[str, Any]:
 
 
 def _with_policy(given: dict[str, Any], policy: str, where: str) -> dict[str, Any]:
-    """Parameters with the policy that the model's name chooses. Raises RequestError if they name another."""
+    """The parameters with the policy selected by the model's name. Raises RequestError if they name another."""
     if given.get("policy") not in (None, policy):
         field = f"{where}.policy"
         message = f"{field} says {show(given['policy'])}, but model says {show(policy)}: send one of them"

@@ -1,4 +1,4 @@
-"""Parameters of samplers and modifiers: validated as a request gives them, and repeated in its answer."""
+"""Parameters of samplers and modifiers: validation for requests, and repetition in responses."""
 
 from collections.abc import Callable, Mapping
 from types import NoneType, UnionType
@@ -18,17 +18,17 @@ from server.engine import RequestError
 log = structlog.get_logger(__name__)
 
 MOST_STATED = 16 * 1024
-"""Bytes of its parameters that an answer repeats, once for each choice."""
+"""Maximum bytes of parameters that a response repeats, once for each choice."""
 MOST_PROMPT = 1024
-"""Characters, or token ids, of a parameter that is a prompt which an answer repeats."""
+"""Maximum characters, or token ids, repeated by a response for a parameter that is a prompt."""
 Encode = Callable[[str, str | list[int]], list[int]]
-"""The tokens of a prompt in the field of that name. Raises RequestError."""
+"""Function of a field's name and a prompt that returns the prompt's tokens. Raises RequestError."""
 
 
 def validate_params(owner: Owner, params: dict[str, Any], where: str, kind: str = "sampler") -> SamplerParams:
-    """Parameters of a sampler or modifier.
+    """Validate the parameters of a sampler or modifier.
 
-    Raises RequestError, which names the parameter, and SamplerError if the sampler's own checks fail otherwise.
+    Raises RequestError, which names the parameter, or SamplerError if the sampler's own checks fail in another way.
     """
     refused: Exception
     try:
@@ -46,7 +46,7 @@ def validate_params(owner: Owner, params: dict[str, Any], where: str, kind: str 
 
 
 def _validated(owner: Owner, params: dict[str, Any]) -> SamplerParams:
-    # As JSON, which is what the parameters came as: strict validation takes a list for a tuple there.
+    # As JSON, the original format of the parameters: strict validation then accepts a list for a tuple.
     found: object = owner.Params.model_validate_json(to_json(params))
     if not isinstance(found, SamplerParams):
         raise TypeError("its parameters are none")
@@ -66,7 +66,7 @@ def _refusal(owner: Owner, error: ValidationError, where: str, kind: str) -> Req
 
 
 def _first(owner: Owner, error: ValidationError) -> ErrorDetails:
-    """The first error; of a parameter that may be of several types, of the one that the value is of."""
+    """The first error. For a parameter with several possible types, that of the type that the value has."""
     first, *others = error.errors(include_url=False, include_context=False)
     field = owner.Params.model_fields.get(str(first["loc"][0])) if first["loc"] else None
     annotation = None if field is None else field.annotation
@@ -78,12 +78,12 @@ def _first(owner: Owner, error: ValidationError) -> ErrorDetails:
 
 
 def encoded(schema: Mapping[str, Any], params: SamplerParams, where: str, encode: Encode) -> SamplerParams:
-    """Parameters with token ids in place of prompts. Raises RequestError."""
+    """The parameters with prompts replaced by token ids. Raises RequestError."""
     return with_tokens(schema, params, lambda name, prompt: encode(f"{where}.{name}", prompt))
 
 
 def stated(owner: Owner, params: SamplerParams, schema: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Parameters as an answer repeats them, long prompts shortened. Raises SamplerError if they cannot be told."""
+    """Parameters as repeated in a response, with long prompts shortened. Raises SamplerError if that fails."""
 
     def dump() -> dict[str, Any]:
         found: object = params.model_dump(mode="json")

@@ -1,4 +1,4 @@
-"""What denoises a request: its sampler and modifiers, resolved once; the engine looks up no name."""
+"""Sampler and modifiers of a request, resolved once; the engine does not look up names."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,13 +25,13 @@ from server.engine import ModelInfo, RequestError
 from server.settings import Settings
 
 MOST_NAME = 65
-"""Characters of a sampler's name that are looked at, one more than a name has."""
+"""Number of characters of a sampler's name that are read, one more than a name may have."""
 SHOWN_FIELD = 80
-"""Characters of a parameter's name that a sampler says."""
+"""Maximum characters of a parameter's name reported by a sampler."""
 
 
 class ChosenModifier(NamedTuple):
-    """A modifier, and its parameters as they run and as the answer repeats them."""
+    """A modifier, with its parameters as they run and as the response repeats them."""
 
     modifier: Modifier[Any]
     params: SamplerParams
@@ -39,7 +39,7 @@ class ChosenModifier(NamedTuple):
 
 
 class SamplerChoice(NamedTuple):
-    """What denoises a request. The name is the registry's, whatever a third party's sampler says later."""
+    """Sampler and modifiers of a request. `name` is the registered one, unaffected by later changes of the sampler."""
 
     sampler: Sampler
     params: SamplerParams
@@ -49,14 +49,14 @@ class SamplerChoice(NamedTuple):
 
 @dataclass(frozen=True)
 class SamplerRequest:
-    """What a request says of its sampler, before any of the sampler's own code has run.
+    """Sampler settings of a request, before any code of the sampler has run.
 
     Attributes:
-        name: the sampler; there is one of that name.
-        where: the field that `given` is in.
-        given: its parameters; None are the default's.
-        modifiers: names, all of them known, and parameters.
-        modifiers_where: the field that they are in.
+        name: name of an existing sampler.
+        where: request field that `given` is in.
+        given: parameters of the sampler; None selects those of the default.
+        modifiers: names of existing modifiers, with parameters.
+        modifiers_where: request field that they are in.
     """
 
     name: str
@@ -67,7 +67,7 @@ class SamplerRequest:
 
 
 def find_sampler(name: str, field: str) -> Sampler:
-    """The sampler of that name. Raises RequestError for the field that it is named in."""
+    """The sampler of that name. Raises RequestError for `field`."""
     try:
         return get_sampler(name[:MOST_NAME])
     except UnknownSamplerError as error:
@@ -75,7 +75,7 @@ def find_sampler(name: str, field: str) -> Sampler:
 
 
 def check_modifiers(modifiers: Sequence[ModifierBody], where: str) -> None:
-    """Raise RequestError if one of them does not exist, or is there twice."""
+    """Raise RequestError if a modifier does not exist or is given twice."""
     for i, each in enumerate(modifiers):
         field = f"{where}.{i}.name"
         try:
@@ -87,7 +87,7 @@ def check_modifiers(modifiers: Sequence[ModifierBody], where: str) -> None:
 
 
 def default_sampler(settings: Settings, info: ModelInfo) -> SamplerChoice:
-    """What requests get that choose nothing, not yet bound to what it requires.
+    """Sampler of requests that choose none, not yet bound to its auxiliaries.
 
     Raises RequestError for `sampler` or `sampler_params`.
     """
@@ -95,7 +95,7 @@ def default_sampler(settings: Settings, info: ModelInfo) -> SamplerChoice:
     sampler = find_sampler(name, "sampler")
     params = _default_params(sampler, settings)
     try:
-        # One that requires what comes and goes, such as a policy, is bound by each request.
+        # A sampler whose auxiliaries may come and go, such as a policy, is bound at each request.
         missing = told(sampler, DEFAULT.why_missing, sampler)
         alone = sampler if missing else _bound(sampler, params, "sampler_params", DEFAULT)
     except SamplerError as error:
@@ -121,12 +121,12 @@ def _default_params(sampler: Sampler, settings: Settings) -> SamplerParams:
 def resolve(
     sampler_request: SamplerRequest, default: SamplerChoice, resources: ResourceTable, encode: Encode
 ) -> SamplerChoice:
-    """The sampler that a request asks for, bound to what it requires, and what is around it.
+    """The sampler of a request, bound to its auxiliaries, and its modifiers.
 
-    Runs the sampler's own checks, which may take any time. Raises RequestError, SamplerError.
+    Runs the sampler's own checks, whose duration is not limited. Raises RequestError, SamplerError.
 
     Args:
-        encode: makes tokens of parameters that are prompts.
+        encode: converts prompts in parameters to tokens.
     """
     sampler, params = default.sampler, default.params
     if sampler_request.given is not None:
@@ -143,7 +143,7 @@ def resolve(
 
 
 def _bound(sampler: Sampler, params: SamplerParams, where: str, resources: ResourceTable) -> Sampler:
-    """The sampler with what it requires. Raises RequestError, and SamplerError if the sampler fails."""
+    """The sampler bound to its auxiliaries. Raises RequestError, and SamplerError if the sampler fails."""
 
     def ask() -> Sampler | ParameterError:
         try:
@@ -166,7 +166,7 @@ def _modifier(given: ModifierBody, where: str, encode: Encode) -> ChosenModifier
 
 
 def runs_only_ours(sampler_request: SamplerRequest, default: SamplerChoice) -> bool:
-    """Whether all that denoises a request is our own code, none of a third party's."""
+    """True if the request runs only built-in samplers and modifiers."""
     if not is_ours(sampler_request.name):
         return False
     given: dict[str, Any] = sampler_request.given if sampler_request.given is not None else dict(default.params)

@@ -1,1 +1,1 @@
-"""Measurements that users repeat: ratios of two things that alternate in one run."""
+"""Benchmarks for users: ratios of two measurements that alternate in one run."""

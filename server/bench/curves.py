@@ -1,4 +1,4 @@
-"""How the time of a forward grows with the canvas, the batch and the vocabulary."""
+"""Growth of a forward's time with the canvas, the batch and the vocabulary."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -28,7 +28,7 @@ def measure_growth(
     batches: Sequence[int] = BATCHES,
     vocabularies: Sequence[int] = VOCABULARIES,
 ) -> Iterator[Result]:
-    """A forward with the statistics of one block a row, as one quantity grows and the others stay."""
+    """Time of a forward with the statistics of one block per row, as one quantity grows and the others are constant."""
     backend = _model(vocabularies[0])
     yield _growth("growth_canvas_length", lengths, lambda size: _forward(backend, _query([size])), rounds)
     yield _growth("growth_batch", batches, lambda size: _forward(backend, _query([LENGTH] * size)), rounds)
@@ -36,7 +36,7 @@ def measure_growth(
 
 
 def _growth(name: str, sizes: Sequence[int], make: Callable[[int], Measure], rounds: int) -> Result:
-    """Seconds of every size in turn, round by round; the largest over the smallest."""
+    """Seconds for every size in turn, round by round; the ratio of the largest to the smallest."""
     forwards = [run_in_own_thread(partial(make, size)) for size in sizes]
     for forward in forwards:
         run_in_own_thread(forward)

@@ -1,4 +1,4 @@
-"""The engine alone: its model against bare matrix products, against the plain loop, by parts, with many samplers."""
+"""Benchmarks of the engine: against bare matrix products, against the plain loop, by parts, with many samplers."""
 
 import threading
 import time
@@ -31,11 +31,11 @@ MIXED: list[tuple[str, dict[str, Any]]] = [
     ("dream", {"alg": "topk_margin"}),
     ("dream", {"alg": "entropy"}),
 ]
-"""Eight rules; where one takes a number of steps, all take the same."""
+"""Eight rules; all with a number of steps use the same."""
 
 
 class TimedEngine:
-    """An engine around a subject's backend, and how long its parts took."""
+    """An engine around a model under measurement, with the time of its parts."""
 
     def __init__(self, subject: BenchModel) -> None:
         self._metrics = Metrics(subject.name)
@@ -61,7 +61,7 @@ class TimedEngine:
         ]
 
     def run(self, requests: list[GenerationRequest]) -> tuple[float, int, int]:
-        """Seconds until all are done, tokens and forwards of all."""
+        """Run requests. Returns seconds until all are done, and their total tokens and forwards."""
         done = threading.Semaphore(0)
         finished: list[Finished] = []
 
@@ -78,7 +78,7 @@ class TimedEngine:
         return seconds, sum(each.completion_tokens for each in finished), sum(each.forwards for each in finished)
 
     def parts(self) -> dict[str, float]:
-        """Seconds so far, by part of a step."""
+        """Seconds so far by part of a step."""
         sample = self._metrics.registry.get_sample_value
         return {
             part: sample("dllm_step_seconds_sum", {"model_name": self._name, "part": part}) or 0.0
@@ -111,7 +111,7 @@ def measure_engine(subject: BenchModel, rounds: int, concurrent: tuple[int, ...]
 def _against_reference(
     running: TimedEngine, subject: BenchModel, prompts: list[list[int]], rounds: int, ends: bool, detail: dict[str, Any]
 ) -> Result:
-    """Tokens a second; where answers end early, only tokens before the end count, for both."""
+    """Tokens per second relative to the plain loop; if answers end early, both count only tokens before the end."""
     requests = running.requests(prompts, "topk", {"steps": subject.steps}, ends)
     tokens = running.run(requests)[1]
 
@@ -137,7 +137,7 @@ def _against_reference(
 
 
 def _parts(running: TimedEngine, subject: BenchModel, rounds: int, detail: dict[str, Any]) -> Result:
-    """Share of sampler and rest in a step of 16 requests of eight samplers."""
+    """Share of the sampler and other work in a step of 16 requests with eight samplers."""
     shares, model = [], []
     for _ in range(rounds):
         before = running.parts()
@@ -151,7 +151,7 @@ def _parts(running: TimedEngine, subject: BenchModel, rounds: int, detail: dict[
 def _many(
     running: TimedEngine, subject: BenchModel, rules: list[tuple[str, dict[str, Any]]]
 ) -> list[GenerationRequest]:
-    """Sixteen requests, two or more of each rule."""
+    """Sixteen requests, at least two per rule."""
     found: list[GenerationRequest] = []
     for i in range(16):
         name, params = rules[i % len(rules)]
@@ -162,7 +162,7 @@ def _many(
 
 
 def _mixed(running: TimedEngine, subject: BenchModel, rounds: int, detail: dict[str, Any]) -> Result:
-    """Seconds a row and forward: eight samplers in the batch over one."""
+    """Seconds per row and forward: eight samplers in the batch relative to one."""
 
     def cost(rules: list[tuple[str, dict[str, Any]]]) -> Callable[[], float]:
         def measured() -> float:
@@ -185,7 +185,7 @@ def _first_step(subject: BenchModel, count: int) -> Query:
 
 
 def _invariant(subject: BenchModel, rounds: int, detail: dict[str, Any]) -> Result:
-    """What bitwise the same results cost: a forward of 16 rows, each computed on its own, over the usual one."""
+    """Cost of bitwise reproducibility: a forward of 16 rows, each computed on its own, relative to the normal one."""
     query = run_in_own_thread(lambda: _first_step(subject, 16))
     alone = TorchBackend(subject.backend.network, subject.backend.info, batch_invariant=True)
 
@@ -196,7 +196,7 @@ def _invariant(subject: BenchModel, rounds: int, detail: dict[str, Any]) -> Resu
 
 
 def _matmul(subject: BenchModel, rounds: int, detail: dict[str, Any]) -> Result:
-    """The matrix products of a forward alone, over the forward: the share of what the machine can do."""
+    """Time of a forward's bare matrix products relative to the forward: the share of attainable speed."""
     backend, query = subject.backend, run_in_own_thread(lambda: _first_step(subject, 16))
     tokens = sum(canvas.layout.length for canvas in query.canvases)
     bare, operations = run_in_own_thread(lambda: bare_products(subject.plain.config, tokens, len(query.row)))

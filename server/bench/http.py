@@ -1,4 +1,4 @@
-"""The API over a socket against the engine alone, streaming."""
+"""Streaming through the API over a socket, relative to the engine alone."""
 
 import asyncio
 import contextlib
@@ -23,11 +23,11 @@ from server.bench.subjects import BenchModel
 def measure_http(
     subject: BenchModel, model: Path | None, rounds: int, concurrent: tuple[int, ...], threads: int | None = None
 ) -> Iterator[Result]:
-    """Tokens a second of streams over those of the engine, the same prompts and weights.
+    """Tokens per second of streams relative to the engine, with the same prompts and weights.
 
     Args:
-        model: the folder that the server loads; None is the embedded model.
-        threads: as many as the server is given; the engine alone has those of this process.
+        model: folder for the server to load; None is the embedded model.
+        threads: number of threads of the server; the engine alone uses those of this process.
     """
     running = TimedEngine(subject)
     with serving(model, threads) as url:
@@ -60,10 +60,10 @@ def measure_http(
 
 @contextlib.contextmanager
 def serving(model: Path | None, threads: int | None = None, environment: dict[str, str] | None = None) -> Iterator[str]:
-    """A server of its own on a free port. Raises RuntimeError if it does not come up.
+    """A separate server process on a free port. Raises RuntimeError if it does not start.
 
     Args:
-        environment: variables that it has beside this process's.
+        environment: environment variables in addition to those of this process.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -90,7 +90,7 @@ def serving(model: Path | None, threads: int | None = None, environment: dict[st
 
 
 async def stream_all(url: str, subject: BenchModel, prompts: list[list[int]]) -> int:
-    """Stream all at once; the tokens that came."""
+    """Stream all prompts concurrently. Returns the number of tokens received."""
     async with httpx.AsyncClient(base_url=url, timeout=600, trust_env=False) as client:
         return sum(await asyncio.gather(*(_stream(client, subject, prompt) for prompt in prompts)))
 

@@ -1,4 +1,4 @@
-"""What a figure was measured on: it means little without the processor's instructions and who else used it."""
+"""Machine that a figure was measured on: a figure means little without processor, instruction sets and load."""
 
 import os
 import platform
@@ -13,11 +13,11 @@ import torch
 from server.runtime.processors import allowed
 
 TELL = "import torch; x = torch.ones(8, 8); x @ x; x.to_mkldnn()"
-"""Gives both libraries something to do, so that they say in which way they do it."""
+"""Program that makes both libraries do work, so that their logs name the instruction set in use."""
 
 
 def machine() -> dict[str, Any]:
-    """Processor, instructions in force, threads, and the load before anything was measured."""
+    """Processor, instruction sets in use, threads, and load before the measurements."""
     return {
         "processor": processor(),
         "instructions": instructions(),
@@ -31,7 +31,7 @@ def machine() -> dict[str, Any]:
 
 
 def in_words(machine: dict[str, Any]) -> str:
-    """The same for a terminal."""
+    """The description as text for a terminal."""
     sets = "; ".join(f"{library} {found or 'unknown'}" for library, found in machine["instructions"].items())
     return (
         f"{machine['processor']}, {machine['threads']} threads on {machine['allowed_cores']} of {machine['cores']} "
@@ -40,7 +40,7 @@ def in_words(machine: dict[str, Any]) -> str:
 
 
 def processor() -> str:
-    """The model's name as the system gives it."""
+    """Model name of the processor as given by the system."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -50,10 +50,10 @@ def processor() -> str:
 
 
 def instructions() -> dict[str, str | None]:
-    """The instruction set that torch's own loops, oneDNN and MKL use; None where a library does not say.
+    """Instruction sets used by torch's own loops, oneDNN and MKL; None if a library does not report it.
 
-    Each can be kept from a newer processor's by the environment (ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA,
-    MKL_ENABLE_INSTRUCTIONS). The latter two tell only in their logs, so a process of its own writes these.
+    The environment can restrict each of them (ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA, MKL_ENABLE_INSTRUCTIONS). The
+    latter two report it only in their logs, which a separate process writes.
     """
     loud = os.environ | {"ONEDNN_VERBOSE": "1", "MKL_VERBOSE": "1"}
     told = subprocess.run([sys.executable, "-c", TELL], env=loud, capture_output=True, text=True, check=True).stdout

@@ -1,4 +1,4 @@
-"""The matrix products of a forward alone: what the machine could do at best."""
+"""Bare matrix products of a forward: the attainable speed of the machine."""
 
 from collections.abc import Callable
 
@@ -12,10 +12,11 @@ from server.models.families.llada import LLaDAConfig
 def bare_products(
     config: LLaDAConfig, tokens: int, wanted: int, dtype: torch.dtype = torch.float32
 ) -> tuple[Callable[[], None], float]:
-    """All products of one forward, through layers laid out as the model's are, and their floating-point operations.
+    """All products of one forward, through layers laid out like the model's, and their floating-point operations.
 
     Args:
-        tokens, wanted: of the forward; the last layer and the head compute the latter only.
+        tokens: number of tokens in the forward.
+        wanted: number of tokens that the last layer and the head compute.
     """
     d, m = config.d_model, config.mlp_width
     each = [(tokens, d, d)] * 4 + [(tokens, d, m)] * 2 + [(tokens, m, d)]

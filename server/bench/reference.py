@@ -1,6 +1,6 @@
-"""LLaDA's `generate`, written plainly: one static batch, every position of every forward, the whole vocabulary.
+"""Plain implementation of LLaDA's `generate`: one static batch, every position in every forward, the whole vocabulary.
 
-What the field runs today, and what the engine is measured against: low-confidence remasking at temperature 0, arXiv
+This is the common practice that the engine is measured against: low-confidence remasking at temperature 0, arXiv
 2502.09992, algorithm 5.
 """
 

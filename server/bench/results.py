@@ -1,4 +1,4 @@
-"""Ratios of alternating measurements, and the file they go to."""
+"""Ratios of alternating measurements, and the file with the results."""
 
 import json
 import statistics
@@ -12,12 +12,12 @@ from policies.files.atomic import write_file
 from server.runtime.threads import run_in_own_thread
 
 Measure = Callable[[], float]
-"""Do a thing once; what it was worth: seconds, or tokens a second."""
+"""Runs one measurement. Returns its value: seconds, or tokens per second."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """A ratio: median, quartiles, what it is a ratio of, and how it came about."""
+    """A ratio: median, quartiles, unit and details."""
 
     name: str
     ratio: float
@@ -29,7 +29,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Figure:
-    """A number that is no ratio, what it counts, and how it came about."""
+    """An absolute number with its unit and details."""
 
     name: str
     value: float
@@ -38,7 +38,7 @@ class Figure:
 
 
 def timed(work: Callable[[], object]) -> Measure:
-    """Seconds that a piece of work takes."""
+    """Measurement of the seconds that a piece of work takes."""
 
     def measured() -> float:
         began = time.perf_counter()
@@ -49,7 +49,7 @@ def timed(work: Callable[[], object]) -> Measure:
 
 
 def alternate(first: Measure, second: Measure, rounds: int) -> tuple[list[float], list[float]]:
-    """Both measured `rounds` times in turn, each in a thread of its own, after one round that does not count."""
+    """Values of both measurements, run alternately in threads of their own, after one round of warm-up."""
     run_in_own_thread(first)
     run_in_own_thread(second)
     found = [(run_in_own_thread(first), run_in_own_thread(second)) for _ in range(rounds)]
@@ -57,13 +57,13 @@ def alternate(first: Measure, second: Measure, rounds: int) -> tuple[list[float]
 
 
 def ratio_of(name: str, unit: str, over: list[float], under: list[float], **detail: Any) -> Result:
-    """The median of over / under, round by round."""
+    """Median of over / under, round by round."""
     return spread(name, unit, [a / b for a, b in zip(over, under, strict=True)], **detail)
 
 
 def spread(name: str, unit: str, ratios: list[float], **detail: Any) -> Result:
     """Median and quartiles of ratios."""
-    # Inclusive: between the rounds' own ratios. The default extrapolates beyond few of them, even below zero.
+    # Inclusive stays within the measured ratios. The default extrapolates from few rounds, even below zero.
     low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else [ratios[0]] * 3
     rounded = {key: round(value, 4) if isinstance(value, float) else value for key, value in detail.items()}
     return Result(name, round(middle, 4), round(low, 4), round(high, 4), unit, rounded | {"rounds": len(ratios)})

@@ -1,4 +1,4 @@
-"""Milliseconds that a denoising step takes without the model: asking, selecting, committing, telling."""
+"""Milliseconds per denoising step without the model: query, selection, commit and events."""
 
 import statistics
 import time
@@ -18,10 +18,10 @@ from server.runtime.threads import run_in_own_thread
 MASK, VOCABULARY, PROMPT = 0, 32_000, 64
 RuleAndParams = tuple[Sampler[Any], SamplerParams]
 MIX = ("topk", "threshold", "entropy_bound", "margin", "entropy", "dream", "hierarchy", "random")
-"""Rules of which every eighth row has one."""
+"""Rules of the "mix", assigned to the rows in turn."""
 SAMPLERS = ("threshold", "topk", "entropy_bound", "mix", "policy:chain")
 WARM_UP = 8
-"""First steps, which do not count."""
+"""Number of initial steps that do not count."""
 
 
 def measure_sampler(
@@ -31,7 +31,7 @@ def measure_sampler(
     gen_length: int = 256,
     steps: int = 60,
 ) -> Iterator[Figure]:
-    """Medians over steps on one thread. As a row ends, another takes its place, so that all stages are there."""
+    """Median times of steps on one thread. A new row replaces each one that ends, so that all stages occur."""
     for name in samplers:
         rules = _rules(name)
         for block_length in block_lengths:
@@ -42,7 +42,7 @@ def measure_sampler(
 
 
 def _rules(name: str) -> list[RuleAndParams]:
-    """What rows use in turn, by the name of a sampler, "mix", or "policy:NAME" for one that ships."""
+    """Rules assigned to rows in turn, from the name of a sampler, "mix", or "policy:NAME" for a bundled policy."""
     if name.startswith("policy:"):
         from policies.serving.store import ZOO, PolicyStore, ServedModel
 
@@ -54,7 +54,7 @@ def _rules(name: str) -> list[RuleAndParams]:
 
 
 class _Rows:
-    """Rows of the next step, new ones in place of those that ended; measures the time in between."""
+    """Rows of the next step, with finished ones replaced. Measures the time in between."""
 
     def __init__(
         self, rules: Sequence[RuleAndParams], count: int, gen_length: int, block_length: int, steps: int
@@ -70,7 +70,7 @@ class _Rows:
         rule, params = self._rules[place % len(self._rules)]
         canvas = Canvas.blank([5] * PROMPT, self._gen_length, MASK, self._block_length)
         self._made += 1
-        # One end-of-text token, which the model never gives: it is looked for all the same.
+        # An end-of-text token that the model never produces, so that the search for it is measured too.
         return Row(canvas, rule, params, seed=self._made, end_ids=frozenset({VOCABULARY}))
 
     def __call__(self) -> list[Row]:
@@ -89,7 +89,7 @@ class _Rows:
 
 
 def _median(rules: Sequence[RuleAndParams], count: int, gen_length: int, block_length: int, steps: int) -> float:
-    """Seconds a step, without the time that numbers in the model's place take."""
+    """Median seconds per step, without the time of the random predictions."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
@@ -112,7 +112,7 @@ def _median(rules: Sequence[RuleAndParams], count: int, gen_length: int, block_l
 
 
 def _anything(query: Query, generator: torch.Generator) -> Prediction:
-    """Random numbers in a model's place: confidences are evenly spread over 0.3 to 1."""
+    """Random predictions in place of a model: confidences are uniform over 0.3 to 1."""
     count, wanted = len(query.row), query.wanted
     token = torch.randint(1, VOCABULARY, (count,), generator=generator)
     confidence = 0.3 + 0.7 * torch.rand(count, generator=generator)

@@ -1,4 +1,4 @@
-"""What is measured: a model, and prompts of one length for it."""
+"""Models under measurement, with prompts of equal length."""
 
 import json
 import shutil
@@ -36,9 +36,9 @@ class BenchModel:
 
     Attributes:
         plain: the same weights in plain layers, as a script would run them.
-        prompts: ids, as many as are ever asked at once, all of one length.
-        ends: such prompts whose answers end before `gen_length`; empty where the model knows no end.
-        gen_length, block_length, steps: how they are answered.
+        prompts: token ids, one entry per concurrent request, all of equal length.
+        ends: similar prompts whose answers end before `gen_length`; empty if the model has no end-of-text.
+        gen_length, block_length, steps: settings of the generations.
     """
 
     name: str
@@ -59,7 +59,7 @@ def embedded(count: int) -> BenchModel:
     assert isinstance(plain, LLaDA)
 
     def prompts(task: str) -> list[list[int]]:
-        """Of the most frequent length."""
+        """Prompts of the most frequent length."""
         found: dict[int, list[list[int]]] = {}
         for problem in get_task(task).problems(40 * count, 0, "train"):
             ids = loaded.text.encode(problem.prompt)
@@ -72,7 +72,7 @@ def embedded(count: int) -> BenchModel:
 
 
 def random_network(config: dict[str, Any]) -> LLaDA:
-    """Random weights of the shape that a configuration gives."""
+    """A network with random weights in the shape of a configuration."""
     torch.manual_seed(0)
     network = LLaDA(LLaDAConfig.model_validate(config)).requires_grad_(False).eval()
     for weight in network.parameters():
@@ -82,7 +82,7 @@ def random_network(config: dict[str, Any]) -> LLaDA:
 
 
 def random_model(count: int) -> BenchModel:
-    """About 100 M random weights and a vocabulary of 32,000, since a tiny model hides costs."""
+    """A model of about 100 M random weights and a vocabulary of 32,000, since a tiny model hides costs."""
     plain = random_network(RANDOM)
     info = describe("LLaDAModelLM", plain)
     network = deepcopy(plain)
@@ -92,7 +92,7 @@ def random_model(count: int) -> BenchModel:
 
 
 def write_random_model(subject: BenchModel, folder: Path) -> None:
-    """The random model as a folder that a server can load, with the embedded model's tokenizer."""
+    """Write the random model as a folder that a server can load, with the embedded model's tokenizer."""
     _, source = find_model(None)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(source / name, folder / name)

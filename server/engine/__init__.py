@@ -1,4 +1,4 @@
-"""The engine: queue, scheduler and the loop that drives a backend. It knows no HTTP."""
+"""The engine: queue, scheduler and the loop that drives a backend. Independent of HTTP."""
 
 from samplers.loop.event import StepEvent
 from server.backends.contract import Backend, ModelInfo

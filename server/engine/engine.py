@@ -1,4 +1,4 @@
-"""The engine: a bounded queue, its own thread, and one forward a turn for whatever is running."""
+"""The engine: a bounded queue, a thread of its own, and one forward per turn for all running generations."""
 
 import math
 import threading
@@ -43,16 +43,16 @@ log = structlog.get_logger(__name__)
 
 CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
 SLOW = 0.25
-"""Seconds of a step from which on short requests are spared the wait for long ones beside them."""
+"""Seconds per step from which short requests no longer wait for long ones beside them."""
 FADING = 0.9
-"""What is left, after a step, of how long the longest before it is thought to have taken."""
+"""Factor per step by which the recorded duration of the longest recent step decays."""
 
 
 def too_long(info: ModelInfo, prompt: int, max_tokens: int, at_least: bool = False) -> str:
-    """The words by which clients of OpenAI's API know that a context is full; they also look for the code in it.
+    """OpenAI's message for a full context, which clients recognise; they also check the error code.
 
     Args:
-        at_least: the prompt has more tokens than these, as its length alone tells.
+        at_least: True if `prompt` is a lower bound, derived from the length of the text.
     """
     or_more = "at least " if at_least else ""
     limit = f" here, because of {info.length_limit}" if info.length_limit else ""
@@ -64,7 +64,7 @@ def too_long(info: ModelInfo, prompt: int, max_tokens: int, at_least: bool = Fal
 
 
 def _time_is_up(generation: Generation) -> str:
-    """Why a request has ended before its text."""
+    """Message for a request that reached its timeout."""
     forwards = generation.row.forwards
     how_far = f"after {forwards} forward passes" if forwards else "before its first forward pass"
     return (
@@ -73,14 +73,14 @@ def _time_is_up(generation: Generation) -> str:
 
 
 def _field_of(error: ParameterError) -> str:
-    """The request's field that parameters are in."""
+    """Request field that holds the parameters."""
     if error.field in ("sampler", "temperature", "modifiers") or error.field.startswith("modifiers."):
         return error.field
     return f"sampler_params.{error.field}"
 
 
 def _charged(request: GenerationRequest) -> int:
-    """Tokens that count against a limit a minute: what was asked for, known before it is written."""
+    """Tokens charged to a per-minute limit: prompt and maximum text, known before generation."""
     prompt = len(request.prompt) + len(request.suffix)
     return request.max_tokens + (prompt if request.counts_prompt else 0)
 
@@ -88,13 +88,13 @@ def _charged(request: GenerationRequest) -> int:
 class Engine:
     """Runs generations through a backend.
 
-    Every turn: retire what was cancelled or is out of time, pick whose turn it is, as many as a forward takes, run that
-    forward, let each sampler commit, deliver events, retire what is finished.
+    Each turn retires cancelled and timed-out generations, picks those of the next forward, runs the forward, lets each
+    sampler commit, delivers events, and retires finished generations.
 
     Args:
-        backend: where the model runs; closed by `stop`.
-        metrics: where counts go.
-        limits: rows, tokens and queue; no canvas may be longer than a forward.
+        backend: the model; closed by `stop`.
+        metrics: destination of counts.
+        limits: limits of rows, tokens and queue. A canvas cannot be longer than a forward.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class Engine:
         self._change = threading.Condition()
         self._draining = False
         self._stopping = False
-        self._seconds = 0.0  # of the longest of the last steps
+        self._seconds = 0.0  # of the longest recent step
         self._failure: BaseException | None = None
         self._stuck = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -126,7 +126,7 @@ class Engine:
 
     @property
     def metrics(self) -> Metrics:
-        """Where counts go."""
+        """Destination of counts."""
         return self._metrics
 
     def start(self) -> None:
@@ -136,16 +136,16 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        """Whether the engine's thread is doing its work."""
+        """True if the engine's thread is running and responsive."""
         return self._thread.is_alive() and self._failure is None
 
     @property
     def failure(self) -> BaseException | None:
-        """What the engine's thread died of, if it did."""
+        """Error that ended the engine's thread; None if there is none."""
         return self._failure
 
     def look_after(self) -> None:
-        """Give the engine up for dead if a sampler does not come back; to be called every second or more often."""
+        """Declare the engine dead if a sampler does not return. Call this at least every second."""
         if self.alive and self._watch.look():
             name, lines = self._watch.where()
             self._stuck = True
@@ -154,18 +154,18 @@ class Engine:
 
     @property
     def accepting(self) -> bool:
-        """Whether new generations are taken."""
+        """True if new generations are accepted."""
         return self.alive and not self._draining
 
     def check_accepting(self) -> None:
-        """Raise NotServingError unless new generations are taken."""
+        """Raise NotServingError unless new generations are accepted."""
         if not self.accepting:
             raise NotServingError("the server is shutting down" if self.alive else "the engine is not running")
 
     def check(self, request: GenerationRequest) -> tuple[Row, int]:
-        """The request as a row of the loop, and its work.
+        """The request as a row of the loop, and its maximum work in tokens.
 
-        Raises RequestError if it does not fit model or sampler, SamplerError if the sampler fails when it is asked.
+        Raises RequestError if it does not fit the model or sampler, SamplerError if the sampler's own code fails.
         """
         canvas = self._canvas(request)
         try:
@@ -222,7 +222,7 @@ class Engine:
             raise RequestError("block_length", str(error)) from None
 
     def _check_size(self, row: Row) -> None:
-        """Refuse what no forward takes: too many canvases of a generation at a time, or too long ones."""
+        """Raise RequestError if a forward cannot hold the generation: too many canvases, or too long ones."""
         longest = max(layout.length for layout in row.layouts)
         if longest > self.info.max_length:
             raise RequestError("modifiers", f"a view of {longest} tokens is longer than {self.info.max_length}")
@@ -239,7 +239,7 @@ class Engine:
     def submit(self, request: GenerationRequest, deliver: Deliver) -> Generation:
         """Queue a generation. `deliver` gets its events on the engine's thread and must not block.
 
-        Raises RequestError, SamplerError, QueueFullError, KeyLimitError or NotServingError; then nothing was queued.
+        Raises RequestError, SamplerError, QueueFullError, KeyLimitError or NotServingError, with nothing queued.
         """
         return self.submit_all([request], [deliver])[0]
 
@@ -260,9 +260,9 @@ class Engine:
         return generations
 
     def check_room(self, owner: Owner, count: int) -> None:
-        """Raise QueueFullError, KeyLimitError or NotServingError if so many generations of an owner cannot wait now.
+        """Raise QueueFullError, KeyLimitError or NotServingError if the owner cannot queue `count` generations now.
 
-        To be asked before anything is made of a request: a refusal must cost nothing, or refusals hold others up.
+        Call this before any work on a request, so that refusals are cheap and do not delay other requests.
         """
         with self._counting_refusals(), self._change:
             self.check_accepting()
@@ -288,7 +288,7 @@ class Engine:
             raise KeyLimitError("rows", message, math.inf)
 
     def _check_work(self, generations: list[Generation]) -> None:
-        """Refuse what would take more than any request may."""
+        """Raise RequestError if the generations exceed the work allowed per request."""
         most = sum(generation.work for generation in generations)
         if self.limits.work is not None and most > self.limits.work:
             raise RequestError(
@@ -298,7 +298,7 @@ class Engine:
             )
 
     def _queue(self, generations: list[Generation]) -> None:
-        """Queue what may wait, at the expense of its owner."""
+        """Queue generations within the limits of their owner, and charge it."""
         self.check_accepting()
         owner = generations[0].request.owner
         self._scheduler.check(owner, len(generations))
@@ -309,31 +309,31 @@ class Engine:
         self._change.notify_all()
 
     def budget(self, owner: Owner) -> Budget | None:
-        """What is left of the tokens that an owner's group has a minute; None where that is not limited."""
+        """Remaining tokens per minute of an owner's group; None if unlimited."""
         if self._buckets is None or owner.ahead:
             return None
         with self._change:
             return self._buckets.budget(owner.group, time.monotonic())
 
     def cancel(self, generation: Generation) -> None:
-        """End a generation within one step; its `Finished` event says so. Has no effect on one that has ended."""
+        """End a generation within one step, reported by its `Finished` event. No effect on one that has ended."""
         with self._change:
             generation.cancelled = True
             self._change.notify_all()
 
     def drain(self) -> None:
-        """Take no new generations; those queued and running go on."""
+        """Refuse new generations; queued and running ones continue."""
         with self._change:
             self._draining = True
             self._change.notify_all()
 
     def wait_idle(self, timeout: float | None = None) -> bool:
-        """Wait until nothing is queued or running; whether that happened in time."""
+        """Wait until nothing is queued or running. False if the timeout expires first."""
         with self._change:
             return self._change.wait_for(lambda: self.idle or not self.alive, timeout)
 
     def end_all(self) -> None:
-        """End everything that is queued or running, after the step that is under way; does not wait for that."""
+        """End everything queued or running after the current step. Does not wait."""
         with self._change:
             self._draining = self._stopping = True
             self._change.notify_all()
@@ -351,7 +351,7 @@ class Engine:
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is queued or running."""
+        """True if nothing is queued or running."""
         return self._scheduler.empty
 
     def _run(self) -> None:
@@ -371,7 +371,7 @@ class Engine:
                 self._change.notify_all()
 
     def _next_batch(self) -> list[Generation] | None:
-        """Retire, pick, and wait until there is something to run. None when it is time to stop."""
+        """Retire, pick, and wait until there is something to run. None if the engine is stopping."""
         with self._change:
             while True:
                 if self._stopping or self._stuck:
@@ -389,7 +389,7 @@ class Engine:
                 self._change.wait()
 
     def _retire_ended(self) -> None:
-        """Take out what was cancelled or is past its deadline, queued or running."""
+        """Remove cancelled and timed-out generations, queued or running."""
         now = time.monotonic()
         for generation in self._scheduler.all():
             if generation.cancelled:
@@ -400,8 +400,10 @@ class Engine:
                 self._finish(generation, FinishReason.TIMEOUT, _time_is_up(generation))
 
     def _steps(self) -> None:
-        """Run steps until it is time to stop, or until one fails: a fault of ours, which is to cost no more than that
-        step's generations."""
+        """Run steps until the engine stops or a step fails.
+
+        A failed step is a bug of ours and ends only that step's generations.
+        """
         try:
             for turn in run(self._next_rows, self._predict, batch=self._batch):
                 self._watch.end()
@@ -417,7 +419,7 @@ class Engine:
             self._watch.end()
 
     def _next_rows(self) -> list[Row]:
-        """The rows of the next step; none when it is time to stop."""
+        """Rows of the next step; empty if the engine is stopping."""
         batch = self._next_batch() or []
         self._taking = {id(generation.row): generation for generation in batch}
         self._began = time.monotonic()
@@ -426,7 +428,7 @@ class Engine:
         return [generation.row for generation in batch]
 
     def _predict(self, query: Query) -> Prediction:
-        """One forward for all, between what samplers are asked before and after it."""
+        """Run one forward for all rows, and pause the watch on samplers meanwhile."""
         self._watch.end()
         began = time.monotonic()
         try:
@@ -436,7 +438,7 @@ class Engine:
             self._watch.begin()
 
     def _forward(self, query: Query) -> Prediction:
-        """If a forward fails, halves of it are tried on their own, so that one row cannot fail the others."""
+        """Run a forward; if it fails, retry its halves separately, so that one row cannot fail the others."""
         try:
             found = self.backend.predict(query)
         except BackendDeadError:
@@ -453,7 +455,7 @@ class Engine:
         return found
 
     def _told(self, turn: Turn) -> None:
-        """Deliver what a step did to each generation."""
+        """Deliver the events of a step to each generation."""
         spent = time.monotonic() - self._began - self._model_seconds
         for row, told in groupby(turn, key=itemgetter(0)):
             generation = self._taking[id(row)]
@@ -462,7 +464,7 @@ class Engine:
                 for event in before:
                     self._deliver(generation, event, last=False)
                 self._deliver(generation, last, last=True)
-            except Exception as error:  # whatever became of this one, the others go on
+            except Exception as error:  # one failed delivery must not stop the others
                 log.exception("generation failed", sampler=generation.request.name)
                 self._remove(generation, FinishReason.ERROR, f"its tokens could not be told: {type(error).__name__}")
         with self._change:
@@ -473,10 +475,10 @@ class Engine:
         self._metrics.step(len(self._taking), self._model_seconds, spent, total - self._model_seconds - spent)
 
     def _deliver(self, generation: Generation, event: StepEvent, last: bool) -> None:
-        """Tell what a step did to one generation, and retire it if that was its last.
+        """Deliver an event to its generation, and retire the generation if it is finished.
 
         Args:
-            last: whether this is all that the step did to it.
+            last: True if this is the generation's last event of the step.
         """
         if event.error is not None:
             self._fail(generation, event.error)
@@ -491,7 +493,7 @@ class Engine:
         if generation.counted and generation.first_token is None:
             generation.first_token = time.monotonic()
             self._metrics.first_token(generation.first_token - generation.submitted)
-        # Of several canvases it is told at the end what the one that won has committed.
+        # With several canvases, the winner's commits are reported at the end.
         later = row.particles is not None and not event.positions
         committed = None if later else len(event.positions) - len(event.replaced)
         forwards = max(0, event.forward - generation.forwards)
@@ -514,7 +516,7 @@ class Engine:
         self._remove(generation, FinishReason.ERROR, str(error))
 
     def _log_failure(self, request: GenerationRequest, error: SamplerError) -> None:
-        """Say why a generation fails; where the sampler itself raised, with its traceback."""
+        """Log why a generation fails, with a traceback if the sampler itself raised."""
         log.error("generation failed", error=str(error), sampler=request.name, exc_info=error.__cause__)
 
     def _remove(self, generation: Generation, reason: FinishReason, message: str = "") -> None:
@@ -536,5 +538,5 @@ class Engine:
         generation.row.release()
         try:
             generation.deliver(Finished(reason, tokens, forwards, message))
-        except Exception:  # whoever listens may be gone, which is nothing to the others
+        except Exception:  # the listener may be gone; the other generations go on
             log.exception("the end of a generation could not be told")

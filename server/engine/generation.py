@@ -1,4 +1,4 @@
-"""A request on its way through the engine."""
+"""A request in the engine."""
 
 import time
 from collections.abc import Callable
@@ -12,20 +12,20 @@ Deliver = Callable[[Event], None]
 
 @dataclass(eq=False)
 class Generation:
-    """A request, its row of the loop, and what became of it. Its events go to `deliver`, on the engine's thread.
+    """A request, its row of the loop, and its progress. Its events go to `deliver`, on the engine's thread.
 
     Attributes:
-        submitted, first_token: when, by the monotonic clock.
-        cancelled: it is to end, because nobody waits for it any more.
-        ended: its end was told.
-        counted: tokens that count as generated and were told so far.
-        forwards: forward passes that were told so far.
-        rows: canvases that its forwards compute at most.
-        memories: canvases of which something is kept between forwards: keys and values.
-        work: most tokens that forwards compute for it, known before the first.
-        started: when it had its first forward.
-        begun: its number among those that had one (see `Scheduler`), None until then.
-        served: tokens that forwards computed for it, and what it was given so as to be level with others.
+        submitted, first_token: times by the monotonic clock, in seconds.
+        cancelled: True once its client has gone; it ends at the next turn.
+        ended: True once its end was delivered.
+        counted: number of generated tokens reported so far.
+        forwards: number of forward passes reported so far.
+        rows: maximum number of canvases in one of its forwards.
+        memories: number of canvases whose keys and values are kept between forwards.
+        work: maximum tokens that forwards compute for it, known before the first.
+        started: time of its first forward.
+        begun: its number in the order of first forwards (see `Scheduler`), None before.
+        served: tokens computed for it, plus credit added to level it with others.
     """
 
     request: GenerationRequest
@@ -55,5 +55,5 @@ class Generation:
 
     @property
     def cost(self) -> int:
-        """Tokens that its next forward computes."""
+        """Number of tokens that its next forward computes."""
         return self.row.cost

@@ -1,15 +1,16 @@
-"""Who shares what forwards compute, and how much each has had."""
+"""Accounts of the computation that each party has received, for fair sharing."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable
 from typing import Generic, TypeVar
 
 REMEMBERED = 1024
-"""Accounts of those who left having had more than others; beyond that the oldest are forgotten."""
+"""Maximum number of remembered accounts of parties that left above the level; older ones are forgotten."""
 
 
 class Account:
-    """What somebody has had. `served`: tokens that forwards computed, and what it was given to be level with others."""
+    """Computation received by one party. `served`: tokens computed for it, plus credit added to level it with
+    others."""
 
     def __init__(self, served: int) -> None:
         self.served = served
@@ -19,11 +20,11 @@ A = TypeVar("A", bound=Account)
 
 
 class Ledger(Generic[A]):
-    """Accounts that share with equal rights.
+    """Accounts with equal shares.
 
-    Who comes is level with who has had least, so that nobody gains by having waited elsewhere, and who comes back is
-    where it was, if that is more, so that nobody gains by leaving. However many come and go, this level rises as fast
-    as a fair share does, but for some tokens: those who stay are passed by no endless row of newcomers.
+    A new account starts level with the lowest one, so waiting elsewhere gains nothing. A returning account resumes at
+    its former value if that is higher, so leaving gains nothing. However many come and go, this level rises as fast as
+    a fair share does, within some tokens: newcomers cannot shut out those who stay.
     """
 
     def __init__(self, make: Callable[[int], A]) -> None:
@@ -34,14 +35,14 @@ class Ledger(Generic[A]):
         self._floor = 0
 
     def enter(self, name: Hashable) -> A:
-        """The account of this name, opened if it is not there."""
+        """The account of this name, opened if it does not exist."""
         if name not in self.accounts:
             least = min((each.served for each in self.accounts.values()), default=0)
             self.accounts[name] = self._make(max(least, self._floor, self._left.pop(name, 0)))
         return self.accounts[name]
 
     def leave(self, name: Hashable) -> None:
-        """Close an account. The last one who leaves owes nothing: nobody was kept waiting."""
+        """Close an account. The last one to leave is not remembered: it kept no other waiting."""
         account = self.accounts.pop(name)
         if not self.accounts:
             self._left.clear()
@@ -53,14 +54,15 @@ class Ledger(Generic[A]):
                 self._left.popitem(last=False)
 
     def level(self, hungry: Iterable[A], computed: int, most: int) -> None:
-        """Settle a turn: accounts stay within `most` tokens of those who could have used more.
+        """Settle a turn: keep all accounts within `most` tokens of those that could have used more.
 
-        Who wants less than its share gets all that it wants, and would otherwise come to have had so little that later
-        it shut the others out. Who got what nobody else could use would otherwise be shut out for that later.
+        An account that wants less than its share would otherwise fall so far behind that it later shut the others out.
+        One that used capacity that nobody else wanted would otherwise be shut out for it later.
 
         Args:
-            hungry: those who could have used more in this turn.
-            computed: tokens of this turn, of all.
+            hungry: accounts that could have used more in this turn.
+            computed: tokens of this turn, of all accounts.
+            most: maximum distance in tokens.
         """
         served = [each.served for each in hungry]
         highest = max(each.served for each in self.accounts.values())

@@ -1,4 +1,4 @@
-"""How much memory serving takes at most: found out at start-up, so that no request can be one too many."""
+"""Peak memory of serving, measured at start-up, so that no admitted request can exhaust memory."""
 
 from dataclasses import dataclass
 
@@ -14,22 +14,22 @@ from server.runtime.allocator import available_memory, give_back_freed_memory, p
 from server.runtime.threads import run_in_own_thread
 
 HEAP_FRAGMENTATION = 1.0625
-"""What a heap takes for forwards of ever other shapes, over what one of the largest takes."""
+"""Heap size after forwards of many different shapes, relative to one of the largest shape."""
 
 
 class TooLittleMemoryError(Exception):
-    """What the limits allow does not fit. One line that names the numbers."""
+    """The configured limits do not fit into memory. One line that gives the numbers."""
 
 
 @dataclass(frozen=True)
 class MemoryBound:
-    """Bytes beside what the process holds once the model is loaded.
+    """Bytes needed besides what the process holds once the model is loaded.
 
     Attributes:
-        weights: of the model.
-        forward: the largest forward, of as many tokens as the limits allow.
-        cache: keys and values of as many generations as may keep some, each on a canvas as long as any.
-        available: what there is for forward and cache.
+        weights: weights of the model.
+        forward: the largest forward that the limits allow.
+        cache: keys and values of as many canvases as may keep them, each of maximum length.
+        available: bytes available for forward and cache.
     """
 
     weights: int
@@ -39,14 +39,14 @@ class MemoryBound:
 
 
 def bound_memory(backend: TorchBackend, limits: Limits) -> MemoryBound:
-    """Run the largest forward that the limits allow, and add up. Raises TooLittleMemoryError if it does not fit."""
+    """Run the largest forward that the limits allow, and add up. Raises TooLittleMemoryError if memory is too small."""
     size: int = getattr(torch, backend.info.dtype).itemsize
     per_token = sum(2 * heads * width for heads, width in backend.network.cache_shapes)
     longest = min(backend.info.max_length, limits.tokens)
     cache = limits.memories * longest * per_token * size
     available = available_memory(backend.device)
     embedding = next(module for module in backend.network.modules() if isinstance(module, nn.Embedding))
-    least = limits.tokens * embedding.embedding_dim * size * 8  # never less: states, their norm, queries, keys, values
+    least = limits.tokens * embedding.embedding_dim * size * 8  # lower bound: states, norm, queries, keys, values
     if least > available:
         raise TooLittleMemoryError(_refusal(limits, "at least", least, cache, available))
     forward = run_in_own_thread(lambda: _largest_forward(backend, limits, longest))
@@ -56,15 +56,15 @@ def bound_memory(backend: TorchBackend, limits: Limits) -> MemoryBound:
 
 
 def _largest_forward(backend: TorchBackend, limits: Limits, longest: int) -> int:
-    """Peak bytes of forwards over few long and many short canvases, as empty as the model lets them be, measured."""
+    """Measured peak bytes of forwards over few long and many short canvases, with as many masks as the model allows."""
     sampler, pattern = get_sampler(backend.info.sampler), backend.info.pattern
     shapes = [
         (max(1, min(limits.rows, limits.tokens // length)), length) for length in (longest, _share(limits, longest))
     ]
     with peak_memory(backend.device) as peak:
         for count, length in shapes:
-            given = 0 if pattern.causal_block is None else length - 1  # only a prompt is computed at once
-            block = None if pattern.noise is None else length  # what is drafted may be all that there is
+            given = 0 if pattern.causal_block is None else length - 1  # only a prompt is computed all at once
+            block = None if pattern.noise is None else length  # the whole canvas may be a draft
             canvases = [
                 Canvas.blank(
                     [0] * given, length - given, backend.info.mask_id, block, pattern=pattern, max_length=length
@@ -77,7 +77,7 @@ def _largest_forward(backend: TorchBackend, limits: Limits, longest: int) -> int
 
 
 def _share(limits: Limits, longest: int) -> int:
-    """The length of a canvas when as many as may run share a forward."""
+    """Length of a canvas if the maximum number of rows share a forward."""
     return max(1, min(longest, limits.tokens // limits.rows))
 
 
@@ -91,5 +91,5 @@ def _refusal(limits: Limits, qualifier: str, forward: int, cache: int, available
 
 
 def megabytes(count: int) -> str:
-    """Bytes as people read them."""
+    """Human-readable number of bytes."""
     return f"{count / 1e6:,.0f} MB"

@@ -1,4 +1,4 @@
-"""How much one group of owners may have at a time, and a minute."""
+"""Limits per group of owners: concurrent generations and tokens per minute."""
 
 import math
 from dataclasses import dataclass
@@ -7,17 +7,17 @@ from server.engine.request import Budget, KeyLimitError
 
 MINUTE = 60.0
 FORGET_FROM = 1024
-"""Buckets from which on those that are full are looked for: a full one is as good as none."""
+"""Number of buckets from which full ones are removed; a full bucket is equivalent to a new one."""
 
 
 @dataclass(frozen=True)
 class Quota:
-    """What each group may have; None is no limit of its own.
+    """Limits of each group; None is unlimited.
 
     Attributes:
-        rows: generations that run at once; more wait.
+        rows: generations that run concurrently; more wait.
         queued: generations that wait.
-        tokens: of prompts and longest texts, a minute.
+        tokens: tokens of prompts and maximum texts per minute.
     """
 
     rows: int | None = None
@@ -32,12 +32,12 @@ class _Bucket:
 
 
 class Buckets:
-    """Tokens that groups have left; each gets as many a minute as the quota says, and can save as many.
+    """Token buckets of groups, refilled at the quota's rate per minute up to one minute's amount.
 
-    A bucket that is full again is forgotten, so that there are as many as groups that asked within a minute.
+    Full buckets are removed, so their number is limited to that of groups active within a minute.
 
     Args:
-        tokens: of each group, a minute.
+        tokens: tokens per minute of each group.
     """
 
     def __init__(self, tokens: int) -> None:
@@ -49,7 +49,7 @@ class Buckets:
         return len(self._buckets)
 
     def take(self, group: str, tokens: int, now: float) -> None:
-        """Take so many. Raises KeyLimitError if they are not there."""
+        """Take tokens. Raises KeyLimitError if there are not enough."""
         level = self._level(group, now) - tokens
         if level < 0:
             wait = math.inf if tokens > self._tokens else -level * MINUTE / self._tokens
@@ -68,7 +68,7 @@ class Buckets:
         self._buckets[group] = _Bucket(level, now)
 
     def budget(self, group: str, now: float) -> Budget:
-        """What is left."""
+        """Remaining tokens."""
         level = self._level(group, now)
         return Budget(self._tokens, int(level), (self._tokens - level) * MINUTE / self._tokens)
 

@@ -1,4 +1,4 @@
-"""What goes into the engine and what comes out of it: plain data, no tensors, no HTTP."""
+"""Inputs and outputs of the engine: plain data, no tensors, no HTTP."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ from samplers.loop.event import StepEvent
 
 
 class FinishReason(StrEnum):
-    """Why a generation ended. Also the closed set of a metric's label."""
+    """Reason for the end of a generation. Also the closed set of a metric's label."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -20,25 +20,25 @@ class FinishReason(StrEnum):
 
 
 class StopCheck(Protocol):
-    """Finds out where a growing text is to stop."""
+    """Search of a growing text for its stop."""
 
     def add(self, tokens: Sequence[int], last: bool = False) -> int | None:
-        """Number of tokens of the text up to the one that completes a stop; None as long as there is no stop in it.
+        """Number of tokens of the text up to the one that completes a stop; None if there is no stop yet.
 
         Args:
-            tokens: those that are new.
-            last: whether the text ends with them.
+            tokens: the new tokens.
+            last: True if the text ends with them.
         """
 
 
 @dataclass(frozen=True)
 class Owner:
-    """Whose a generation is. Names are opaque, and tell nothing that a client could keep secret.
+    """Owner of a generation. Names are opaque and reveal nothing that a client could keep secret.
 
     Attributes:
-        name: owners share equally in what a group gets.
-        group: groups share equally in what there is, and each has the limits that `Quota` names.
-        ahead: whether priorities count against other owners' too, and no quota does.
+        name: owners of a group share equally in what the group gets.
+        group: groups share equally, and each has the limits of `Quota`.
+        ahead: True if priorities also count against other owners, and no quota applies.
     """
 
     name: str = ""
@@ -48,24 +48,24 @@ class Owner:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One generation, validated.
+    """One validated generation.
 
     Attributes:
         prompt, suffix: token ids before and after the generation region.
-        max_tokens: longest text. A model that writes block by block denoises the rest of the last block too.
-        sampler, params: the unmasking rule, bound to what it requires.
-        name: what the sampler is called in metrics and logs.
-        modifiers: what is around the rule, with parameters, in order.
+        max_tokens: maximum length of the text. A block-causal model denoises the rest of the last block too.
+        sampler, params: the unmasking rule, bound to its auxiliaries, and its parameters.
+        name: name of the sampler in metrics and logs.
+        modifiers: modifiers around the rule with their parameters, in order.
         block_length: positions denoised together; None is full diffusion.
-        choice, seed: how tokens are chosen, and the generation's random stream.
+        choice, seed: token choice, and random stream of the generation.
         end_ids: tokens that end the text; empty: denoise the whole region.
-        stop: asked after every forward, on the engine's thread; belongs to this generation alone.
+        stop: called after every forward, on the engine's thread; belongs to this generation alone.
         fill_after_end: settle everything after an end-of-text at once.
-        cache: what is kept from a block's first forward for its others.
-        timeout: seconds from submission after which it is ended; None: never.
-        counts_prompt: False where another generation of the same request has the same prompt.
-        priority: who waits with a smaller one is admitted first, of the owner's own.
-        owner: whose share it uses up.
+        cache: cache mode of the generation's blocks.
+        timeout: seconds from submission until it is ended; None: no limit.
+        counts_prompt: False if another generation of the same request has the same prompt.
+        priority: smaller values are admitted first, among the owner's own generations.
+        owner: owner whose share and quota are charged.
     """
 
     prompt: list[int]
@@ -90,7 +90,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class Finished:
-    """The end. `completion_tokens` counts up to and including the first end-of-text, or what completes a stop."""
+    """End of a generation. `completion_tokens` counts up to and including the first end-of-text or the stop."""
 
     reason: FinishReason
     completion_tokens: int
@@ -102,11 +102,11 @@ Event = StepEvent | Finished
 
 
 class EngineError(Exception):
-    """The engine refuses a request or cannot serve it."""
+    """Refusal of a request, or inability to serve it."""
 
 
 class RequestError(EngineError):
-    """A request that cannot be served as it is. `field` names what to change, `code` the kind of error."""
+    """A request that cannot be served as it is. `field` names the field to change, `code` the kind of error."""
 
     def __init__(self, field: str, message: str, code: str = "invalid_value") -> None:
         super().__init__(message)
@@ -116,7 +116,7 @@ class RequestError(EngineError):
 
 @dataclass(frozen=True)
 class Budget:
-    """What a group has left of its tokens a minute. `reset`: seconds until it has all of them again."""
+    """Remaining tokens per minute of a group. `reset`: seconds until it has all of them again."""
 
     limit: int
     remaining: int
@@ -124,16 +124,16 @@ class Budget:
 
 
 class QueueFullError(EngineError):
-    """The waiting queue is full: try again later."""
+    """The waiting queue is full; a later attempt may succeed."""
 
 
 class KeyLimitError(EngineError):
-    """A group of owners has had what it may have.
+    """A group of owners has reached its quota.
 
     Attributes:
-        limit: which of the quota's.
-        wait: seconds until there may be room; inf: there never is.
-        budget: what is left of the tokens, where these are limited.
+        limit: name of the exceeded limit.
+        wait: seconds until there may be room; inf: never.
+        budget: remaining tokens, if these are limited.
     """
 
     def __init__(self, limit: str, message: str, wait: float, budget: Budget | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Who takes part in the next forward, and who may wait for one."""
+"""Selection of the generations in the next forward, and admission to the queue."""
 
 import math
 from bisect import insort
@@ -13,17 +13,19 @@ from server.engine.request import KeyLimitError, Owner, QueueFullError
 from server.engine.turn import Group, Owned, Turn, share
 
 EXPRESS = 4
-"""Where forwards are slow and owners compete, one in which something short begins has this part of its tokens."""
+"""Divisor of a forward's tokens when forwards are slow, owners compete and a short generation begins."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Attributes:
-    rows: canvases of one forward: generations, unless they have several.
-    queue: generations that wait.
-    tokens: tokens of one forward, over all its rows.
-    work: tokens that forwards may have to compute for one request, by what is known before the first; None: any.
-    quota: what each group of owners may have.
+    """Limits of forwards and of the queue.
+
+    Attributes:
+        rows: canvases per forward: generations, unless they have several.
+        queue: number of waiting generations.
+        tokens: tokens per forward, over all rows.
+        work: maximum tokens that forwards may compute for one request, estimated before the first; None: unlimited.
+        quota: limits of each group of owners.
     """
 
     rows: int = 16
@@ -34,25 +36,26 @@ class Limits:
 
     @property
     def memories(self) -> int:
-        """Canvases of which something is kept between forwards; those beyond `rows` are for owners that have none."""
+        """Canvases that may keep keys and values between forwards; those beyond `rows` are for owners that have
+        none."""
         return self.rows + max(1, self.rows // 8)
 
 
 @dataclass
 class Scheduler:
-    """Shares out forwards by the tokens that they compute; admits by priority, then by arrival.
+    """Shares forwards by the number of tokens computed. Admits by priority, then by arrival.
 
-    A forward has at most `limits.rows` canvases and computes at most `limits.tokens`. Those owners go first for whom
-    the fewest tokens were computed so far, so that all that want more than they get get equally many tokens a second,
-    whatever they sent; the same holds among groups, among the owners of a group, and among an owner's generations. What
-    is left of a forward goes to whoever fits. A generation that takes no part in a forward stays as it is. Ahead of all
-    of this stands the rank, which only some owners' priority is.
+    A forward has at most `limits.rows` canvases and computes at most `limits.tokens` tokens. Owners with the fewest
+    tokens computed so far go first, so all that want more than they get receive equally many tokens per second,
+    whatever their requests. The same holds among groups, among the owners of a group, and among an owner's generations.
+    The rest of a forward goes to any generation that fits. A generation that takes no part in a forward stays as it is.
+    Rank takes precedence over all shares; only the priorities of some owners affect it (see `Owner.ahead`).
 
-    The caller sees to it that no generation's canvases are more, or longer, than a forward takes, and that one thread
-    at a time is in here.
+    The caller ensures that no generation exceeds a forward in number or length of canvases, and that only one thread at
+    a time uses the scheduler.
 
     Attributes:
-        running: what took part in the last forward, and what had a row before where rows are left.
+        running: generations of the last forward, and earlier ones that keep their rows while some are free.
     """
 
     limits: Limits = field(default_factory=Limits)
@@ -65,22 +68,22 @@ class Scheduler:
 
     @property
     def waiting(self) -> list[Generation]:
-        """What has no row: what has not begun, and what was set aside."""
+        """Generations without a row: not yet begun, or set aside."""
         running = {id(each) for each in self.running}
         return [each for each in self.all() if id(each) not in running]
 
     @property
     def waits(self) -> int:
-        """How many have no row."""
+        """Number of generations without a row."""
         return self._inside - len(self.running)
 
     @property
     def empty(self) -> bool:
-        """Whether nothing is here."""
+        """True if there are no generations."""
         return not self._inside
 
     def all(self) -> list[Generation]:
-        """Everything that is here, by owner."""
+        """All generations, by owner."""
         owned = [
             owner
             for ledger in self._ranks.values()
@@ -90,7 +93,7 @@ class Scheduler:
         return [each for owner in owned for each in (*owner.begun, *owner.waiting)]
 
     def check(self, owner: Owner, more: int) -> None:
-        """Raise QueueFullError or KeyLimitError unless so many more of this owner's may wait."""
+        """Raise QueueFullError or KeyLimitError unless `more` generations of this owner may wait."""
         mine = [group for ledger in self._ranks.values() if (group := ledger.accounts.get(owner.group))]
         if not owner.ahead:
             self._check_quota(owner, mine, more)
@@ -107,7 +110,7 @@ class Scheduler:
             raise QueueFullError(f"{self.waits} generations are waiting, the limit is {self.limits.queue}")
 
     def _check_quota(self, owner: Owner, mine: list[Group], more: int) -> None:
-        """Refuse what a group may neither run nor let wait."""
+        """Raise KeyLimitError if a group may neither run nor queue the generations."""
         quota = self.limits.quota
         if quota.queued is None:
             return
@@ -129,7 +132,7 @@ class Scheduler:
         return self.limits.rows if limited is None else min(limited, self.limits.rows)
 
     def add(self, generations: Iterable[Generation]) -> None:
-        """Queue them; among equal priorities of an owner in this order."""
+        """Queue generations, in this order among equal priorities of an owner."""
         for generation in generations:
             owner = generation.request.owner
             ledger = self._ranks.setdefault(_rank(generation), Ledger(Group))
@@ -139,10 +142,10 @@ class Scheduler:
             self._inside += 1
 
     def pick(self, slow: bool = False) -> list[Generation]:
-        """Those that take part in the next forward, in the order in which they began; none only if there are none.
+        """Generations of the next forward, in the order in which they began; empty only if there are none.
 
         Args:
-            slow: whether a full forward takes so long that whoever has little to ask would feel it.
+            slow: True if a full forward takes long enough to delay short requests noticeably.
         """
         express = self.limits.tokens // EXPRESS if slow and self._owners() > 1 else self.limits.tokens
         turn = Turn(self.limits.tokens, self.limits.rows, self._may_begin, express)
@@ -164,14 +167,14 @@ class Scheduler:
         return chosen
 
     def _owners(self) -> int:
-        """How many owners are here."""
+        """Number of owners with generations."""
         return sum(len(g.owners.accounts) for ledger in self._ranks.values() for g in ledger.accounts.values())
 
     def _may_begin(self, generation: Generation, owner: Owned) -> bool:
-        """Whether there is room for what it keeps between forwards; takes it.
+        """Reserve room for the keys and values that a generation keeps between forwards. False if there is none.
 
-        Where one needs room for several canvases, none of those after it gets any in this turn, or single ones would
-        take whatever becomes free for ever.
+        If a generation that needs room for several canvases does not fit, later ones get none in this turn. Otherwise
+        single canvases would take all free room forever.
         """
         more = generation.memories
         if not more:
@@ -186,7 +189,7 @@ class Scheduler:
         return True
 
     def remove(self, generation: Generation) -> None:
-        """Take it out, wherever it is."""
+        """Remove a generation, waiting or running."""
         name = generation.request.owner
         ledger = self._ranks[_rank(generation)]
         group = ledger.accounts[name.group]
@@ -208,7 +211,7 @@ class Scheduler:
             del self._ranks[_rank(generation)]
 
     def clear(self) -> list[Generation]:
-        """Take all out."""
+        """Remove and return all generations."""
         left = self.all()
         for generation in left:
             self.remove(generation)
@@ -216,5 +219,5 @@ class Scheduler:
 
 
 def _rank(generation: Generation) -> int:
-    """What stands above all shares."""
+    """Rank of a generation; takes precedence over all shares."""
     return generation.request.priority if generation.request.owner.ahead else 0

@@ -1,4 +1,4 @@
-"""From the engine's thread to an event loop."""
+"""Event stream from the engine's thread to an event loop."""
 
 import asyncio
 import threading
@@ -12,22 +12,21 @@ from server.engine.generation import Generation
 from server.engine.request import Event, Finished, FinishReason, GenerationRequest
 
 MOST_EVENTS = 64
-"""Events that wait for their consumer one by one; later ones are merged, unless each of them is to be told."""
+"""Maximum number of separate pending events; later ones are merged, unless the consumer wants each."""
 MOST_NUMBERS = 250_000
-"""Numbers in the events that may wait where each is to be told."""
+"""Maximum count of numbers in pending events if the consumer wants each event."""
 EVENT = 32
-"""What an event takes beside its numbers, in numbers."""
+"""Fixed overhead of an event, in numbers."""
 
 
 class EventStream:
-    """The events of one generation, for one consumer on one event loop.
+    """Events of one generation, for one consumer on one event loop.
 
-    What waits here is bounded: of a consumer that lags behind, forward passes are merged into one event, which says of
-    the text what they say together. Where each pass is to be told, a generation whose consumer lags too far behind is
-    ended, as a slow reader's.
+    The buffer is bounded. If the consumer lags behind, forward passes are merged into one event with their combined
+    text. If the consumer wants every pass and lags too far behind, the generation is ended, like that of a slow reader.
 
     Args:
-        every_pass: whether the consumer is to be told each pass.
+        every_pass: True if the consumer wants each pass.
     """
 
     def __init__(self, engine: Engine, every_pass: bool = True) -> None:
@@ -44,7 +43,7 @@ class EventStream:
         self.generation: Generation | None = None
 
     def deliver(self, event: Event) -> None:
-        """Called on the engine's thread."""
+        """Add an event. Called on the engine's thread."""
         with self._lock:
             if isinstance(event, StepEvent):
                 self._keep(event)
@@ -56,7 +55,7 @@ class EventStream:
         try:
             self._loop.call_soon_threadsafe(self._arrived.set)
         except RuntimeError:
-            self._ended = True  # the loop is closed: nobody listens any more
+            self._ended = True  # the loop is closed: there is no consumer left
 
     def _keep(self, event: StepEvent) -> None:
         if self._overrun:
@@ -75,7 +74,7 @@ class EventStream:
             self._events.append(event)
 
     def _merge(self, event: StepEvent) -> None:
-        """Let the last event that waits say what this one does. Only what a text needs is kept."""
+        """Merge an event into the last pending one. Only the fields needed for the text are kept."""
         if self._merged is None or self._merged is not self._events[-1]:
             self._merged = StepEvent(event.forward, settled=event.settled)
             self._events.append(self._merged)
@@ -86,7 +85,7 @@ class EventStream:
         merged.forward, merged.settled = event.forward, event.settled
 
     def _take(self) -> Event | None:
-        """The next event, if there is one."""
+        """The next event; None if there is none."""
         with self._lock:
             if not self._events:
                 return None
@@ -109,7 +108,7 @@ class EventStream:
                 await self._arrived.wait()
 
     def cancel(self) -> None:
-        """End the generation; its `Finished` event still comes."""
+        """End the generation; its `Finished` event still arrives."""
         if self.generation is not None:
             self._engine.cancel(self.generation)
 
@@ -120,9 +119,10 @@ def _numbers(event: StepEvent) -> int:
 
 
 def submit_to(streams: list[EventStream], engine: Engine, requests: list[GenerationRequest]) -> None:
-    """Submit generations, all or none, each to its stream (errors as in `Engine.submit`).
+    """Submit generations, all or none, each with its stream (errors as in `Engine.submit`).
 
-    Streams belong to their event loop's thread; this may be called from any, since checking requests can take long.
+    Streams belong to their event loop's thread. This function may be called from any thread, since checking requests
+    can take long.
     """
     generations = engine.submit_all(requests, [stream.deliver for stream in streams])
     for stream, generation in zip(streams, generations, strict=True):

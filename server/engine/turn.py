@@ -1,4 +1,4 @@
-"""One forward, shared out."""
+"""Sharing of one forward."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -11,12 +11,12 @@ from server.engine.ledger import Account, Ledger
 
 
 class Owned(Account):
-    """One owner's generations.
+    """Generations of one owner.
 
     Attributes:
-        begun: those that took part in a forward.
+        begun: generations that have taken part in a forward.
         waiting: the others, by priority and arrival.
-        memories: canvases of those begun of which something is kept between forwards.
+        memories: number of canvases of `begun` that keep keys and values between forwards.
     """
 
     def __init__(self, served: int) -> None:
@@ -26,9 +26,9 @@ class Owned(Account):
         self.memories = 0
 
     def candidates(self, rows: int) -> list[Generation]:
-        """What may take part in the next forward where no more than `rows` may have begun, in order.
+        """Candidates for the next forward, in order, if at most `rows` may have begun.
 
-        Those go first for which fewer tokens were computed. What waits begins level with what has had least.
+        Those with fewer tokens computed go first. A waiting generation begins level with the one that has had least.
         """
         fresh = self.waiting[: max(0, rows - sum(each.rows for each in self.begun))]
         if fresh:
@@ -39,10 +39,10 @@ class Owned(Account):
 
 
 class Group(Account):
-    """Owners that share what one owner of another group gets.
+    """Owners that together get one group's share.
 
     Attributes:
-        rows: how many canvases of their generations a forward may have.
+        rows: maximum number of canvases of their generations in a forward.
     """
 
     def __init__(self, served: int) -> None:
@@ -53,12 +53,12 @@ class Group(Account):
 
 @dataclass
 class Turn:
-    """What is left of a forward, and who is in it so far.
+    """Remaining capacity of a forward, and the generations chosen so far.
 
     Attributes:
-        most: tokens that a forward can have.
-        may_begin: whether a generation can have its first forward now.
-        express: tokens that a forward is kept to in which something begins that is no more work than a forward.
+        most: maximum tokens of a forward.
+        may_begin: returns True if a generation can have its first forward now.
+        express: token limit of a forward in which a generation begins whose whole work fits into one forward.
     """
 
     most: int
@@ -72,11 +72,11 @@ class Turn:
         self.tokens = self.most
 
     def fits(self, generation: Generation) -> bool:
-        """Whether there are tokens and rows enough left for it."""
+        """True if there are enough tokens and rows left for the generation."""
         return generation.cost <= self.tokens and generation.rows <= self.rows
 
     def take(self, generation: Generation, owner: Owned, payers: Sequence[Account]) -> bool:
-        """Let a generation take part at somebody's expense, if it may; it fits."""
+        """Add a generation that fits, if it may begin, and charge these accounts. False if it may not."""
         if generation.begun is None and not self.may_begin(generation, owner):
             return False
         cost = generation.cost
@@ -93,21 +93,21 @@ class Turn:
 
 
 class Hand(Protocol):
-    """What somebody has to play in a turn."""
+    """Candidates of one party in a turn."""
 
     @property
     def account(self) -> Account: ...
 
     @property
     def work(self) -> int:
-        """Of what would be played next."""
+        """Work of the next candidate, in tokens."""
 
 
 H = TypeVar("H", bound=Hand)
 
 
 class Line(Generic[H]):
-    """Hands in the order of who has had least; of equals less work goes first, so that nobody waits long for little."""
+    """Hands ordered by tokens received, least first; ties go to less work, so that short requests do not wait long."""
 
     def __init__(self, hands: Iterable[H]) -> None:
         self._numbers = count()
@@ -132,7 +132,7 @@ class Line(Generic[H]):
 
 
 class OwnerHand:
-    """An owner's candidates of a turn, the first of them last; `hungry` if some got nothing."""
+    """An owner's candidates in a turn, in reverse order; `hungry` is True if some were left out."""
 
     def __init__(self, owner: Owned, rows: int) -> None:
         self.account = owner
@@ -145,7 +145,7 @@ class OwnerHand:
 
 
 class GroupHand:
-    """The owners of a group in a turn, and the tokens that are computed at their expense."""
+    """Owners of a group in a turn, and the tokens charged to them."""
 
     def __init__(self, group: Group) -> None:
         self.account = group
@@ -160,16 +160,16 @@ class GroupHand:
 
     @property
     def left(self) -> bool:
-        """Whether it may play on."""
+        """True if the group can add more."""
         return self._rows > 0 and len(self._line) > 0
 
     @property
     def hungry(self) -> bool:
-        """Whether it could have used more than it got."""
+        """True if the group could have used more than it got."""
         return self._rows > 0 and any(hand.hungry or hand.left for hand in self.hands)
 
     def play(self, turn: Turn) -> bool:
-        """Let what comes first take part, at its owner's and the group's expense; False if it does not fit."""
+        """Add the next candidate and charge its owner and the group. False if it does not fit."""
         hand = self._line.pop()
         while hand.left:
             if not self._fits(turn, hand.left[-1]):
@@ -188,7 +188,7 @@ class GroupHand:
         return turn.fits(generation) and generation.rows <= self._rows
 
     def fill(self, turn: Turn) -> None:
-        """Let whatever fits take part, at nobody's expense."""
+        """Add all candidates that fit, without charge."""
         while self.left:
             hand = self._line.pop()
             for generation in hand.left[::-1]:
@@ -201,11 +201,11 @@ class GroupHand:
 
 
 def share(ledger: Ledger[Group], turn: Turn) -> None:
-    """Give what is left of a forward to these groups.
+    """Distribute the rest of a forward among these groups.
 
-    Where what comes first of a group does not fit, the group waits until it is the first itself: nothing of it goes
-    instead but into what all others leave, and that is given away. Else what is small would use up the share of what is
-    large, which would never come first.
+    If the next candidate of a group does not fit, the group waits until its turn comes first; its smaller candidates
+    only get what all other groups leave, without charge. Otherwise small generations would use up the share of a large
+    one, which would never run.
     """
     hands = [GroupHand(group) for group in ledger.accounts.values()]
     line = Line(hand for hand in hands if hand.left)

@@ -1,4 +1,4 @@
-"""Notice a sampler that does not come back. Nothing can end it, so whoever looks after the process has to be told."""
+"""Detection of samplers that do not return. They cannot be ended, so the supervisor of the process must be notified."""
 
 import sys
 import threading
@@ -9,13 +9,13 @@ from samplers import Sampler
 from samplers.loop.guard import FRAMES, name_of
 
 PATIENCE = 60.0
-"""Seconds that samplers may take for a step; they take milliseconds."""
+"""Maximum seconds that samplers may take for a step; they normally take milliseconds."""
 LOOKS = 1.0
-"""Most seconds that count between two looks: a process that was stopped in between has not been waiting."""
+"""Maximum seconds counted between two looks, so that time during which the process was stopped does not count."""
 
 
 class Watch:
-    """Whether a thread comes back from what it asks of samplers, which it does between `begin` and `end`."""
+    """Watchdog over a thread's calls to samplers, which it makes between `begin` and `end`."""
 
     def __init__(self, thread: threading.Thread) -> None:
         self._thread = thread
@@ -24,22 +24,22 @@ class Watch:
         self._looked = self._waited = 0.0
 
     def begin(self) -> None:
-        """From now on samplers are asked."""
+        """Mark the start of calls to samplers."""
         self._asking = object()
 
     def end(self) -> None:
-        """They have answered."""
+        """Mark their end."""
         self._asking = None
 
     def look(self) -> bool:
-        """Whether it has been away for too long, by those who look, which should be more often than `LOOKS`."""
+        """True if the thread has not returned in time. Call this more often than every `LOOKS` seconds."""
         now, asking = time.monotonic(), self._asking
         self._waited = self._waited + min(now - self._looked, LOOKS) if asking is self._seen else 0.0
         self._looked, self._seen = now, asking
         return asking is not None and self._waited > PATIENCE
 
     def where(self) -> tuple[str, str]:
-        """The name of the sampler that the thread is in, and the innermost lines of where that is."""
+        """Name of the sampler that the thread is in, and the innermost lines of its traceback."""
         frame = sys._current_frames().get(self._thread.ident or 0)
         lines = "".join(traceback.format_stack(frame, FRAMES)) if frame is not None else ""
         while frame is not None:

@@ -373,7 +373,12 @@ NONSENSE = [
     ("saber", ["spacing"], BIDIRECTIONAL, "modifier spacing drops commits, of which sampler saber keeps account"),
     ("topk", ["credit", "credit"], BIDIRECTIONAL, "modifier credit is given twice"),
     ("topk", ["guidance", "spacing", "guidance"], BIDIRECTIONAL, "modifier guidance is given twice"),
-    ("diffusion_gemma", ["guidance"], AttentionPattern(noise=VOCAB), "modifier guidance is for models with a mask token"),
+    (
+        "diffusion_gemma",
+        ["guidance"],
+        AttentionPattern(noise=VOCAB),
+        "modifier guidance is for models with a mask token",
+    ),
     ("diffusion_gemma", ["spacing"], AttentionPattern(noise=VOCAB), "sampler diffusion_gemma commits whole blocks"),
     ("diffusion_gemma", ["credit"], AttentionPattern(noise=VOCAB), "and so does sampler diffusion_gemma"),
 ]

@@ -73,11 +73,11 @@ B = TypeVar("B", bound=GenerationBody)
 
 @dataclass(frozen=True)
 class Reader(Generic[B]):
-    """How the texts of a route's bodies become tokens. Runs off the event loop, since that can take long.
+    """Conversion of the texts in a route's bodies to tokens. Runs off the event loop, since it can take long.
 
     Attributes:
-        prompts: all prompts of a body. Raises RequestError.
-        text: one more text, as a prompt of a body is; the field is for errors, which are `prompts`' own.
+        prompts: encodes all prompts of a body. Raises RequestError.
+        text: encodes a further text in the same way as the prompts, with the same errors; its field is for messages.
     """
 
     prompts: Callable[[Serving, B], EncodedPrompts]
@@ -137,7 +137,7 @@ def _submit(
     reader: Reader[B],
     streams: list[EventStream],
 ) -> tuple[EncodedPrompts, EffectiveSettings]:
-    serving.engine.check_accepting()  # before work that can take long, for which this may have waited long
+    serving.engine.check_accepting()  # before long work, and after a possibly long wait for it
     further = FurtherPrompts(serving, body, reader)
     chosen = serving.model_names.sampler_choice(sampler_request, further.encode)
     encoded = reader.prompts(serving, body)
@@ -227,7 +227,7 @@ def _resource_warnings(
 
 
 class FurtherPrompts:
-    """Prompts in parameters of modifiers, with the checks of a request's own."""
+    """Prompts in parameters of modifiers, checked like the request's own."""
 
     def __init__(self, serving: Serving, body: B, reader: Reader[B]) -> None:
         self._serving = serving
@@ -243,7 +243,7 @@ class FurtherPrompts:
         return ids
 
     def check_length(self, encoded: EncodedPrompts, max_tokens: int) -> None:
-        """Refuse one that leaves no room for the longest text."""
+        """Raise RequestError if a prompt leaves no room for the maximum text."""
         info = self._serving.engine.info
         for field, length in self._lengths.items():
             given = length + len(encoded.suffix)
@@ -278,7 +278,7 @@ def _named_ends(serving: Serving, body: GenerationBody) -> frozenset[int]:
 
 
 def check_masks(serving: Serving, field: str, ids: Sequence[int]) -> None:
-    """Refuse the mask token outside the generation region, where it would never be filled."""
+    """Raise RequestError for mask tokens outside the generation region, where they would never be filled."""
     mask = serving.engine.info.mask_id
     if mask is not None and mask in ids:
         raise RequestError(

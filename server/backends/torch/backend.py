@@ -1,4 +1,4 @@
-"""Our own model code on CPU or CUDA."""
+"""Backend for our own model code on CPU or CUDA."""
 
 import torch
 import torch.nn.functional as F
@@ -15,15 +15,15 @@ from server.models.network import Network
 from server.models.ragged_batch import KeyValues, RaggedBatch, Segment
 
 LOGIT_ELEMENTS = 1 << 24
-"""Logits held at a time: candidates are worked off in chunks of at most this many elements."""
+"""Maximum number of logits held at a time: candidates are processed in chunks."""
 
 
 class TorchBackend:
-    """What each canvas spans, packed into one forward; last outputs, head and statistics for candidates only.
+    """Packs all spans into one forward; computes last outputs, head and statistics for candidates only.
 
     Args:
-        batch_invariant: compute each canvas on its own, since matrix products round differently with their size.
-        static_shapes: pad forwards to one of few sizes, for layers that are compiled.
+        batch_invariant: compute each canvas on its own, since the rounding of matrix products depends on their size.
+        static_shapes: pad forwards to a few fixed sizes, for compiled layers.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class TorchBackend:
             return self._mixed(query.mixture, hidden[back], wanted, size)
         parts: list[Prediction] = []
         kept: list[Tensor] = []
-        for start in range(0, max(1, len(back)), size):  # a forward may be asked for nothing
+        for start in range(0, max(1, len(back)), size):  # a query may request no positions
             logits, asked = self.network.head(hidden[back[start : start + size]]), wanted.part(start, start + size)
             parts.append(self.say(logits, asked))
             if (said := self.network.self_conditioning(logits, asked)) is not None:
@@ -66,7 +66,7 @@ class TorchBackend:
         return Prediction.join(parts)
 
     def _mixed(self, mixture: Mixture, hidden: Tensor, wanted: StatisticsRequest, size: int) -> Prediction:
-        """What there is to say of weighted sums of logits."""
+        """Statistics of weighted sums of logits."""
         return Prediction.join(
             [
                 self.say(part.mix(self.network.head(hidden[part.asked])), wanted.part(part.first, part.last))
@@ -75,11 +75,11 @@ class TorchBackend:
         )
 
     def say(self, logits: Tensor, wanted: StatisticsRequest) -> Prediction:
-        """What there is to say of logits [n, vocabulary]."""
+        """Statistics of logits [n, vocabulary]."""
         return summarise(logits, self.info.mask_id, wanted)
 
     def _keep(self, query: Query, said: Tensor) -> None:
-        """Note what a forward said of each canvas for the next one, once all of it has succeeded."""
+        """Store a forward's output for each canvas for the next one, once the whole forward has succeeded."""
         counts = torch.bincount(query.row, minlength=len(query.canvases)).tolist()
         for feed, part in zip(query.spans, torch.split(said, counts), strict=True):
             if feed.memory is not None and feed.draft is not None:
@@ -87,7 +87,7 @@ class TorchBackend:
                 feed.memory.content.self_conditioning = feed.draft, part
 
     def pack(self, query: Query) -> tuple[RaggedBatch, Tensor]:
-        """The forward of a query, and where in what it gives each of the query's positions is, [n]."""
+        """The batch of a query, and the index in its output of each requested position, [n]."""
         counts = torch.bincount(query.row, minlength=len(query.canvases)).tolist()
         rows = [
             Segment(
@@ -128,7 +128,7 @@ class TorchBackend:
         return batch, back
 
     def _memory(self, memory: KVSlot | None, length: int) -> KeyValues | None:
-        """Room for the keys and values of a canvas, made when it is first needed."""
+        """Room for the keys and values of a canvas, allocated on first use."""
         if memory is None:
             return None
         if memory.content is None:

@@ -1,5 +1,6 @@
-"""The backend whose model runs in vLLM's processes. Our loop and samplers stay here; what crosses is a question and an
-answer per canvas: its tokens and what is wanted of which positions there, a few numbers for each of them back.
+"""Backend that runs the model in vLLM's processes. The loop and samplers stay in this process.
+
+Per canvas, its tokens and the requested positions and statistics are sent, and a few numbers per position come back.
 """
 
 import asyncio
@@ -31,18 +32,18 @@ from server.backends.vllm.plugin import LAST_WORDS, MODELS, limit_log
 T = TypeVar("T")
 
 NEEDED = {
-    "VLLM_CONFIGURE_LOGGING": "0",  # its lines go where ours go
-    "VLLM_USE_V2_MODEL_RUNNER": "0",  # where instructions reach the model, see worker.py
-    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # this process has threads, which a fork would not survive
+    "VLLM_CONFIGURE_LOGGING": "0",  # its log lines go through our logging
+    "VLLM_USE_V2_MODEL_RUNNER": "0",  # the runner in which instructions reach the model, see worker.py
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # this process has threads, which make forking unsafe
 }
 DEFAULTS = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; bidirectional attention keeps nothing, and the default is most of the memory
-    "VLLM_LOGGING_LEVEL": "ERROR",  # what it says in a good run, it says to those who serve with vLLM itself
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; bidirectional attention keeps nothing; the default takes most memory
+    "VLLM_LOGGING_LEVEL": "ERROR",  # its normal output is for users of vLLM's own server
     "VLLM_NO_USAGE_STATS": "1",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
-    "PYTHONWARNINGS": "ignore::FutureWarning",  # of its processes, while they import
+    "PYTHONWARNINGS": "ignore::FutureWarning",  # for imports in its processes
 }
-"""What vLLM and its processes read from the environment; the latter unless the user has set it."""
+"""Environment of vLLM and its processes; `DEFAULTS` apply unless the user has set them."""
 
 OURS = frozenset(
     {
@@ -52,23 +53,23 @@ OURS = frozenset(
         *("disable_log_stats", "enable_log_requests"),
     }
 )
-"""Engine arguments of vLLM's that follow from our own settings."""
+"""Engine arguments of vLLM that follow from our own settings."""
 
 LOOK_AFTER = 1.0
-"""Seconds of a step after which it is asked whether vLLM still runs."""
+"""Seconds of a step after which vLLM is checked for being alive."""
 
 
 class VllmError(Exception):
-    """vLLM cannot start. One line that says why."""
+    """vLLM cannot start. One line with the reason."""
 
 
 @dataclass(frozen=True)
 class VllmOptions:
-    """How vLLM runs a model.
+    """Options for running a model in vLLM.
 
     Attributes:
-        rows, tokens: canvases, and tokens of all of them, in one forward; none may be longer than that.
-        arguments: further engine arguments of vLLM's, such as `tensor_parallel_size`.
+        rows, tokens: maximum canvases, and tokens of all of them, in one forward; also bounds the length of a canvas.
+        arguments: further engine arguments of vLLM, such as `tensor_parallel_size`.
     """
 
     rows: int = 16
@@ -78,7 +79,7 @@ class VllmOptions:
 
 @dataclass(frozen=True)
 class Library:
-    """What we use of vLLM in this process, which is imported only now."""
+    """Names that this process uses of vLLM, imported on demand."""
 
     AsyncLLM: Any
     AsyncEngineArgs: Any
@@ -86,7 +87,7 @@ class Library:
 
     @classmethod
     def load(cls, device: str) -> "Library":
-        """Import it. Raises VllmError if that fails, or if it runs on other devices than this."""
+        """Import vLLM. Raises VllmError if that fails or if it runs on another device."""
         os.environ.update(NEEDED)
         for name, value in DEFAULTS.items():
             os.environ.setdefault(name, value)
@@ -107,7 +108,7 @@ class Library:
 
 
 def check_supported(architecture: str) -> None:
-    """Raises VllmError for an architecture that we have not built from vLLM's layers."""
+    """Raise VllmError for an architecture that we have not built from vLLM's layers."""
     if architecture not in MODELS:
         raise VllmError(
             f"architecture {architecture!r} does not run on the vllm engine, {', '.join(MODELS)} do; use --engine torch"
@@ -115,13 +116,13 @@ def check_supported(architecture: str) -> None:
 
 
 class VllmBackend:
-    """One pooling request a canvas and step; those of one query run concurrently, so that vLLM batches them.
+    """One pooling request per canvas and step; those of one query run concurrently, so that vLLM batches them.
 
     Args:
-        folder: the model.
-        info: what we know of it.
+        folder: folder of the model.
+        info: description of the model.
         load_format: "auto" or "dummy".
-        options: how to run it.
+        options: options for running it.
 
     Raises VllmError.
     """
@@ -151,7 +152,7 @@ class VllmBackend:
             "max_model_len": min(info.max_length, options.tokens),
             "max_num_seqs": options.rows,
             "max_num_batched_tokens": max(options.tokens, options.rows),
-            "enforce_eager": True,  # what a forward computes depends on what is asked
+            "enforce_eager": True,  # the computation of a forward depends on the request
             "enable_prefix_caching": False,
             "disable_log_stats": True,  # it would count each step as a request
             "use_tqdm_on_load": False,
@@ -178,8 +179,8 @@ class VllmBackend:
             self._end_loop()
 
     def _run(self) -> None:
-        # Processes inherit what is blocked: Ctrl-C is for this process, which lets running requests finish. Python's
-        # tracker of shared memory would let it through again, if it were started later.
+        # Processes inherit blocked signals: only this process handles Ctrl-C and lets running requests finish. Python's
+        # tracker of shared memory would unblock it if it were started later.
         resource_tracker.ensure_running()
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         asyncio.set_event_loop(self._loop)
@@ -191,11 +192,11 @@ class VllmBackend:
         self._loop.close()
 
     def _call(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run something on the loop's thread and wait for it."""
+        """Run a coroutine on the loop's thread and wait for it."""
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     async def _start(self, arguments: dict[str, Any]) -> Any:
-        """vLLM's engine, ready."""
+        """Start vLLM's engine."""
         with tempfile.NamedTemporaryFile("r", prefix="unmask-vllm-") as last_words:
             os.environ[LAST_WORDS] = last_words.name
             try:
@@ -213,10 +214,10 @@ class VllmBackend:
         return engine
 
     async def _steps(self, parts: list[Query]) -> list[Prediction]:
-        # All end before the first failure is told: nothing of a failed step may run on beside the next one.
+        # Wait for all before raising the first failure: no part of a failed step may run beside the next one.
         work = asyncio.gather(*(self._step(part) for part in parts), return_exceptions=True)
         while not (await asyncio.wait([work], timeout=LOOK_AFTER))[0]:
-            if self._engine.errored:  # what was under way when its processes were killed never ends
+            if self._engine.errored:  # requests in flight when its processes were killed never end
                 work.cancel()
                 raise BackendDeadError("vLLM's processes have ended")
         found: list[Prediction] = []
@@ -227,7 +228,7 @@ class VllmBackend:
         return found
 
     async def _step(self, part: Query) -> Prediction:
-        """One generation's forward, of every view of its canvas."""
+        """One generation's forward, with every view of its canvas."""
         if part.mixture is None:
             return read(await self._told(part.canvases[0], Instruction(part.position, part.wanted)), part.wanted)
         views = [
@@ -248,7 +249,7 @@ class VllmBackend:
         )
 
     async def _told(self, canvas: Canvas, instruction: Instruction) -> torch.Tensor:
-        """What the model says of one canvas."""
+        """The model's answer for one canvas."""
         params = self._library.PoolingParams(
             task=TASK, use_activation=False, extra_kwargs={INSTRUCTION: instruction.pack()}
         )
@@ -269,4 +270,4 @@ class VllmBackend:
         if handler is not None:
             await asyncio.wait([handler], timeout=5)
         del self._engine
-        gc.collect()  # its finaliser must not run when Python is half gone
+        gc.collect()  # its finaliser must not run during interpreter shutdown

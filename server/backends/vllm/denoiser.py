@@ -1,7 +1,7 @@
-"""What a masked diffusion model is to vLLM: a pooling model whose forward already answers what samplers ask.
+"""Masked diffusion model for vLLM: a pooling model whose forward already returns the statistics that samplers request.
 
-Statistics are computed in `forward`, next to the logits, and not in the pooler: with tensor parallelism every rank runs
-the forward, whose head is spread over them, but only the first runs the pooler.
+Statistics are computed in `forward`, next to the logits, instead of the pooler: with tensor parallelism, every rank
+runs the forward, whose head is split over them, but only the first runs the pooler.
 """
 
 from abc import abstractmethod
@@ -28,11 +28,12 @@ Scheduled = tuple[int, dict[str, Any]]
 
 
 class Answers(Pooler):
-    """Cuts each request's answer out of what the forward gave.
+    """Extracts each request's answer from the output of the forward.
 
     Attributes:
-        logits: of the last forward's requests that want them, by their place in it: float32 [positions, vocabulary].
-            Beside the forward's output, which would be as wide as the vocabulary for all tokens.
+        logits: full logits of the last forward's requests that need them, by request index: float32 [positions,
+            vocabulary]. Kept outside the forward's output, which would otherwise be as wide as the vocabulary for all
+            tokens.
     """
 
     def __init__(self) -> None:
@@ -52,19 +53,19 @@ class Answers(Pooler):
 
     def _answer(self, part: Tensor, params: Any) -> Tensor:
         if not params.extra_kwargs:
-            return part  # a warm-up, which asks nothing
+            return part  # a warm-up without requests
         instruction = Instruction.unpack(params.extra_kwargs[INSTRUCTION])
         return part[: len(instruction.position), : instruction.columns].contiguous()
 
 
 class Denoiser(nn.Module):
-    """A masked diffusion model made of vLLM's layers. A family says what its layers are.
+    """A masked diffusion model made of vLLM's layers. Subclasses define the layers of a family.
 
     Attributes:
-        own: our own network of the same architecture, which knows the names in checkpoints.
-        shifted: whether a position is decided by the output of the one before it.
-        packed_modules_mapping: vLLM's fused layers, and the checkpoint's tensors that they are made of.
-        scheduled: what the current batch's requests are, in order; none in a warm-up.
+        own: our own network of the same architecture, which maps the names in checkpoints.
+        shifted: True if a position is decided by the output of the previous one.
+        packed_modules_mapping: vLLM's fused layers and the checkpoint tensors that they consist of.
+        scheduled: returns the requests of the current batch, in order; empty in a warm-up.
     """
 
     is_pooling_model: ClassVar[bool] = True
@@ -92,12 +93,12 @@ class Denoiser(nn.Module):
 
     @abstractmethod
     def hidden(self, input_ids: Tensor, positions: Tensor) -> Tensor:
-        """Normed last hidden states [tokens, width] of several canvases, one after the other."""
+        """Normed last hidden states [tokens, width] of several canvases, concatenated."""
 
     @property
     @abstractmethod
     def head_layer(self) -> nn.Module:
-        """The head, a layer of vLLM's."""
+        """The head as a layer of vLLM."""
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [rows, vocabulary] of hidden states."""
@@ -111,9 +112,10 @@ class Denoiser(nn.Module):
         intermediate_tensors: object = None,
         inputs_embeds: object = None,
     ) -> Tensor:
-        """Answers, float32 [tokens, columns]: those about a canvas stand in its first rows, one after the other.
+        """Answers, float32 [tokens, columns]: the answer for a canvas fills its first rows.
 
-        In a warm-up, when nothing is asked, NaN of as many positions as there are tokens, at the cost of real ones.
+        A warm-up has no requests: it returns NaN, and computes as many positions as there are tokens, so that the cost
+        is real.
         """
         hidden = self.hidden(input_ids, positions)
         self.pooler.logits = {}
@@ -145,11 +147,11 @@ class Denoiser(nn.Module):
         return out
 
     def source(self, position: Tensor) -> Tensor:
-        """Whose output decides each of these positions of a canvas."""
+        """Positions whose output decides these positions of a canvas."""
         return (position - 1).clamp(min=0) if self.shifted else position
 
     def answer(self, hidden: Tensor, wanted: StatisticsRequest) -> Prediction:
-        """What is wanted of each of these rows of hidden states."""
+        """Requested statistics of these rows of hidden states."""
         wanted = wanted.to(hidden.device)
         size = max(1, LOGIT_ELEMENTS // self.config.rows)
         return Prediction.join(
@@ -160,7 +162,7 @@ class Denoiser(nn.Module):
         )
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Put a checkpoint's tensors where they belong; the names of the parameters that got something."""
+        """Load a checkpoint's tensors. Returns the names of the parameters that were set."""
         parameters: dict[str, Any] = dict(self.named_parameters())
         fused = {
             part: (whole, shard)
@@ -171,7 +173,7 @@ class Denoiser(nn.Module):
         for name, tensor in weights:
             if matches(name, self.own.ignored):
                 continue
-            name = self.own.own_name(self.config, name)  # copies have been found to be the same
+            name = self.own.own_name(self.config, name)  # copies were checked to be equal
             place, _, leaf = name.rpartition(".")
             place, _, part = place.rpartition(".")
             if part in fused:

@@ -1,6 +1,6 @@
-"""What a step asks of one canvas, in the form in which it travels to vLLM's workers inside a pooling request.
+"""Request of a step for one canvas, in the form sent to vLLM's workers inside a pooling request.
 
-Numbers travel as bytes: a list of a few hundred of them would take msgpack longer than the model takes for a step.
+Numbers are sent as bytes: for a list of a few hundred, msgpack would take longer than the model takes for a step.
 """
 
 from collections.abc import Sequence
@@ -15,10 +15,10 @@ from samplers.forward.statistics import LogitBonus, Statistic, StatisticsRequest
 from samplers.forward.token_choice import TokenChoices
 
 TASK = "token_classify"
-"""vLLM's pooling task that gives numbers for single positions."""
+"""vLLM's pooling task that returns numbers for single positions."""
 
 INSTRUCTION = "unmask"
-"""Where among a pooling request's keyword arguments the packed instruction is."""
+"""Key of the packed instruction in a pooling request's keyword arguments."""
 
 PackedInstruction = dict[str, Any]
 """Of bytes, strings, numbers, lists and dicts only."""
@@ -26,12 +26,12 @@ PackedInstruction = dict[str, Any]
 
 @dataclass(frozen=True)
 class Instruction:
-    """What to say about one canvas.
+    """Positions and statistics requested of one canvas.
 
     Attributes:
-        position: int64 [n], where on the canvas.
-        wanted: what of each of these positions.
-        logits: whether to give all logits instead, for views of a generation that are mixed elsewhere: vLLM may compute
+        position: int64 [n], positions on the canvas.
+        wanted: statistics of each of these positions.
+        logits: True to return all logits instead, for views of a generation that are mixed elsewhere: vLLM may compute
             them in different batches.
     """
 
@@ -41,11 +41,11 @@ class Instruction:
 
     @property
     def columns(self) -> int:
-        """Numbers in the answer for each position, see `Prediction.table`."""
+        """Number of columns of the answer (see `Prediction.table`)."""
         return self.wanted.columns
 
     def pack(self) -> PackedInstruction:
-        """As plain data; what is absent or empty is left out."""
+        """Convert to plain data; absent or empty fields are left out."""
         wanted = self.wanted
         packed: PackedInstruction = {"position": _pack(self.position, torch.int32)}
         if wanted.statistics:
@@ -76,7 +76,7 @@ class Instruction:
 
     @classmethod
     def unpack(cls, packed: PackedInstruction) -> "Instruction":
-        """The opposite of `pack`."""
+        """Inverse of `pack`."""
         position = _unpack(packed["position"], torch.int32).long()
         choices = named = bonus = None
         if "choices" in packed:
@@ -105,12 +105,12 @@ class Instruction:
 
 
 def together(asked: Sequence[Instruction]) -> StatisticsRequest:
-    """What to say of all the positions of several, one after the other."""
+    """Request for all positions of several instructions, concatenated."""
     return StatisticsRequest.join([each.wanted for each in asked], [len(each.position) for each in asked])
 
 
 def answers(asked: Sequence[Instruction], prediction: Prediction) -> list[Tensor]:
-    """What was said `together`, cut into an answer for each: float32 [n, columns]."""
+    """The prediction for `together`, split into one answer per instruction: float32 [n, columns]."""
     found, first = [], 0
     for each in asked:
         stop = first + len(each.position)
@@ -120,7 +120,7 @@ def answers(asked: Sequence[Instruction], prediction: Prediction) -> list[Tensor
 
 
 def read(answer: Tensor, wanted: StatisticsRequest) -> Prediction:
-    """An answer as a prediction of what was wanted."""
+    """Convert an answer to a prediction of the requested statistics."""
     named = None if wanted.named is None else wanted.named.shape[1]
     return Prediction.of_table(answer, wanted.statistics, wanted.top or None, named)
 
@@ -130,5 +130,5 @@ def _pack(values: Tensor, dtype: torch.dtype) -> bytes:
 
 
 def _unpack(data: bytes, dtype: torch.dtype) -> Tensor:
-    # A bytearray, because a tensor over bytes would be one that must not be written to.
+    # A bytearray, because a tensor over bytes would be read-only.
     return torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
