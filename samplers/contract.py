@@ -68,25 +68,27 @@ class StateSpec:
     shape: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True)
 class CanvasReader:
     """Whole canvases of some rows, read on demand: a copy in each step would cost their full length.
 
-    Attributes:
+    What it returns is a copy; the canvases themselves are out of a rule's reach.
+
+    Args:
         tokens: int64 [canvases, longest canvas] of the whole batch.
         row: int64 [rows, 1], indices of these rows' canvases.
     """
 
-    tokens: Tensor = field(repr=False)
-    row: Tensor
+    def __init__(self, tokens: Tensor, row: Tensor) -> None:
+        self.__tokens = tokens
+        self.__row = row
 
     def at(self, place: Tensor) -> Tensor:
         """Tokens at positions [rows, width] of the canvas, which must be on it."""
-        return self.tokens[self.row, place]
+        return self.__tokens[self.__row, place]
 
     def take(self, rows: Tensor) -> "CanvasReader":
         """Canvases of some of the rows, int64 [n]."""
-        return CanvasReader(self.tokens, self.row[rows])
+        return CanvasReader(self.__tokens, self.__row[rows])
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ class Row:
     Raises ParameterError if the parameters do not fit, SamplerError if the sampler fails in its checks.
 
     Attributes:
-        canvas: current content.
+        canvas: current content; the row's own, shared with no other.
         sampler, params: the rule and its parameters.
         choice: token choice at committed positions, unless the sampler sets its own.
         seed: random stream of the generation.
