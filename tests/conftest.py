@@ -12,7 +12,7 @@ from tests.tiny import write_tiny_model
 
 # The same examples in every run, so that a change is what fails; none fails because the machine is busy.
 # `make test-fuzz` tries fresh ones (`--hypothesis-profile=fresh`, and `--hypothesis-seed=N` for those of one run).
-PATIENT = {"max_examples": 50, "deadline": None, "suppress_health_check": [HealthCheck.too_slow], "print_blob": True}
+PATIENT = {"max_examples": 25, "deadline": None, "suppress_health_check": [HealthCheck.too_slow], "print_blob": True}
 settings.register_profile("default", derandomize=True, **PATIENT)
 settings.register_profile("fresh", derandomize=False, **PATIENT)
 settings.load_profile("default")

@@ -66,7 +66,7 @@ class _Reader:
 
     def at(self, values: Tensor) -> Tensor:
         """Values [rows, width] at the columns, [rows, n, 1]."""
-        return (values if self.columns is None else values.gather(1, self.columns))[..., None]
+        return (values if self.columns is None else values.gather(1, self.columns)).unsqueeze(-1)
 
     @cached_property
     def top(self) -> Tensor:

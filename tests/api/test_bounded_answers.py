@@ -186,7 +186,7 @@ def test_a_text_may_hold_any_number_of_any_signs(text: str) -> None:
 def test_texts_are_told_from_what_is_around_them(texts: list[str], window: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bodies, "PART", window)
-        outside = b"".join(bodies._outside_texts(json.dumps(texts, separators=(",", ":")).encode()))
+        outside = b"".join(bodies._without_strings(json.dumps(texts, separators=(",", ":")).encode()))
     assert outside == b"[" + b"," * (len(texts) - 1) + b"]"
 
 

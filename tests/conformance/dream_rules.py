@@ -17,7 +17,7 @@ from samplers.forward.statistics import CHOSEN, StatisticsRequest
 from samplers.loop.numbers import N
 from samplers.loop.row import Row
 from samplers.ranking import surest
-from samplers.rules.dream import Dream, DreamParams
+from samplers.rules.dream import Dream, DreamParams, shares
 from samplers.rules.threshold import Threshold
 from samplers.schedule import ScheduledParams
 from server.engine import Backend
@@ -223,8 +223,8 @@ class ReleasedDream(Dream):
             return super().surest(score, candidate, count)  # no two are equal
         return self._draws.surest(score, candidate, int(count.max()))
 
-    def numbers(self, step: Step[DreamParams], count: Tensor) -> Tensor:
-        params = step.params[0]
+    def numbers(self, step: Step[DreamParams]) -> Tensor:
+        params, count = step.params[0], self.count(step, shares(step))
         if params.alg == "origin":
             return self._draws.uniform
         return self._draws.order() if params.alg_temp > 0 and bool(count.any()) else step.uniform()

@@ -32,9 +32,10 @@ class Elsewhere(Tensor):
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> "Elsewhere":
-        found: Elsewhere = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, inner.shape, inner.stride(), inner.storage_offset(), dtype=inner.dtype, device=PLACE
-        )
+        with torch.inference_mode(False):  # wrappers of tensors of both kinds meet in one operation
+            found: Elsewhere = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+                cls, inner.shape, inner.stride(), inner.storage_offset(), dtype=inner.dtype, device=PLACE
+            )
         found.inner = inner
         return found
 
