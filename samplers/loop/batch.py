@@ -1,19 +1,18 @@
 """Tensors of the rows of a batch. They persist between steps; rows move in and out of slots."""
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from heapq import heappop, heappush
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from samplers.canvas import Canvas
 from samplers.columns import ColumnSpec, columns_of
-from samplers.contract import Modifier, Sampler, StateSpec
+from samplers.contract import Modifier, Sampler, SamplerParams, StateSpec
 from samplers.loop.numbers import COUNT
-
-if TYPE_CHECKING:
-    from samplers.loop.row import Row
+from samplers.loop.traits import Traits
+from samplers.loop.view_canvas import ViewCanvas
 
 NO_TOKEN = -1
 
@@ -62,6 +61,35 @@ class Group:
         self.count = 0
 
 
+class Resident(Protocol):
+    """The side of a row that its batch sees (see `Row` for the attributes)."""
+
+    canvas: Canvas
+    sampler: Sampler[Any]
+    params: SamplerParams
+    end_ids: frozenset[int]
+    modifiers: Sequence[tuple[Modifier[Any], SamplerParams]]
+    traits: Traits
+    given: Tensor
+    views: list[ViewCanvas]
+    batch: "Batch | None"
+    slot: int
+    key: Hashable
+    column_values: dict[int, list[float]]
+
+    @property
+    def all_params(self) -> list[SamplerParams]: ...
+
+    @property
+    def finished(self) -> bool: ...
+
+    def first_numbers(self) -> Tensor: ...
+
+    def read(self) -> None: ...
+
+    def asked_bounds(self) -> tuple[int, int]: ...
+
+
 class Batch:
     """Slots for rows: tokens [slots, canvas], masks [slots, region + 1], and a table of integers (see `N`).
 
@@ -82,7 +110,7 @@ class Batch:
         self._clear()
 
     def _clear(self) -> None:
-        self.rows: list[Row | None] = []
+        self.rows: list[Resident | None] = []
         self._free: list[int] = []
         self.causal = self.shifted = self.drafting = self.revising = self.keeping_state = False
         self.tokens = torch.zeros(0, 0, dtype=torch.int64, device=self.device)
@@ -97,7 +125,7 @@ class Batch:
         """Longest generation region that fits."""
         return self.masked.shape[1] - 1
 
-    def admit(self, row: "Row") -> None:
+    def admit(self, row: "Resident") -> None:
         """Move a row here from its current batch."""
         before, old = row.batch, row.slot
         if before is self:
@@ -129,7 +157,7 @@ class Batch:
         self._show(row)
         self.version += 1
 
-    def _note_kind(self, row: "Row") -> None:
+    def _note_kind(self, row: "Resident") -> None:
         pattern, traits = row.canvas.layout.pattern, row.traits
         self.causal |= pattern.causal
         self.shifted |= pattern.shifted
@@ -145,7 +173,7 @@ class Batch:
             layer.widen(name, value.shape[-1])
             layer.state[name][slot][tuple(slice(0, size) for size in value.shape)] = value
 
-    def release(self, row: "Row") -> None:
+    def release(self, row: "Resident") -> None:
         """Let a row leave, with a canvas of its own."""
         canvas = row.canvas
         canvas.tokens, canvas.masked = canvas.tokens.clone(), canvas.masked.clone()
@@ -154,7 +182,7 @@ class Batch:
         if not self.groups:
             self._clear()
 
-    def _let_go(self, row: "Row") -> None:
+    def _let_go(self, row: "Resident") -> None:
         assert self.rows[row.slot] is row
         self.rows[row.slot] = None
         heappush(self._free, row.slot)
@@ -164,7 +192,7 @@ class Batch:
             del self.groups[row.key]
         self.version += 1
 
-    def _group(self, row: "Row") -> Group:
+    def _group(self, row: "Resident") -> Group:
         group = self.groups.get(row.key)
         if group is None:
             owners: list[Sampler[Any] | Modifier[Any]] = [row.sampler, *(modifier for modifier, _ in row.modifiers)]
@@ -214,7 +242,7 @@ class Batch:
             if row is not None:
                 self._show(row)
 
-    def _show(self, row: "Row") -> None:
+    def _show(self, row: "Resident") -> None:
         """Make a row's canvas a view of its slot."""
         canvas: Canvas = row.canvas
         layout = canvas.layout

@@ -1,29 +1,49 @@
 """Generations with several canvases: barriers, resampling, and the choice of a winner."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import Generic, Protocol, TypeVar
 
 import torch
 
 from samplers.canvas import Canvas
 from samplers.contract import Resampling, SamplerError, Slots
 from samplers.loop import hooks
+from samplers.loop.batch import Resident
+from samplers.loop.cache_plan import CachePlan
 from samplers.loop.event import StepEvent
 from samplers.loop.numbers import N
 from samplers.randomness import BARRIER, uniform
 
-if TYPE_CHECKING:
-    from samplers.loop.row import Row
+
+class Lane(Resident, Protocol):
+    """The side of a row that the other canvases of its generation see (see `Row` for the attributes)."""
+
+    seed: int
+    told: list[int]
+    reported: int
+    view_count: int
+
+    @property
+    def block(self) -> int: ...
+
+    @property
+    def lane_finished(self) -> bool: ...
+
+    def text_tokens(self) -> list[int]: ...
+
+    def release(self) -> None: ...
+
+    def forked(self) -> list[CachePlan]: ...
+
+    def take_plans(self, plans: list[CachePlan]) -> None: ...
 
 
-def lanes_of(rows: "Sequence[Row]") -> "list[Row]":
-    """Canvases of these generations that take part in the next forward."""
-    return [lane for row in rows for lane in ([row] if row.particles is None else row.particles.active)]
+L = TypeVar("L", bound=Lane)
 
 
 @dataclass(eq=False)
-class Particles:
+class Particles(Generic[L]):
     """Canvases of a generation, the row itself among them.
 
     Their commits are reported when all have ended, since any of them may win until then. The forward passes of all
@@ -36,7 +56,7 @@ class Particles:
         won: index of the canvas that becomes the generation's, once all have ended.
     """
 
-    lanes: "list[Row]"
+    lanes: list[L]
     forwards: int = 0
     barriers: int = 0
     won: int | None = None
@@ -46,13 +66,13 @@ class Particles:
         self._blocks = [lane.block for lane in self.lanes]
 
     @property
-    def active(self) -> "list[Row]":
+    def active(self) -> list[L]:
         """Canvases that take part in the next forward: those not waiting at a barrier."""
         ahead = min((lane.block for lane in self.lanes if not lane.lane_finished), default=0)
         per_step = self.lanes[0].traits.barrier == "step"
         return [lane for lane in self.lanes if not lane.lane_finished and (per_step or lane.block == ahead)]
 
-    def after(self, events: "dict[Row, StepEvent]") -> list[StepEvent]:
+    def after(self, events: Mapping[L, StepEvent]) -> list[StepEvent]:
         """Events of the generation after a step of some of its canvases."""
         taking = [i for i, lane in enumerate(self.lanes) if lane in events]
         for i in taking:

@@ -70,7 +70,7 @@ class Row:
     views: list[ViewCanvas] = field(default_factory=list, init=False, repr=False)
     weight: float = field(default=1.0, init=False)
     view_count: int = field(default=1, init=False)
-    particles: Particles | None = field(default=None, init=False, repr=False)
+    particles: "Particles[Row] | None" = field(default=None, init=False, repr=False)
     batch: Batch | None = field(default=None, init=False, repr=False)
     slot: int = field(default=-1, init=False)
     reported: int = field(default=0, init=False)
@@ -401,3 +401,8 @@ class Row:
             strict=True,
         ):
             plan.note(span, layout, block)
+
+
+def lanes_of(rows: Sequence[Row]) -> list[Row]:
+    """Canvases of these generations that take part in the next forward."""
+    return [lane for row in rows for lane in ([row] if row.particles is None else row.particles.active)]

@@ -15,8 +15,7 @@ from samplers.loop.asking import ask
 from samplers.loop.batch import Batch
 from samplers.loop.event import ForwardError, StepEvent
 from samplers.loop.part import Part, split
-from samplers.loop.particles import Particles, lanes_of
-from samplers.loop.row import Row
+from samplers.loop.row import Row, lanes_of
 from samplers.loop.views import together
 
 Turn = list[tuple[Row, StepEvent]]
@@ -128,5 +127,4 @@ def _failed(part: Part, prediction: Prediction, first: int) -> dict[int, Sampler
 def _of_row(row: Row, events: dict[Row, StepEvent]) -> Turn:
     if row.particles is None:
         return [(row, events[row])]
-    particles: Particles = row.particles
-    return [(row, event) for event in particles.after(events)]
+    return [(row, event) for event in row.particles.after(events)]
