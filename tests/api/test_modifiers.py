@@ -150,6 +150,6 @@ def test_modifiers_are_listed(server: Running) -> None:
 def test_one_that_cannot_be_around_this_models_samplers(tmp_path: Path) -> None:
     with serving(write_tiny_gemma(tmp_path / "gemma"), sampler=None) as gemma:
         card = gemma.get("/v1/samplers/guidance").json()
-        assert card["available"] is False and "this model has none" in card["reason"]
+        assert card["available"] is False and "and this one has none" in card["reason"]
         error = error_of(gemma.post("/v1/completions", {"prompt": PROMPT, "modifiers": guidance()}), 400)
         assert error["param"] == "modifiers" and error["message"] == card["reason"]

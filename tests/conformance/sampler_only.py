@@ -12,6 +12,7 @@ from torch import Tensor
 
 from samplers import Canvas, Layout, Sampler, Step, get_sampler
 from samplers.columns import Columns, LayoutColumns
+from samplers.contract import CanvasReader
 from samplers.forward.prediction import Prediction
 from samplers.forward.query import Query
 from samplers.loop.row import Row
@@ -241,8 +242,7 @@ def schedule(masks: int, steps: int) -> list[int]:
         params=params,
         columns=Columns.of(params),
         state={},
-        canvas=grid.long(),
-        row=counter(None),
+        canvas=CanvasReader(grid.long(), counter(None)),
         token=grid.long(),
         confidence=grid.float(),
         extra={},
