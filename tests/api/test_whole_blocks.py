@@ -64,7 +64,7 @@ def test_a_short_text_is_how_a_long_one_begins(blocks: Running) -> None:
 
     def check(sampler: str, prompt: str) -> None:
         fields: dict[str, Any] = {"sampler": sampler, "prompt": prompt}
-        long = tokens(blocks, max_tokens=40, **fields)
+        long = tokens(blocks, max_tokens=24, **fields)
         for length in (1, 3, 17):
             assert tokens(blocks, max_tokens=length, **fields) == long[:length], (sampler, prompt, length)
 

@@ -75,7 +75,7 @@ def alone(spec: dict[str, Any]) -> tuple[Any, ...]:
     return result(row, [event for turn in run([row], predict) for _, event in turn])
 
 
-@settings(max_examples=50)
+@settings(max_examples=20)
 @given(st.lists(generations(), min_size=1, max_size=5), st.data())
 def test_a_row_is_the_same_alone_and_with_any_neighbours_and_schedule(specs: list[dict[str, Any]], data: Any) -> None:
     batch = Batch()

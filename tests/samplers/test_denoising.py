@@ -45,7 +45,7 @@ def plain_loop(prompt: list[int], gen: int, block: int, rule: str, number: float
     return tokens, forwards
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(
     prompt=st.lists(st.integers(0, VOCAB - 1), max_size=4),
     gen=st.integers(1, 20),

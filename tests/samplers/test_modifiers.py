@@ -106,7 +106,7 @@ def test_credit_raises_in_the_third_step_what_alone_stays_below() -> None:
     assert alone[2][3] == pytest.approx([0.85], abs=1e-4) and raised[2][3] == pytest.approx([0.9296], abs=1e-4)
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(
     params=st.fixed_dictionaries(
         {}, optional={"alpha": st.floats(0, 3), "gamma": st.floats(0, 2), "beta": st.floats(0, 1)}

@@ -86,7 +86,7 @@ def rows(draw: st.DrawFn) -> Row:
     )
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(together=st.lists(rows(), min_size=1, max_size=3))
 def test_told_is_told(together: list[Row]) -> None:
     """And no question is ever empty: `predictor` sees to that."""

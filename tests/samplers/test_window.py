@@ -108,7 +108,7 @@ def test_shifted_models_have_windows_too() -> None:
     assert any(max(event.positions) - min(event.positions) >= 4 for event in events)
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(
     start=st.integers(-40, 40),
     stop=st.integers(-40, 40),
