@@ -15,7 +15,8 @@ from tests.e2e.processes import Process, served
 
 BREAKS = """
 import ctypes, os, signal, sys, threading
-from server import cli, lifecycle
+from server import cli
+from server.http import lifecycle
 from server.backends.contract import BackendDeadError
 from server.backends.torch.backend import TorchBackend
 

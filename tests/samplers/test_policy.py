@@ -16,7 +16,7 @@ class Written:
 
     statistics = frozenset[Statistic]()
     top = 0
-    region = False
+    whole_region = False
     stop_logit = 0.0
     temperature = 1.0
     floor = 0.0

@@ -9,6 +9,7 @@ from torch import Tensor
 from policies.network.config import PolicyConfig
 from samplers import SamplerParams, Statistic, Step
 from samplers.columns import Columns, LayoutColumns
+from samplers.contract import CanvasReader
 
 
 def random_step(config: PolicyConfig, lengths: list[int], share: float, seed: int = 0) -> Step[Any]:
@@ -43,8 +44,7 @@ def random_step(config: PolicyConfig, lengths: list[int], share: float, seed: in
         "params": params,
         "columns": Columns.of(params),
         "state": {},
-        "canvas": torch.zeros(rows, width, dtype=torch.int64),
-        "row": column(list(range(rows))),
+        "canvas": CanvasReader(torch.zeros(rows, width, dtype=torch.int64), column(list(range(rows)))),
         "token": torch.randint(max(1, config.tokens), (rows, width), generator=generator).masked_fill(~known, -1),
         "confidence": uniform(rows, width).masked_fill(~known, -torch.inf),
         "extra": {name: uniform(rows, width).masked_fill(~known, torch.nan) for name in Statistic},

@@ -37,7 +37,7 @@ class Never:
 
     statistics = Threshold.statistics
     top = 0
-    region = False
+    whole_region = False
 
     def choose(self, step: Step, live: torch.Tensor) -> Decision:
         none = torch.zeros_like(step.candidate)
