@@ -69,21 +69,24 @@ class Columns:
     _kept: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def _column(self, name: str) -> tuple[Tensor, Kind]:
+        place = self._place(name)
+        return self.values[:, place : place + 1], self.spec.kinds[name]
+
+    def _place(self, name: str) -> int:
         try:
-            place = list(self.spec.kinds).index(name)
+            return list(self.spec.kinds).index(name)
         except ValueError:
             raise KeyError(f"there is no numeric parameter {name!r}") from None
-        return self.values[:, place : place + 1], self.spec.kinds[name]
 
     def param(self, name: str, none: float | None = None) -> Tensor:
         """See `StepContext.param`."""
         key = name, none
         if key not in self._kept:
             column, kind = self._column(name)
-            if none is not None:
+            if not self.all_given(name):
+                if none is None:
+                    raise ValueError(f"parameter {name!r} may be null, and nothing is said to stand for it")
                 column = column.masked_fill(column.isnan(), none)
-            elif not self.all_given(name):
-                raise ValueError(f"parameter {name!r} may be null, and nothing is said to stand for it")
             dtype = {"float": torch.float32, "int": torch.int64, "bool": torch.bool}.get(str(kind), torch.int64)
             self._kept[key] = column.to(dtype)
         found: Tensor = self._kept[key]
@@ -108,17 +111,19 @@ class Columns:
 
     def all_given(self, name: str) -> bool:
         """True if no row's parameter is null."""
-        if (key := (name, "all")) not in self._kept:
-            self._kept[key] = bool(self.given(name).all())
-        return bool(self._kept[key])
+        return self._nulls(name) == 0
 
     def any_given(self, name: str) -> bool:
         """True if some row's parameter is not null; False if the parameter does not exist."""
         if name not in self.spec.kinds:
             return False
-        if (key := (name, "any")) not in self._kept:
-            self._kept[key] = bool(self.given(name).any())
-        return bool(self._kept[key])
+        return self._nulls(name) < len(self.values)
+
+    def _nulls(self, name: str) -> int:
+        """Number of rows whose parameter is null."""
+        if "nulls" not in self._kept:
+            self._kept["nulls"] = self.values.isnan().sum(dim=0).tolist()
+        return int(self._kept["nulls"][self._place(name)])
 
     def option(self, name: str, value: str) -> Tensor:
         """See `StepContext.option`."""

@@ -101,6 +101,7 @@ class Batch:
     Attributes:
         causal, shifted, drafting, revising, keeping_state: True if some rows may have such models or rules; work that
             no row needs is skipped. Reset to False only when all rows have left.
+        block_length: length of the longest block, of all rows since then.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
@@ -113,6 +114,7 @@ class Batch:
         self.rows: list[Resident | None] = []
         self._free: list[int] = []
         self.causal = self.shifted = self.drafting = self.revising = self.keeping_state = False
+        self.block_length = 1
         self.tokens = torch.zeros(0, 0, dtype=torch.int64, device=self.device)
         self.masked = torch.zeros(0, 1, dtype=torch.bool, device=self.device)
         self.given = torch.ones(0, 1, dtype=torch.bool, device=self.device)
@@ -159,6 +161,7 @@ class Batch:
 
     def _note_kind(self, row: "Resident") -> None:
         pattern, traits = row.canvas.layout.pattern, row.traits
+        self.block_length = max(self.block_length, row.canvas.layout.block_length)
         self.causal |= pattern.causal
         self.shifted |= pattern.shifted
         self.drafting |= pattern.noise is not None

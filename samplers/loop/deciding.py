@@ -60,21 +60,17 @@ def _commit_something(part: Part, opened: Opened, grid: Grid, each: list[Decisio
     """Commit the candidate of highest confidence in rows whose rule commits nothing."""
     if all(one.whole for one in each):
         return
-    idle = ~some_of_rows(found.commit)
+    idle = ~some_of_rows(found.commit)[:, None]
     for one, members in zip(each, part.members, strict=True):
         if one.whole:
             idle[members.start : members.stop] = False
-    at = places(idle)
-    if not len(at):
-        return
     if part.any_wide:
-        best = surest(grid.confidence.index_select(0, at), opened.candidate.index_select(0, at))
-        found.commit = found.commit.index_copy(0, at, best)
+        found.commit = found.commit | (surest(grid.confidence, opened.candidate) & idle)
         return
     # If only candidates were requested, the confidence elsewhere is minus infinity.
-    place = at * part.width + first_of_largest(grid.confidence)[:, 0].index_select(0, at)
-    there = opened.candidate.view(-1).index_select(0, place)
-    found.commit = found.commit.reshape(-1).index_copy(0, place, there).view(found.commit.shape)
+    place = first_of_largest(grid.confidence)
+    more = idle & opened.candidate.gather(1, place)
+    found.commit = found.commit.scatter(1, place, more | found.commit.gather(1, place))
 
 
 def _joined(each: list[Decision], grid: Grid) -> Decision:

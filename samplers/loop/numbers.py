@@ -1,18 +1,16 @@
 """Integers of a row, one column each in the table of a batch."""
 
-from enum import IntEnum
-
 NEVER = 1 << 40
 """Position beyond every canvas: stands for an end-of-text not yet committed."""
 
 
-class N(IntEnum):
-    """Columns: first those that steps change, then the constant ones.
+class N:
+    """Columns: first those that steps change, then the constant ones. Plain integers: steps use them at every turn.
 
     STEPS counts forwards of the canvas, one each regardless of its views. START and STOP bound the active block.
     CLOSED: end of the blocks that a revising rule has finished. FIRST: the block's first position is masked. ENTERED:
     the block that counters belong to. MOST: result of `post_steps` or `draft_steps`. CONFINED: candidates are
-    restricted to the active block regardless of the rule's window.
+    restricted to the active block regardless of the rule's window. EVEN: all blocks are of the block length.
     """
 
     STEPS = 0
@@ -27,20 +25,20 @@ class N(IntEnum):
     END = 9
     TOLD = 10
     FIRST = 11
-    GEN = 12
-    TEXT = 13
-    BLOCK_LENGTH = 14
-    SHARED = 15
-    BLOCKS = 16
-    CAUSAL = 17
-    NOISE = 18
-    REVISES = 19
-    SEED = 20
-    SLOT = 21
-    LENGTH = 22
-    PROMPT = 23
-    DENOISED = 24
-    STRICT = 25
+    TEXT = 12
+    SHARED = 13
+    CAUSAL = 14
+    REVISES = 15
+    GEN = 16
+    BLOCK_LENGTH = 17
+    BLOCKS = 18
+    NOISE = 19
+    LENGTH = 20
+    PROMPT = 21
+    DENOISED = 22
+    STRICT = 23
+    SEED = 24
+    SLOT = 25
     MASK_ID = 26
     FILL = 27
     DRAFTS = 28
@@ -52,7 +50,8 @@ class N(IntEnum):
     KEEPS = 34
     GREEDY = 35
     WINDOW = 36
-    SPANS_STAY = 37
+    EVEN = 37
+    SPANS_STAY = 38
 
 
 CONTEXT = 5
@@ -61,4 +60,6 @@ CHANGING = 12
 """Number of leading columns that steps change."""
 ENTERING = 20
 """Number of leading columns that determine the active block."""
-COUNT = len(N)
+LAYOUT = slice(N.GEN, N.SLOT + 1)
+"""Columns of canvas lengths and of the random stream."""
+COUNT = N.SPANS_STAY + 1

@@ -61,8 +61,8 @@ class Opened:
     def columns(self, part: Part, members: Members) -> Sequence[Tensor]:
         """Integers of a group's rows that rules can see, one [rows, 1] for each of the first columns of `N`."""
         if not self._columns:
-            columns = self.numbers[:, :CONTEXT].t().unsqueeze(2)
-            self._columns = [each.unbind(0) for each in columns.split_with_sizes(part.sizes, dim=1)]
+            columns = self.numbers[:, :CONTEXT].unsqueeze(2)
+            self._columns = [each.unbind(1) for each in columns.split_with_sizes(part.sizes)]
         return self._columns[members.number]
 
     def asked_positions(self) -> Tensor:
@@ -82,7 +82,8 @@ def open_windows(part: Part) -> Opened:
             block = (position >= n[:, N.START, None]) & (position < n[:, N.STOP, None])
     else:
         position = n[:, N.START, None] + part.offset
-        position.masked_fill_(position >= n[:, N.STOP, None], batch.region)
+        if not part.even:
+            position.masked_fill_(position >= n[:, N.STOP, None], batch.region)
         masked = _at(batch.masked, part, position)
     candidate = masked & block if part.region else masked
     committed = part.nowhere

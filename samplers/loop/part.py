@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from samplers.forward.statistics import Statistic
 from samplers.forward.token_choice import TokenChoices
 from samplers.loop.batch import Batch, Group
 from samplers.loop.masks import anywhere
-from samplers.loop.numbers import N
+from samplers.loop.numbers import LAYOUT, N
 from samplers.loop.row import Row
 from samplers.loop.traits import Traits
 
@@ -57,6 +57,8 @@ class Members:
         params: list[list[SamplerParams]] = [[row.params for row in rows]]
         params += [[row.modifiers[i][1] for row in rows] for i in range(len(group.layers) - 1)]
         columns = [Columns(layer.spec, layer.params.index_select(0, slots)) for layer in group.layers]
+        layout = static[:, LAYOUT].unsqueeze(2).unbind(1)
+        gen, block_length, blocks, noise, length, prompt, denoised, strict, seed, slot = layout
         return cls(
             number,
             start,
@@ -68,9 +70,9 @@ class Members:
             columns,
             slots,
             slots[:, None],
-            static[:, N.SEED, None],
-            static[:, N.SLOT, None],
-            _layout(static),
+            seed,
+            slot,
+            LayoutColumns(length, prompt, gen, block_length, blocks, denoised, noise, strict > 0),
         )
 
     @property
@@ -91,13 +93,24 @@ class Members:
                 yield layer, self.group.layers[layer].owner
 
 
-def _layout(static: Tensor) -> LayoutColumns:
-    """Canvas lengths from the rows' integers [rows, columns]."""
-    length, prompt, gen, block_length, blocks, denoised, noise, strict = (
-        static[:, each, None]
-        for each in (N.LENGTH, N.PROMPT, N.GEN, N.BLOCK_LENGTH, N.BLOCKS, N.DENOISED, N.NOISE, N.STRICT)
-    )
-    return LayoutColumns(length, prompt, gen, block_length, blocks, denoised, noise, strict > 0)
+class _Grids(NamedTuple):
+    """Constants of windows: columns [width], columns of all rows, their rows [rows * width], and masks [rows, width]."""
+
+    offset: Tensor
+    positions: Tensor
+    row: Tensor
+    nowhere: Tensor
+    everywhere: Tensor
+
+
+@lru_cache(maxsize=8)
+def _grids(rows: int, width: int, device: torch.device) -> _Grids:
+    """Constants of windows, shared by all parts of this size. They are never written to."""
+    offset = torch.arange(width, device=device)
+    positions = offset.expand(rows, width).contiguous()
+    row = torch.arange(rows, device=device)[:, None].expand(rows, width).reshape(-1)
+    nowhere = torch.zeros(rows, width, dtype=torch.bool, device=device)
+    return _Grids(offset, positions, row, nowhere, ~nowhere)
 
 
 class Part:
@@ -112,7 +125,7 @@ class Part:
         self.sizes = [len(group) for group in groups]
         self.slots = torch.tensor([row.slot for row in rows], device=batch.device)
         self.static = static = batch.numbers.index_select(0, self.slots)
-        self._least, self._most = torch.stack([static.amin(dim=0), static.amax(dim=0)]).tolist()
+        self._least, self._most = torch.stack(static.aminmax(dim=0)).tolist()
         self._read_traits([group[0].traits for group in groups])
         self._gather()
         self.members: list[Members] = []
@@ -131,6 +144,7 @@ class Part:
         self.region = self.rows[0].part_key[0]
         self.width = most[N.WINDOW]
         self.zero_based = self.region or most[N.BLOCKS] == 1
+        self.even = least[N.EVEN] > 0 and least[N.WINDOW] == self.width
         self.shifted = most[N.SHIFTED] > 0
         self.judging = most[N.JUDGES] > 0
         self.spans_stay = least[N.SPANS_STAY] > 0
@@ -143,16 +157,14 @@ class Part:
 
     def _gather(self) -> None:
         """Compute the indices of the windows in the batch's tensors."""
-        device, shape = self.batch.device, (len(self.rows), self.width)
+        shape = (len(self.rows), self.width)
         self.text, self.gen = self.static[:, N.TEXT], self.static[:, N.GEN]
         self.prompt = self.static[:, N.PROMPT]
         self.flat_tokens = self.slots * self.batch.tokens.shape[1] + self.prompt
         self.flat_masks = self.slots * self.batch.masked.shape[1]
-        self.offset = torch.arange(self.width, device=device)
-        self.positions = self.offset.expand(shape).contiguous()
-        self.row_grid = torch.arange(shape[0], device=device)[:, None].expand(shape).reshape(-1)
-        self.nowhere = torch.zeros(shape, dtype=torch.bool, device=device)
-        self.everywhere = ~self.nowhere
+        grids = _grids(*shape, self.batch.device)
+        self.offset, self.positions, self.row_grid = grids.offset, grids.positions, grids.row
+        self.nowhere, self.everywhere = grids.nowhere, grids.everywhere
 
     @property
     def plain(self) -> bool:

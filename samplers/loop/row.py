@@ -51,6 +51,7 @@ class Row:
         given: bool [gen_length], positions that were not masked initially.
         views: further canvases of every forward; `weight` is that of the canvas itself.
         batch, slot: location of the tensors.
+        now: the row's changing integers, as last read from its batch.
     """
 
     canvas: Canvas
@@ -81,7 +82,7 @@ class Row:
     _mask_id: int = field(default=-1, init=False)
     _text_length: int = field(default=0, init=False)
     _plan: CachePlan = field(init=False, repr=False)
-    _now: list[int] = field(default_factory=list, init=False, repr=False)
+    now: list[int] = field(default_factory=list, init=False, repr=False)
     _same_spans: list[ForwardSpan] | None = field(default=None, init=False, repr=False)
     _spans_stay: bool = field(default=False, init=False, repr=False)
 
@@ -122,7 +123,7 @@ class Row:
         assert self.batch is not None
         enter(self.batch, torch.tensor([self.slot]))
         self.read()
-        self.told += self.canvas.generated[: self._now[N.TOLD]].tolist()
+        self.told += self.canvas.generated[: self.now[N.TOLD]].tolist()
         if self.slot_number == 0:
             self._make_particles()
 
@@ -194,19 +195,17 @@ class Row:
         n[N.VOCABULARY] = -1 if self.vocabulary is None else self.vocabulary
         n[N.SHIFTED], n[N.JUDGES], n[N.KEEPS] = pattern.shifted, pattern.judges_drawn, self.keeps
         n[N.GREEDY], n[N.WINDOW], n[N.SPANS_STAY] = self.choice == GREEDY, self.window_width, self._spans_stay
+        n[N.EVEN] = not layout.shared and layout.gen_length % layout.block_length == 0
         n[N.END], n[N.ENTERED] = NEVER, -1
         return torch.tensor(n, dtype=torch.int64)
 
     def read(self) -> None:
         """Read the row's integers after they changed in its batch."""
         assert self.batch is not None
-        self._now = self.batch.numbers[self.slot, :CHANGING].tolist()
+        self.now = self.batch.numbers[self.slot, :CHANGING].tolist()
 
-    def show(self, now: list[int], told: list[int]) -> list[int]:
-        """Record the row's changing integers and newly settled text. Returns that text without the end-of-text."""
-        self._now = now
-        if not told:
-            return []
+    def tell(self, told: list[int]) -> list[int]:
+        """Record newly settled text. Returns it without the end-of-text."""
         self.told += told
         text = self.told[self.reported : self.end]
         self.reported = len(self.told)
@@ -217,17 +216,17 @@ class Row:
         """Number of forward passes of this generation, every view counted."""
         if self.particles is not None:
             return self.particles.forwards
-        return self._now[N.STEPS] * self.view_count
+        return self.now[N.STEPS] * self.view_count
 
     @property
     def block(self) -> int:
         """Index of the active block."""
-        return self._now[N.BLOCK]
+        return self.now[N.BLOCK]
 
     @property
     def block_step(self) -> int:
         """Number of forwards spent on the active block."""
-        return self._now[N.BLOCK_STEP]
+        return self.now[N.BLOCK_STEP]
 
     @property
     def block_masks(self) -> int:
@@ -235,7 +234,7 @@ class Row:
 
         Block-causal models count the whole block, even where it holds the prompt's end, as their own programs do.
         """
-        return self._now[N.BLOCK_MASKS]
+        return self.now[N.BLOCK_MASKS]
 
     @block_masks.setter
     def block_masks(self, masks: int) -> None:
@@ -246,18 +245,18 @@ class Row:
     @property
     def settled(self) -> int:
         """Length of the committed prefix of the generation region, which can no longer change."""
-        return self._now[N.SETTLED]
+        return self.now[N.SETTLED]
 
     @property
     def end(self) -> int | None:
         """Position of the first committed end-of-text in the generation region; None if there is none."""
-        end = self._now[N.END]
+        end = self.now[N.END]
         return None if end == NEVER else end
 
     @property
     def ended(self) -> bool:
         """True if the text ends with a settled end-of-text."""
-        return self._now[N.TOLD] > self._now[N.END]
+        return self.now[N.TOLD] > self.now[N.END]
 
     @property
     def finished(self) -> bool:
@@ -269,7 +268,7 @@ class Row:
     @property
     def lane_finished(self) -> bool:
         """True if this canvas needs no further forward."""
-        return self.ended or self._now[N.SETTLED] >= self._text_length
+        return self.ended or self.now[N.SETTLED] >= self._text_length
 
     @property
     def lanes(self) -> "list[Row]":
@@ -337,8 +336,8 @@ class Row:
 
     def first_open(self) -> bool:
         """True if the block's first position is masked and is decided by the output at the position before it."""
-        layout, start = self.canvas.layout, self._now[N.START]
-        if not layout.pattern.shifted or not self._now[N.FIRST]:
+        layout, start = self.canvas.layout, self.now[N.START]
+        if not layout.pattern.shifted or not self.now[N.FIRST]:
             return False
         place = layout.block_place(self.block)
         return place > 0 and place >= layout.prompt_length + start
@@ -375,7 +374,7 @@ class Row:
     def asked_bounds(self) -> tuple[int, int]:
         """Range of region positions covered by the next forward for a sampler that requests more than candidates."""
         layout, span = self.canvas.layout, self.span()
-        first, stop = self._now[N.START], self._now[N.STOP]
+        first, stop = self.now[N.START], self.now[N.STOP]
         size = layout.pattern.causal_block
         # Only positions that the active block sees and that see it.
         lowest = max(span.start, 0 if size is None else layout.block_place(self.block) // size * size)
@@ -388,7 +387,7 @@ class Row:
 
     def candidates(self) -> Tensor:
         """Masked positions of the active block that the next forward decides, relative to the generation region."""
-        start, stop = self._now[N.START], self._now[N.STOP]
+        start, stop = self.now[N.START], self.now[N.STOP]
         found = self.canvas.masked[start:stop].nonzero()[:, 0] + start
         return found[:1] if self.opens_block() else found
 
@@ -405,4 +404,6 @@ class Row:
 
 def lanes_of(rows: Sequence[Row]) -> list[Row]:
     """Canvases of these generations that take part in the next forward."""
+    if not any(row.particles for row in rows):
+        return list(rows)
     return [lane for row in rows for lane in ([row] if row.particles is None else row.particles.active)]

@@ -75,30 +75,38 @@ class Loop:
     def __init__(self, batch: Batch, may_wait: bool) -> None:
         self._batch = batch
         self._may_wait = may_wait
-        self._key: list[int] = []
+        self._lanes: list[Row] = []
+        self._version = -1
         self._parts: list[Part] = []
+        self._order: list[int] | None = None
 
-    def _parts_of(self, lanes: Sequence[Row]) -> list[Part]:
+    def _arrange(self, lanes: list[Row]) -> None:
+        """Admit rows and sort them into parts, if they are others than in the last step."""
+        if self._version == self._batch.version and self._lanes == lanes:
+            return
         for row in lanes:
             if row.batch is not self._batch:
                 self._batch.admit(row)
-        key = [self._batch.version, *map(id, lanes)]
-        if key != self._key:
-            if len(set(lanes)) < len(lanes):
-                raise ValueError("a row is given twice for one step")
-            self._parts = [Part(self._batch, groups) for groups in split(lanes)]
-            self._key = key
-        return self._parts
+        if len(set(lanes)) < len(lanes):
+            raise ValueError("a row is given twice for one step")
+        groups = split(lanes)
+        self._parts = [Part(self._batch, each) for each in groups]
+        self._order = None
+        if len(groups) > 1 or len(groups[0]) > 1:
+            place = {row: i for i, row in enumerate(row for part in self._parts for row in part.rows)}
+            self._order = [place[row] for row in lanes]
+        self._lanes, self._version = lanes, self._batch.version
 
     @torch.inference_mode()
     def step(self, rows: Sequence[Row], predict: Predict) -> Turn:
         """Run one forward pass of these rows, none of them finished. Raises all errors except those of samplers."""
         lanes = lanes_of(rows)
-        parts = self._parts_of(lanes)
+        self._arrange(lanes)
+        parts = self._parts
         asked = [ask(part) for part in parts]
         query = together([each for each, _ in asked])
         prediction = predict(query)
-        events: dict[Row, StepEvent] = {}
+        events: list[StepEvent] = []
         first = canvas = 0
         for part, (own, opened) in zip(parts, asked, strict=True):
             count = own.answers
@@ -106,12 +114,16 @@ class Loop:
             broken = blame_bonus(part, own.wanted, opened, mine)
             if prediction.failed:
                 broken |= _failed(part, prediction, canvas)
-            events.update(zip(part.rows, advance(part, opened, mine, self._may_wait, broken), strict=True))
+            events += advance(part, opened, mine, self._may_wait, broken)
             first += count
             canvas += own.generations
-        if len(lanes) == len(rows) and all(row.particles is None for row in rows):
-            return [(row, events[row]) for row in rows]
-        return [each for row in rows for each in _of_row(row, events)]
+        if self._order is not None:
+            events = [events[i] for i in self._order]
+        turn = list(zip(lanes, events, strict=True))
+        if not any(row.particles for row in rows):
+            return turn
+        by_lane = dict(turn)
+        return [each for row in rows for each in _of_row(row, by_lane)]
 
 
 def _failed(part: Part, prediction: Prediction, first: int) -> dict[int, SamplerError]:

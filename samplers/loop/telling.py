@@ -41,20 +41,25 @@ def tell(
     part: Part, opened: Opened, changes: Changes, numbers: Tensor, errors: Mapping[int, SamplerError]
 ) -> list[StepEvent]:
     """One event per row, in order. `numbers` are the rows' integers after the step, [rows, CHANGING]."""
-    told = _newly_told(part, numbers[:, N.TOLD], opened.numbers[:, N.TOLD])
+    grown = numbers[:, N.TOLD] - opened.numbers[:, N.TOLD]
+    told, told_counts = _newly_told(part, opened.numbers[:, N.TOLD], grown), grown.tolist()
     counts = counts_of(changes.row, len(part.rows))
     positions, tokens, confidences = changes.position.tolist(), changes.token.tolist(), changes.confidence.tolist()
-    events = []
-    first = 0
-    for row, now, count, more in zip(part.rows, numbers.tolist(), counts, told, strict=True):
-        stop = first + count
-        text, own = row.show(now, more), slice(first, stop)
+    events, steps = [], N.STEPS
+    first = first_told = 0
+    for row, now, count, more in zip(part.rows, numbers.tolist(), counts, told_counts, strict=True):
+        row.now = now
+        text: list[int] = []
+        if more:
+            text = row.tell(told[first_told : first_told + more])
+            first_told += more
+        own = slice(first, first + count)
+        first += count
+        forward = now[steps] * row.view_count
+        # Empty lists are given since making them as defaults takes longer.
         events.append(
-            StepEvent(
-                now[N.STEPS] * row.view_count, positions[own], tokens[own], confidences[own], [], row.reported, text
-            )
+            StepEvent(forward, positions[own], tokens[own], confidences[own], [], row.reported, text, [], [], [])
         )
-        first = stop
     _add_rest(part, opened, changes, events)
     for i, error in errors.items():
         events[i] = StepEvent(error=error)
@@ -78,14 +83,11 @@ def _add_rest(part: Part, opened: Opened, changes: Changes, events: list[StepEve
             event.draft = draft
 
 
-def _newly_told(part: Part, now: Tensor, before: Tensor) -> Sequence[list[int]]:
-    """Tokens of each row that became settled text with this step."""
-    grown = now - before
-    counts = grown.tolist()
-    if not any(counts):
-        return [[]] * len(counts)
+def _newly_told(part: Part, before: Tensor, grown: Tensor) -> list[int]:
+    """Tokens that became settled text with this step, `grown` [rows] of each row after its first `before` [rows]."""
     which = runs(part.flat_tokens + before, grown)
-    return cut(part.batch.tokens.view(-1).index_select(0, which).tolist(), counts)
+    told: list[int] = part.batch.tokens.view(-1).index_select(0, which).tolist()
+    return told
 
 
 def _by_row(which: Tensor, opened: Opened) -> list[list[int]]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import reduce
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from samplers.loop.numbers import ENTERING, N
 from samplers.randomness import NOISE, uniform
 
 LOOK = 64
-"""Positions among which the next mask is looked for first."""
+"""Positions among which the next mask is looked for at least."""
 Filled = list[tuple[int, list[int]]]
 """Positions that became padding: slot, and positions of its generation region."""
 
@@ -43,48 +44,65 @@ def _find(batch: Batch, slots: Tensor) -> None:
     """Record the active block and the values derived from it."""
     n = batch.numbers.index_select(0, slots)
     c = n[:, :ENTERING].unbind(1)
-    settled = _first_mask(batch, slots, c)
+    low = c[N.SETTLED]
     if batch.revising:
-        settled = torch.where(c[N.REVISES] > 0, settled.minimum(c[N.CLOSED]), settled)
-    block = ((settled + c[N.SHARED]) // c[N.BLOCK_LENGTH]).minimum(c[N.BLOCKS] - 1)
-    first = block * c[N.BLOCK_LENGTH] - c[N.SHARED]
-    start, stop = first.clamp(min=0), (first + c[N.BLOCK_LENGTH]).minimum(c[N.GEN])
-    position, candidate = _masks_between(batch, slots, start, stop)
-    entered = block != c[N.ENTERED]
-    masks = candidate.sum(dim=1)
+        low = torch.where(c[N.REVISES] > 0, c[N.CLOSED], low)
+    found = _find_masks(batch, slots, c, low)
+    entered = found.block != c[N.ENTERED]
+    masks = found.masks
     if batch.causal:  # Programs of such models count the whole block, even where it holds the prompt's end.
         masks = torch.where(c[N.CAUSAL] > 0, c[N.BLOCK_LENGTH], masks)
     torch.where(entered, masks, c[N.BLOCK_MASKS], out=c[N.BLOCK_MASKS])
     c[N.BLOCK_STEP].masked_fill_(entered, 0)
-    n[:, N.BLOCK : N.ENTERED + 1] = torch.stack([block, start, stop, settled, block], dim=1)
+    for column, value in (
+        (N.BLOCK, found.block),
+        (N.START, found.start),
+        (N.STOP, found.stop),
+        (N.SETTLED, found.settled),
+        (N.ENTERED, found.block),
+    ):
+        c[column].copy_(value)
     if batch.shifted:
-        c[N.FIRST].copy_(candidate[:, 0])
-    c[N.TOLD].copy_(c[N.TOLD].maximum(settled.minimum(c[N.TEXT]).minimum(c[N.END] + 1)))
+        c[N.FIRST].copy_(found.first == found.start)
+    torch.maximum(c[N.TOLD], found.settled.minimum(c[N.TEXT]).minimum(c[N.END] + 1), out=c[N.TOLD])
     batch.numbers.index_copy_(0, slots, n)
     if batch.keeping_state:
         batch.reset_blocks(slots[entered])
     if batch.drafting:
         fresh = entered & (c[N.NOISE] > 0)
-        _draw_noise(batch, slots[fresh], position[fresh], candidate[fresh])
+        _draw_noise(batch, slots[fresh], found.start[fresh], found.stop[fresh])
 
 
-def _first_mask(batch: Batch, slots: Tensor, c: Sequence[Tensor]) -> Tensor:
-    """First masked position of each row, or the region's end without one; int64 [rows].
+class _Found(NamedTuple):
+    """Next masks of rows: the first one (the region's end without one), its block, and the block's masks; [rows]."""
 
-    The search begins at the settled (for revising rules: closed) prefix, since all before it is committed, and widens
-    only as long as it finds nothing: its cost does not depend on the region's length.
+    first: Tensor
+    settled: Tensor
+    block: Tensor
+    start: Tensor
+    stop: Tensor
+    masks: Tensor
+
+
+def _find_masks(batch: Batch, slots: Tensor, c: Sequence[Tensor], low: Tensor) -> _Found:
+    """Find the first block with masks from position `low` [rows] on, all before which is committed.
+
+    One look usually covers the next block. It widens only while a block goes on beyond it, so its cost does not depend
+    on the region's length.
     """
-    low = c[N.SETTLED]
-    if batch.revising:
-        low = torch.where(c[N.REVISES] > 0, c[N.CLOSED], low)
-    found, width = c[N.GEN], LOOK
+    width = min(max(LOOK, batch.block_length), batch.region)
     while True:
-        _, masked = _masks_between(batch, slots, low, (low + width).minimum(c[N.GEN]), width)
+        position, masked = _masks_between(batch, slots, low, c[N.GEN], width)
         some, first = first_of_rows(masked)
-        found = torch.where(some & (found == c[N.GEN]), low + first, found)
-        low = low + width
-        if not anywhere((found == c[N.GEN]) & (low < c[N.GEN])):
-            return found
+        first = settled = torch.where(some, low + first, c[N.GEN])
+        if batch.revising:
+            settled = torch.where(c[N.REVISES] > 0, first.minimum(c[N.CLOSED]), first)
+        block = ((settled + c[N.SHARED]) // c[N.BLOCK_LENGTH]).minimum(c[N.BLOCKS] - 1)
+        start = block * c[N.BLOCK_LENGTH] - c[N.SHARED]
+        stop = (start + c[N.BLOCK_LENGTH]).minimum(c[N.GEN])
+        if not anywhere(stop > low + width):
+            masks = (masked & (position < stop[:, None])).sum(dim=1)
+            return _Found(first, settled, block, start.clamp(min=0), stop, masks)
         width *= 4
 
 
@@ -99,9 +117,12 @@ def _masks_between(
     return position, batch.masked.view(-1).index_select(0, place.view(-1)).view(position.shape)
 
 
-def _draw_noise(batch: Batch, slots: Tensor, position: Tensor, candidate: Tensor) -> None:
-    """Fill the candidates of a new block with random tokens, for models without a mask token."""
+def _draw_noise(batch: Batch, slots: Tensor, start: Tensor, stop: Tensor) -> None:
+    """Fill the masks of a new block with random tokens, for models without a mask token."""
+    if not len(slots):
+        return
     n = batch.numbers[slots]
+    position, candidate = _masks_between(batch, slots, start, stop)
     row, column = candidate.nonzero(as_tuple=True)
     position = position[row, column]
     numbers = uniform(n[row, N.SEED], n[row, N.STEPS], position, NOISE)
