@@ -138,8 +138,8 @@ class Batch:
         group.count += 1
         self._note_kind(row)
         _fill_row(self.tokens[slot], row.canvas.tokens)
-        _fill_row(self.masked[slot], row.canvas.masked, False)
-        _fill_row(self.given[slot], row.given, True)
+        _fill_row(self.masked[slot], row.canvas.masked if before is None else before.masked[old], False)
+        _fill_row(self.given[slot], row.given if before is None else before.given[old], True)
         if before is None:
             self.numbers[slot] = row.first_numbers()
             _fill_row(self.ends[slot], torch.tensor(ends, dtype=torch.int64), NO_TOKEN)
@@ -266,9 +266,11 @@ class Batch:
 def _fill_row(row: Tensor, values: Tensor, rest: float = 0) -> None:
     """Write values to the beginning of a row, and `rest` to the remainder."""
     size = len(values)
-    row[:size].copy_(values)
-    if size < len(row):
-        row[size:].fill_(rest)
+    if size == len(row):
+        row.copy_(values)
+        return
+    row[:size].copy_(values[: len(row)])
+    row[size:].fill_(rest)
 
 
 def _grown(old: Tensor, shape: tuple[int, ...], fill: float) -> Tensor:

@@ -24,13 +24,17 @@ def anywhere(mask: Tensor) -> bool:
 
 def first_of_rows(mask: Tensor) -> tuple[Tensor, Tensor]:
     """Mask of rows with a True entry, bool [rows], and the column of the first one, int64 [rows]."""
-    on_cpu = mask.device.type == "cpu"
-    first = torch.from_numpy(mask.numpy().argmax(axis=1)) if on_cpu else mask.byte().argmax(dim=1)
+    if mask.device.type == "cpu":
+        values = mask.numpy()
+        return torch.from_numpy(values.any(axis=1)), torch.from_numpy(values.argmax(axis=1))
+    first = mask.byte().argmax(dim=1)
     return mask.gather(1, first[:, None])[:, 0], first
 
 
 def some_of_rows(mask: Tensor) -> Tensor:
     """Mask of rows with a True entry, bool [rows]."""
+    if mask.device.type == "cpu":
+        return torch.from_numpy(mask.numpy().any(axis=1))
     return first_of_rows(mask)[0]
 
 

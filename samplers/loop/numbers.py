@@ -11,6 +11,7 @@ class N:
     CLOSED: end of the blocks that a revising rule has finished. FIRST: the block's first position is masked. ENTERED:
     the block that counters belong to. MOST: result of `post_steps` or `draft_steps`. CONFINED: candidates are
     restricted to the active block regardless of the rule's window. EVEN: all blocks are of the block length.
+    BLANK: the whole region was masked at first.
     """
 
     STEPS = 0
@@ -51,7 +52,8 @@ class N:
     GREEDY = 35
     WINDOW = 36
     EVEN = 37
-    SPANS_STAY = 38
+    BLANK = 38
+    SPANS_STAY = 39
 
 
 CONTEXT = 5

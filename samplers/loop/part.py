@@ -153,13 +153,15 @@ class Part:
         self.any_wide = any(each.whole_region or each.revises for each in traits)
         self.revising = any(each.revises for each in traits)
         self.drafting = any(each.drafts for each in traits)
+        self.blank = least[N.BLANK] > 0 and not (self.region or self.revising or most[N.NOISE])
         self.reviewed = self.revising or not all(each.ours for each in traits)
 
     def _gather(self) -> None:
         """Compute the indices of the windows in the batch's tensors."""
         shape = (len(self.rows), self.width)
         self.text, self.gen = self.static[:, N.TEXT], self.static[:, N.GEN]
-        self.prompt = self.static[:, N.PROMPT]
+        self.prompt, self.block_length = self.static[:, N.PROMPT], self.static[:, N.BLOCK_LENGTH]
+        self.causal = self.static[:, N.CAUSAL]
         self.flat_tokens = self.slots * self.batch.tokens.shape[1] + self.prompt
         self.flat_masks = self.slots * self.batch.masked.shape[1]
         grids = _grids(*shape, self.batch.device)

@@ -195,6 +195,7 @@ class Row:
         n[N.VOCABULARY] = -1 if self.vocabulary is None else self.vocabulary
         n[N.SHIFTED], n[N.JUDGES], n[N.KEEPS] = pattern.shifted, pattern.judges_drawn, self.keeps
         n[N.GREEDY], n[N.WINDOW], n[N.SPANS_STAY] = self.choice == GREEDY, self.window_width, self._spans_stay
+        n[N.BLANK] = bool(self.canvas.masked.all())
         n[N.EVEN] = not layout.shared and layout.gen_length % layout.block_length == 0
         n[N.END], n[N.ENTERED] = NEVER, -1
         return torch.tensor(n, dtype=torch.int64)

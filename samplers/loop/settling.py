@@ -1,12 +1,12 @@
 """Progress of rows after a step: ends of text, settled prefixes, counters, and the next block."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
 from samplers.loop.masks import anywhere, first_of_rows, places, some_of_rows
-from samplers.loop.numbers import CHANGING, N
+from samplers.loop.numbers import CHANGING, NEVER, N
 from samplers.loop.opened import Opened
 from samplers.loop.part import Part
 from samplers.loop.telling import Changes
@@ -63,9 +63,15 @@ def settle(part: Part, opened: Opened, left: Tensor, filled: Filled, failed: Col
     if part.shifted:
         c[N.FIRST].copy_(some & (first == c[N.START]))
     torch.maximum(c[N.TOLD], settled.minimum(part.text).minimum(c[N.END] + 1), out=c[N.TOLD])
-    if failed:  # they stay as they were
-        gone = list(failed)
-        n[gone], moved[gone] = opened.numbers[gone, :CHANGING], False
+    gone = list(failed)
+    if gone:
+        moved[gone] = False
+    if part.blank:
+        following = moved & (c[N.END] == NEVER)
+        _follow(part, c, following)
+        moved ^= following
+    if gone:  # they stay as they were
+        n[gone] = opened.numbers[gone, :CHANGING]
     batch.numbers[:, :CHANGING].index_copy_(0, slots, n)
     if filled:
         at = {row.slot: i for i, row in enumerate(part.rows)}
@@ -75,3 +81,24 @@ def settle(part: Part, opened: Opened, left: Tensor, filled: Filled, failed: Col
         return n
     filled += enter(batch, slots.index_select(0, moving))
     return batch.numbers[:, :CHANGING].index_select(0, slots)
+
+
+def _follow(part: Part, c: Sequence[Tensor], moved: Tensor) -> None:
+    """Let rows of whole masked regions, bool [rows], enter their next block: nothing in it can be committed already.
+
+    Args:
+        c: the changing integers of all rows, each [rows].
+    """
+    start = c[N.STOP].clone()
+    stop = torch.where(moved, (start + part.block_length).minimum(part.gen), start)
+    masks = torch.where(part.causal > 0, part.block_length, stop - start) if part.batch.causal else stop - start
+    c[N.BLOCK].add_(moved)
+    c[N.ENTERED].add_(moved)
+    torch.where(moved, start, c[N.START], out=c[N.START])
+    torch.where(moved, masks, c[N.BLOCK_MASKS], out=c[N.BLOCK_MASKS])
+    c[N.STOP].copy_(stop)
+    c[N.BLOCK_STEP].masked_fill_(moved, 0)
+    if part.shifted:
+        c[N.FIRST].logical_or_(moved)
+    if part.batch.keeping_state:
+        part.batch.reset_blocks(part.slots[moved])

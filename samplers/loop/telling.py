@@ -42,7 +42,8 @@ def tell(
 ) -> list[StepEvent]:
     """One event per row, in order. `numbers` are the rows' integers after the step, [rows, CHANGING]."""
     grown = numbers[:, N.TOLD] - opened.numbers[:, N.TOLD]
-    told, told_counts = _newly_told(part, opened.numbers[:, N.TOLD], grown), grown.tolist()
+    told_counts = grown.tolist()
+    told = _newly_told(part, opened.numbers[:, N.TOLD], grown) if any(told_counts) else []
     counts = counts_of(changes.row, len(part.rows))
     positions, tokens, confidences = changes.position.tolist(), changes.token.tolist(), changes.confidence.tolist()
     events, steps = [], N.STEPS

@@ -92,7 +92,8 @@ def _find_masks(batch: Batch, slots: Tensor, c: Sequence[Tensor], low: Tensor) -
     """
     width = min(max(LOOK, batch.block_length), batch.region)
     while True:
-        position, masked = _masks_between(batch, slots, low, c[N.GEN], width)
+        position = (low[:, None] + torch.arange(width, device=slots.device)).clamp_(max=batch.region)
+        masked = _masks_at(batch, slots, position)
         some, first = first_of_rows(masked)
         first = settled = torch.where(some, low + first, c[N.GEN])
         if batch.revising:
@@ -113,8 +114,13 @@ def _masks_between(
     width = width or max(1, int((stop - start).max()))
     position = start[:, None] + torch.arange(width, device=slots.device)
     position.masked_fill_(position >= stop[:, None], batch.region)
-    place = slots[:, None] * batch.masked.shape[1] + position
-    return position, batch.masked.view(-1).index_select(0, place.view(-1)).view(position.shape)
+    return position, _masks_at(batch, slots, position)
+
+
+def _masks_at(batch: Batch, slots: Tensor, position: Tensor) -> Tensor:
+    """Masks at region positions, bool [rows, width]."""
+    place = (slots * batch.masked.shape[1])[:, None] + position
+    return batch.masked.view(-1).index_select(0, place.view(-1)).view(position.shape)
 
 
 def _draw_noise(batch: Batch, slots: Tensor, start: Tensor, stop: Tensor) -> None:
