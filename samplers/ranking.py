@@ -6,6 +6,10 @@ import torch
 from torch import Tensor
 
 
+SMALL = 2048
+"""Numbers up to which a branch at each takes less time than further operations."""
+
+
 def best(score: Tensor, candidate: Tensor, count: Tensor | int) -> Tensor:
     """The `count` candidates of highest score in each row. Ties go to the lower position.
 
@@ -46,7 +50,7 @@ def first_of_largest(score: Tensor) -> Tensor:
 
 def _ranked(score: Tensor, candidate: Tensor) -> Tensor:
     """Scores of candidates; minus infinity elsewhere."""
-    if score.device.type == "cpu":
+    if score.device.type == "cpu" and score.numel() > SMALL:
         # A quarter of the time of masked_fill, which branches at every element.
         limit = candidate.view(torch.uint8).to(score.dtype).sub_(0.5).mul_(torch.inf)
         found = score.minimum(limit)
