@@ -64,6 +64,8 @@ def _commit_something(part: Part, opened: Opened, grid: Grid, each: list[Decisio
     for one, members in zip(each, part.members, strict=True):
         if one.whole:
             idle[members.start : members.stop] = False
+    if not anywhere(idle):
+        return
     if part.any_wide:
         found.commit = found.commit | (surest(grid.confidence, opened.candidate) & idle)
         return

@@ -66,7 +66,7 @@ def settle(part: Part, opened: Opened, left: Tensor, filled: Filled, failed: Col
     gone = list(failed)
     if gone:
         moved[gone] = False
-    if part.blank:
+    if part.blank and anywhere(moved):
         following = moved & (c[N.END] == NEVER)
         _follow(part, c, following)
         moved ^= following
