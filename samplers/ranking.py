@@ -5,7 +5,6 @@ import math
 import torch
 from torch import Tensor
 
-
 SMALL = 2048
 """Numbers up to which a branch at each takes less time than further operations."""
 

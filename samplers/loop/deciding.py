@@ -12,7 +12,7 @@ from samplers.loop.check import Chosen, choose, take
 from samplers.loop.contexts import context, keep
 from samplers.loop.grid import Grid
 from samplers.loop.guard import ContractError, failure
-from samplers.loop.masks import anywhere, places, rows_of, some_of_rows
+from samplers.loop.masks import anywhere, rows_of, some_of_rows
 from samplers.loop.opened import Opened
 from samplers.loop.part import Members, Part
 from samplers.ranking import first_of_largest, surest

@@ -1,6 +1,6 @@
 """Events from tensors: a single transfer to Python of the changes and progress of each row."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
