@@ -7,13 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from policies.network.config import PolicyConfig
+from policies.network.lines import Lines
 
 
 class AdaptiveBlock(nn.Module):
     """A DiT block with rotary attention. Each position has one of two conditions; adaptive gates start at 1.
 
-    Inputs that many positions share need to be given once: the block works on lines, and can be told which line each
-    position holds.
+    Inputs that many positions share need to be given once: see `Lines`.
     """
 
     def __init__(self, config: PolicyConfig) -> None:
@@ -27,50 +27,38 @@ class AdaptiveBlock(nn.Module):
         self.qkv, self.out = nn.Linear(hidden, 3 * hidden), nn.Linear(hidden, hidden)
         self.up, self.down = nn.Linear(hidden, config.feedforward), nn.Linear(config.feedforward, hidden)
 
-    def forward(
-        self,
-        x: Tensor,
-        which: Tensor,
-        conditions: Tensor,
-        valid: Tensor | None,
-        holds: Tensor | None = None,
-        wanted: Tensor | None = None,
-        wanted_lines: Tensor | None = None,
-        second_only: bool = False,
-    ) -> Tensor:
-        """The block's output of every position, or of the wanted ones only: [rows, positions, hidden].
-
-        Lines and conditions are numbered through all rows.
+    def forward(self, x: Tensor, conditions: Tensor, lines: Lines) -> Tensor:
+        """The block's output of the wanted lines, [n, hidden].
 
         Args:
-            x: [rows, lines, hidden].
-            which: int64 [rows, lines], the condition of each line.
+            x: [lines, hidden].
             conditions: [2 * rows, hidden], two for each row.
-            valid: bool [rows, width], positions that exist; None: all do.
-            holds: int64 [rows, width], the line of each position; None: each has its own.
-            wanted, wanted_lines: int64 [rows, n], positions whose output is needed, and their lines; None: all.
-            second_only: outputs are needed of positions of the second condition only; others come out wrong.
         """
-        hidden = x.shape[-1]
+        hidden, (rows, width) = x.shape[-1], lines.shape
         scale1, shift1, gate1, scale2, shift2, gate2 = self.condition(conditions).chunk(6, dim=-1)
+        which = lines.which
         h = _adapted(self.attention_norm, x, F.embedding(which, scale1), F.embedding(which, shift1))
-        (query, key, value), (query_bias, key_bias, value_bias) = self.qkv.weight.chunk(3), self.qkv.bias.chunk(3)
-        k, v = F.linear(h, key, key_bias), F.linear(h, value, value_bias)
-        if holds is not None:
-            k, v = F.embedding(holds, k.flatten(0, 1)), F.embedding(holds, v.flatten(0, 1))
-        turns = turns_wanted = rotations(k.shape[1], hidden, self.heads, x.device)
-        if wanted is not None and wanted_lines is not None:
-            x, h = F.embedding(wanted_lines, x.flatten(0, 1)), F.embedding(wanted_lines, h.flatten(0, 1))
-            which, turns_wanted = which.flatten()[wanted_lines], turns[wanted]
-        q = rotated(F.linear(h, query, query_bias), turns_wanted)
-        mixed = attention(q, rotated(k, turns), v, valid, self.heads)
-        if second_only:
-            gate1, scale2, shift2, gate2 = (each[1::2, None] for each in (gate1, scale2, shift2, gate2))
+        keys_and_values = F.linear(h, self.qkv.weight[hidden:], self.qkv.bias[hidden:])
+        if lines.holds is not None:
+            keys_and_values = F.embedding(lines.holds, keys_and_values)
+        k, v = keys_and_values.view(rows, width, -1).chunk(2, dim=-1)
+        if lines.wanted is not None:
+            x, h, which = x[lines.wanted], h[lines.wanted], which[lines.wanted]
+        q = F.linear(h, self.qkv.weight[:hidden], self.qkv.bias[:hidden])
+        turns = rotations(width, hidden, self.heads, x.device)
+        if lines.columns is None:
+            q = rotated(q.view(rows, width, hidden), turns).flatten(0, 1)
         else:
-            gate1, scale2, shift2, gate2 = (F.embedding(which, each) for each in (gate1, scale2, shift2, gate2))
-        x = torch.addcmul(x, 1 + gate1, self.out(mixed))
-        h = _adapted(self.feedforward_norm, x, scale2, shift2)
-        out: Tensor = torch.addcmul(x, 1 + gate2, self.down(F.gelu(self.up(h))))
+            q = rotated(q, turns.index_select(0, lines.columns))
+        most, slots = lines.slots
+        if slots is not None:
+            q = q.new_zeros(rows * most, hidden).index_copy_(0, slots, q)
+        mixed = attention(q.view(rows, most, hidden), rotated(k, turns), v, lines.valid, self.heads).flatten(0, 1)
+        if slots is not None:
+            mixed = F.embedding(slots, mixed)
+        x = torch.addcmul(x, F.embedding(which, 1 + gate1), self.out(mixed))
+        h = _adapted(self.feedforward_norm, x, F.embedding(which, scale2), F.embedding(which, shift2))
+        out: Tensor = torch.addcmul(x, F.embedding(which, 1 + gate2), self.down(F.gelu(self.up(h))))
         return out
 
 
@@ -105,5 +93,5 @@ def rotations(length: int, hidden: int, heads: int, device: torch.device, base: 
 
 
 def rotated(x: Tensor, turns: Tensor) -> Tensor:
-    """Neighbouring pairs of numbers turned: [rows, n, hidden] by complex64 [n, hidden / 2] or [rows, n, hidden / 2]."""
-    return torch.view_as_real(torch.view_as_complex(x.view(*x.shape[:-1], -1, 2)) * turns).flatten(-2)
+    """Neighbouring pairs of numbers turned: [rows, n, hidden] or [n, hidden] by complex64 [n, hidden / 2]."""
+    return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turns).flatten(-2)
