@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from policies.network.config import PolicyConfig
+from policies.network.linear import linear
 from policies.network.lines import Lines
 
 
@@ -35,30 +36,35 @@ class AdaptiveBlock(nn.Module):
             conditions: [2 * rows, hidden], two for each row.
         """
         hidden, (rows, width) = x.shape[-1], lines.shape
-        scale1, shift1, gate1, scale2, shift2, gate2 = self.condition(conditions).chunk(6, dim=-1)
+        parts = self.condition(conditions).view(-1, 6, hidden).transpose(0, 1).contiguous()
+        scale1, shift1, gate1, scale2, shift2, gate2 = parts.unbind(0)
         which = lines.which
         h = _adapted(self.attention_norm, x, F.embedding(which, scale1), F.embedding(which, shift1))
-        keys_and_values = F.linear(h, self.qkv.weight[hidden:], self.qkv.bias[hidden:])
+        keys_and_values = linear(h, self.qkv.weight[hidden:], self.qkv.bias[hidden:])
         if lines.holds is not None:
             keys_and_values = F.embedding(lines.holds, keys_and_values)
         k, v = keys_and_values.view(rows, width, -1).chunk(2, dim=-1)
         if lines.wanted is not None:
             x, h, which = x[lines.wanted], h[lines.wanted], which[lines.wanted]
-        q = F.linear(h, self.qkv.weight[:hidden], self.qkv.bias[:hidden])
+        q = linear(h, self.qkv.weight[:hidden], self.qkv.bias[:hidden])
         turns = rotations(width, hidden, self.heads, x.device)
         if lines.columns is None:
             q = rotated(q.view(rows, width, hidden), turns).flatten(0, 1)
         else:
-            q = rotated(q, turns.index_select(0, lines.columns))
+            # Rows of real numbers are picked much faster than rows of complex ones.
+            picked = F.embedding(lines.columns, torch.view_as_real(turns).flatten(1))
+            q = rotated(q, torch.view_as_complex(picked.unflatten(-1, (-1, 2))))
         most, slots = lines.slots
         if slots is not None:
             q = q.new_zeros(rows * most, hidden).index_copy_(0, slots, q)
         mixed = attention(q.view(rows, most, hidden), rotated(k, turns), v, lines.valid, self.heads).flatten(0, 1)
         if slots is not None:
             mixed = F.embedding(slots, mixed)
-        x = torch.addcmul(x, F.embedding(which, 1 + gate1), self.out(mixed))
+        x = torch.addcmul(x, F.embedding(which, 1 + gate1), linear(mixed, self.out.weight, self.out.bias))
         h = _adapted(self.feedforward_norm, x, F.embedding(which, scale2), F.embedding(which, shift2))
-        out: Tensor = torch.addcmul(x, F.embedding(which, 1 + gate2), self.down(F.gelu(self.up(h))))
+        h = F.gelu(linear(h, self.up.weight, self.up.bias))
+        h = linear(h, self.down.weight, self.down.bias)
+        out: Tensor = torch.addcmul(x, F.embedding(which, 1 + gate2), h)
         return out
 
 

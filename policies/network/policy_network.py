@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from policies.network import features
 from policies.network.adaptive_block import AdaptiveBlock
 from policies.network.config import PolicyConfig
+from policies.network.linear import linear
 from policies.network.lines import Lines, some
 from policies.network.observation import Observation, observe
 from samplers import Statistic, Step
+from samplers.loop.masks import anywhere
 
 TIME_WIDTH = 128
 
@@ -72,7 +74,7 @@ class UnmaskingPolicy(nn.Module):
             wanted: int64 [n], positions among those of all rows whose logits are needed; None: all.
         """
         # On an accelerator, waiting for the answer takes longer than masking what needs no mask.
-        valid = None if seen.valid.device.type == "cpu" and bool(seen.valid.all()) else seen.valid
+        valid = None if seen.valid.device.type == "cpu" and not anywhere(~seen.valid) else seen.valid
         every = lines = Lines.every(seen.masked, valid)
         conditions, x = self._conditions(seen.time, speed), self._stream(seen.features, seen.tokens)
         *first, last = self.blocks
@@ -91,7 +93,7 @@ class UnmaskingPolicy(nn.Module):
         return self._with_speed(logits.view(seen.masked.shape), speed)
 
     def _stream(self, features: Tensor, tokens: Tensor | None) -> Tensor:
-        x: Tensor = self.stream(features)
+        x = linear(features, self.stream.weight, self.stream.bias)
         if self.token is None:
             return x
         if tokens is None:
