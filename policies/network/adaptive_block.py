@@ -9,6 +9,11 @@ from torch import Tensor, nn
 from policies.network.config import PolicyConfig
 from policies.network.linear import linear
 from policies.network.lines import Lines
+from samplers.loop.masks import runs
+
+
+WORTH_A_CALL = 32
+"""Queries of a row whose attention takes about as long as a call does."""
 
 
 class AdaptiveBlock(nn.Module):
@@ -54,12 +59,7 @@ class AdaptiveBlock(nn.Module):
             # Rows of real numbers are picked much faster than rows of complex ones.
             picked = F.embedding(lines.columns, torch.view_as_real(turns).flatten(1))
             q = rotated(q, torch.view_as_complex(picked.unflatten(-1, (-1, 2))))
-        most, slots = lines.slots
-        if slots is not None:
-            q = q.new_zeros(rows * most, hidden).index_copy_(0, slots, q)
-        mixed = attention(q.view(rows, most, hidden), rotated(k, turns), v, lines.valid, self.heads).flatten(0, 1)
-        if slots is not None:
-            mixed = F.embedding(slots, mixed)
+        mixed = attention_of_lines(q, rotated(k, turns), v, lines.valid, self.heads, lines.counts)
         x = torch.addcmul(x, F.embedding(which, 1 + gate1), linear(mixed, self.out.weight, self.out.bias))
         h = _adapted(self.feedforward_norm, x, F.embedding(which, scale2), F.embedding(which, shift2))
         h = F.gelu(linear(h, self.up.weight, self.up.bias))
@@ -71,6 +71,27 @@ class AdaptiveBlock(nn.Module):
 def _adapted(norm: nn.LayerNorm, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     out: Tensor = torch.addcmul(shift, norm(x), 1 + scale)
     return out
+
+
+def attention_of_lines(
+    q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, heads: int, counts: list[int] | None
+) -> Tensor:
+    """Attention of [n, hidden] queries, row after row.
+
+    Args:
+        k, v, valid: see `attention`.
+        counts: number of queries of each row; None: width.
+    """
+    rows, most = len(k), max(counts or k.shape[1:2])
+    if rows * most == len(q):
+        return attention(q.view(rows, most, -1), k, v, valid, heads).flatten(0, 1)
+    if counts is not None and rows * most > len(q) + rows * WORTH_A_CALL:
+        each = (None,) * rows if valid is None else valid.split(1)
+        parts = zip(q.split(counts), k.split(1), v.split(1), each, strict=True)
+        return torch.cat([attention(one[None], *others, heads)[0] for one, *others in parts])
+    slots = runs(torch.arange(0, rows * most, most), torch.tensor(counts)).to(q.device)
+    padded = q.new_zeros(rows * most, q.shape[1]).index_copy_(0, slots, q)
+    return F.embedding(slots, attention(padded.view(rows, most, -1), k, v, valid, heads).flatten(0, 1))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, heads: int) -> Tensor:

@@ -9,6 +9,10 @@ from torch import Tensor
 from samplers.loop.masks import counts_of, places
 
 
+FEW = 0.75
+"""Share of the positions up to which computing only the wanted ones pays."""
+
+
 @dataclass(frozen=True)
 class Lines:
     """Lines of a network's input, and the positions that they stand for.
@@ -62,19 +66,10 @@ class Lines:
         return None if self.places is None else self.places % self.shape[1]
 
     @cached_property
-    def slots(self) -> tuple[int, Tensor | None]:
-        """The largest number of wanted positions of a row, n, and their places in [rows * n]; None: one by one."""
+    def counts(self) -> list[int] | None:
+        """Number of wanted positions of each row; None: all."""
         rows, width = self.shape
-        if self.places is None:
-            return width, None
-        row = self.places // width
-        counts = counts_of(row, rows)
-        most = max(counts)
-        if most * rows == len(row):
-            return most, None
-        ends = torch.tensor(counts).cumsum(0)
-        shift = torch.arange(0, rows * most, most) - ends + torch.tensor(counts)
-        return most, torch.arange(len(row), device=row.device) + shift.to(row.device).index_select(0, row)
+        return None if self.places is None else counts_of(self.places // width, rows)
 
 
 def conditions_of(masked: Tensor) -> Tensor:
@@ -83,11 +78,11 @@ def conditions_of(masked: Tensor) -> Tensor:
 
 
 def some(wanted: Tensor) -> Tensor | None:
-    """True positions of bool [rows, width], int64 [n]; None: all of them.
+    """True positions of bool [rows, width], int64 [n]; None if they are most: all are to be computed.
 
     Only on the CPU: elsewhere to wait for their number takes longer than to compute the others.
     """
     if wanted.device.type != "cpu":
         return None
     found = places(wanted)
-    return None if len(found) == wanted.numel() else found
+    return None if len(found) > FEW * wanted.numel() else found
