@@ -11,7 +11,6 @@ from policies.network.linear import linear
 from policies.network.lines import Lines
 from samplers.loop.masks import runs
 
-
 WORTH_A_CALL = 32
 """Queries of a row whose attention takes about as long as a call does."""
 
@@ -34,37 +33,36 @@ class AdaptiveBlock(nn.Module):
         self.up, self.down = nn.Linear(hidden, config.feedforward), nn.Linear(config.feedforward, hidden)
 
     def forward(self, x: Tensor, conditions: Tensor, lines: Lines) -> Tensor:
-        """The block's output of the wanted lines, [n, hidden].
+        """The block's output of the wanted lines, [n, hidden], or [rows, width, hidden] of all positions.
 
         Args:
-            x: [lines, hidden].
+            x: [lines, hidden], or [rows, width, hidden] if each position has its own line.
             conditions: [2 * rows, hidden], two for each row.
         """
-        hidden, (rows, width) = x.shape[-1], lines.shape
+        hidden, width = x.shape[-1], lines.shape[1]
         parts = self.condition(conditions).view(-1, 6, hidden).transpose(0, 1).contiguous()
         scale1, shift1, gate1, scale2, shift2, gate2 = parts.unbind(0)
-        which = lines.which
-        h = _adapted(self.attention_norm, x, F.embedding(which, scale1), F.embedding(which, shift1))
-        keys_and_values = linear(h, self.qkv.weight[hidden:], self.qkv.bias[hidden:])
+        h = _adapted(self.attention_norm, x, F.embedding(lines.which, scale1), F.embedding(lines.which, shift1))
+        (query, key, value), (query_bias, key_bias, value_bias) = self.qkv.weight.chunk(3), self.qkv.bias.chunk(3)
+        k, v = linear(h, key, key_bias), linear(h, value, value_bias)
         if lines.holds is not None:
-            keys_and_values = F.embedding(lines.holds, keys_and_values)
-        k, v = keys_and_values.view(rows, width, -1).chunk(2, dim=-1)
+            k, v = F.embedding(lines.holds, k), F.embedding(lines.holds, v)
+        k, v = (each.view(*lines.shape, hidden) for each in (k, v))
         if lines.wanted is not None:
-            x, h, which = x[lines.wanted], h[lines.wanted], which[lines.wanted]
-        q = linear(h, self.qkv.weight[:hidden], self.qkv.bias[:hidden])
-        turns = rotations(width, hidden, self.heads, x.device)
-        if lines.columns is None:
-            q = rotated(q.view(rows, width, hidden), turns).flatten(0, 1)
-        else:
+            x, h = x.view(-1, hidden)[lines.wanted], h.view(-1, hidden)[lines.wanted]
+        q = linear(h, query, query_bias)
+        turns = turns_wanted = rotations(width, hidden, self.heads, x.device)
+        if lines.columns is not None:
             # Rows of real numbers are picked much faster than rows of complex ones.
             picked = F.embedding(lines.columns, torch.view_as_real(turns).flatten(1))
-            q = rotated(q, torch.view_as_complex(picked.unflatten(-1, (-1, 2))))
-        mixed = attention_of_lines(q, rotated(k, turns), v, lines.valid, self.heads, lines.counts)
-        x = torch.addcmul(x, F.embedding(which, 1 + gate1), linear(mixed, self.out.weight, self.out.bias))
-        h = _adapted(self.feedforward_norm, x, F.embedding(which, scale2), F.embedding(which, shift2))
+            turns_wanted = torch.view_as_complex(picked.view(-1, hidden // 2, 2))
+        q, k = rotated(q, turns_wanted), rotated(k, turns)
+        mixed = attention_of_lines(q, k, v, lines.valid, self.heads, lines.counts)
+        x = torch.addcmul(x, lines.spread(1 + gate1), linear(mixed, self.out.weight, self.out.bias))
+        h = _adapted(self.feedforward_norm, x, lines.spread(scale2), lines.spread(shift2))
         h = F.gelu(linear(h, self.up.weight, self.up.bias))
         h = linear(h, self.down.weight, self.down.bias)
-        out: Tensor = torch.addcmul(x, F.embedding(which, 1 + gate2), h)
+        out: Tensor = torch.addcmul(x, lines.spread(1 + gate2), h)
         return out
 
 
@@ -76,19 +74,21 @@ def _adapted(norm: nn.LayerNorm, x: Tensor, scale: Tensor, shift: Tensor) -> Ten
 def attention_of_lines(
     q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, heads: int, counts: list[int] | None
 ) -> Tensor:
-    """Attention of [n, hidden] queries, row after row.
+    """Attention of [n, hidden] queries, row after row, or of [rows, width, hidden] ones.
 
     Args:
         k, v, valid: see `attention`.
-        counts: number of queries of each row; None: width.
+        counts: number of queries of each row; None: all the width.
     """
-    rows, most = len(k), max(counts or k.shape[1:2])
+    if counts is None:
+        return attention(q, k, v, valid, heads)
+    rows, most = len(k), max(counts)
+    if rows * most > len(q) + rows * WORTH_A_CALL:
+        each = [None] * rows if valid is None else valid[:, None].unbind(0)
+        parts = zip(q.split_with_sizes(counts), k[:, None].unbind(0), v[:, None].unbind(0), each, strict=True)
+        return torch.cat([attention(q[None], k, v, valid, heads)[0] for q, k, v, valid in parts])
     if rows * most == len(q):
         return attention(q.view(rows, most, -1), k, v, valid, heads).flatten(0, 1)
-    if counts is not None and rows * most > len(q) + rows * WORTH_A_CALL:
-        each = (None,) * rows if valid is None else valid.split(1)
-        parts = zip(q.split(counts), k.split(1), v.split(1), each, strict=True)
-        return torch.cat([attention(one[None], *others, heads)[0] for one, *others in parts])
     slots = runs(torch.arange(0, rows * most, most), torch.tensor(counts)).to(q.device)
     padded = q.new_zeros(rows * most, q.shape[1]).index_copy_(0, slots, q)
     return F.embedding(slots, attention(padded.view(rows, most, -1), k, v, valid, heads).flatten(0, 1))
@@ -121,4 +121,4 @@ def rotations(length: int, hidden: int, heads: int, device: torch.device, base: 
 
 def rotated(x: Tensor, turns: Tensor) -> Tensor:
     """Neighbouring pairs of numbers turned: [rows, n, hidden] or [n, hidden] by complex64 [n, hidden / 2]."""
-    return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turns).flatten(-2)
+    return torch.view_as_real(torch.view_as_complex(x.view(*x.shape[:-1], -1, 2)) * turns).flatten(-2)

@@ -4,10 +4,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from samplers.loop.masks import counts_of, places
-
 
 FEW = 0.75
 """Share of the positions up to which computing only the wanted ones pays."""
@@ -21,11 +21,12 @@ class Lines:
 
     Attributes:
         shape: rows and width of the batch.
-        which: int64 [lines], the condition of each line.
+        which: int64 [lines], the condition of each line; [rows, width] if each position has its own line.
         valid: bool [rows, width], positions that exist; None: all do.
         holds: int64 [rows * width], the line of each position; None: each has its own, in order.
         wanted: lines whose output is needed, int64 [n] or a slice; None: all.
         places: int64 [n], the positions of the wanted lines among all of the batch, ascending; None: all.
+        masked_only: outputs are needed of masked positions only; others may come out wrong.
     """
 
     shape: tuple[int, int]
@@ -34,11 +35,12 @@ class Lines:
     holds: Tensor | None = None
     wanted: Tensor | slice | None = None
     places: Tensor | None = None
+    masked_only: bool = False
 
     @classmethod
     def every(cls, masked: Tensor, valid: Tensor | None) -> "Lines":
         """One line for each position of bool [rows, width]."""
-        return cls((len(masked), masked.shape[1]), conditions_of(masked).flatten(), valid)
+        return cls((len(masked), masked.shape[1]), conditions_of(masked), valid)
 
     @classmethod
     def known(cls, masked: Tensor, valid: Tensor | None, known: Tensor) -> "Lines":
@@ -54,11 +56,19 @@ class Lines:
         which = torch.cat([first, which.index_select(0, known)])
         return cls((rows, width), which, valid, holds, slice(2 * rows, None), known)
 
-    def asking(self, wanted: Tensor) -> "Lines":
-        """The same lines where outputs of these positions only are needed, int64 [n]."""
-        if self.places is not None and len(self.places) == len(wanted):
-            return self
-        return replace(self, places=wanted, wanted=wanted if self.holds is None else self.holds.index_select(0, wanted))
+    def asking(self, wanted: Tensor | None) -> "Lines":
+        """The same lines where outputs of these masked positions only are needed, int64 [n]; None: of all masked."""
+        if wanted is None or (self.places is not None and len(self.places) == len(wanted)):
+            return replace(self, masked_only=True)
+        lines = wanted if self.holds is None else self.holds.index_select(0, wanted)
+        return replace(self, places=wanted, wanted=lines, masked_only=True)
+
+    def spread(self, table: Tensor) -> Tensor:
+        """A row of the table, [2 * rows, hidden], for each wanted line, by its condition."""
+        if self.masked_only and self.places is None:
+            return table[1::2, None]
+        which = self.which if self.wanted is None else self.which.flatten()[self.wanted]
+        return F.embedding(which, table)
 
     @cached_property
     def columns(self) -> Tensor | None:

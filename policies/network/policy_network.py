@@ -58,42 +58,40 @@ class UnmaskingPolicy(nn.Module):
             speed: [rows] in 0..1, for a policy that takes one.
             tokens: int64 [rows, width], predicted tokens, for a policy that reads them; -1 if unknown.
         """
-        x = self._stream(features, tokens).flatten(0, 1)
+        x = self._stream(features, tokens)
         conditions, lines = self._conditions(time, speed), Lines.every(masked, valid)
         for block in self.blocks:
             x = block(x, conditions, lines)
-        return self._with_speed(self._logits(x).view(masked.shape), speed)
+        return self._with_speed(self._logits(x), speed)
 
     def score_some(self, seen: Observation, wanted: Tensor | None, speed: Tensor | None = None) -> Tensor:
-        """Logits, float32 [rows, width], and 0 where they are not wanted.
+        """Logits of masked positions, float32 [rows, width]; those of others come out wrong.
 
         Where an observation has places, the inputs of all other positions differ in their mask bit only: their keys
         and values are computed once for each bit.
 
         Args:
-            wanted: int64 [n], positions among those of all rows whose logits are needed; None: all.
+            wanted: int64 [n], masked positions among those of all rows whose logits are needed; None: all.
         """
         # On an accelerator, waiting for the answer takes longer than masking what needs no mask.
         valid = None if seen.valid.device.type == "cpu" and not anywhere(~seen.valid) else seen.valid
         every = lines = Lines.every(seen.masked, valid)
         conditions, x = self._conditions(seen.time, speed), self._stream(seen.features, seen.tokens)
         *first, last = self.blocks
-        if seen.places is None:
-            x = x.flatten(0, 1)
-        else:
+        if seen.places is not None:
             lines = Lines.known(seen.masked, valid, seen.places)
             x = torch.cat([self.stream.bias.expand(2 * len(seen.masked), -1), x])
-            if first:  # from the second block on, positions differ in more
-                x, lines = F.embedding(lines.holds, x), every
+            if first and lines.holds is not None:  # from the second block on, positions differ in more
+                x, lines = F.embedding(lines.holds, x).view(*every.shape, -1), every
         for block in first:
             x = block(x, conditions, lines)
-        logits = self._logits(last(x, conditions, lines if wanted is None else lines.asking(wanted)))
+        logits = self._logits(last(x, conditions, lines.asking(wanted)))
         if wanted is not None:
             logits = logits.new_zeros(seen.masked.numel()).index_copy_(0, wanted, logits)
         return self._with_speed(logits.view(seen.masked.shape), speed)
 
     def _stream(self, features: Tensor, tokens: Tensor | None) -> Tensor:
-        x = linear(features, self.stream.weight, self.stream.bias)
+        x: Tensor = linear(features, self.stream.weight, self.stream.bias)
         if self.token is None:
             return x
         if tokens is None:
