@@ -7,13 +7,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from policies.network.config import PolicyConfig
+from policies.network.linear import linear
+from policies.network.lines import Lines
+from samplers.loop.masks import runs
+
+WORTH_A_CALL = 32
+"""Queries of a row whose attention takes about as long as a call does."""
 
 
 class AdaptiveBlock(nn.Module):
     """A DiT block with rotary attention. Each position has one of two conditions; adaptive gates start at 1.
 
-    Inputs that many positions share need to be given once: the block works on lines, and can be told which line each
-    position holds.
+    Inputs that many positions share need to be given once: see `Lines`.
     """
 
     def __init__(self, config: PolicyConfig) -> None:
@@ -27,56 +32,66 @@ class AdaptiveBlock(nn.Module):
         self.qkv, self.out = nn.Linear(hidden, 3 * hidden), nn.Linear(hidden, hidden)
         self.up, self.down = nn.Linear(hidden, config.feedforward), nn.Linear(config.feedforward, hidden)
 
-    def forward(
-        self,
-        x: Tensor,
-        which: Tensor,
-        conditions: Tensor,
-        valid: Tensor | None,
-        holds: Tensor | None = None,
-        wanted: Tensor | None = None,
-        wanted_lines: Tensor | None = None,
-        second_only: bool = False,
-    ) -> Tensor:
-        """The block's output of every position, or of the wanted ones only: [rows, positions, hidden].
-
-        Lines and conditions are numbered through all rows.
+    def forward(self, x: Tensor, conditions: Tensor, lines: Lines) -> Tensor:
+        """The block's output of the wanted lines, [n, hidden], or [rows, width, hidden] of all positions.
 
         Args:
-            x: [rows, lines, hidden].
-            which: int64 [rows, lines], the condition of each line.
+            x: [lines, hidden], or [rows, width, hidden] if each position has its own line.
             conditions: [2 * rows, hidden], two for each row.
-            valid: bool [rows, width], positions that exist; None: all do.
-            holds: int64 [rows, width], the line of each position; None: each has its own.
-            wanted, wanted_lines: int64 [rows, n], positions whose output is needed, and their lines; None: all.
-            second_only: outputs are needed of positions of the second condition only; others come out wrong.
         """
-        hidden = x.shape[-1]
-        scale1, shift1, gate1, scale2, shift2, gate2 = self.condition(conditions).chunk(6, dim=-1)
-        h = _adapted(self.attention_norm, x, F.embedding(which, scale1), F.embedding(which, shift1))
+        hidden, width = x.shape[-1], lines.shape[1]
+        parts = self.condition(conditions).view(-1, 6, hidden).transpose(0, 1).contiguous()
+        scale1, shift1, gate1, scale2, shift2, gate2 = parts.unbind(0)
+        h = _adapted(self.attention_norm, x, F.embedding(lines.which, scale1), F.embedding(lines.which, shift1))
         (query, key, value), (query_bias, key_bias, value_bias) = self.qkv.weight.chunk(3), self.qkv.bias.chunk(3)
-        k, v = F.linear(h, key, key_bias), F.linear(h, value, value_bias)
-        if holds is not None:
-            k, v = F.embedding(holds, k.flatten(0, 1)), F.embedding(holds, v.flatten(0, 1))
-        turns = turns_wanted = rotations(k.shape[1], hidden, self.heads, x.device)
-        if wanted is not None and wanted_lines is not None:
-            x, h = F.embedding(wanted_lines, x.flatten(0, 1)), F.embedding(wanted_lines, h.flatten(0, 1))
-            which, turns_wanted = which.flatten()[wanted_lines], turns[wanted]
-        q = rotated(F.linear(h, query, query_bias), turns_wanted)
-        mixed = attention(q, rotated(k, turns), v, valid, self.heads)
-        if second_only:
-            gate1, scale2, shift2, gate2 = (each[1::2, None] for each in (gate1, scale2, shift2, gate2))
-        else:
-            gate1, scale2, shift2, gate2 = (F.embedding(which, each) for each in (gate1, scale2, shift2, gate2))
-        x = torch.addcmul(x, 1 + gate1, self.out(mixed))
-        h = _adapted(self.feedforward_norm, x, scale2, shift2)
-        out: Tensor = torch.addcmul(x, 1 + gate2, self.down(F.gelu(self.up(h))))
+        k, v = linear(h, key, key_bias), linear(h, value, value_bias)
+        if lines.holds is not None:
+            k, v = F.embedding(lines.holds, k), F.embedding(lines.holds, v)
+        k, v = (each.view(*lines.shape, hidden) for each in (k, v))
+        if lines.wanted is not None:
+            x, h = x.view(-1, hidden)[lines.wanted], h.view(-1, hidden)[lines.wanted]
+        q = linear(h, query, query_bias)
+        turns = turns_wanted = rotations(width, hidden, self.heads, x.device)
+        if lines.columns is not None:
+            # Rows of real numbers are picked much faster than rows of complex ones.
+            picked = F.embedding(lines.columns, torch.view_as_real(turns).flatten(1))
+            turns_wanted = torch.view_as_complex(picked.view(-1, hidden // 2, 2))
+        q, k = rotated(q, turns_wanted), rotated(k, turns)
+        mixed = attention_of_lines(q, k, v, lines.valid, self.heads, lines.counts)
+        x = torch.addcmul(x, lines.spread(1 + gate1), linear(mixed, self.out.weight, self.out.bias))
+        h = _adapted(self.feedforward_norm, x, lines.spread(scale2), lines.spread(shift2))
+        h = F.gelu(linear(h, self.up.weight, self.up.bias))
+        h = linear(h, self.down.weight, self.down.bias)
+        out: Tensor = torch.addcmul(x, lines.spread(1 + gate2), h)
         return out
 
 
 def _adapted(norm: nn.LayerNorm, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     out: Tensor = torch.addcmul(shift, norm(x), 1 + scale)
     return out
+
+
+def attention_of_lines(
+    q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, heads: int, counts: list[int] | None
+) -> Tensor:
+    """Attention of [n, hidden] queries, row after row, or of [rows, width, hidden] ones.
+
+    Args:
+        k, v, valid: see `attention`.
+        counts: number of queries of each row; None: all the width.
+    """
+    if counts is None:
+        return attention(q, k, v, valid, heads)
+    rows, most = len(k), max(counts)
+    if rows * most > len(q) + rows * WORTH_A_CALL:
+        each = [None] * rows if valid is None else valid[:, None].unbind(0)
+        parts = zip(q.split_with_sizes(counts), k[:, None].unbind(0), v[:, None].unbind(0), each, strict=True)
+        return torch.cat([attention(q[None], k, v, valid, heads)[0] for q, k, v, valid in parts])
+    if rows * most == len(q):
+        return attention(q.view(rows, most, -1), k, v, valid, heads).flatten(0, 1)
+    slots = runs(torch.arange(0, rows * most, most), torch.tensor(counts)).to(q.device)
+    padded = q.new_zeros(rows * most, q.shape[1]).index_copy_(0, slots, q)
+    return F.embedding(slots, attention(padded.view(rows, most, -1), k, v, valid, heads).flatten(0, 1))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, heads: int) -> Tensor:
@@ -105,5 +120,5 @@ def rotations(length: int, hidden: int, heads: int, device: torch.device, base: 
 
 
 def rotated(x: Tensor, turns: Tensor) -> Tensor:
-    """Neighbouring pairs of numbers turned: [rows, n, hidden] by complex64 [n, hidden / 2] or [rows, n, hidden / 2]."""
+    """Neighbouring pairs of numbers turned: [rows, n, hidden] or [n, hidden] by complex64 [n, hidden / 2]."""
     return torch.view_as_real(torch.view_as_complex(x.view(*x.shape[:-1], -1, 2)) * turns).flatten(-2)

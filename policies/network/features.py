@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Literal
 
 import torch
@@ -39,7 +39,7 @@ def statistics(features: tuple[Feature, ...]) -> frozenset[Statistic]:
     return frozenset(wanted[name] for name in features if name in wanted)
 
 
-def read(step: Step, features: tuple[Feature, ...], columns: Tensor | None = None) -> Tensor:
+def read(step: Step, features: tuple[Feature, ...], places: Tensor | None = None) -> Tensor:
     """Features side by side, float32 [rows, width, numbers]; zeros where the step knows nothing of a position.
 
     `confidence` alone is the paper's input (arXiv 2512.09106, section 3.2). `doubt` is how far it is from 1, in logs: a
@@ -48,34 +48,32 @@ def read(step: Step, features: tuple[Feature, ...], columns: Tensor | None = Non
     the position is.
 
     Args:
-        columns: int64 [rows, n], read these columns of the step only: [rows, n, numbers].
+        places: int64 [n], read these positions only, numbered through all rows: [n, numbers].
     """
-    reader = _Reader(step, columns)
+    reader = _Reader(step, places)
     read = torch.cat([_READERS[name](reader) for name in features], dim=-1).float()
     return read.masked_fill_(~reader.known, 0.0)
 
 
 class _Reader:
-    """Columns of a step; values are [rows, n, numbers]."""
+    """Positions of a step; values are [rows, width, numbers], or [n, numbers] of places."""
 
-    def __init__(self, step: Step, columns: Tensor | None) -> None:
-        self.step, self.columns = step, columns
+    def __init__(self, step: Step, places: Tensor | None) -> None:
+        self.step, self.places = step, places
         confidence = self.at(step.confidence)
         self.known = confidence > -torch.inf
         self.confidence = confidence.clamp(min=0.0)
 
     def at(self, values: Tensor) -> Tensor:
-        """Values [rows, width] at the columns, [rows, n, 1]."""
-        return (values if self.columns is None else values.gather(1, self.columns)).unsqueeze(-1)
+        """Values [rows, width] with one more dimension."""
+        return (values if self.places is None else values.reshape(-1).index_select(0, self.places)).unsqueeze(-1)
 
     @cached_property
     def top(self) -> Tensor:
         top = self.step.top
         if top is None:
             raise ValueError("the prediction has no largest probabilities")
-        if self.columns is None:
-            return top
-        return top.gather(1, self.columns[..., None].expand(-1, -1, top.shape[-1]))
+        return top if self.places is None else top.flatten(0, 1).index_select(0, self.places)
 
     def neighbours(self) -> Tensor:
         around = torch.nn.functional.pad(self.step.confidence, (1, 1)).clamp_(min=0.0)
@@ -87,10 +85,16 @@ class _Reader:
 
     def place(self) -> Tensor:
         rows, width = self.step.masked.shape
-        periods = torch.tensor(PLACE_PERIODS, device=self.known.device)
-        angle = torch.arange(width, device=periods.device)[:, None] * (2 * math.pi / periods)
-        table = torch.cat([angle.cos(), angle.sin()], dim=-1)
-        return table.expand(rows, -1, -1) if self.columns is None else table[self.columns]
+        table = _waves(width, self.known.device)
+        return table.expand(rows, -1, -1) if self.places is None else table.index_select(0, self.places % width)
+
+
+@lru_cache(maxsize=64)
+def _waves(width: int, device: torch.device) -> Tensor:
+    """Cosines and sines of positions, [width, numbers]."""
+    with torch.inference_mode(False):  # what inference mode makes could not be used in training
+        angle = torch.arange(width, device=device)[:, None] * (2 * math.pi / torch.tensor(PLACE_PERIODS, device=device))
+        return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
 def _logs(p: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ class Observation:
     """Inputs of some rows, shaped as `UnmaskingPolicy.forward` takes them.
 
     Attributes:
-        columns: int64 [rows, n], the positions of `features` and `tokens`; None: all positions.
+        places: int64 [n], the positions of `features` and `tokens` among those of all rows; None: all, as they lie.
     """
 
     features: Tensor
@@ -22,18 +22,18 @@ class Observation:
     valid: Tensor
     time: Tensor
     tokens: Tensor | None = None
-    columns: Tensor | None = None
+    places: Tensor | None = None
 
 
-def observe(step: Step, config: PolicyConfig, columns: Tensor | None = None) -> Observation:
-    """Observation of a step for a policy of this configuration; with `columns`, features of these positions only."""
+def observe(step: Step, config: PolicyConfig, places: Tensor | None = None) -> Observation:
+    """Observation of a step for a policy of this configuration; with `places`, features of these positions only."""
     length = step.layout.gen_length
     tokens = step.token if config.tokens else None
     return Observation(
-        features=features.read(step, config.features, columns),
+        features=features.read(step, config.features, places),
         masked=step.masked,
         valid=step.position < length,
         time=step.forward[:, 0] / length[:, 0],
-        tokens=tokens if tokens is None or columns is None else tokens.gather(1, columns),
-        columns=columns,
+        tokens=tokens if tokens is None or places is None else tokens.take(places),
+        places=places,
     )

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from policies.network import features
 from policies.network.adaptive_block import AdaptiveBlock
 from policies.network.config import PolicyConfig
+from policies.network.linear import linear
+from policies.network.lines import Lines, some
 from policies.network.observation import Observation, observe
 from samplers import Statistic, Step
+from samplers.loop.masks import anywhere
 
 TIME_WIDTH = 128
-
-FEW = 0.75
-"""Share of the positions up to which computing only the wanted ones pays."""
 
 
 class UnmaskingPolicy(nn.Module):
@@ -59,55 +59,39 @@ class UnmaskingPolicy(nn.Module):
             tokens: int64 [rows, width], predicted tokens, for a policy that reads them; -1 if unknown.
         """
         x = self._stream(features, tokens)
-        conditions, which = self._conditions(time, speed), _condition_of(masked)
+        conditions, lines = self._conditions(time, speed), Lines.every(masked, valid)
         for block in self.blocks:
-            x = block(x, which, conditions, valid)
-        return self._logits(x, speed)
+            x = block(x, conditions, lines)
+        return self._with_speed(self._logits(x), speed)
 
-    def score_masked(self, seen: Observation, wanted: Tensor | None, speed: Tensor | None = None) -> Tensor:
-        """Logits of masked positions, float32 [rows, n]; those of committed positions come out wrong.
+    def score_some(self, seen: Observation, wanted: Tensor | None, speed: Tensor | None = None) -> Tensor:
+        """Logits of masked positions, float32 [rows, width]; those of others come out wrong.
 
-        Where an observation has columns, the inputs of all other positions differ in their mask bit only: their keys
+        Where an observation has places, the inputs of all other positions differ in their mask bit only: their keys
         and values are computed once for each bit.
 
         Args:
-            wanted: int64 [rows, n], positions whose logits are needed; None: all.
+            wanted: int64 [n], masked positions among those of all rows whose logits are needed; None: all.
         """
-        rows, width = seen.masked.shape
-        conditions, which = self._conditions(seen.time, speed), _condition_of(seen.masked)
-        x, holds = self._stream(seen.features, seen.tokens), None
-        if seen.columns is not None:
-            x, holds = self._with_unknown(x, seen.masked, seen.columns)
-            if len(self.blocks) > 1:  # from the second block on, positions differ in more
-                x, holds = F.embedding(holds, x.flatten(0, 1)), None
-            else:
-                unknown = torch.arange(2 * rows, device=x.device).view(rows, 2)
-                which = torch.cat([unknown, which.gather(1, seen.columns)], dim=1)
-        lines = None
-        if wanted is not None:
-            each = torch.arange(0, rows * width, width, device=x.device)[:, None]
-            lines = wanted + each if holds is None else holds.gather(1, wanted)
         # On an accelerator, waiting for the answer takes longer than masking what needs no mask.
-        valid = None if seen.valid.device.type == "cpu" and bool(seen.valid.all()) else seen.valid
+        valid = None if seen.valid.device.type == "cpu" and not anywhere(~seen.valid) else seen.valid
+        every = lines = Lines.every(seen.masked, valid)
+        conditions, x = self._conditions(seen.time, speed), self._stream(seen.features, seen.tokens)
         *first, last = self.blocks
+        if seen.places is not None:
+            lines = Lines.known(seen.masked, valid, seen.places)
+            x = torch.cat([self.stream.bias.expand(2 * len(seen.masked), -1), x])
+            if first and lines.holds is not None:  # from the second block on, positions differ in more
+                x, lines = F.embedding(lines.holds, x).view(*every.shape, -1), every
         for block in first:
-            x = block(x, which, conditions, valid)
-        x = last(x, which, conditions, valid, holds, wanted, lines, second_only=True)
-        return self._logits(x, speed)
-
-    def _with_unknown(self, x: Tensor, masked: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """Two more lines before those of the columns, of an unknown committed and an unknown masked position.
-
-        Returns:
-            the lines, [rows, 2 + columns, hidden], and the number of each position's, int64 [rows, width].
-        """
-        rows, count = len(x), 2 + x.shape[1]
-        number = torch.arange(rows * count, device=x.device).view(rows, count)
-        lines = torch.cat([self.stream.bias.expand(rows, 2, -1), x], dim=1)
-        return lines, (masked + number[:, :1]).scatter_(1, columns, number[:, 2:])
+            x = block(x, conditions, lines)
+        logits = self._logits(last(x, conditions, lines.asking(wanted)))
+        if wanted is not None:
+            logits = logits.new_zeros(seen.masked.numel()).index_copy_(0, wanted, logits)
+        return self._with_speed(logits.view(seen.masked.shape), speed)
 
     def _stream(self, features: Tensor, tokens: Tensor | None) -> Tensor:
-        x: Tensor = self.stream(features)
+        x: Tensor = linear(features, self.stream.weight, self.stream.bias)
         if self.token is None:
             return x
         if tokens is None:
@@ -124,11 +108,12 @@ class UnmaskingPolicy(nn.Module):
             condition = condition + self.speed(speed[:, None] * 2 - 1)
         return (condition[:, None] + self.mask.weight).flatten(0, 1)
 
-    def _logits(self, x: Tensor, speed: Tensor | None) -> Tensor:
+    def _logits(self, x: Tensor) -> Tensor:
         logits: Tensor = self.head(self.norm(x))[..., 0]
-        if self.config.takes_speed and speed is not None:
-            logits = logits + self.pushed(speed)
         return logits
+
+    def _with_speed(self, logits: Tensor, speed: Tensor | None) -> Tensor:
+        return logits + self.pushed(speed) if self.config.takes_speed and speed is not None else logits
 
     def pushed(self, speed: Tensor) -> Tensor:
         """The addition of a speed to every logit, [rows, 1]: from the first update on, more speed means bolder."""
@@ -158,12 +143,9 @@ class LoadedPolicy:
     @torch.inference_mode()
     def score(self, step: Step, speed: Tensor | None) -> Tensor:
         """Logits of the candidates, and 0 elsewhere: float32 [rows, width]."""
-        columns = _columns(step.confidence > -torch.inf)
-        wanted = _columns(step.candidate) if columns is None else columns
-        seen = observe(step, self.network.config, columns)
-        logits = self.network.score_masked(seen, wanted, None if speed is None else speed[:, 0])
-        if wanted is not None:
-            logits = torch.zeros_like(step.confidence).scatter_(1, wanted, logits)
+        known = some(step.confidence > -torch.inf)
+        seen = observe(step, self.network.config, known)
+        logits = self.network.score_some(seen, some(step.candidate), None if speed is None else speed[:, 0])
         return logits.masked_fill_(~step.candidate, 0.0)
 
 
@@ -171,24 +153,6 @@ def score(network: UnmaskingPolicy, seen: Observation, speed: Tensor | None) -> 
     """Logits of an observation, [rows, width]."""
     logits: Tensor = network(seen.features, seen.masked, seen.valid, seen.time, speed, seen.tokens)
     return logits
-
-
-def _condition_of(masked: Tensor) -> Tensor:
-    """The condition of each position among those of all rows, int64 [rows, width]."""
-    return masked + torch.arange(0, 2 * len(masked), 2, device=masked.device)[:, None]
-
-
-def _columns(wanted: Tensor) -> Tensor | None:
-    """Columns of the wanted positions of each row, int64 [rows, n], filled up with others; None: all columns.
-
-    Only on the CPU: elsewhere to wait for their number takes longer than to compute the others.
-    """
-    if wanted.device.type != "cpu":
-        return None
-    most = max(1, int(wanted.sum(dim=1).max()))
-    if most > FEW * wanted.shape[1]:
-        return None
-    return wanted.byte().argsort(dim=1, descending=True, stable=True)[:, :most]
 
 
 @lru_cache(maxsize=64)

@@ -85,7 +85,7 @@ def test_an_accelerator_computes_all_positions_to_the_same_end(
     net, step, speed = case(config, 0.3)
     column = None if speed is None else speed[:, None]
     expected = LoadedPolicy(net).score(step, column)
-    monkeypatch.setattr(policy_network, "_columns", lambda wanted: None)
+    monkeypatch.setattr(policy_network, "some", lambda wanted: None)
     torch.testing.assert_close(LoadedPolicy(net).score(step, column), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -103,12 +103,12 @@ def test_gradients_are_those_of_the_definition(config: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("region", [True, False])
-def test_features_of_columns_are_those_columns_of_all(region: bool) -> None:
+def test_features_of_some_places_are_those_of_all(region: bool) -> None:
     config = network(**RICH | {"region": region}).config
     step = random_step(config, LENGTHS, 0.5)
-    columns = torch.rand(step.candidate.shape).argsort(dim=1)[:, :7]
-    some, every = (features.read(step, config.features, which) for which in (columns, None))
-    assert some.equal(every.gather(1, columns[..., None].expand(-1, -1, config.numbers)))
+    places = torch.randperm(step.candidate.numel())[:35]
+    some, every = (features.read(step, config.features, which) for which in (places, None))
+    assert some.equal(every.flatten(0, 1)[places])
     assert every.isfinite().all() and (every[step.confidence == -torch.inf] == 0).all()
 
 
