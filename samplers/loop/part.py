@@ -94,7 +94,7 @@ class Members:
 
 
 class _Grids(NamedTuple):
-    """Constants of windows: columns [width], those of all rows and their rows [rows * width], and masks [rows, width]."""
+    """Constants of windows: columns [width], those of all rows and their rows [rows * width], masks [rows, width]."""
 
     offset: Tensor
     positions: Tensor
