@@ -58,6 +58,7 @@ class Lines:
 
     def asking(self, wanted: Tensor | None) -> "Lines":
         """The same lines where outputs of these masked positions only are needed, int64 [n]; None: of all masked."""
+        # Wanted positions are among the places, if only some are there.
         if wanted is None or (self.places is not None and len(self.places) == len(wanted)):
             return replace(self, masked_only=True)
         lines = wanted if self.holds is None else self.holds.index_select(0, wanted)

@@ -101,7 +101,7 @@ class Batch:
     Attributes:
         causal, shifted, drafting, revising, keeping_state: True if some rows may have such models or rules; work that
             no row needs is skipped. Reset to False only when all rows have left.
-        block_length: length of the longest block, of all rows since then.
+        block_length: length of the longest block of any row since then.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
@@ -138,15 +138,17 @@ class Batch:
         group.count += 1
         self._note_kind(row)
         _fill_row(self.tokens[slot], row.canvas.tokens)
-        _fill_row(self.masked[slot], row.canvas.masked if before is None else before.masked[old], False)
-        _fill_row(self.given[slot], row.given if before is None else before.given[old], True)
         if before is None:
+            _fill_row(self.masked[slot], row.canvas.masked, False)
+            _fill_row(self.given[slot], row.given, True)
             self.numbers[slot] = row.first_numbers()
             _fill_row(self.ends[slot], torch.tensor(ends, dtype=torch.int64), NO_TOKEN)
             for layer, params in zip(group.layers, row.all_params, strict=True):
                 layer.params[slot] = torch.tensor(row.column_values[id(params)], dtype=torch.float64)
                 layer.reset([slot], block_only=False)
         else:
+            _fill_row(self.masked[slot], before.masked[old], False)
+            _fill_row(self.given[slot], before.given[old], True)
             self.numbers[slot].copy_(before.numbers[old])
             _fill_row(self.ends[slot], before.ends[old, : len(ends)], NO_TOKEN)
             for layer, other in zip(group.layers, before.groups[row.key].layers, strict=True):
@@ -264,7 +266,7 @@ class Batch:
 
 
 def _fill_row(row: Tensor, values: Tensor, rest: float = 0) -> None:
-    """Write values to the beginning of a row, and `rest` to the remainder."""
+    """Write values to the beginning of a row, and `rest` to the remainder. What does not fit is left out."""
     size = len(values)
     if size == len(row):
         row.copy_(values)

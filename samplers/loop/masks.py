@@ -35,7 +35,7 @@ def some_of_rows(mask: Tensor) -> Tensor:
     """Mask of rows with a True entry, bool [rows]."""
     if mask.device.type == "cpu":
         return torch.from_numpy(mask.numpy().any(axis=1))
-    return first_of_rows(mask)[0]
+    return mask.any(dim=1)
 
 
 def runs(start: Tensor, length: Tensor) -> Tensor:

@@ -405,6 +405,4 @@ class Row:
 
 def lanes_of(rows: Sequence[Row]) -> list[Row]:
     """Canvases of these generations that take part in the next forward."""
-    if not any(row.particles for row in rows):
-        return list(rows)
     return [lane for row in rows for lane in ([row] if row.particles is None else row.particles.active)]

@@ -89,18 +89,19 @@ class Loop:
                 self._batch.admit(row)
         if len(set(lanes)) < len(lanes):
             raise ValueError("a row is given twice for one step")
-        groups = split(lanes)
-        self._parts = [Part(self._batch, each) for each in groups]
+        self._parts = [Part(self._batch, groups) for groups in split(lanes)]
+        sorted_rows = [row for part in self._parts for row in part.rows]
         self._order = None
-        if len(groups) > 1 or len(groups[0]) > 1:
-            place = {row: i for i, row in enumerate(row for part in self._parts for row in part.rows)}
+        if sorted_rows != lanes:
+            place = {row: i for i, row in enumerate(sorted_rows)}
             self._order = [place[row] for row in lanes]
         self._lanes, self._version = lanes, self._batch.version
 
     @torch.inference_mode()
     def step(self, rows: Sequence[Row], predict: Predict) -> Turn:
         """Run one forward pass of these rows, none of them finished. Raises all errors except those of samplers."""
-        lanes = lanes_of(rows)
+        several = any(row.particles for row in rows)
+        lanes = lanes_of(rows) if several else list(rows)
         self._arrange(lanes)
         parts = self._parts
         asked = [ask(part) for part in parts]
@@ -120,7 +121,7 @@ class Loop:
         if self._order is not None:
             events = [events[i] for i in self._order]
         turn = list(zip(lanes, events, strict=True))
-        if not any(row.particles for row in rows):
+        if not several:
             return turn
         by_lane = dict(turn)
         return [each for row in rows for each in _of_row(row, by_lane)]

@@ -63,15 +63,13 @@ def settle(part: Part, opened: Opened, left: Tensor, filled: Filled, failed: Col
     if part.shifted:
         c[N.FIRST].copy_(some & (first == c[N.START]))
     torch.maximum(c[N.TOLD], settled.minimum(part.text).minimum(c[N.END] + 1), out=c[N.TOLD])
-    gone = list(failed)
-    if gone:
-        moved[gone] = False
+    if failed:  # they stay as they were
+        gone = list(failed)
+        n[gone], moved[gone] = opened.numbers[gone, :CHANGING], False
     if part.blank and anywhere(moved):
         following = moved & (c[N.END] == NEVER)
         _follow(part, c, following)
         moved ^= following
-    if gone:  # they stay as they were
-        n[gone] = opened.numbers[gone, :CHANGING]
     batch.numbers[:, :CHANGING].index_copy_(0, slots, n)
     if filled:
         at = {row.slot: i for i, row in enumerate(part.rows)}

@@ -46,7 +46,7 @@ def tell(
     told = _newly_told(part, opened.numbers[:, N.TOLD], grown) if any(told_counts) else []
     counts = counts_of(changes.row, len(part.rows))
     positions, tokens, confidences = changes.position.tolist(), changes.token.tolist(), changes.confidence.tolist()
-    events, steps = [], N.STEPS
+    events = []
     first = first_told = 0
     for row, now, count, more in zip(part.rows, numbers.tolist(), counts, told_counts, strict=True):
         row.now = now
@@ -56,7 +56,7 @@ def tell(
             first_told += more
         own = slice(first, first + count)
         first += count
-        forward = now[steps] * row.view_count
+        forward = now[N.STEPS] * row.view_count
         # Empty lists are given since making them as defaults takes longer.
         events.append(
             StepEvent(forward, positions[own], tokens[own], confidences[own], [], row.reported, text, [], [], [])

@@ -44,10 +44,7 @@ def _find(batch: Batch, slots: Tensor) -> None:
     """Record the active block and the values derived from it."""
     n = batch.numbers.index_select(0, slots)
     c = n[:, :ENTERING].unbind(1)
-    low = c[N.SETTLED]
-    if batch.revising:
-        low = torch.where(c[N.REVISES] > 0, c[N.CLOSED], low)
-    found = _find_masks(batch, slots, c, low)
+    found = _find_masks(batch, slots, c)
     entered = found.block != c[N.ENTERED]
     masks = found.masks
     if batch.causal:  # Programs of such models count the whole block, even where it holds the prompt's end.
@@ -84,12 +81,15 @@ class _Found(NamedTuple):
     masks: Tensor
 
 
-def _find_masks(batch: Batch, slots: Tensor, c: Sequence[Tensor], low: Tensor) -> _Found:
-    """Find the first block with masks from position `low` [rows] on, all before which is committed.
+def _find_masks(batch: Batch, slots: Tensor, c: Sequence[Tensor]) -> _Found:
+    """Find the first block with masks from the settled (for revising rules: closed) prefix on: all of it is committed.
 
     One look usually covers the next block. It widens only while a block goes on beyond it, so its cost does not depend
     on the region's length.
     """
+    low = c[N.SETTLED]
+    if batch.revising:
+        low = torch.where(c[N.REVISES] > 0, c[N.CLOSED], low)
     width = min(max(LOOK, batch.block_length), batch.region)
     while True:
         position = (low[:, None] + torch.arange(width, device=slots.device)).clamp_(max=batch.region)
@@ -107,11 +107,9 @@ def _find_masks(batch: Batch, slots: Tensor, c: Sequence[Tensor], low: Tensor) -
         width *= 4
 
 
-def _masks_between(
-    batch: Batch, slots: Tensor, start: Tensor, stop: Tensor, width: int | None = None
-) -> tuple[Tensor, Tensor]:
+def _masks_between(batch: Batch, slots: Tensor, start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
     """Region positions from `start` [rows], and masks of those before `stop` [rows]; both [rows, width]."""
-    width = width or max(1, int((stop - start).max()))
+    width = max(1, int((stop - start).max()))
     position = start[:, None] + torch.arange(width, device=slots.device)
     position.masked_fill_(position >= stop[:, None], batch.region)
     return position, _masks_at(batch, slots, position)

@@ -234,7 +234,7 @@ def test_only_a_users_interrupt_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted() -> None:
         raise KeyboardInterrupt
 
-    # Of a process in the background the system may ignore interrupts.
+    # A process in the background may ignore interrupts.
     monkeypatch.setattr(signal, "getsignal", lambda number: signal.default_int_handler)
     with pytest.raises(KeyboardInterrupt):
         told(Changes(), interrupted)
