@@ -114,17 +114,17 @@ def answer_math(completion: str) -> str | None:
 
 
 def equal_numbers(one: Fraction | None, other: Fraction | None) -> bool:
-    """Whether both numbers exist and differ by at most `TOLERANCE`."""
+    """True if both numbers exist and differ by at most `TOLERANCE`."""
     return one is not None and other is not None and abs(one - other) <= TOLERANCE
 
 
 def same_text(completion: str, answer: str) -> bool:
-    """Whether the completion is the answer, apart from spaces and line breaks."""
+    """True if the completion is the answer, apart from spaces and line breaks."""
     return completion.split() == answer.split()
 
 
 def same_number(completion: str, answer: str) -> bool:
-    """Whether the completion's marked number (see `answer_number`), or else its only number, equals the answer's."""
+    """True if the completion's marked number (see `answer_number`), or else its only number, equals the answer's."""
     found = answer_number(completion)
     if found is None and len(alone := list(islice(numbers(completion), 2))) == 1:
         found = alone[0]
@@ -132,7 +132,7 @@ def same_number(completion: str, answer: str) -> bool:
 
 
 def same_math(completion: str, answer: str) -> bool:
-    """Whether the completion's marked formula (see `answer_math`), or else all of it, has the answer's normal form."""
+    """True if the completion's marked formula (see `answer_math`), or else all of it, has the answer's normal form."""
     return normal_form(answer_math(completion) or completion) == normal_form(answer)
 
 

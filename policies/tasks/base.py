@@ -49,7 +49,7 @@ class Task(ABC):
 
     @abstractmethod
     def check(self, problem: Problem, completion: str) -> bool:
-        """Whether a completion answers the problem. Never raises, whatever the text."""
+        """True if a completion answers the problem. Never raises, whatever the text."""
 
     def interchangeable(self) -> tuple[tuple[str, ...], ...]:
         """Groups of words that may replace each other in a right response."""

@@ -30,7 +30,7 @@ class DataParallel:
 
     @property
     def first(self) -> bool:
-        """Whether this process writes the shared files."""
+        """True if this process writes the shared files."""
         return self.rank == 0
 
     def sum_gradients(self, network: nn.Module) -> None:

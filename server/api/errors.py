@@ -24,7 +24,7 @@ RETRY_SECONDS = 1
 
 
 class ErrorDetail(BaseModel):
-    """What went wrong. `param` names the field to change, such as `sampler_params.threshold`."""
+    """Cause of an error. `param` names the field to change, such as `sampler_params.threshold`."""
 
     message: str
     type: str

@@ -21,14 +21,14 @@ def add_routes(app: FastAPI, serving: Serving) -> None:
 
     @app.get("/health", response_model=Health, responses=UNAVAILABLE, tags=["operations"])
     async def health() -> Response:
-        """Whether the engine is alive."""
+        """Health of the engine: 503 once it has died."""
         if not engine.alive:
             raise NotServingError("the engine is not running")
         return json_response(Health(status="ok"))
 
     @app.get("/ready", response_model=Health, responses=UNAVAILABLE, tags=["operations"])
     async def ready() -> Response:
-        """Whether new requests are taken."""
+        """Readiness for new requests: 503 while none are taken."""
         engine.check_accepting()
         return json_response(Health(status="ready"))
 
